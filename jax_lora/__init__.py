@@ -1,0 +1,18 @@
+"""LoRA for any JAX function: `lora_apply` turns `model.apply` into its LoRA version."""
+
+from jax_lora.adapter import Adapter, LoraPair, LoraWeight, WholeWeight, combine, partition
+from jax_lora.config import LoraConfig
+from jax_lora.init import lora_init
+from jax_lora.kernel import Kernel
+
+__all__ = (
+    "Adapter",
+    "Kernel",
+    "LoraConfig",
+    "LoraPair",
+    "LoraWeight",
+    "WholeWeight",
+    "combine",
+    "lora_init",
+    "partition",
+)

@@ -1,0 +1,320 @@
+"""Adapter: a small pytree with one pair (a, b) per adapted kernel; combine and partition.
+
+    params  --combine(params, adapter)-->  params with LoraWeight leaves  --partition-->  both again
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora import lowrank, paths
+from jax_lora.config import LoraConfig
+from jax_lora.errors import StructureError, explain
+from jax_lora.kernel import Kernel
+from jax_lora.labels import RANK, Label
+from jax_lora.lowrank import LowRank
+
+Scale = float | tuple[Any, ...]
+
+
+def _static(**options: Any) -> Any:
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraPair:
+    """The factors of one kernel's update, scale * a @ b.
+
+    Args:
+      a: `(*stack, *in, rank)`; the paper's A transposed.
+      b: `(*stack, rank, *out)`; the paper's B transposed.
+      in_axes: Axes of the kernel that are inputs.
+      out_axes: Axes of the kernel that are outputs.
+      stack_axes: Axes of the kernel that hold several kernels.
+      scale: alpha / rank; for layers that differ, nested tuples in the stack's shape.
+
+    Reference:
+      Hu et al., LoRA (arXiv:2106.09685), equation 3.
+    """
+
+    a: Any
+    b: Any
+    in_axes: tuple[int, ...] = _static(default=(0,))
+    out_axes: tuple[int, ...] = _static(default=(1,))
+    stack_axes: tuple[int, ...] = _static(default=())
+    scale: Scale = _static(default=1.0)
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors; in a stack whose layers differ, the largest."""
+        return self.a.shape[-1]
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of the kernel that the pair belongs to."""
+        sizes = dict(zip((*self.stack_axes, *self.in_axes), self.a.shape, strict=False))
+        sizes |= dict(zip(self.out_axes, self.b.shape[len(self.stack_axes) + 1 :], strict=True))
+        return tuple(sizes[axis] for axis in sorted(sizes))
+
+    @property
+    def a_labels(self) -> tuple[Label, ...]:
+        """The kernel's axis behind every axis of `a`."""
+        return (*self.stack_axes, *self.in_axes, RANK)
+
+    @property
+    def b_labels(self) -> tuple[Label, ...]:
+        """The kernel's axis behind every axis of `b`."""
+        return (*self.stack_axes, RANK, *self.out_axes)
+
+    def scaled_b(self) -> tuple[Any, float]:
+        """Return b and one number for the scale: scales that differ by layer go into b."""
+        if isinstance(self.scale, tuple):
+            scales = np.asarray(self.scale, self.b.dtype)  # (*stack,)
+            spread = scales.reshape(scales.shape + (1,) * (self.b.ndim - scales.ndim))
+            return self.b * spread, 1.0
+        return self.b, self.scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraWeight:
+    """A leaf that stands for W0 + scale * a @ b.
+
+    Args:
+      base: W0, frozen.
+      pair: The trainable factors.
+      dropout_key: Key that switches dropout on, or None.
+      config: The adapter's configuration.
+      path: The leaf's own path.
+    """
+
+    base: Any
+    pair: LoraPair
+    dropout_key: Any
+    config: LoraConfig = _static()
+    path: str = _static()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WholeWeight:
+    """A leaf that is trained whole: `value` stands in for `base`, which is kept.
+
+    Args:
+      base: The frozen leaf.
+      value: The trainable leaf of the same shape.
+      config: The adapter's configuration.
+      path: The leaf's own path.
+    """
+
+    base: Any
+    value: Any
+    config: LoraConfig = _static()
+    path: str = _static()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """All that training changes: pairs by path, whole leaves by path, and the configuration.
+
+    Args:
+      pairs: `{"params/layers/attn/q_proj/kernel": LoraPair, ...}`.
+      whole: Leaves trained whole (`modules_to_save`) by path.
+      config: What the adapter was made from.
+    """
+
+    pairs: dict[str, LoraPair]
+    whole: dict[str, Any]
+    config: LoraConfig = _static()
+
+    @property
+    def size(self) -> int:
+        """Count the trainable numbers."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self))
+
+
+def is_adapted(node: Any) -> bool:
+    """Tell whether a node is a `LoraWeight` or a `WholeWeight`: `is_leaf` for tree functions."""
+    return isinstance(node, (LoraWeight, WholeWeight))
+
+
+# -----------------------------------------------------------------------------------------------
+# combine and partition
+# -----------------------------------------------------------------------------------------------
+
+
+def combine(tree: Any, adapter: Adapter) -> Any:
+    """Put an adapter's factors beside the leaves that they belong to.
+
+    Use it inside the loss function to differentiate with respect to the adapter alone, or once at
+    the start to train the whole tree with `masked_optimizer`. Nothing is copied.
+
+    Args:
+      tree: Parameters of any model, as `lora_init` saw them.
+      adapter: The adapter.
+
+    Returns:
+      The same tree with a `LoraWeight` at every adapted kernel, for `lora_apply`.
+
+    Raises:
+      StructureError: A path that the tree lacks, a leaf of another shape, or a leaf that has an
+        adapter already; all of them in one message.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_lora as jl
+      >>> params = {"dense": {"kernel": jnp.ones((3, 4))}}
+      >>> adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=2))
+      >>> lora_params = jl.combine(params, adapter)
+      >>> type(lora_params["dense"]["kernel"]).__name__
+      'LoraWeight'
+      >>> jl.partition(lora_params)[0]["dense"]["kernel"] is params["dense"]["kernel"]
+      True
+    """
+    leaves, treedef = paths.flatten_with_paths(tree, is_leaf=is_adapted)
+    problems = _combine_problems(dict(leaves), adapter)
+    if problems:
+        raise StructureError(
+            explain(
+                f"combine: {len(problems)} of the adapter's leaves do not fit the tree",
+                got="\n" + "\n".join(f"    {problem}" for problem in problems),
+                expected="the tree that the adapter was made for, not combined before",
+                fix="Pass the same tree as to lora_init, or partition it first.",
+            )
+        )
+    return jax.tree.unflatten(treedef, [_adapted(path, leaf, adapter) for path, leaf in leaves])
+
+
+def _adapted(path: str, leaf: Any, adapter: Adapter) -> Any:
+    if path in adapter.pairs:
+        return LoraWeight(leaf, adapter.pairs[path], None, adapter.config, path)
+    if path in adapter.whole:
+        return WholeWeight(leaf, adapter.whole[path], adapter.config, path)
+    return leaf
+
+
+def _combine_problems(leaves: Mapping[str, Any], adapter: Adapter) -> list[str]:
+    problems = []
+    for path, part in (*adapter.pairs.items(), *adapter.whole.items()):
+        if path not in leaves:
+            near = ", ".join(paths.nearest(path, leaves, 3))
+            problems.append(f"{path}: not in the tree; the nearest are {near}")
+        elif is_adapted(leaves[path]):
+            problems.append(f"{path}: has an adapter already")
+        elif (want := _shape_wanted(part)) != (have := getattr(leaves[path], "shape", want)):
+            problems.append(f"{path}: the tree has shape {have}, the adapter is for {want}")
+    return problems
+
+
+def _shape_wanted(part: Any) -> tuple[int, ...] | None:
+    try:
+        return part.kernel_shape if isinstance(part, LoraPair) else part.shape
+    except (AttributeError, TypeError, ValueError):
+        return None  # a tree of masks, specs or other stand-ins, which have no shape
+
+
+def partition(lora_tree: Any) -> tuple[Any, Adapter]:
+    """Take a combined tree apart again: the exact inverse of `combine`.
+
+    Args:
+      lora_tree: A tree from `combine`, before or after training.
+
+    Returns:
+      The plain tree with its own treedef, and the adapter.
+
+    Raises:
+      StructureError: The tree has no adapted leaf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_lora as jl
+      >>> params = {"kernel": jnp.ones((3, 4))}
+      >>> adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=2))
+      >>> base, same = jl.partition(jl.combine(params, adapter))
+      >>> jax.tree.structure(same) == jax.tree.structure(adapter)
+      True
+    """
+    leaves, treedef = paths.flatten_with_paths(lora_tree, is_leaf=is_adapted)
+    adapted = [leaf for _, leaf in leaves if is_adapted(leaf)]
+    if not adapted:
+        raise StructureError(
+            explain(
+                "partition",
+                got="a tree without a single LoraWeight",
+                expected="a tree from jl.combine(variables, adapter)",
+                fix="Combine the tree with its adapter first.",
+            )
+        )
+    base = [leaf.base if is_adapted(leaf) else leaf for _, leaf in leaves]
+    pairs = {leaf.path: leaf.pair for leaf in adapted if isinstance(leaf, LoraWeight)}
+    whole = {leaf.path: leaf.value for leaf in adapted if isinstance(leaf, WholeWeight)}
+    return jax.tree.unflatten(treedef, base), Adapter(pairs, whole, adapted[0].config)
+
+
+# -----------------------------------------------------------------------------------------------
+# What a leaf stands for
+# -----------------------------------------------------------------------------------------------
+
+
+def to_lowrank(weight: LoraWeight) -> LowRank:
+    """View a leaf as the low-rank value that `lora_apply` computes with."""
+    pair = weight.pair
+    b, scale = pair.scaled_b()
+    return LowRank(
+        w=jax.lax.stop_gradient(weight.base),
+        a=pair.a,
+        b=b,
+        key=weight.dropout_key,
+        w_labels=tuple(range(weight.base.ndim)),
+        a_labels=pair.a_labels,
+        b_labels=pair.b_labels,
+        scale=scale,
+        rate=weight.config.dropout if weight.dropout_key is not None else 0.0,
+        path=weight.path,
+    )
+
+
+def dense_delta(pair: LoraPair, dtype: Any = jnp.float32) -> jax.Array:
+    """Form a pair's whole update, scale * a @ b, in the kernel's own layout.
+
+    Args:
+      pair: The factors.
+      dtype: Type to compute in and return.
+
+    Returns:
+      An array of the kernel's shape.
+    """
+    b, scale = pair.scaled_b()
+    stand_in = jax.ShapeDtypeStruct(pair.kernel_shape, jnp.dtype(dtype))
+    labels = tuple(range(len(pair.kernel_shape)))
+    args = (None, labels, pair.a_labels, pair.b_labels, scale, 0.0, "")
+    return lowrank.delta(LowRank(stand_in, pair.a, b, *args), dtype)  # type: ignore[arg-type] # only its shape is read
+
+
+def empty_pair(kernel: Kernel, rank: int, scale: Scale, dtype: Any) -> LoraPair:
+    """Describe a pair for a kernel without allocating it.
+
+    Args:
+      kernel: The kernel to be adapted.
+      rank: Rank of the pair.
+      scale: Scale of the pair.
+      dtype: Type of the factors.
+
+    Returns:
+      A `LoraPair` of `jax.ShapeDtypeStruct`s.
+    """
+    return LoraPair(
+        a=jax.ShapeDtypeStruct((*kernel.stack_shape, *kernel.in_shape, rank), dtype),
+        b=jax.ShapeDtypeStruct((*kernel.stack_shape, rank, *kernel.out_shape), dtype),
+        in_axes=kernel.in_axes,
+        out_axes=kernel.out_axes,
+        stack_axes=kernel.stack_axes,
+        scale=scale,
+    )

@@ -1,0 +1,372 @@
+"""Low-rank values: W0 + scale * a @ b, carried through array operations without being formed.
+
+Every axis of W0 has a label (labels.py). An axis is an input axis if `a` has its label, an output
+axis if `b` has it, and a stack axis (layers, experts) if both have. Structural operations change
+labels and factors together; `contract` is the one place where a low-rank value meets data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_lora import labels as labelling
+from jax_lora.labels import RANK, Label
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """W0 + scale * sum over rank of a and b, with labelled axes.
+
+    Args:
+      w: W0, frozen, in its present shape.
+      a: Factor that holds the input axes, the stack axes and the rank.
+      b: Factor that holds the stack axes, the rank and the output axes.
+      key: Random key for dropout on the factors' input, or None.
+      w_labels: A label per axis of `w`; None for an axis of size 1 that no factor has.
+      a_labels: A label per axis of `a`, one of them RANK.
+      b_labels: A label per axis of `b`, one of them RANK.
+      scale: Factor in front of the product.
+      rate: Dropout rate; 0 without a key.
+      path: Name of the leaf, for messages.
+    """
+
+    w: Array
+    a: Array
+    b: Array
+    key: Array | None
+    w_labels: tuple[Label | None, ...] = dataclasses.field(metadata={"static": True})
+    a_labels: tuple[Label, ...] = dataclasses.field(metadata={"static": True})
+    b_labels: tuple[Label, ...] = dataclasses.field(metadata={"static": True})
+    scale: float = dataclasses.field(metadata={"static": True})
+    rate: float = dataclasses.field(metadata={"static": True})
+    path: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value that this stands for."""
+        return self.w.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the value that this stands for."""
+        return self.w.dtype
+
+    def side(self, label: Label | None) -> tuple[bool, bool]:
+        """Tell whether `a` and whether `b` have a label."""
+        return label in self.a_labels, label in self.b_labels
+
+    def replace(self, **changes: Any) -> LowRank:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+# -----------------------------------------------------------------------------------------------
+# Forming the value
+# -----------------------------------------------------------------------------------------------
+
+
+def delta(value: LowRank, dtype: Any = jnp.float32) -> Array:
+    """Form scale * a @ b in the shape of W0.
+
+    Args:
+      value: The low-rank value.
+      dtype: Type to compute in and return.
+
+    Returns:
+      An array of W0's shape.
+    """
+    a, b = value.a.astype(dtype), value.b.astype(dtype)
+    out = tuple(label for label in value.w_labels if label is not None)
+    product, have = _pairwise(a, value.a_labels, b, value.b_labels, out, precision="highest")
+    product = product * jnp.asarray(value.scale, dtype)  # (stack, in, out) in some order
+    return _arrange(product, have, value.w_labels, value.shape)
+
+
+def materialize(value: LowRank) -> Array:
+    """Form W0 + scale * a @ b, computed in float32 or wider and rounded once to W0's type.
+
+    Args:
+      value: The low-rank value.
+
+    Returns:
+      An array of W0's shape and type.
+    """
+    wide = jnp.promote_types(jnp.float32, value.dtype)
+    return (value.w.astype(wide) + delta(value, wide)).astype(value.dtype)
+
+
+# -----------------------------------------------------------------------------------------------
+# Structural operations: each returns a low-rank value, or None where the structure would be lost
+# -----------------------------------------------------------------------------------------------
+
+
+def transpose(value: LowRank, permutation: Sequence[int]) -> LowRank:
+    """Permute the axes; the factors stay as they are."""
+    permuted = tuple(value.w_labels[axis] for axis in permutation)
+    return value.replace(w=lax.transpose(value.w, permutation), w_labels=permuted)
+
+
+def reshape(value: LowRank, shape: Sequence[int]) -> LowRank | None:
+    """Merge and cut axes, as long as every group of axes lies on one side."""
+    flat = squeeze(value, [axis for axis, size in enumerate(value.shape) if size == 1])
+    new_axes = [axis for axis, size in enumerate(shape) if size != 1]
+    groups = labelling.reshape_groups(flat.shape, [shape[axis] for axis in new_axes])
+    if groups is None:
+        return None
+    new_labels: list[Label | None] = [None] * len(shape)
+    result = flat
+    for old_group, new_group in groups:
+        olds = [flat.w_labels[axis] for axis in old_group]
+        axes = [new_axes[axis] for axis in new_group]
+        if len({flat.side(label) for label in olds}) != 1:
+            return None  # the group mixes inputs, outputs or stacks
+        news = labelling.relabel(olds, [shape[axis] for axis in axes])
+        result = _reshape_factors(result, olds, news, [shape[axis] for axis in axes])
+        for axis, label in zip(axes, news, strict=True):
+            new_labels[axis] = label
+    return result.replace(w=lax.reshape(value.w, tuple(shape)), w_labels=tuple(new_labels))
+
+
+def _reshape_factors(
+    value: LowRank, olds: Sequence[Label], news: Sequence[Label], sizes: Sequence[int]
+) -> LowRank:
+    if list(olds) == list(news):
+        return value
+    a, a_labels = _reshape_factor(value.a, value.a_labels, olds, news, sizes)
+    b, b_labels = _reshape_factor(value.b, value.b_labels, olds, news, sizes)
+    return value.replace(a=a, b=b, a_labels=a_labels, b_labels=b_labels)
+
+
+def _reshape_factor(
+    factor: Array,
+    have: tuple[Label, ...],
+    olds: Sequence[Label],
+    news: Sequence[Label],
+    sizes: Sequence[int],
+) -> tuple[Array, tuple[Label, ...]]:
+    if olds[0] not in have:
+        return factor, have
+    rest = [label for label in have if label not in olds]
+    place = [label for label in have[: have.index(olds[0])] if label in rest]
+    order = [*place, *olds, *rest[len(place) :]]
+    factor = lax.transpose(factor, [have.index(label) for label in order])
+    head, tail = factor.shape[: len(place)], factor.shape[len(place) + len(olds) :]
+    return lax.reshape(factor, (*head, *sizes, *tail)), (*place, *news, *rest[len(place) :])
+
+
+def squeeze(value: LowRank, axes: Sequence[int]) -> LowRank:
+    """Drop axes of size 1, from W0 and from the factors that have them."""
+    gone = [value.w_labels[axis] for axis in axes if value.w_labels[axis] is not None]
+    kept = tuple(label for axis, label in enumerate(value.w_labels) if axis not in axes)
+
+    def drop(factor: Array, have: tuple[Label, ...]) -> tuple[Array, tuple[Label, ...]]:
+        out = [axis for axis, label in enumerate(have) if label in gone]
+        return lax.squeeze(factor, out), tuple(label for label in have if label not in gone)
+
+    a, a_labels = drop(value.a, value.a_labels)
+    b, b_labels = drop(value.b, value.b_labels)
+    return value.replace(
+        w=lax.squeeze(value.w, axes), w_labels=kept, a=a, b=b, a_labels=a_labels, b_labels=b_labels
+    )
+
+
+def expand(value: LowRank, shape: Sequence[int], kept_axes: Sequence[int]) -> LowRank | None:
+    """Add axes of size 1 (`broadcast_in_dim` that repeats nothing)."""
+    if math.prod(shape) != math.prod(value.shape):
+        return None  # repeats the kernel
+    new_labels: list[Label | None] = [None] * len(shape)
+    for axis, label in zip(kept_axes, value.w_labels, strict=True):
+        new_labels[axis] = label
+    w = lax.broadcast_in_dim(value.w, shape, kept_axes)
+    return value.replace(w=w, w_labels=tuple(new_labels))
+
+
+def along_axis(
+    value: LowRank, axis: int, operation: Callable[[Array, int], Array]
+) -> LowRank | None:
+    """Slice, index or reverse one axis: the same operation on W0 and on its factors.
+
+    Args:
+      value: The low-rank value.
+      axis: Axis of W0.
+      operation: `operation(array, axis)`, which acts on every position along the axis alike.
+
+    Returns:
+      The value with the operation done, or None if no factor has the axis.
+    """
+    label = value.w_labels[axis]
+    if label is None:
+        return None
+
+    def on(factor: Array, have: tuple[Label, ...]) -> Array:
+        return operation(factor, have.index(label)) if label in have else factor
+
+    return value.replace(
+        w=operation(value.w, axis), a=on(value.a, value.a_labels), b=on(value.b, value.b_labels)
+    )
+
+
+def elementwise(value: LowRank, operation: Callable[[Array], Array], factor: float) -> LowRank:
+    """Multiply by a constant: `operation` does it to W0, `factor` says by how much."""
+    return value.replace(w=operation(value.w), scale=value.scale * factor)
+
+
+def multiply(value: LowRank, w: Array, other: Array, axes: Sequence[int]) -> LowRank | None:
+    """Multiply by an array that varies along some axes only.
+
+    Args:
+      value: The low-rank value.
+      w: W0 already multiplied.
+      other: What it was multiplied by, with one axis per entry of `axes`.
+      axes: The axes of W0 along which `other` varies.
+
+    Returns:
+      The product, or None where the axes lie on both sides.
+    """
+    wanted = [value.w_labels[axis] for axis in axes]
+    for name in ("b", "a"):
+        factor, have = getattr(value, name), getattr(value, f"{name}_labels")
+        if all(label in have for label in wanted):
+            spread = _spread(other.astype(factor.dtype), wanted, have)
+            return value.replace(w=w, **{name: factor * spread})
+    return None
+
+
+def _spread(array: Array, have: Sequence[Label], want: Sequence[Label]) -> Array:
+    """Lay an array's labelled axes out against `want`, with size 1 where it has none."""
+    order = [label for label in want if label in have]
+    array = lax.transpose(array, [list(have).index(label) for label in order])
+    return lax.expand_dims(array, [axis for axis, label in enumerate(want) if label not in have])
+
+
+# -----------------------------------------------------------------------------------------------
+# Meeting data
+# -----------------------------------------------------------------------------------------------
+
+
+def contract(
+    value: LowRank,
+    x: Array,
+    x_labels: Sequence[Label],
+    out_labels: Sequence[Label | None],
+    out_shape: Sequence[int],
+    *,
+    dtype: Any,
+    precision: Any = None,
+    x_first: bool = True,
+) -> Array | None:
+    """Compute scale * (x · a) · b, for a contraction of x with the value's axes.
+
+    Args:
+      value: The low-rank value; W0 takes no part.
+      x: Data, with the value's labels on the axes that meet, and labels of its own elsewhere.
+      x_labels: A label per axis of `x`.
+      out_labels: A label per axis of the result; None for an axis of size 1.
+      out_shape: Shape of the result.
+      dtype: Type of the result.
+      precision: As in `lax.dot_general`.
+      x_first: Whether x's own axes come before the kernel's in the result: only a hint, which
+        saves a transpose.
+
+    Returns:
+      What the factors add to the contraction, or None if x meets neither factor, so that the
+      product a @ b would have to be formed.
+    """
+    met = lambda have: math.prod(  # noqa: E731 - how much of x a factor would contract away
+        size
+        for label, size in zip(x_labels, x.shape, strict=True)
+        if label in have and label not in out_labels
+    )
+    ours = [(value.a, value.a_labels), (value.b, value.b_labels)]
+    if not any(
+        label in have and label not in out_labels for label in x_labels for _, have in ours
+    ):
+        return None
+    (first, first_labels), (second, second_labels) = sorted(ours, key=lambda f: -met(f[1]))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # (tokens, in) · (in, r) -> (tokens, r), accumulated in float32 or wider
+    keep = {*out_labels, *second_labels}
+    thin, thin_labels = _pairwise(
+        x, x_labels, first.astype(x.dtype), first_labels, keep, precision, wide
+    )
+    thin = (thin * jnp.asarray(value.scale, wide)).astype(x.dtype)
+    second = second.astype(x.dtype)
+    # (tokens, r) · (r, out) -> (tokens, out), in whichever order gives the result's own
+    pair = ((thin, thin_labels), (second, second_labels))
+    (left, left_labels), (right, right_labels) = pair if x_first else pair[::-1]
+    result, have = _pairwise(
+        left, left_labels, right, right_labels, set(out_labels), precision, dtype
+    )
+    return _arrange(result, have, out_labels, out_shape)
+
+
+def _pairwise(
+    left: Array,
+    left_labels: Sequence[Label],
+    right: Array,
+    right_labels: Sequence[Label],
+    keep: Sequence[Label | None] | set[Label | None],
+    precision: Any = None,
+    dtype: Any = None,
+) -> tuple[Array, list[Label]]:
+    """Multiply two labelled arrays and sum over the labels that nobody keeps."""
+    left, left_labels = _drop_unmet(left, left_labels, {*right_labels, *keep})
+    right, right_labels = _drop_unmet(right, right_labels, {*left_labels, *keep})
+    shared = [label for label in left_labels if label in right_labels]
+    batch = [label for label in shared if label in keep]
+    summed = [label for label in shared if label not in keep]
+    axes = lambda labels, of: tuple(of.index(label) for label in labels)  # noqa: E731
+    numbers = (
+        (axes(summed, left_labels), axes(summed, right_labels)),
+        (axes(batch, left_labels), axes(batch, right_labels)),
+    )
+    product = lax.dot_general(
+        left, right, numbers, precision=precision, preferred_element_type=dtype
+    )
+    free = [label for label in (*left_labels, *right_labels) if label not in shared]
+    return product, [*batch, *free]
+
+
+def _drop_unmet(
+    array: Array, labels: Sequence[Label], wanted: set[Label | None]
+) -> tuple[Array, list[Label]]:
+    gone = [axis for axis, label in enumerate(labels) if label not in wanted]
+    if gone:
+        array = lax.reduce_sum(array, gone)
+    return array, [label for label in labels if label in wanted]
+
+
+def _arrange(
+    array: Array, have: Sequence[Label], want: Sequence[Label | None], shape: Sequence[int]
+) -> Array:
+    """Put labelled axes in the order wanted, with the axes of size 1 that no factor has."""
+    order = [list(have).index(label) for label in want if label in have]
+    if order != sorted(order):
+        array = lax.transpose(array, order)
+    return array if array.shape == tuple(shape) else lax.reshape(array, tuple(shape))
+
+
+def dropped(value: LowRank, x: Array) -> Array:
+    """Apply the value's dropout to data that is about to meet its factors.
+
+    Args:
+      value: The low-rank value with the key of this use.
+      x: Data of any shape.
+
+    Returns:
+      x with a share of entries at zero and the rest scaled up, or x itself without a key.
+    """
+    if value.key is None or value.rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(value.key, 1.0 - value.rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - value.rate, x.dtype), jnp.zeros((), x.dtype))
