@@ -1,0 +1,45 @@
+# Everything sets itself up: `make demo` and `make test` work on a fresh clone with python3 alone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := demo
+
+.PHONY: demo test test-quick test-newest lint types format clean
+
+demo: $(INSTALLED)
+	@DEMO=$(DEMO) BIN=$(BIN) sh scripts/demo.sh
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+test-quick: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-newest:
+	@sh scripts/test_newest.sh
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/pyright
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .venv-newest $(DEMO) .pytest_cache .ruff_cache .hypothesis
+
+# The stamp makes the second call quick; a change of the dependencies installs again.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "jax_lora needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; \
+	  exit 1; }
+	@echo "Setting up $(VENV) (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cli,test]'
+	@touch $@

@@ -1,0 +1,33 @@
+#!/bin/sh
+# The tests again on the newest JAX, which needs a newer Python than the oldest one supported.
+# Run by `make test-newest`. Without such an interpreter it says so and succeeds.
+set -eu
+VENV=.venv-newest
+
+works() { "$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }
+
+find_python() {
+  for version in 3.12 3.13 3.14; do
+    for python in "python$version" "$HOME/.pyenv/versions/$version".*/bin/python; do
+      if works "$python"; then
+        echo "$python"
+        return
+      fi
+    done
+  done
+}
+
+PYTHON=${NEWEST_PYTHON:-$(find_python)}
+if [ -z "$PYTHON" ]; then
+  echo "test-newest: skipped, no Python 3.12 or newer on this machine"
+  exit 0
+fi
+
+if [ ! -e "$VENV/.installed" ] || [ pyproject.toml -nt "$VENV/.installed" ]; then
+  echo "Setting up $VENV with $PYTHON (once)"
+  "$PYTHON" -m venv "$VENV"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade -e '.[cli,test]'
+  touch "$VENV/.installed"
+fi
+"$VENV/bin/python" -c 'import sys, jax; print(f"test-newest: Python {sys.version.split()[0]}, jax {jax.__version__}")'
+exec "$VENV/bin/python" -m pytest -q -m "not slow" "$@"
