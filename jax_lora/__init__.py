@@ -4,6 +4,7 @@ from jax_lora.adapter import Adapter, LoraPair, LoraWeight, WholeWeight, combine
 from jax_lora.config import LoraConfig
 from jax_lora.init import lora_init
 from jax_lora.kernel import Kernel
+from jax_lora.transform import lora_apply
 
 __all__ = (
     "Adapter",
@@ -13,6 +14,7 @@ __all__ = (
     "LoraWeight",
     "WholeWeight",
     "combine",
+    "lora_apply",
     "lora_init",
     "partition",
 )

@@ -216,11 +216,6 @@ def along_axis(
     )
 
 
-def elementwise(value: LowRank, operation: Callable[[Array], Array], factor: float) -> LowRank:
-    """Multiply by a constant: `operation` does it to W0, `factor` says by how much."""
-    return value.replace(w=operation(value.w), scale=value.scale * factor)
-
-
 def multiply(value: LowRank, w: Array, other: Array, axes: Sequence[int]) -> LowRank | None:
     """Multiply by an array that varies along some axes only.
 
@@ -306,6 +301,35 @@ def contract(
     (left, left_labels), (right, right_labels) = pair if x_first else pair[::-1]
     result, have = _pairwise(
         left, left_labels, right, right_labels, set(out_labels), precision, dtype
+    )
+    return _arrange(result, have, out_labels, out_shape)
+
+
+def product(
+    left: Array,
+    left_labels: Sequence[Label],
+    right: Array,
+    right_labels: Sequence[Label],
+    out_labels: Sequence[Label | None],
+    out_shape: Sequence[int],
+    dtype: Any,
+) -> Array:
+    """Multiply two labelled arrays, sum over what the result lacks, and lay the result out.
+
+    Args:
+      left: An array.
+      left_labels: A label per axis of it.
+      right: Another array.
+      right_labels: A label per axis of it.
+      out_labels: A label per axis of the result; None for an axis of size 1.
+      out_shape: Shape of the result.
+      dtype: Type of the result.
+
+    Returns:
+      An array of `out_shape`.
+    """
+    result, have = _pairwise(
+        left, left_labels, right, right_labels, set(out_labels), None, dtype
     )
     return _arrange(result, have, out_labels, out_shape)
 

@@ -1,0 +1,5 @@
+"""The transform: a function's jaxpr, evaluated again with low-rank values."""
+
+from jax_lora.transform.apply import lora_apply
+
+__all__ = ("lora_apply",)

@@ -1,0 +1,116 @@
+"""lora_apply: any function of parameters, run on parameters that carry an adapter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jax_lora.adapter import LoraWeight, WholeWeight, is_adapted, to_lowrank
+from jax_lora.transform import consumers, control_flow, structural  # noqa: F401 - they hold the rules
+from jax_lora.transform.interpreter import Interpreter, is_lowrank
+from jax_lora.transform.sites import Materializations
+
+
+def lora_apply(fn: Callable[..., Any], *, on_materialize: str = "warn") -> Callable[..., Any]:
+    """Turn `model.apply`, or any function, into its LoRA version.
+
+    The result takes the same arguments, with `LoraWeight` leaves anywhere among them, and computes
+    what `fn` would compute on the merged weights W0 + scale * a @ b, without forming them: where
+    such a leaf meets a contraction, x · W0 + scale * (x · a) · b. `fn` is traced as `jax.jit` traces
+    it; wrap the call in `jax.jit` for speed. W0 is behind `stop_gradient`.
+
+    Args:
+      fn: The function. Static arguments, `method=`, `mutable=` and `rngs=` work as before: whatever
+        is not a JAX array is passed on as it is.
+      on_materialize: What to do where an operation has no low-rank rule and the full weight has to
+        be formed: `"warn"` once per site, `"error"`, or `"allow"`.
+
+    Returns:
+      A function with `fn`'s signature.
+
+    Raises:
+      ConfigError: Another `on_materialize`.
+      MaterializeError: From the result, under `on_materialize="error"`.
+
+    Reference:
+      Hu et al., LoRA (arXiv:2106.09685), equation 3: h = W0 x + (alpha / r) B A x.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_lora as jl
+      >>> model = lambda params, x: jnp.tanh(x @ params["kernel"])
+      >>> params, x = {"kernel": jnp.ones((3, 4))}, jnp.ones((2, 3))
+      >>> adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=2))
+      >>> y = jl.lora_apply(model)(jl.combine(params, adapter), x)
+      >>> bool((y == model(params, x)).all())  # b is zero: the base model, bit by bit
+      True
+    """
+    materializations = Materializations(on_materialize)
+
+    @functools.wraps(fn)
+    def with_lora(*args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+        if not any(map(is_adapted, leaves)):
+            return fn(*args, **kwargs)
+        data = [index for index, leaf in enumerate(leaves) if _is_data(leaf)]
+        program = _Program(fn, leaves, treedef, data)
+        closed = jax.make_jaxpr(program)(*[_stand_in(leaves[index]) for index in data])
+        inputs = [_value(leaves[index]) for index in data]
+        interpreter = Interpreter(materializations)
+        outputs = interpreter.evaluate(closed.jaxpr, closed.consts, inputs)
+        return program.rebuild([_returned(output, materializations) for output in outputs])
+
+    return with_lora
+
+
+class _Program:
+    """`fn` as a function of its arrays alone, and back from its arrays to its result."""
+
+    def __init__(self, fn: Callable[..., Any], leaves: list[Any], treedef: Any, data: list[int]):
+        self._fn, self._leaves, self._treedef, self._data = fn, leaves, treedef, data
+        self._result: tuple[list[Any], Any] | None = None
+
+    def __call__(self, *arrays: jax.Array) -> list[jax.Array]:
+        leaves = list(self._leaves)
+        for index, array in zip(self._data, arrays, strict=True):
+            leaves[index] = array
+        args, kwargs = jax.tree.unflatten(self._treedef, leaves)
+        results, treedef = jax.tree.flatten(self._fn(*args, **kwargs))
+        returned = [leaf for leaf in results if isinstance(leaf, jax.Array)]
+        # What is no array (a string, a Python number) is handed through as it is.
+        self._result = [None if isinstance(leaf, jax.Array) else (leaf,) for leaf in results], treedef
+        return returned
+
+    def rebuild(self, arrays: list[Any]) -> Any:
+        """Put the arrays that were computed back into the structure that `fn` returned."""
+        if self._result is None:
+            raise RuntimeError("rebuild is for after the program has been traced")
+        kept, treedef = self._result
+        remaining = iter(arrays)
+        return jax.tree.unflatten(
+            treedef, [next(remaining) if leaf is None else leaf[0] for leaf in kept]
+        )
+
+
+def _is_data(leaf: Any) -> bool:
+    return is_adapted(leaf) or isinstance(leaf, jax.Array)
+
+
+def _stand_in(leaf: Any) -> Any:
+    return leaf.base if is_adapted(leaf) else leaf
+
+
+def _value(leaf: Any) -> Any:
+    if isinstance(leaf, LoraWeight):
+        return to_lowrank(leaf)
+    if isinstance(leaf, WholeWeight):
+        return leaf.value.astype(leaf.base.dtype)
+    return leaf
+
+
+def _returned(output: Any, materializations: Materializations) -> Any:
+    if not is_lowrank(output):
+        return output
+    return Interpreter(materializations).dense([output], None, "return")[0]

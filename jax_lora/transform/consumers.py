@@ -1,0 +1,253 @@
+"""Rules for operations in which a weight meets data: x · W0 + scale * (x · a) · b."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_lora import lowrank
+from jax_lora.labels import RANK, Label
+from jax_lora.lowrank import LowRank
+from jax_lora.transform.interpreter import Interpreter, Value, bind, is_lowrank, rule
+
+Outputs = list[Value] | None
+
+
+def _floating(*arrays: Any) -> bool:
+    return all(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays)
+
+
+# -----------------------------------------------------------------------------------------------
+# dot_general: every matrix product, einsum and DenseGeneral
+# -----------------------------------------------------------------------------------------------
+
+
+@rule("dot_general")
+def _dot_general(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    lhs, rhs = inputs
+    if is_lowrank(lhs) and is_lowrank(rhs):
+        return None
+    weight_first = is_lowrank(lhs)
+    value, x = (lhs, rhs) if weight_first else (rhs, lhs)
+    if not _floating(x, value):
+        return None
+    (contract_l, contract_r), (batch_l, batch_r) = eqn.params["dimension_numbers"]
+    met = zip((*contract_l, *batch_l), (*contract_r, *batch_r), strict=True)
+    pairs = [(left, right) if weight_first else (right, left) for left, right in met]
+    w_labels, x_labels = _meeting_labels(value, x.ndim, pairs)
+    batch = [w_labels[axis] for axis in (batch_l if weight_first else batch_r)]
+    gone = {w_labels[axis] for axis, _ in pairs}
+    free_w = [label for label in w_labels if label not in gone]
+    free_x = [label for label in x_labels if label not in gone]
+    out_labels = [*batch, *(free_w if weight_first else free_x)]
+    out_labels += free_x if weight_first else free_w
+    value = interpreter.fresh(value)
+    out = eqn.outvars[0].aval
+    added = lowrank.contract(
+        value,
+        lowrank.dropped(value, x),
+        x_labels,
+        out_labels,
+        out.shape,
+        dtype=out.dtype,
+        precision=eqn.params.get("precision"),
+        x_first=not weight_first,
+    )
+    if added is None:
+        return None
+    (base,) = bind(eqn, *((value.w, x) if weight_first else (x, value.w)))
+    return [base + added]
+
+
+def _meeting_labels(
+    value: LowRank, x_ndim: int, pairs: list[tuple[int, int]]
+) -> tuple[list[Label], list[Label]]:
+    """Label x's axes: the weight's label where they meet, one of its own elsewhere."""
+    w_labels = [
+        ("unit", axis) if label is None else label for axis, label in enumerate(value.w_labels)
+    ]
+    meets = {x_axis: w_labels[w_axis] for w_axis, x_axis in pairs}
+    return w_labels, [meets.get(axis, ("x", axis)) for axis in range(x_ndim)]
+
+
+# -----------------------------------------------------------------------------------------------
+# gather: embedding lookup, and indexing a stack by an array
+# -----------------------------------------------------------------------------------------------
+
+
+@rule("gather")
+def _gather(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    value, indices = inputs
+    if not is_lowrank(value) or is_lowrank(indices):
+        return None
+    axis = _looked_up_axis(eqn, value)
+    if axis is None or (label := value.w_labels[axis]) is None:
+        return None
+    value = interpreter.fresh(value)
+    (rows,) = bind(eqn, value.w, indices)
+    looked_up = [("index", label, position) for position in range(indices.ndim - 1)]
+    offset = eqn.params["dimension_numbers"].offset_dims
+    rest = iter(other for other in value.w_labels if other != label)
+    ids = iter(looked_up)
+    out_labels = [next(rest) if dim in offset else next(ids) for dim in range(rows.ndim)]
+
+    def look_up(factor: jax.Array, labels: tuple[Label, ...]) -> tuple[jax.Array, tuple]:
+        if label not in labels:
+            return factor, labels
+        taken = _take(eqn, factor, labels.index(label), indices)
+        return taken, (*looked_up, *(other for other in labels if other != label))
+
+    a, a_labels = look_up(value.a, value.a_labels)
+    b, b_labels = look_up(value.b, value.b_labels)
+    found = value.replace(
+        w=rows, a=a, b=b, w_labels=tuple(out_labels), a_labels=a_labels, b_labels=b_labels
+    )
+    if value.side(label) == (True, True):
+        return [found]  # some layers or experts of a stack: still kernels
+    return [rows + _rows_delta(found, rows.dtype)]
+
+
+def _looked_up_axis(eqn: Any, value: LowRank) -> int | None:
+    """Return the one axis that whole rows are taken along, or None for any other gather."""
+    numbers = eqn.params["dimension_numbers"]
+    if len(numbers.start_index_map) != 1 or getattr(numbers, "operand_batching_dims", ()):
+        return None
+    axis = numbers.start_index_map[0]
+    whole = tuple(1 if dim == axis else size for dim, size in enumerate(value.shape))
+    if numbers.collapsed_slice_dims != (axis,) or tuple(eqn.params["slice_sizes"]) != whole:
+        return None
+    return axis
+
+
+def _take(eqn: Any, factor: jax.Array, axis: int, indices: jax.Array) -> jax.Array:
+    """Take rows of a factor as the equation takes them of W0: (*ids, *rest)."""
+    rows = jnp.moveaxis(factor, axis, 0)
+    ids = indices.ndim - 1
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(ids, ids + rows.ndim - 1)),
+        collapsed_slice_dims=(0,),
+        start_index_map=(0,),
+    )
+    mode = eqn.params["mode"]
+    return lax.gather(rows, indices, numbers, (1, *rows.shape[1:]), mode=mode, fill_value=0)
+
+
+def _rows_delta(found: LowRank, dtype: Any) -> jax.Array:
+    """Contract the rows' factors over the rank: (*ids, r) · (r, out) -> (*ids, out)."""
+    ids_in_a = len(found.a_labels) > 1 and isinstance(found.a_labels[0], tuple)
+    rows, labels = (found.a, found.a_labels) if ids_in_a else (found.b, found.b_labels)
+    other, other_labels = (found.b, found.b_labels) if ids_in_a else (found.a, found.a_labels)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    thin = (rows.astype(wide) * jnp.asarray(found.scale, wide)).astype(dtype)
+    return lowrank.product(
+        thin, labels, other.astype(dtype), other_labels, found.w_labels, found.shape, dtype
+    )
+
+
+# -----------------------------------------------------------------------------------------------
+# ragged_dot: tokens sorted by expert
+# -----------------------------------------------------------------------------------------------
+
+
+@rule("ragged_dot", "ragged_dot_general")
+def _ragged_dot(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    x, value, sizes, *rest = inputs
+    if rest or is_lowrank(x) or not is_lowrank(value) or not _is_plain_ragged(eqn, x, value):
+        return None
+    expert, inside, outside = value.w_labels
+    if value.a_labels != (expert, inside, RANK) or value.b_labels != (expert, RANK, outside):
+        return None
+    (base,) = bind(eqn, x, value.w, sizes)
+    value = interpreter.fresh(value)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    dropped = lowrank.dropped(value, x)
+    precision = eqn.params.get("precision")
+    thin = lax.ragged_dot(  # (tokens, in) · (experts, in, r) -> (tokens, r)
+        dropped,
+        value.a.astype(x.dtype),
+        sizes,
+        precision=precision,
+        preferred_element_type=wide,
+    )
+    thin = (thin * jnp.asarray(value.scale, wide)).astype(x.dtype)
+    added = lax.ragged_dot(  # (tokens, r) · (experts, r, out) -> (tokens, out)
+        thin,
+        value.b.astype(x.dtype),
+        sizes,
+        precision=precision,
+        preferred_element_type=base.dtype,
+    )
+    return [base + added]
+
+
+def _is_plain_ragged(eqn: Any, x: jax.Array, value: LowRank) -> bool:
+    if x.ndim != 2 or len(value.shape) != 3 or not _floating(x, value):
+        return False
+    numbers = eqn.params.get("ragged_dot_dimension_numbers")
+    if eqn.params.get("group_offset") is not None or numbers is None:
+        return False
+    (contract, batch) = numbers.dot_dimension_numbers
+    return (
+        tuple(map(tuple, contract)) == ((1,), (1,))
+        and tuple(map(tuple, batch)) == ((), ())
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+    )
+
+
+# -----------------------------------------------------------------------------------------------
+# conv_general_dilated
+# -----------------------------------------------------------------------------------------------
+
+
+@rule("conv_general_dilated")
+def _convolution(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    x, value = inputs
+    if is_lowrank(x) or eqn.params["batch_group_count"] != 1 or not _floating(x, value):
+        return None
+    numbers = eqn.params["dimension_numbers"]
+    out_axis, *in_axes = numbers.rhs_spec  # (out, in, *spatial) as axes of the kernel
+    out_label, in_labels = value.w_labels[out_axis], [value.w_labels[axis] for axis in in_axes]
+    if set(value.b_labels) != {RANK, out_label} or set(value.a_labels) != {RANK, *in_labels}:
+        return None
+    value = interpreter.fresh(value)
+    (base,) = bind(eqn, x, value.w)
+    thin = _thin_convolution(eqn, lowrank.dropped(value, x), value, numbers)
+    return [base + _mix_channels(thin, value, eqn, base)]
+
+
+def _thin_convolution(eqn: Any, x: jax.Array, value: LowRank, numbers: Any) -> jax.Array:
+    """Convolve to rank channels per group, with the kernel's own window."""
+    order = [RANK if axis == numbers.rhs_spec[0] else label for axis, label in
+             enumerate(value.w_labels)]
+    a = lax.transpose(value.a, [value.a_labels.index(label) for label in order])
+    groups = eqn.params["feature_group_count"]
+    a = jnp.concatenate([a.astype(x.dtype)] * groups, axis=numbers.rhs_spec[0])
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    same = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
+    thin = lax.conv_general_dilated(
+        x,
+        a,
+        dimension_numbers=numbers,
+        feature_group_count=groups,
+        preferred_element_type=wide,
+        **{name: eqn.params[name] for name in same},
+    )
+    return (thin * jnp.asarray(value.scale, wide)).astype(x.dtype)
+
+
+def _mix_channels(thin: jax.Array, value: LowRank, eqn: Any, base: jax.Array) -> jax.Array:
+    """Turn each group's rank channels into its output channels: a 1x1 convolution with b."""
+    groups = eqn.params["feature_group_count"]
+    channel = eqn.params["dimension_numbers"].out_spec[1]
+    b = value.b if value.b_labels[0] == RANK else value.b.T  # (r, out)
+    rank, outs = b.shape
+    thin = jnp.moveaxis(thin, channel, -1)  # (..., groups * r)
+    thin = thin.reshape(*thin.shape[:-1], groups, rank)
+    b = b.astype(thin.dtype).reshape(rank, groups, outs // groups)
+    mixed = jnp.einsum("...gr,rgo->...go", thin, b, preferred_element_type=base.dtype)
+    return jnp.moveaxis(mixed.reshape(*mixed.shape[:-2], math.prod(mixed.shape[-2:])), -1, channel)

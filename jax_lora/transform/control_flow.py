@@ -1,0 +1,309 @@
+"""Rules for operations that hold a program: they are entered, and written again around it.
+
+jit, remat, scan, while, cond and shard_map come out as themselves, with the factors beside W0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_lora.lowrank import LowRank
+from jax_lora.transform.interpreter import Interpreter, Value, is_lowrank, opened, rule
+from jax_lora.transform.sites import Materializations
+
+Outputs = list[Value] | None
+
+
+# -----------------------------------------------------------------------------------------------
+# jit, remat and plain calls
+# -----------------------------------------------------------------------------------------------
+
+
+@rule("jit", "pjit")
+def _jit(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    jaxpr, consts = opened(eqn.params["jaxpr"])
+    inputs = [interpreter.fresh(value) for value in inputs]
+    inputs = _constrained(inputs, eqn.params.get("in_shardings", ()))
+    function = _jitted(jaxpr, eqn.params.get("name", "jit"), interpreter.materializations)
+    outputs = function(tuple(consts), tuple(inputs))
+    return _constrained(outputs, eqn.params.get("out_shardings", ()))
+
+
+@functools.lru_cache(maxsize=512)
+def _jitted(jaxpr: Any, name: str, materializations: Materializations) -> Callable[..., Any]:
+    """Return the jitted evaluation of a program: the same one again, so that it compiles once."""
+
+    def evaluate(consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
+        return Interpreter(materializations).evaluate(jaxpr, consts, inputs)
+
+    evaluate.__name__ = name
+    return jax.jit(evaluate)
+
+
+def _constrained(values: Sequence[Value], shardings: Sequence[Any]) -> list[Value]:
+    """Put an inner jit's own shardings on its arrays."""
+    wanted = [*shardings, *[None] * (len(values) - len(shardings))]
+    return [
+        lax.with_sharding_constraint(value, sharding)
+        if isinstance(sharding, NamedSharding) and not is_lowrank(value)
+        else value
+        for value, sharding in zip(values, wanted, strict=True)
+    ]
+
+
+@rule("checkpoint", "remat", "remat2")
+def _remat(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    jaxpr, consts = opened(eqn.params["jaxpr"])
+    inputs = [interpreter.fresh(value) for value in inputs]
+
+    def evaluate(*values: Value) -> list[Value]:
+        return interpreter.inner().evaluate(jaxpr, consts, values)
+
+    options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
+    return jax.checkpoint(evaluate, **options)(*inputs)
+
+
+@rule("closed_call", "core_call")
+def _call(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    jaxpr, consts = opened(eqn.params.get("call_jaxpr", eqn.params.get("jaxpr")))
+    inputs = [interpreter.fresh(value) for value in inputs]
+    return interpreter.inner().evaluate(jaxpr, consts, inputs)
+
+
+# -----------------------------------------------------------------------------------------------
+# scan
+# -----------------------------------------------------------------------------------------------
+
+
+@rule("scan")
+def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    layout = _scan_layout(eqn)
+    if layout is None:
+        return None
+    body, body_consts = opened(eqn.params["jaxpr"])
+    n_consts, n_carry = layout
+    inputs = [interpreter.fresh(value) for value in inputs]
+    consts, carry, xs = (
+        inputs[:n_consts],
+        inputs[n_consts : n_consts + n_carry],
+        inputs[n_consts + n_carry :],
+    )
+    still = _invariant(body, carry, n_consts)
+    moving = interpreter.dense(
+        [value for value, fixed in zip(carry, still, strict=True) if not fixed], eqn, "scan carry"
+    )
+    slices = [_StackSlices.of(value) for value in xs]
+
+    def step(moving: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+        index, arrays = x
+        layer = [each.at(array) for each, array in zip(slices, arrays, strict=True)]
+        values = [*consts, *_interleave(carry, moving, still), *layer]
+        values = [_keyed(value, index) for value in values]
+        outputs = interpreter.inner().evaluate(body, body_consts, values)
+        new_carry = [out for out, fixed in zip(outputs[:n_carry], still, strict=True) if not fixed]
+        dense = functools.partial(interpreter.dense, eqn=eqn, operation="scan output")
+        return dense(new_carry), dense(outputs[n_carry:])
+
+    length = eqn.params["length"]
+    steps = jnp.arange(length) if any(map(_has_key, inputs)) else None
+    moved, ys = lax.scan(
+        step,
+        moving,
+        (steps, [each.arrays for each in slices]),
+        length=length,
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return [*_interleave(carry, moved, still), *ys]
+
+
+def _scan_layout(eqn: Any) -> tuple[int, int] | None:
+    """Tell how many inputs of a scan are constants and how many are carried.
+
+    It follows from the ranks, which no version of JAX has changed: what is scanned over loses an
+    axis on its way into the body, and what is carried keeps its rank on its way out.
+    """
+    body, _ = opened(eqn.params["jaxpr"])
+    if not {"length", "reverse", "unroll"} <= set(eqn.params):
+        return None
+    whole_in = [
+        outer.aval.ndim == inner.aval.ndim
+        for outer, inner in zip(eqn.invars, body.invars, strict=True)
+    ]
+    whole_out = [
+        outer.aval.ndim == inner.aval.ndim
+        for outer, inner in zip(eqn.outvars, body.outvars, strict=True)
+    ]
+    n_whole, n_carry = sum(whole_in), sum(whole_out)
+    in_order = all(whole_in[:n_whole]) and all(whole_out[:n_carry]) and n_whole >= n_carry
+    return (n_whole - n_carry, n_carry) if in_order else None
+
+
+def _invariant(body: Any, carry: Sequence[Value], n_consts: int) -> list[bool]:
+    """Tell which low-rank carries the body hands on untouched: constants under another name."""
+    return [
+        is_lowrank(value) and body.outvars[i] is body.invars[n_consts + i]
+        for i, value in enumerate(carry)
+    ]
+
+
+def _interleave(carry: Sequence[Value], moving: Sequence[Any], still: Sequence[bool]) -> list:
+    moved = iter(moving)
+    return [
+        value if fixed else next(moved) for value, fixed in zip(carry, still, strict=True)
+    ]
+
+
+def _has_key(value: Value) -> bool:
+    return is_lowrank(value) and value.key is not None
+
+
+def _keyed(value: Value, index: Any) -> Value:
+    """Give a value with dropout the key of this step."""
+    if not _has_key(value):
+        return value
+    return value.replace(key=jax.random.fold_in(value.key, index))
+
+
+class _StackSlices:
+    """One input that a scan slices: its arrays, and how to build the value of one step."""
+
+    def __init__(self, value: Value, arrays: Any):
+        self._value = value
+        self.arrays = arrays
+
+    @classmethod
+    def of(cls, value: Value) -> _StackSlices:
+        """Take the leading axis of W0 to the front of the factors that have it."""
+        if not is_lowrank(value):
+            return cls(value, value)
+        label = value.w_labels[0]
+
+        def leading(factor: jax.Array, labels: tuple[Any, ...]) -> jax.Array | None:
+            return jnp.moveaxis(factor, labels.index(label), 0) if label in labels else None
+
+        return cls(
+            value, (value.w, leading(value.a, value.a_labels), leading(value.b, value.b_labels))
+        )
+
+    def at(self, arrays: Any) -> Value:
+        """Build the value of one step from its slices."""
+        value = self._value
+        if not is_lowrank(value):
+            return arrays
+        w, a, b = arrays
+        label = value.w_labels[0]
+        without = lambda labels: tuple(each for each in labels if each != label)  # noqa: E731
+        return value.replace(
+            w=w,
+            a=value.a if a is None else a,
+            b=value.b if b is None else b,
+            w_labels=value.w_labels[1:],
+            a_labels=value.a_labels if a is None else without(value.a_labels),
+            b_labels=value.b_labels if b is None else without(value.b_labels),
+        )
+
+
+# -----------------------------------------------------------------------------------------------
+# while and cond
+# -----------------------------------------------------------------------------------------------
+
+
+@rule("while")
+def _while(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    params = eqn.params
+    if not {"cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"} <= set(params):
+        return None
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    test, test_consts = opened(params["cond_jaxpr"])
+    body, body_consts = opened(params["body_jaxpr"])
+    inputs = [interpreter.fresh(value) for value in inputs]
+    for_test, for_body = inputs[:n_cond], inputs[n_cond : n_cond + n_body]
+    carry = inputs[n_cond + n_body :]
+    still = _invariant(body, carry, n_body)
+    moving = interpreter.dense(
+        [value for value, fixed in zip(carry, still, strict=True) if not fixed], eqn, "while carry"
+    )
+
+    def keep_going(state: tuple[Any, list[Any]]) -> Any:
+        values = [*for_test, *_interleave(carry, state[1], still)]
+        return interpreter.inner().evaluate(test, test_consts, values)[0]
+
+    def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        index, moving = state
+        values = [*for_body, *_interleave(carry, moving, still)]
+        values = [_keyed(value, index) for value in values]
+        outputs = interpreter.inner().evaluate(body, body_consts, values)
+        outputs = [out for out, fixed in zip(outputs, still, strict=True) if not fixed]
+        return (
+            None if index is None else index + 1,
+            interpreter.dense(outputs, eqn, "while carry"),
+        )
+
+    start = jnp.zeros((), jnp.int32) if any(map(_has_key, inputs)) else None
+    _, moved = lax.while_loop(keep_going, step, (start, moving))
+    return _interleave(carry, moved, still)
+
+
+@rule("cond")
+def _cond(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    index, *operands = inputs
+    operands = [interpreter.fresh(value) for value in operands]
+
+    def branch(closed: Any) -> Callable[..., list[Any]]:
+        jaxpr, consts = opened(closed)
+
+        def evaluate(*values: Value) -> list[Any]:
+            outputs = interpreter.inner().evaluate(jaxpr, consts, values)
+            return interpreter.dense(outputs, eqn, "cond output")
+
+        return evaluate
+
+    return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], *operands)
+
+
+# -----------------------------------------------------------------------------------------------
+# shard_map
+# -----------------------------------------------------------------------------------------------
+
+
+@rule("shard_map")
+def _shard_map(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    params = eqn.params
+    if not {"mesh", "in_specs", "out_specs", "jaxpr", "check_vma"} <= set(params):
+        return None
+    body, consts = opened(params["jaxpr"])
+    inputs = [interpreter.fresh(value) for value in inputs]
+
+    def evaluate(*values: Value) -> tuple[Any, ...]:
+        outputs = interpreter.inner().evaluate(body, consts, values)
+        return tuple(interpreter.dense(outputs, eqn, "shard_map output"))
+
+    in_specs = tuple(
+        _spec_of(value, spec) if is_lowrank(value) else spec
+        for value, spec in zip(inputs, params["in_specs"], strict=True)
+    )
+    mapped = jax.shard_map(
+        evaluate,
+        mesh=params["mesh"],
+        in_specs=in_specs,
+        out_specs=tuple(params["out_specs"]),
+        axis_names=params.get("newly_manual_axes", params.get("manual_axes", frozenset())),
+        check_vma=params["check_vma"],
+    )
+    return list(mapped(*inputs))
+
+
+def _spec_of(value: LowRank, spec: PartitionSpec) -> LowRank:
+    """Shard every factor's axis as W0's axis of the same label is sharded."""
+    by_label = dict(zip(value.w_labels, [*spec, *[None] * len(value.shape)], strict=False))
+    along = lambda labels: PartitionSpec(*(by_label.get(label) for label in labels))  # noqa: E731
+    key = None if value.key is None else PartitionSpec()
+    return value.replace(w=spec, a=along(value.a_labels), b=along(value.b_labels), key=key)

@@ -1,0 +1,94 @@
+"""Sites: where in the user's code an operation came from, and what to say when it materialises."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from typing import Any
+
+from jax_lora.errors import ConfigError, MaterializeError, MaterializeWarning, explain
+
+POLICIES = ("warn", "error", "allow")
+
+
+def _package_folder(name: str) -> str | None:
+    spec = importlib.util.find_spec(name)
+    return os.path.dirname(spec.origin) + os.sep if spec is not None and spec.origin else None
+
+
+# Frames of these packages are machinery: the reader wants the line of the model.
+_MACHINERY = tuple(
+    folder
+    for folder in map(_package_folder, ("jax", "jaxlib", "flax", "jax_lora", "contextlib"))
+    if folder is not None and not folder.endswith(f"python{os.sep}")
+)
+
+
+def location(eqn: Any) -> str:
+    """Return the `file:line` in the user's code that an equation came from.
+
+    Args:
+      eqn: An equation of a jaxpr.
+
+    Returns:
+      The innermost frame outside of JAX, Flax and this package, or "an unknown place".
+    """
+    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+    for frame in getattr(traceback, "frames", ()):
+        if not frame.file_name.startswith((*_MACHINERY, "<")):
+            return f"{frame.file_name}:{frame.line_num}"
+    return "an unknown place"
+
+
+def check_policy(policy: str) -> str:
+    """Refuse an `on_materialize` that is none of the three.
+
+    Raises:
+      ConfigError: An unknown policy.
+    """
+    if policy not in POLICIES:
+        raise ConfigError(
+            explain(
+                "lora_apply: on_materialize",
+                got=repr(policy),
+                expected=f"one of {', '.join(POLICIES)}",
+                fix='Leave it out for "warn".',
+            )
+        )
+    return policy
+
+
+class Materializations:
+    """Says once per site that a weight was formed, in the way that the policy asks for."""
+
+    def __init__(self, policy: str):
+        """Keep the policy; nothing has been said yet."""
+        self.policy = check_policy(policy)
+        self._said: set[tuple[str, str, str]] = set()
+
+    def report(self, path: str, operation: str, where: str) -> None:
+        """Warn, raise or keep quiet about one weight that is about to be formed.
+
+        Args:
+          path: Path of the leaf.
+          operation: Name of the operation that has no low-rank rule.
+          where: `file:line` of the operation.
+
+        Raises:
+          MaterializeError: The policy is "error".
+        """
+        site = (path, operation, where)
+        if self.policy == "allow" or site in self._said:
+            return
+        self._said.add(site)
+        message = explain(
+            f"lora_apply: {path} at {where}",
+            got=f"the operation {operation}, which has no low-rank rule for it",
+            expected="a contraction, a lookup, a convolution, or a reshape, slice or cast",
+            fix='The full weight is formed there: right, but slower. Pass on_materialize="allow" '
+            "to accept it, or exclude the kernel.",
+        )
+        if self.policy == "error":
+            raise MaterializeError(message)
+        warnings.warn(message, MaterializeWarning, stacklevel=2)
