@@ -1,0 +1,1 @@
+"""Fine-tuning: data, loss, the loop, generation, and the judge of answers."""
