@@ -1,0 +1,385 @@
+"""Pre-train the bundled tiny Llama on the Python standard library's own text.
+
+    python examples/pretrain_tiny.py --out OUT
+
+Everything is made from text that every Python has: the source files of the standard library (its
+tests included; generated tables and bundled third-party packages left out) and the language
+reference in `pydoc_data`. First a byte-level BPE tokenizer of 4096 tokens is trained, then a Llama
+of about 4.3 million parameters: 2-D kernels by Muon, the rest by Adam, linear decay to zero, rows
+of 256 tokens and, for the last tenth of the steps, of 512. Every file whose path's CRC-32 is 0
+modulo 50 is held out for validation.
+
+A share of the rows (DRILLS) teaches the model to look back and copy, which a model this small
+learns late from text alone. They are made of the same text: a passage repeated; a list of names
+followed by parts of it in other orders; names paired, then asked for in another order. In these
+only what can be known from the row itself counts towards the loss.
+
+The run is a function of the Python version, the versions of the packages, the number of steps and
+the machine's arithmetic; nothing is drawn from the clock. It writes a complete Hugging Face folder
+and, beside it, `state.npz`, from which `--resume` goes on.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import sysconfig
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+
+# Two shards of the batch, one a core: XLA's CPU loops leave the second core idle otherwise.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+import jax  # noqa: E402  the line above must come first
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+
+from jax_lora.models.llama import Llama, LlamaConfig  # noqa: E402
+from jax_lora.models.save_checkpoint import save  # noqa: E402
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+VOCABULARY = 4096
+SEED = 0
+DRILLS = 0.3  # share of the rows that teach copying
+LONG_SHARE = 0.1  # share of the steps on rows of twice the length
+TOKENS_A_STEP = 24 * 256
+CONFIG = LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=256,
+    intermediate_size=448,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    eos_token_id=0,
+    pad_token_id=1,
+)
+# Words, one digit at a time, runs of punctuation, white space. A leading space joins its word.
+PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SKIPPED = re.compile(
+    r"(site-packages|idlelib|ensurepip|__pycache__|lib2to3/tests/data|pydoc_data|config-)"
+    r"|encodings/(cp|iso|mac|koi|tis|hp|ptcp|kz|palmos|big5|euc|gb|jis|shift)"
+    r"|(test/bad|testclinic|_pydecimal|turtledemo|sre_constants|html/entities|keycert)"
+)
+
+
+# --- the text ------------------------------------------------------------------------------------
+
+
+def documents() -> dict[str, str]:
+    """Path within the standard library -> text, in the order of the paths."""
+    from pydoc_data.topics import topics
+
+    root = Path(sysconfig.get_path("stdlib"))
+    found = {f"topics/{name}": text for name, text in topics.items()}
+    for file in root.rglob("*.py"):
+        name = file.relative_to(root).as_posix()
+        if not SKIPPED.search(name):
+            text = file.read_bytes().decode("utf-8", errors="ignore").replace("\r\n", "\n")
+            if len(text) > 200 and not _is_table(text):
+                found[name] = text
+    return dict(sorted(found.items()))
+
+
+def _is_table(text: str) -> bool:
+    """Numbers and escapes make up more than a sixth of it: data, not language."""
+    return sum(c.isdigit() or c == "\\" for c in text) > len(text) / 6
+
+
+def held_out(name: str) -> bool:
+    """Whether a document is kept for validation."""
+    return zlib.crc32(name.encode()) % 50 == 0
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE: no text is unknown to it, digits stand alone."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the two files that `tokenizers` and `transformers` read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": PAD,
+        "model_max_length": CONFIG.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def text_rows(tokenizer: Tokenizer, texts: list[str], length: int) -> np.ndarray:
+    """Documents end to end, cut into (rows, length); rows share one token with the next."""
+    encoded = tokenizer.encode_batch_fast(texts)
+    joined = np.concatenate([np.array([0, *e.ids], np.uint16) for e in encoded])
+    count = (len(joined) - 1) // (length - 1)
+    return np.stack([joined[i * (length - 1) :][:length] for i in range(count)])
+
+
+def drill_row(
+    tokenizer: Tokenizer, texts: list[str], length: int, key: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One copying row (length,) and which of its tokens can be known from what stands before."""
+    draw = random.Random(key)
+    ids, known = [0], [0]
+    while len(ids) < length:
+        text = draw.choice(texts)
+        start = draw.randrange(max(1, len(text) - 2000))
+        make = draw.choice((_repeated, _reordered, _paired))
+        for piece, weight in make(draw, text[start : start + 2000], length):
+            new = tokenizer.encode(piece).ids
+            ids += new
+            known += [weight] * len(new)
+    return np.array(ids[:length], np.uint16), np.array(known[:length], np.uint8)
+
+
+def _repeated(draw: random.Random, text: str, length: int) -> list[tuple[str, int]]:
+    passage = text[: draw.randrange(20, length)]
+    return [(passage + "\n", 1), *[(passage + "\n", 1)] * draw.randrange(1, 4)]
+
+
+def _names(draw: random.Random, text: str, most: int) -> list[str]:
+    names = sorted(set(re.findall(r"[A-Za-z_]{3,16}", text)))
+    return draw.sample(names, min(len(names), draw.randrange(3, most)))
+
+
+def _reordered(draw: random.Random, text: str, length: int) -> list[tuple[str, int]]:
+    names = _names(draw, text, 12)
+    join = draw.choice((", ", " ", "\n"))
+    pieces = [(join.join(names) + "\n", 0)]
+    for _ in range(draw.randrange(1, 4)):
+        some = draw.sample(names, draw.randrange(min(2, len(names)), len(names) + 1))
+        pieces.append((join.join(some) + "\n", 1))
+    return pieces
+
+
+def _paired(draw: random.Random, text: str, length: int) -> list[tuple[str, int]]:
+    names = _names(draw, text, 17)
+    pairs = list(zip(names[::2], names[1::2], strict=False))
+    sign, end = draw.choice((" = ", ": ", " -> ")), draw.choice((", ", "\n"))
+    pieces = []
+    for round_ in range(draw.randrange(2, 4)):
+        for key, value in pairs:
+            pieces += [(key + sign, 0), (value + end, int(round_ > 0))]
+        draw.shuffle(pairs)
+    return pieces
+
+
+class Rows:
+    """The rows of every step, (batch, length) tokens and loss weights, by step number."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: list[str], length: int):
+        self.tokenizer, self.texts, self.length = tokenizer, texts, length
+        self.text = text_rows(tokenizer, texts, length)
+        self.order = np.random.default_rng(SEED).permutation(len(self.text))
+
+    def batch(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of one step: the drills first, then text, each text row once an epoch."""
+        drills = round(size * DRILLS)
+        rows = [self._drill(step * size + i) for i in range(drills)]
+        first = step * (size - drills)
+        for i in range(first, first + size - drills):
+            row = self.text[self.order[i % len(self.order)]]
+            rows.append((row, np.ones_like(row, np.uint8)))
+        ids, known = (np.stack(part) for part in zip(*rows, strict=True))
+        return ids.astype(np.int32), known.astype(np.float32)
+
+    def _drill(self, key: int) -> tuple[np.ndarray, np.ndarray]:
+        return drill_row(self.tokenizer, self.texts, self.length, key)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def loss(params, ids, known):
+    """Sums over (batch, length) rows: weighted cross-entropy, weights, right answers."""
+    model = Llama(CONFIG)
+    hidden = model.apply({"params": params}, ids[:, :-1], return_hidden=True)
+    hidden = hidden.reshape(-1, CONFIG.hidden_size)  # one flat product is what CPUs do fastest
+    logits = model.apply({"params": params}, hidden, method="unembed")  # (tokens, vocabulary)
+    labels, weights = ids[:, 1:].reshape(-1), known[:, 1:].reshape(-1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    right = (logits.argmax(-1) == labels).astype(jnp.float32)
+    return jnp.vdot(losses, weights), (weights.sum(), jnp.vdot(right, weights))
+
+
+def make_optimizer(params, steps: int) -> optax.GradientTransformation:
+    """Muon on the layers' kernels, Adam on the embedding and the norms."""
+
+    def decay(peak: float):
+        return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 30), steps, 0.0)
+
+    axes = jax.tree.map(
+        lambda p: optax.contrib.MuonDimensionNumbers((1,), (2,)) if p.ndim == 3 else None, params
+    )
+    muon = optax.contrib.muon(
+        decay(0.02),
+        adam_learning_rate=decay(4e-3),
+        adam_b2=0.95,
+        weight_decay=0.01,
+        muon_weight_dimension_numbers=axes,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
+def make_step(optimizer, mesh):
+    """One jitted update: the batch split over the devices, Muon's work split over the layers."""
+    split, whole = PartitionSpec("data"), PartitionSpec()
+
+    def gradient(params, ids, known):
+        (total, (weight, _)), grads = jax.value_and_grad(loss, has_aux=True)(params, ids, known)
+        weight = jax.lax.psum(weight, "data")
+        grads = jax.tree.map(lambda g: jax.lax.psum(g, "data") / weight, grads)
+        return jax.lax.psum(total, "data") / weight, grads
+
+    sharded = jax.shard_map(
+        gradient,
+        mesh=mesh,
+        in_specs=(whole, split, split),
+        out_specs=(whole, whole),
+        check_vma=False,
+    )
+
+    def spread(tree):
+        def put(x):
+            return jax.lax.with_sharding_constraint(
+                x, NamedSharding(mesh, split if x.ndim == 3 else whole)
+            )
+
+        return jax.tree.map(put, tree)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, ids, known):
+        value, grads = sharded(params, ids, known)
+        updates, state = optimizer.update(spread(grads), spread(state), params)
+        params = optax.apply_updates(params, updates)
+        keep = NamedSharding(mesh, whole)
+        params = jax.tree.map(lambda p: jax.lax.with_sharding_constraint(p, keep), params)
+        return params, spread(state), value
+
+    return step
+
+
+def evaluate(params, ids, known) -> tuple[float, float]:
+    """Mean loss and share of right answers over the known tokens."""
+    total = weight = right = 0.0
+    for start in range(0, len(ids), 16):
+        t, (w, r) = _measure(params, ids[start : start + 16], known[start : start + 16])
+        total, weight, right = total + float(t), weight + float(w), right + float(r)
+    return total / weight, right / weight
+
+
+_measure = jax.jit(loss)
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def save_state(folder: Path, step: int, tree) -> None:
+    """Everything `--resume` needs, replaced in one move so that a kill leaves the last one."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    part = folder / "state.part.npz"
+    np.savez(part, step, *leaves)
+    part.replace(folder / "state.npz")
+
+
+def load_state(folder: Path, tree):
+    """The step to go on from, and the tree."""
+    with np.load(folder / "state.npz", allow_pickle=False) as stored:
+        step, *leaves = (stored[f"arr_{i}"] for i in range(len(stored.files)))
+    return int(step), jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def publish(folder: Path, params) -> None:
+    """The model as others will load it: bfloat16, Hugging Face names."""
+    small = jax.tree.map(lambda p: p.astype(jnp.bfloat16), jax.device_get(params))
+    save(folder, Llama(CONFIG), small)
+
+
+def main() -> None:
+    """Train, saying every 20 steps how it goes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--snapshot-every", type=int, default=150, help="steps between snapshots")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.npz")
+    options = parser.parse_args()
+    started = time.time()
+
+    texts = documents()
+    learned = [text for name, text in texts.items() if not held_out(name)]
+    unseen = [text for name, text in texts.items() if held_out(name)]
+    tokenizer = train_tokenizer(learned)
+    save_tokenizer(tokenizer, options.out)
+    short, long = Rows(tokenizer, learned, 257), Rows(tokenizer, learned, 513)
+    size = short.text.size / 1e6
+    print(f"python {sys.version.split()[0]}: {len(learned)} documents, {size:.2f}M tokens; ", end="")
+    print(f"{len(unseen)} held out; set-up {time.time() - started:.0f} s", flush=True)
+
+    plain = text_rows(tokenizer, unseen, 257)
+    plain = plain[:: max(1, len(plain) // 64)][:64].astype(np.int32)
+    drills = [drill_row(tokenizer, unseen, 257, -1 - i) for i in range(32)]
+    copy_ids, copy_known = (np.stack(part) for part in zip(*drills, strict=True))
+    copy_ids, copy_known = copy_ids.astype(np.int32), copy_known.astype(np.float32)
+
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
+    params = Llama(CONFIG).init(jax.random.key(SEED), jnp.zeros((1, 8), jnp.int32))["params"]
+    optimizer = make_optimizer(params, options.steps)
+    tree, first = (params, optimizer.init(params)), 0
+    if options.resume:
+        first, tree = load_state(options.out, tree)
+    params, state = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    update = make_step(optimizer, mesh)
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    turn = round(options.steps * (1 - LONG_SHARE))  # from here on, the longer rows
+
+    for step in range(first, options.steps):
+        rows = short if step < turn else long
+        ids, known = rows.batch(step, TOKENS_A_STEP // (rows.length - 1))
+        params, state, value = update(params, state, *jax.device_put((ids, known), split))
+        done = step + 1
+        if done % 20 == 0 or done == 1:
+            seconds = time.time() - started
+            print(f"step {done} loss {float(value):.3f} seconds {seconds:.0f}", flush=True)
+        if done % options.snapshot_every == 0 or done == options.steps:
+            text_loss, _ = evaluate(params, plain, np.ones_like(plain, np.float32))
+            copy_loss, copied = evaluate(params, copy_ids, copy_known)
+            print(f"step {done} validation loss {text_loss:.4f}; copying drills: ", end="")
+            print(f"loss {copy_loss:.4f}, right {copied:.1%}", flush=True)
+            publish(options.out, params)
+            save_state(options.out, done, (params, state))
+    print(f"done in {(time.time() - started) / 60:.1f} minutes", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Rotary position embedding and the ways checkpoints stretch it beyond their training length.
+
+A head's channels are pairs that turn by ``position * frequency``. Every scaling type below only
+changes the frequencies (and, for yarn, one factor on the result); the rotation itself never
+changes. All of it is float32 whatever the model's dtype: bfloat16 has too few digits for a
+position.
+
+References:
+    Su et al., RoFormer, https://arxiv.org/abs/2104.09864 (equation 34).
+    Peng et al., YaRN, https://arxiv.org/abs/2309.00071 (section 3).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora.models.llama_config import LlamaConfig
+
+__all__ = ["apply_rotary", "rotary_angles"]
+
+
+def rotary_angles(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines by which each position's channels are turned.
+
+    Args:
+      config: the model's configuration; `rope_theta` and `rope_scaling` are used.
+      positions: (batch, tokens) integers.
+
+    Returns:
+      Two float32 arrays (batch, tokens, head_dim / 2).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> config = LlamaConfig(hidden_size=8, num_attention_heads=2)
+      >>> cos, sin = rotary_angles(config, jnp.arange(3)[None])
+      >>> cos.shape
+      (1, 3, 2)
+    """
+    frequencies, factor = _frequencies(config, positions)  # (head_dim / 2,), float
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
+    factor = jnp.float32(factor)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor  # (batch, tokens, head_dim / 2)
+
+
+def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the channel pairs (i, i + head_dim / 2) of every head.
+
+    Args:
+      x: (batch, tokens, heads, head_dim), queries or keys.
+      cos: (batch, tokens, head_dim / 2), from `rotary_angles`.
+      sin: same shape.
+
+    Returns:
+      The turned array, x's shape and dtype.
+    """
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # one angle for all heads
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # (b, t, h, head_dim / 2) each
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _frequencies(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, float]:
+    """Radians per position of each channel pair, and the factor on cosines and sines."""
+    scaling = config.rope_scaling or {}
+    kind = config.rope_type
+    if kind == "dynamic":
+        return _dynamic(config, scaling, positions), 1.0
+    plain = _plain(config.rope_theta, config.head_dim)
+    if kind == "linear":
+        return jnp.asarray(plain / scaling["factor"], jnp.float32), 1.0
+    if kind == "llama3":
+        return jnp.asarray(_llama3(plain, scaling), jnp.float32), 1.0
+    if kind == "yarn":
+        frequencies = _yarn(plain, config, scaling)
+        return jnp.asarray(frequencies, jnp.float32), _yarn_attention_factor(scaling)
+    return jnp.asarray(plain, jnp.float32), 1.0
+
+
+def _plain(theta: float, head_dim: int) -> np.ndarray:
+    return 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def _dynamic(config: LlamaConfig, scaling: Mapping[str, Any], positions: jax.Array) -> jax.Array:
+    """Theta grows with the longest position of the batch once it passes the trained length."""
+    dim, trained = config.head_dim, config.max_position_embeddings
+    length = jnp.maximum(positions.max() + 1, trained).astype(jnp.float32)
+    factor = jnp.float32(scaling["factor"])
+    growth = (factor * length / jnp.float32(trained) - (factor - jnp.float32(1.0))) ** jnp.float32(
+        dim / (dim - 2)
+    )
+    exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / jnp.float32(dim)
+    return jnp.float32(1.0) / (jnp.float32(config.rope_theta) * growth) ** exponent
+
+
+def _llama3(plain: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
+    """Slow channels are slowed by `factor`, fast ones kept, those between blended."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return keep * plain + (1.0 - keep) * plain / scaling["factor"]
+
+
+def _yarn(plain: np.ndarray, config: LlamaConfig, scaling: Mapping[str, Any]) -> np.ndarray:
+    """Channels that turn often within the trained length are kept, the others stretched."""
+    low, high = _yarn_ramp_ends(config, scaling)
+    # A ramp of no width would divide by zero; a thousandth of a channel is a step.
+    width = (high - low) or 0.001
+    stretch = np.clip((np.arange(len(plain)) - low) / width, 0.0, 1.0)
+    return (1.0 - stretch) * plain + stretch * plain / scaling["factor"]
+
+
+def _yarn_ramp_ends(config: LlamaConfig, scaling: Mapping[str, Any]) -> tuple[float, float]:
+    trained = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    dim = config.head_dim
+
+    def channel(turns: float) -> float:
+        """The channel that makes `turns` turns over the trained length."""
+        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = channel(scaling.get("beta_fast") or 32)
+    high = channel(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, dim - 1)
+
+
+def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
+    given = scaling.get("attention_factor")
+    if given is not None:
+        return given
+    factor, mscale, all_dim = (
+        scaling["factor"],
+        scaling.get("mscale"),
+        scaling.get("mscale_all_dim"),
+    )
+    if mscale and all_dim:
+        return _mscale(factor, mscale) / _mscale(factor, all_dim)
+    return _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
