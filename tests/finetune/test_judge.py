@@ -157,6 +157,15 @@ def test_a_long_answer_uses_up_nothing_of_the_next_one():
             ]
 
 
+def test_an_answer_of_slow_instructions_runs_out_of_time(monkeypatch: pytest.MonkeyPatch):
+    with closing(judge._build(SCRIPT)) as connection:
+        query = "select count(*) from numbers a, numbers b"
+        assert judge._run(connection, query) == [(40_000,)]
+        monkeypatch.setattr(judge, "MAX_SECONDS", 0.0)
+        with pytest.raises(judge._FAILURES, match="interrupted"):
+            judge._run(connection, query)
+
+
 def test_a_reference_that_fails_is_an_error_of_the_data():
     with pytest.raises(
         DataError, match=r"reference query\n.*no such column: pages.*\n.*\n.*Correct"
