@@ -20,7 +20,7 @@ from jax_lora.errors import DataError, explain
 
 MAX_ROWS = 10_000
 # SQLite counts its own instructions: a limit on them, unlike one in seconds, judges alike on
-# slow and fast machines. A scan of a table with 40 rows takes some 300.
+# slow and fast machines. A scan of a table with 40 rows takes some 200.
 MAX_INSTRUCTIONS = 1_000_000
 _INSTRUCTIONS_PER_CHECK = 1_000
 # The last resort, against instructions that are slow one by one.
