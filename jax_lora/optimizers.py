@@ -1,0 +1,166 @@
+"""Optimizers that train an adapter and leave every other leaf bitwise as it was.
+
+Freezing rests on which leaf it is, never on its gradient being zero: weight decay, momentum and
+noise move a leaf whose gradient is zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jax_lora.adapter import Adapter, LoraPair, LoraWeight, WholeWeight
+from jax_lora.errors import ConfigError, StructureError, explain
+
+# -----------------------------------------------------------------------------------------------
+# The mask
+# -----------------------------------------------------------------------------------------------
+
+
+def trainable_mask(lora_tree: Any) -> Any:
+    """Mark the leaves that training changes: True at a, b and whole leaves, False elsewhere.
+
+    Use it with `optax.masked`, `optax.multi_transform`, or to count and clip by hand.
+    `masked_optimizer` does the usual thing with it.
+
+    Args:
+      lora_tree: A tree from `combine`, a tree of its gradients, or an `Adapter`.
+
+    Returns:
+      A tree of bools with the same treedef.
+
+    Raises:
+      StructureError: The tree has no adapter in it, so that nothing would be trained.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_lora as jl
+      >>> params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+      >>> adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=2))
+      >>> mask = trainable_mask(jl.combine(params, adapter))
+      >>> mask["bias"], mask["kernel"].base, mask["kernel"].pair.a
+      (False, False, True)
+    """
+    nodes, treedef = jax.tree.flatten(lora_tree, is_leaf=_is_part)
+    if not any(map(_is_part, nodes)):
+        raise StructureError(
+            explain(
+                "trainable_mask",
+                got="a tree without a single LoraWeight",
+                expected="a tree from jl.combine(variables, adapter), or an Adapter",
+                fix="Combine the tree with its adapter first.",
+            )
+        )
+    return jax.tree.unflatten(treedef, [_node_mask(node) for node in nodes])
+
+
+def _is_part(node: Any) -> bool:
+    return isinstance(node, (LoraWeight, WholeWeight, LoraPair, Adapter))
+
+
+def _node_mask(node: Any) -> Any:
+    if isinstance(node, LoraWeight):
+        return dataclasses.replace(_filled(node, False), pair=_filled(node.pair, True))
+    if isinstance(node, WholeWeight):
+        return dataclasses.replace(_filled(node, False), value=_filled(node.value, True))
+    return _filled(node, _is_part(node))  # an adapter on its own is trained in full
+
+
+def _filled(tree: Any, value: bool) -> Any:
+    return jax.tree.map(lambda _: value, tree)
+
+
+# -----------------------------------------------------------------------------------------------
+# The optimizer
+# -----------------------------------------------------------------------------------------------
+
+
+def masked_optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Make an Optax optimizer train the adapter of a combined tree and nothing else.
+
+    Use it when the whole tree from `combine` goes through the training step, as in
+    `TrainState.create(params=lora_variables, tx=jl.masked_optimizer(optax.adamw(1e-4)))`. If the
+    step differentiates the adapter alone, plain `tx` is enough.
+
+    The state has leaves for trainable leaves only, and what looks at all gradients at once
+    (`optax.clip_by_global_norm`) sees theirs only. Frozen leaves get an update that
+    `optax.apply_updates` adds without changing a bit, whatever gradient they come with: random
+    numbers, NaN, or none. Call both in one jitted step: XLA then drops the addition and its
+    memory. (Run op by op, XLA on CPU makes every addition flush subnormal numbers to zero.)
+
+    Args:
+      tx: Any Optax transformation, `optax.MultiSteps` and those with extra arguments included.
+        A `value_fn` among those takes the whole tree, as ever.
+
+    Returns:
+      A transformation whose `init` and `update` take trees from `combine`, or an `Adapter`.
+
+    Raises:
+      ConfigError: `tx` is no Optax transformation.
+      StructureError: From `init` and `update`, for a tree without an adapter.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_lora as jl
+      >>> params = {"kernel": jnp.ones((300, 400)), "bias": jnp.ones(400)}
+      >>> adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=2))
+      >>> state = masked_optimizer(optax.adamw(1e-4)).init(jl.combine(params, adapter))
+      >>> sum(leaf.size for leaf in jax.tree.leaves(state)) == 1 + 2 * adapter.size
+      True
+    """
+    inner = optax.masked(_as_transformation(tx), trainable_mask, mask_compatible_extra_args=True)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if callable(extra.get("value_fn")) and params is not None:
+            extra["value_fn"] = _of_trainable(extra["value_fn"], params)
+        changes, state = inner.update(updates, state, params, **extra)
+        like = updates if params is None else params
+        mask = trainable_mask(updates)
+        return jax.tree.map(_change_or_nothing, mask, changes, like), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _as_transformation(tx: Any) -> optax.GradientTransformation:
+    if isinstance(tx, optax.MultiSteps):
+        return tx.gradient_transformation()
+    if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
+        return tx
+    raise ConfigError(
+        explain(
+            "masked_optimizer: tx",
+            got=f"{tx!r} of type {type(tx).__name__}",
+            expected="an Optax transformation, with init and update",
+            fix="Pass an optimizer, as in jl.masked_optimizer(optax.adamw(1e-4)).",
+        )
+    )
+
+
+def _of_trainable(value_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    """Let a line search, which sees trainable leaves only, call a function of the whole tree."""
+    mask = trainable_mask(params)
+
+    @functools.wraps(value_fn)  # Optax reads the argument names
+    def call(trainable: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = jax.tree.map(lambda m, new, old: new if m else old, mask, trainable, params)
+        return value_fn(whole, *args, **kwargs)
+
+    return call
+
+
+def _change_or_nothing(trainable: bool, change: Any, like: Any) -> Any:
+    if trainable:
+        return change
+    if not hasattr(like, "dtype") or jnp.issubdtype(like.dtype, jax.dtypes.extended):
+        return change  # a random key, to which nothing can be added
+    if like.dtype == jax.dtypes.float0:
+        return np.zeros(like.shape, bool)  # without params: adds nothing to integers of any size
+    # x + 0.0 would turn -0.0 into +0.0; x + -0.0 is x, to the bit.
+    if jnp.issubdtype(like.dtype, jnp.complexfloating):
+        return jnp.full_like(like, complex(-0.0, -0.0))
+    return jnp.full_like(like, -0.0 if jnp.issubdtype(like.dtype, jnp.floating) else 0)
