@@ -28,8 +28,10 @@ import sys
 import sysconfig
 import time
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Two shards of the batch, one a core: XLA's CPU loops leave the second core idle otherwise.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
@@ -199,6 +201,7 @@ class Rows:
     """The rows of every step, (batch, length) tokens and loss weights, by step number."""
 
     def __init__(self, tokenizer: Tokenizer, texts: list[str], length: int):
+        """Tokenise all texts; drills are made when asked for."""
         self.tokenizer, self.texts, self.length = tokenizer, texts, length
         self.text = text_rows(tokenizer, texts, length)
         self.order = np.random.default_rng(SEED).permutation(len(self.text))
@@ -221,19 +224,18 @@ class Rows:
 # --- training ------------------------------------------------------------------------------------
 
 
-def loss(params, ids, known):
+def loss(params: Any, ids: jax.Array, known: jax.Array) -> tuple[jax.Array, Any]:
     """Sums over (batch, length) rows: weighted cross-entropy, weights, right answers."""
     model = Llama(CONFIG)
-    hidden = model.apply({"params": params}, ids[:, :-1], return_hidden=True)
-    hidden = hidden.reshape(-1, CONFIG.hidden_size)  # one flat product is what CPUs do fastest
-    logits = model.apply({"params": params}, hidden, method="unembed")  # (tokens, vocabulary)
+    logits: Any = model.apply({"params": params}, ids[:, :-1])
+    logits = logits.reshape(-1, VOCABULARY)  # (tokens, vocabulary)
     labels, weights = ids[:, 1:].reshape(-1), known[:, 1:].reshape(-1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     right = (logits.argmax(-1) == labels).astype(jnp.float32)
     return jnp.vdot(losses, weights), (weights.sum(), jnp.vdot(right, weights))
 
 
-def make_optimizer(params, steps: int) -> optax.GradientTransformation:
+def make_optimizer(params: Any, steps: int) -> optax.GradientTransformation:
     """Muon on the layers' kernels, Adam on the embedding and the norms."""
 
     def decay(peak: float):
@@ -252,11 +254,11 @@ def make_optimizer(params, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
-def make_step(optimizer, mesh):
+def make_step(optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Callable:
     """One jitted update: the batch split over the devices, Muon's work split over the layers."""
     split, whole = PartitionSpec("data"), PartitionSpec()
 
-    def gradient(params, ids, known):
+    def gradient(params: Any, ids: jax.Array, known: jax.Array) -> tuple[jax.Array, Any]:
         (total, (weight, _)), grads = jax.value_and_grad(loss, has_aux=True)(params, ids, known)
         weight = jax.lax.psum(weight, "data")
         grads = jax.tree.map(lambda g: jax.lax.psum(g, "data") / weight, grads)
@@ -270,8 +272,8 @@ def make_step(optimizer, mesh):
         check_vma=False,
     )
 
-    def spread(tree):
-        def put(x):
+    def spread(tree: Any) -> Any:
+        def put(x: jax.Array) -> jax.Array:
             return jax.lax.with_sharding_constraint(
                 x, NamedSharding(mesh, split if x.ndim == 3 else whole)
             )
@@ -279,7 +281,7 @@ def make_step(optimizer, mesh):
         return jax.tree.map(put, tree)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, ids, known):
+    def step(params: Any, state: Any, ids: jax.Array, known: jax.Array) -> Any:
         value, grads = sharded(params, ids, known)
         updates, state = optimizer.update(spread(grads), spread(state), params)
         params = optax.apply_updates(params, updates)
@@ -290,7 +292,7 @@ def make_step(optimizer, mesh):
     return step
 
 
-def evaluate(params, ids, known) -> tuple[float, float]:
+def evaluate(params: Any, ids: np.ndarray, known: np.ndarray) -> tuple[float, float]:
     """Mean loss and share of right answers over the known tokens."""
     total = weight = right = 0.0
     for start in range(0, len(ids), 16):
@@ -305,7 +307,7 @@ _measure = jax.jit(loss)
 # --- the run -------------------------------------------------------------------------------------
 
 
-def save_state(folder: Path, step: int, tree) -> None:
+def save_state(folder: Path, step: int, tree: Any) -> None:
     """Everything `--resume` needs, replaced in one move so that a kill leaves the last one."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     part = folder / "state.part.npz"
@@ -313,14 +315,14 @@ def save_state(folder: Path, step: int, tree) -> None:
     part.replace(folder / "state.npz")
 
 
-def load_state(folder: Path, tree):
+def load_state(folder: Path, tree: Any) -> tuple[int, Any]:
     """The step to go on from, and the tree."""
     with np.load(folder / "state.npz", allow_pickle=False) as stored:
         step, *leaves = (stored[f"arr_{i}"] for i in range(len(stored.files)))
     return int(step), jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def publish(folder: Path, params) -> None:
+def publish(folder: Path, params: Any) -> None:
     """The model as others will load it: bfloat16, Hugging Face names."""
     small = jax.tree.map(lambda p: p.astype(jnp.bfloat16), jax.device_get(params))
     save(folder, Llama(CONFIG), small)
@@ -328,7 +330,7 @@ def publish(folder: Path, params) -> None:
 
 def main() -> None:
     """Train, saying every 20 steps how it goes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--snapshot-every", type=int, default=150, help="steps between snapshots")
@@ -343,7 +345,9 @@ def main() -> None:
     save_tokenizer(tokenizer, options.out)
     short, long = Rows(tokenizer, learned, 257), Rows(tokenizer, learned, 513)
     size = short.text.size / 1e6
-    print(f"python {sys.version.split()[0]}: {len(learned)} documents, {size:.2f}M tokens; ", end="")
+    print(
+        f"python {sys.version.split()[0]}: {len(learned)} documents, {size:.2f}M tokens; ", end=""
+    )
     print(f"{len(unseen)} held out; set-up {time.time() - started:.0f} s", flush=True)
 
     plain = text_rows(tokenizer, unseen, 257)

@@ -1,0 +1,8 @@
+"""Flax Transformers that read and write Hugging Face checkpoints."""
+
+from jax_lora.models.llama import KVCache, Llama
+from jax_lora.models.llama_config import LlamaConfig
+from jax_lora.models.load_checkpoint import load
+from jax_lora.models.save_checkpoint import save
+
+__all__ = ["KVCache", "Llama", "LlamaConfig", "load", "save"]

@@ -11,7 +11,9 @@ call adds one token::
 
     cache = model.init_cache(batch, length, dtype)
     logits, cache = model.apply({"params": params}, prompt, attention_mask=mask, cache=cache)
-    logits, cache = model.apply({"params": params}, token[:, None], attention_mask=mask, cache=cache)
+    logits, cache = model.apply(
+        {"params": params}, token[:, None], attention_mask=mask, cache=cache
+    )
 
 The layers are one stack under `nn.scan`: every kernel is (layers, in, out). Arithmetic follows the
 parameters' dtype; norms, rotation and softmax are float32 inside.
@@ -22,11 +24,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
+from jax_lora.models.hf_names import kernel_names
 from jax_lora.models.llama_config import LlamaConfig
 from jax_lora.models.rotary import apply_rotary, rotary_angles
 
-__all__ = ["KVCache", "Llama", "LlamaConfig"]
+__all__ = ["KVCache", "Llama", "parameter_shapes"]
 
 
 class KVCache(NamedTuple):
@@ -41,6 +45,10 @@ class KVCache(NamedTuple):
     keys: jax.Array
     values: jax.Array
     filled: jax.Array
+
+
+# One layer's keys and values, (batch, length, key-value heads, head_dim) each.
+_Memory = tuple[jax.Array, jax.Array]
 
 
 class RMSNorm(nn.Module):
@@ -71,29 +79,33 @@ class _Attention(nn.Module):
     def setup(self):
         c = self.config
         bias = c.attention_bias
-        groups = c.num_key_value_heads or c.num_attention_heads
+        groups = c.num_key_value_heads
         self.q_proj = _linear(c, c.num_attention_heads * c.head_dim, bias, self.param_dtype)
         self.k_proj = _linear(c, groups * c.head_dim, bias, self.param_dtype)
         self.v_proj = _linear(c, groups * c.head_dim, bias, self.param_dtype)
         self.o_proj = _linear(c, c.hidden_size, bias, self.param_dtype)
 
-    def __call__(self, x: jax.Array, context: "_Context", memory: Any):
-        """x: (batch, tokens, hidden) -> the same shape, and the layer's cache if there is one."""
+    def __call__(
+        self, x: jax.Array, context: "_Context", memory: _Memory | None
+    ) -> tuple[jax.Array, _Memory | None]:
+        """x: (batch * tokens, hidden) -> the same shape, and the layer's cache if it has one."""
         batch, tokens, _ = context.cos.shape
         heads = (batch, tokens, -1, self.config.head_dim)
         q = apply_rotary(self.q_proj(x).reshape(heads), context.cos, context.sin)  # (b, t, h, d)
         k = apply_rotary(self.k_proj(x).reshape(heads), context.cos, context.sin)  # (b, t, g, d)
         v = self.v_proj(x).reshape(heads)  # (b, t, g, d)
-        if memory is not None:
+        if memory is not None and context.filled is not None:
             k, v = memory = _write(memory, k, v, context.filled)  # (b, length, g, d)
-        y = jax.nn.dot_product_attention(
-            q, k, v, mask=context.mask, is_causal=context.mask is None
-        )  # (b, t, h, d)
+        # Its own promotion of bfloat16 scores to float32 is refused by strict dtype promotion.
+        with jax.numpy_dtype_promotion("standard"):
+            y = jax.nn.dot_product_attention(
+                q, k, v, mask=context.mask, is_causal=context.mask is None
+            )  # (b, t, h, d)
         return self.o_proj(y.reshape(batch * tokens, -1)), memory
 
 
-def _write(memory, k: jax.Array, v: jax.Array, filled: jax.Array):
-    keys, values = memory  # (b, length, g, d)
+def _write(memory: _Memory, k: jax.Array, v: jax.Array, filled: jax.Array) -> _Memory:
+    keys, values = memory
     zero = jnp.zeros_like(filled)
     start = (zero, filled, zero, zero)
     keys = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype), start)
@@ -135,8 +147,10 @@ class _Layer(nn.Module):
         self.post_attention_norm = RMSNorm(eps, self.param_dtype)
         self.mlp = _SwiGLU(self.config, self.param_dtype)
 
-    def __call__(self, x: jax.Array, context: _Context, memory: Any):
-        """x: (batch, tokens, hidden); scanned, so it returns (carry, this layer's output)."""
+    def __call__(
+        self, x: jax.Array, context: _Context, memory: _Memory | None
+    ) -> tuple[jax.Array, _Memory | None]:
+        """x: (batch * tokens, hidden); scanned, so it returns (carry, this layer's output)."""
         attended, memory = self.attn(self.input_norm(x), context, memory)
         x = x + attended
         return x + self.mlp(self.post_attention_norm(x)), memory
@@ -164,7 +178,7 @@ class Llama(nn.Module):
     remat: bool = False
     param_dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self):  # noqa: D102  Linen's hook
         c = self.config
         initial = nn.initializers.normal(c.initializer_range)
         self.embed_tokens = nn.Embed(
@@ -176,7 +190,7 @@ class Llama(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]  Flax: Any will do
             length=c.num_hidden_layers,
         )(c, self.param_dtype)
         self.norm = RMSNorm(c.rms_norm_eps, self.param_dtype)
@@ -211,15 +225,21 @@ class Llama(nn.Module):
           `(logits, cache)`.
         """
         context = self._context(input_ids, attention_mask, positions, segment_ids, cache)
-        x = self.embed_tokens(input_ids)  # (batch, tokens, hidden)
+        # Tokens of all rows in one axis: 2-D products are what XLA's CPU backward is fastest at.
+        x = self.embed_tokens(input_ids.reshape(-1))  # (batch * tokens, hidden)
         memory = None if cache is None else (cache.keys, cache.values)
-        x = x.reshape(-1, self.config.hidden_size)
         x, memory = self.layers(x, context, memory)
-        x = self.norm(x).reshape(*input_ids.shape, -1)
+        x = self.norm(x)
         y = x if return_hidden else self.unembed(x)
-        if cache is None:
+        y = y.reshape(*input_ids.shape, -1)  # (batch, tokens, vocabulary or hidden)
+        if cache is None or memory is None:
             return y
         return y, KVCache(*memory, filled=cache.filled + jnp.int32(input_ids.shape[1]))
+
+    @property
+    def hf_names(self) -> dict[str, str]:
+        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
+        return kernel_names(self.config)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Final hidden states (..., hidden) -> logits (..., vocabulary)."""
@@ -242,7 +262,14 @@ class Llama(nn.Module):
         shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
 
-    def _context(self, input_ids, attention_mask, positions, segment_ids, cache) -> _Context:
+    def _context(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+        cache: KVCache | None,
+    ) -> _Context:
         filled = None if cache is None else cache.filled
         if positions is None:
             positions = _count_positions(input_ids, attention_mask, filled)
@@ -254,12 +281,23 @@ class Llama(nn.Module):
         return _Context(cos, sin, mask, filled)
 
 
-def _count_positions(input_ids, attention_mask, filled) -> jax.Array:
+def parameter_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter, in the order of the paths; allocates nothing."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    flat: dict[str, Any] = flatten_dict(shapes["params"], sep="/")
+    return {path: flat[path].shape for path in sorted(flat)}
+
+
+def _count_positions(
+    input_ids: jax.Array, attention_mask: jax.Array | None, filled: jax.Array | None
+) -> jax.Array:
     """Position of a token = how many real tokens stand before it; padding takes no number."""
     batch, tokens = input_ids.shape
     if attention_mask is None:
         positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[None], (batch, tokens))
-        return positions if filled is None else positions + jnp.broadcast_to(filled, (batch, tokens))
+        return (
+            positions if filled is None else positions + jnp.broadcast_to(filled, (batch, tokens))
+        )
     counted = jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1
     counted = jnp.maximum(counted, 0)  # (batch, keys)
     if filled is None:
@@ -267,7 +305,13 @@ def _count_positions(input_ids, attention_mask, filled) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(counted, filled, tokens, axis=1)
 
 
-def _visible(queries: int, keys: int, attention_mask, segment_ids, filled) -> jax.Array:
+def _visible(
+    queries: int,
+    keys: int,
+    attention_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+    filled: jax.Array | None,
+) -> jax.Array:
     """(batch or 1, 1, queries, keys) booleans: earlier, real, and of the same document."""
     row = jnp.arange(queries, dtype=jnp.int32)[:, None]
     row = row if filled is None else row + jnp.broadcast_to(filled, row.shape)

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from jax_lora.errors import StructureError, explain
 from jax_lora.models.hf_names import tensor_names
-from jax_lora.models.llama import Llama
+from jax_lora.models.llama import Llama, parameter_shapes
 from jax_lora.models.llama_config import LlamaConfig
 
 __all__ = ["save"]
@@ -27,19 +29,47 @@ def save(path: str | os.PathLike[str], model: Llama, params: Mapping[str, Any]) 
       path: folder, made if absent; files of the same names are replaced.
       model: the module the parameters belong to.
       params: as `model.init` or `load` gives them, without the "params" level.
+
+    Raises:
+      StructureError: if the parameters are not exactly the model's; nothing is written then.
     """
+    flat = flatten_dict(dict(params), sep="/")
+    _check(model, flat)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _unstacked(model.config, params)
+    tensors = _unstacked(model.config, flat)
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     text = json.dumps(_config_json(model.config, dtype), indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # the writer makes a private file; config.json is not private either
 
 
-def _unstacked(config: LlamaConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    flat = {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
+def _check(model: Llama, flat: Mapping[str, Any]) -> None:
+    expected = parameter_shapes(model)
+    problems = [f"missing: {path} {expected[path]}" for path in expected if path not in flat]
+    for path, leaf in flat.items():
+        shape = getattr(leaf, "shape", None)
+        if path not in expected:
+            problems.append(f"extra: {path} {shape}")
+        elif not isinstance(leaf, jax.Array | np.ndarray):
+            problems.append(f"no array: {path} is {type(leaf).__name__}")
+        elif shape != expected[path]:
+            problems.append(f"wrong shape: {path} is {shape}, expected {expected[path]}")
+    if problems:
+        raise StructureError(
+            explain(
+                "params",
+                got="leaves that do not fit the model:\n    " + "\n    ".join(problems),
+                expected="exactly the model's parameters, as plain arrays",
+                fix="pass params without the 'params' level; merge an adapter into them first.",
+            )
+        )
+
+
+def _unstacked(config: LlamaConfig, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
     tensors = {}
     for path, name in tensor_names(config).items():
         leaf = np.asarray(flat[path])

@@ -1,0 +1,58 @@
+"""Rotary embedding: it turns, keeps lengths, and sees distances only."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_lora.models.llama_config import LlamaConfig
+from jax_lora.models.rotary import apply_rotary, rotary_angles
+
+CONFIG = LlamaConfig(hidden_size=16, num_attention_heads=2, max_position_embeddings=32)
+VECTOR = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
+
+
+def turned(position: int, config: LlamaConfig = CONFIG) -> jnp.ndarray:
+    return apply_rotary(VECTOR, *rotary_angles(config, jnp.array([[position]])))
+
+
+def test_position_zero_turns_nothing():
+    np.testing.assert_array_equal(turned(0), VECTOR)
+
+
+def test_lengths_are_kept():
+    np.testing.assert_allclose(jnp.linalg.norm(turned(7)), jnp.linalg.norm(VECTOR), rtol=1e-6)
+
+
+def test_products_depend_on_the_distance_only():
+    near = jnp.vdot(turned(3), turned(5))
+    far = jnp.vdot(turned(20), turned(22))
+    np.testing.assert_allclose(near, far, rtol=1e-5)
+    assert abs(float(near - jnp.vdot(turned(3), turned(6)))) > 1
+
+
+def test_linear_scaling_slows_positions_by_its_factor():
+    slow = LlamaConfig(**{**CONFIG.__dict__, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    np.testing.assert_allclose(turned(8, slow), turned(2), rtol=1e-5)
+
+
+def test_dynamic_scaling_starts_only_beyond_the_trained_length():
+    rope = {"rope_type": "dynamic", "factor": 2.0}
+    dynamic = LlamaConfig(**{**CONFIG.__dict__, "rope_scaling": rope})
+    np.testing.assert_allclose(turned(31, dynamic), turned(31), rtol=1e-5)
+    assert not np.allclose(turned(32, dynamic), turned(32), rtol=1e-3)
+
+
+def test_angles_stay_float32_for_a_bfloat16_model():
+    x = VECTOR.astype(jnp.bfloat16)
+    cos, sin = rotary_angles(CONFIG, jnp.array([[257]]))
+    assert cos.dtype == sin.dtype == jnp.float32
+    assert apply_rotary(x, cos, sin).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("extra", [{"attention_factor": 2.0}, {"mscale": 1.0, "mscale_all_dim": 0}])
+def test_yarn_attention_factor_is_read_or_derived(extra):
+    rope = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8, **extra}
+    yarn = LlamaConfig(**{**CONFIG.__dict__, "rope_scaling": rope})
+    cos, _ = rotary_angles(yarn, jnp.zeros((1, 1), jnp.int32))
+    want = extra.get("attention_factor", 0.1 * np.log(8.0) + 1.0)
+    np.testing.assert_allclose(cos, np.full((1, 1, 4), want), rtol=1e-6)
