@@ -51,6 +51,14 @@ class DataError(LoraError, ValueError):
     """A row of a data file cannot be used; the message carries `file:line`."""
 
 
+class MergeWarning(UserWarning):
+    """A merge rounded a large share of the update away."""
+
+
+class CheckpointWarning(UserWarning):
+    """A saved adapter was loaded although a check that guards it was switched off."""
+
+
 class MaterializeWarning(UserWarning):
     """An operation without a low-rank rule formed a full weight: right, but slow."""
 
