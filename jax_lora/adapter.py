@@ -1,6 +1,6 @@
 """Adapter: a small pytree with one pair (a, b) per adapted kernel; combine and partition.
 
-    params  --combine(params, adapter)-->  params with LoraWeight leaves  --partition-->  both again
+params  --combine(params, adapter)-->  params with LoraWeight leaves  --partition-->  both again
 """
 
 from __future__ import annotations

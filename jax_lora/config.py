@@ -67,7 +67,7 @@ class LoraConfig:
       exclude: Names and globs that win over `targets`.
       rank_pattern: Ranks by name or glob; the first pattern that matches a path wins.
       alpha_pattern: Alphas by name or glob; the first pattern that matches a path wins.
-      modules_to_save: Names and globs of leaves trained whole beside the pairs (a new head, biases).
+      modules_to_save: Names and globs of leaves trained whole beside the pairs (a head, biases).
       use_rslora: Scale by alpha / sqrt(rank), which keeps large ranks learning.
       dropout: Share of the adapter's inputs set to zero in training; `jl.dropout` switches it on.
       init: How `a` starts; `"gaussian"` has deviation 1 / sqrt(in). `b` starts at zero.
@@ -217,6 +217,11 @@ def _refuse(where: str, value: Any, expected: str, fix: str) -> ConfigError:
     return ConfigError(explain(f"LoraConfig: {where}", got=repr(value), expected=expected, fix=fix))
 
 
+def _is_number(value: Any) -> bool:
+    numeric = isinstance(value, (int, float, np.integer, np.floating))
+    return numeric and not isinstance(value, bool)
+
+
 def _rank(where: str, value: Any) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < 1:
         raise _refuse(where, value, "an integer of at least 1", "8 to 64 is usual.")
@@ -224,8 +229,7 @@ def _rank(where: str, value: Any) -> int:
 
 
 def _alpha(where: str, value: Any) -> float:
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not _is_number(value) or not math.isfinite(value) or value <= 0:
         raise _refuse(where, value, "a finite number above 0", "Once or twice the rank is usual.")
     return float(value)
 
@@ -237,9 +241,10 @@ def _flag(where: str, value: Any) -> bool:
 
 
 def _dropout(value: Any) -> float:
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not 0 <= value < 1:
-        raise _refuse("dropout", value, "a number from 0 up to but not including 1", "0.05 is usual.")
+    if not _is_number(value) or not 0 <= value < 1:
+        raise _refuse(
+            "dropout", value, "a number from 0 up to but not including 1", "0.05 is usual."
+        )
     return float(value)
 
 

@@ -105,9 +105,8 @@ def ambiguous(path: str, leaf: Any) -> AmbiguousKernelError:
     return AmbiguousKernelError(
         explain(
             path,
-            got=f"a leaf of shape {tuple(leaf.shape)}, whose axes could be inputs, outputs or layers",
+            got=f"shape {tuple(leaf.shape)}, whose axes could be inputs, outputs or layers",
             expected="a two-dimensional leaf named 'kernel' of shape (in, out)",
             fix="Pass kernels=jl.find_kernels(model.apply, variables, *args) to lora_init.",
         )
     )
-

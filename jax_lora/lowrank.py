@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_lora import labels as labelling
-from jax_lora.labels import RANK, Label
+from jax_lora.labels import Label
 
 Array = jax.Array
 
@@ -65,9 +65,20 @@ class LowRank:
         """Tell whether `a` and whether `b` have a label."""
         return label in self.a_labels, label in self.b_labels
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether inputs and outputs are both still there: a row or a column is cheap to form."""
+        sides = {self.side(label) for label in self.w_labels if label is not None}
+        return (True, False) in sides and (False, True) in sides
+
     def replace(self, **changes: Any) -> LowRank:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """Return the type to add products in: float64 for float64, float32 for all that is narrower."""
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
 # -----------------------------------------------------------------------------------------------
@@ -101,7 +112,7 @@ def materialize(value: LowRank) -> Array:
     Returns:
       An array of W0's shape and type.
     """
-    wide = jnp.promote_types(jnp.float32, value.dtype)
+    wide = accumulation_dtype(value.dtype)
     return (value.w.astype(wide) + delta(value, wide)).astype(value.dtype)
 
 
@@ -283,12 +294,10 @@ def contract(
         if label in have and label not in out_labels
     )
     ours = [(value.a, value.a_labels), (value.b, value.b_labels)]
-    if not any(
-        label in have and label not in out_labels for label in x_labels for _, have in ours
-    ):
+    if not any(label in have and label not in out_labels for label in x_labels for _, have in ours):
         return None
     (first, first_labels), (second, second_labels) = sorted(ours, key=lambda f: -met(f[1]))
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = accumulation_dtype(x.dtype)
     # (tokens, in) · (in, r) -> (tokens, r), accumulated in float32 or wider
     keep = {*out_labels, *second_labels}
     thin, thin_labels = _pairwise(
@@ -328,9 +337,7 @@ def product(
     Returns:
       An array of `out_shape`.
     """
-    result, have = _pairwise(
-        left, left_labels, right, right_labels, set(out_labels), None, dtype
-    )
+    result, have = _pairwise(left, left_labels, right, right_labels, set(out_labels), None, dtype)
     return _arrange(result, have, out_labels, out_shape)
 
 

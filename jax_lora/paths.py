@@ -39,7 +39,11 @@ def format_path(key_path: Sequence[Any]) -> str:
 
 
 def _key_text(key: Any) -> str:
-    for attribute in ("key", "idx", "name"):  # DictKey and FlattenedIndexKey, SequenceKey, GetAttrKey
+    for attribute in (
+        "key",
+        "idx",
+        "name",
+    ):  # DictKey and FlattenedIndexKey, SequenceKey, GetAttrKey
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
@@ -81,8 +85,10 @@ def matches(pattern: str, path: str) -> bool:
       Whether the pattern names the path.
 
     Example:
-      >>> matches("q_proj", "layers/attn/q_proj/kernel"), matches("q_proj", "layers/q_proj_norm/scale")
-      (True, False)
+      >>> matches("q_proj", "layers/attn/q_proj/kernel")
+      True
+      >>> matches("q_proj", "layers/q_proj_norm/scale")
+      False
       >>> matches("attn/*_proj", "layers/attn/q_proj/kernel")
       True
     """

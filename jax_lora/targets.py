@@ -95,7 +95,9 @@ def _chosen(
         dense = [path for path, kernel in known.items() if kernel.kind == "dense"]
         chosen = [path for path in dense if any(paths.matches(name, path) for name in group)]
         if not chosen:
-            raise _no_match("targets", str(config.targets), known, "no dense kernel has such a name")
+            raise _no_match(
+                "targets", str(config.targets), known, "no dense kernel has such a name"
+            )
         return chosen
     patterns = (config.targets,) if isinstance(config.targets, str) else config.targets
     if guessed:

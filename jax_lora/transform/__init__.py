@@ -1,5 +1,6 @@
 """The transform: a function's jaxpr, evaluated again with low-rank values."""
 
+from jax_lora.transform.analysis import find_kernels
 from jax_lora.transform.apply import lora_apply
 
-__all__ = ("lora_apply",)
+__all__ = ("find_kernels", "lora_apply")

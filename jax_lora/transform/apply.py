@@ -19,8 +19,8 @@ def lora_apply(fn: Callable[..., Any], *, on_materialize: str = "warn") -> Calla
 
     The result takes the same arguments, with `LoraWeight` leaves anywhere among them, and computes
     what `fn` would compute on the merged weights W0 + scale * a @ b, without forming them: where
-    such a leaf meets a contraction, x · W0 + scale * (x · a) · b. `fn` is traced as `jax.jit` traces
-    it; wrap the call in `jax.jit` for speed. W0 is behind `stop_gradient`.
+    such a leaf meets a contraction, x · W0 + scale * (x · a) · b. `fn` is traced as by `jax.jit`, so
+    wrap the call in `jax.jit` for speed. W0 is behind `stop_gradient`.
 
     Args:
       fn: The function. Static arguments, `method=`, `mutable=` and `rngs=` work as before: whatever
@@ -80,7 +80,10 @@ class _Program:
         results, treedef = jax.tree.flatten(self._fn(*args, **kwargs))
         returned = [leaf for leaf in results if isinstance(leaf, jax.Array)]
         # What is no array (a string, a Python number) is handed through as it is.
-        self._result = [None if isinstance(leaf, jax.Array) else (leaf,) for leaf in results], treedef
+        self._result = (
+            [None if isinstance(leaf, jax.Array) else (leaf,) for leaf in results],
+            treedef,
+        )
         return returned
 
     def rebuild(self, arrays: list[Any]) -> Any:

@@ -141,7 +141,7 @@ def _rows_delta(found: LowRank, dtype: Any) -> jax.Array:
     ids_in_a = len(found.a_labels) > 1 and isinstance(found.a_labels[0], tuple)
     rows, labels = (found.a, found.a_labels) if ids_in_a else (found.b, found.b_labels)
     other, other_labels = (found.b, found.b_labels) if ids_in_a else (found.a, found.a_labels)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = lowrank.accumulation_dtype(dtype)
     thin = (rows.astype(wide) * jnp.asarray(found.scale, wide)).astype(dtype)
     return lowrank.product(
         thin, labels, other.astype(dtype), other_labels, found.w_labels, found.shape, dtype
@@ -163,7 +163,7 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outp
         return None
     (base,) = bind(eqn, x, value.w, sizes)
     value = interpreter.fresh(value)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = lowrank.accumulation_dtype(x.dtype)
     dropped = lowrank.dropped(value, x)
     precision = eqn.params.get("precision")
     thin = lax.ragged_dot(  # (tokens, in) · (experts, in, r) -> (tokens, r)
@@ -222,12 +222,13 @@ def _convolution(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Out
 
 def _thin_convolution(eqn: Any, x: jax.Array, value: LowRank, numbers: Any) -> jax.Array:
     """Convolve to rank channels per group, with the kernel's own window."""
-    order = [RANK if axis == numbers.rhs_spec[0] else label for axis, label in
-             enumerate(value.w_labels)]
+    order = [
+        RANK if axis == numbers.rhs_spec[0] else label for axis, label in enumerate(value.w_labels)
+    ]
     a = lax.transpose(value.a, [value.a_labels.index(label) for label in order])
     groups = eqn.params["feature_group_count"]
     a = jnp.concatenate([a.astype(x.dtype)] * groups, axis=numbers.rhs_spec[0])
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = lowrank.accumulation_dtype(x.dtype)
     same = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
     thin = lax.conv_general_dilated(
         x,

@@ -84,7 +84,7 @@ def _call(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
 
 @rule("scan")
 def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    layout = _scan_layout(eqn)
+    layout = scan_layout(eqn)
     if layout is None:
         return None
     body, body_consts = opened(eqn.params["jaxpr"])
@@ -124,7 +124,7 @@ def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     return [*_interleave(carry, moved, still), *ys]
 
 
-def _scan_layout(eqn: Any) -> tuple[int, int] | None:
+def scan_layout(eqn: Any) -> tuple[int, int] | None:
     """Tell how many inputs of a scan are constants and how many are carried.
 
     It follows from the ranks, which no version of JAX has changed: what is scanned over loses an
@@ -156,9 +156,7 @@ def _invariant(body: Any, carry: Sequence[Value], n_consts: int) -> list[bool]:
 
 def _interleave(carry: Sequence[Value], moving: Sequence[Any], still: Sequence[bool]) -> list:
     moved = iter(moving)
-    return [
-        value if fixed else next(moved) for value, fixed in zip(carry, still, strict=True)
-    ]
+    return [value if fixed else next(moved) for value, fixed in zip(carry, still, strict=True)]
 
 
 def _has_key(value: Value) -> bool:

@@ -21,6 +21,7 @@ Value = Any  # an array or a LowRank
 Rule = Callable[["Interpreter", Any, list[Value]], "list[Value] | None"]
 
 RULES: dict[str, Rule] = {}
+_DEBUG_INFO = jex_core.DebugInfo("lora_apply", "lora_apply", None, None)
 
 
 def rule(*primitives: str) -> Callable[[Rule], Rule]:
@@ -54,7 +55,7 @@ def bind(eqn: Any, *inputs: Any) -> list[Any]:
         for var, value in zip(eqn.invars, inputs, strict=True)
         if not isinstance(var, jex_core.Literal)
     }
-    jaxpr = jex_core.Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects)
+    jaxpr = jex_core.Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects, _DEBUG_INFO)
     return jax.core.eval_jaxpr(jaxpr, (), *values.values())
 
 
@@ -125,7 +126,8 @@ class Interpreter:
         for value in values:
             if is_lowrank(value):
                 name = operation or eqn.primitive.name
-                self.materializations.report(value.path, name, location(eqn))
+                if value.is_matrix:
+                    self.materializations.report(value.path, name, location(eqn))
                 value = lowrank.materialize(value)
             result.append(value)
         return result

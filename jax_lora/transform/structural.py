@@ -23,7 +23,7 @@ Outputs = list[Value] | None
 # -----------------------------------------------------------------------------------------------
 
 
-@rule("copy", "copy_p", "name", "device_put", "optimization_barrier")
+@rule("copy", "copy_p", "name", "device_put", "optimization_barrier", "pvary", "pcast")
 def _same(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     arrays = bind(eqn, *(value.w if is_lowrank(value) else value for value in inputs))
     return [
@@ -56,9 +56,7 @@ def _sharding_constraint(interpreter: Interpreter, eqn: Any, inputs: list[Value]
 
     def constrain(factor: jax.Array, labels: tuple[Any, ...]) -> jax.Array:
         spec = jax.sharding.PartitionSpec(*(by_label.get(label) for label in labels))
-        return lax.with_sharding_constraint(
-            factor, jax.sharding.NamedSharding(sharding.mesh, spec)
-        )
+        return lax.with_sharding_constraint(factor, jax.sharding.NamedSharding(sharding.mesh, spec))
 
     return [
         value.replace(a=constrain(value.a, value.a_labels), b=constrain(value.b, value.b_labels))
@@ -181,9 +179,7 @@ def _divide(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     return _scaled(eqn, value, other, inputs, inverse=True)
 
 
-def _scaled(
-    eqn: Any, value: LowRank, other: Any, inputs: list[Value], *, inverse: bool
-) -> Outputs:
+def _scaled(eqn: Any, value: LowRank, other: Any, inputs: list[Value], *, inverse: bool) -> Outputs:
     if eqn.outvars[0].aval.shape != value.shape:
         return None  # the multiplication repeats the weight
     w = bind(eqn, *(each.w if is_lowrank(each) else each for each in inputs))[0]
@@ -195,7 +191,7 @@ def _scaled(
     other = jnp.asarray(other)
     varying = [axis for axis in range(other.ndim) if other.shape[axis] != 1]
     kept = lax.squeeze(other, [axis for axis in range(other.ndim) if axis not in varying])
-    wide = kept.astype(jnp.promote_types(kept.dtype, jnp.float32))
+    wide = kept.astype(lowrank.accumulation_dtype(kept.dtype))
     return _one(lowrank.multiply(value, w, 1.0 / wide if inverse else wide, varying))
 
 
