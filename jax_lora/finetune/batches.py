@@ -89,6 +89,10 @@ class Batches:
         """
         return self.pad(*self._plan(step))
 
+    def tokens(self, step: int) -> int:
+        """Count the real tokens of a step: prompts and answers, no padding."""
+        return sum(len(self.examples[index].ids) for index in self._plan(step)[1])
+
     def lines(self, step: int) -> list[int]:
         """Name the lines of a step's rows, for messages."""
         return [self.examples[index].line for index in self._plan(step)[1]]

@@ -49,7 +49,7 @@ class RowFile:
 
 
 def read_rows(path: str | Path) -> RowFile:
-    """Read a JSONL file and check every row of it.
+    r"""Read a JSONL file and check every row of it.
 
     Use it before anything slow happens: a bad row found after an hour of training is an hour lost.
 
@@ -66,7 +66,7 @@ def read_rows(path: str | Path) -> RowFile:
     Example:
       >>> import pathlib, tempfile
       >>> file = pathlib.Path(tempfile.mkdtemp()) / "train.jsonl"
-      >>> _ = file.write_text('{"prompt": "2 + 2 =", "completion": " 4"}\\n')
+      >>> _ = file.write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n')
       >>> read_rows(file).rows[0].kind
       'completions'
     """

@@ -43,9 +43,6 @@ class StepReport(NamedTuple):
     gradient_norm: jax.Array
 
 
-Step = Callable[[TrainState, Any, Batch], tuple[TrainState, StepReport]]
-
-
 def make_optimizer(
     schedule: optax.Schedule, *, weight_decay: float = 0.0, max_grad_norm: float = 1.0
 ) -> optax.GradientTransformation:
@@ -75,8 +72,8 @@ def start(adapter: Adapter, optimizer: optax.GradientTransformation) -> TrainSta
     Returns:
       The state.
     """
-    adapter = jax.tree.map(jnp.array, adapter)
-    return TrainState(adapter, optimizer.init(adapter), jnp.int32(0))
+    copied: Any = jax.tree.map(jnp.array, adapter)
+    return TrainState(copied, optimizer.init(copied), jnp.int32(0))
 
 
 def make_step(
@@ -85,8 +82,8 @@ def make_step(
     *,
     accumulation: int = 1,
     wrap: Callable[[Any, jax.Array], Any] | None = None,
-) -> Step:
-    """Compile one update; it takes over the state's memory.
+) -> Any:
+    """Make the jitted update; it takes over the state's memory.
 
     The base is an argument and not a constant of the program, so programs stay small and several
     bases of one shape can use the same one.
@@ -99,7 +96,7 @@ def make_step(
       wrap: Changes the combined variables of a step, given the step's number (dropout).
 
     Returns:
-      `step(state, variables, batch) -> (state, report)`.
+      `step(state, variables, batch) -> (TrainState, StepReport)`, jitted, with its `lower`.
     """
     loss = lora_apply(lambda variables, part: summed_loss(model, variables, part))
 
@@ -124,8 +121,9 @@ def make_step(
         (total, tokens), sums = whole(state.adapter, variables, batch, state.step)
         count = jnp.maximum(tokens, 1.0)  # a batch with nothing to learn has loss 0, not 0 / 0
         gradients = jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), sums)
-        updates, moments = optimizer.update(gradients, state.moments, state.adapter)
-        adapter = optax.apply_updates(state.adapter, updates)
+        before: Any = state.adapter  # Optax's types know dicts and arrays, not dataclasses
+        updates, moments = optimizer.update(gradients, state.moments, before)
+        adapter: Any = optax.apply_updates(before, updates)
         report = StepReport(total / count, tokens, optax.global_norm(gradients))
         return TrainState(adapter, moments, state.step + 1), report
 

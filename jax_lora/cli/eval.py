@@ -1,0 +1,126 @@
+"""Score an adapter on the test split: loss, exact match, and what queries find in databases."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from jax_lora.cli.adapters import checkpoint_of, merged
+from jax_lora.cli.base_model import BUNDLED, data_folder, load_base
+from jax_lora.cli.options import at_least_one
+from jax_lora.finetune.data_folder import read_data
+from jax_lora.finetune.evaluation import Evaluation, Score
+
+HELP = "loss, exact match and execution match on the test split"
+
+# Heading and how a score is shown; a column whose scores are all absent is left out.
+MEASURES: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
+    ("loss", lambda score: f"{score.loss:.4f}"),
+    ("exact match", lambda score: None if score.exact is None else f"{score.exact:.1%}"),
+    (
+        "execution match",
+        lambda score: None if score.execution is None else f"{score.execution:.1%}",
+    ),
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add = parser.add_argument
+    add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder (the run's own)")
+    add("--model", metavar="PATH", help="the same as MODEL")
+    add("--data", metavar="PATH", help="folder with test.jsonl, or one file (the run's own)")
+    add("--adapter-path", default="adapters", metavar="DIR", help="run or checkpoint (adapters)")
+    add("--compare-base", action="store_true", help="score the base model too")
+    add("--split", default="test", choices=("train", "valid", "test"), help="which rows (test)")
+    add("--limit", type=at_least_one, metavar="N", help="only the first N rows (all)")
+    add("--max-tokens", type=at_least_one, default=64, metavar="N", help="of an answer (64)")
+    add("--batch-size", type=at_least_one, default=50, metavar="N", help="rows together (50)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Score, print the table, and return the exit code."""
+    began = time.perf_counter()
+    checkpoint, settings = checkpoint_of(options.adapter_path)
+    data = read_data(data_folder(options.data or settings.get("data", BUNDLED)))
+    file = data.split(options.split)
+    file = dataclasses.replace(file, rows=file.rows[: options.limit])
+    name = options.model_folder or options.model or settings.get("model", BUNDLED)
+    base = load_base(name, settings.get("dtype", "auto"))
+    evaluation = Evaluation(
+        file,
+        base.tokenizer,
+        max_length=base.model.config.max_position_embeddings,
+        max_tokens=options.max_tokens,
+        rows=options.batch_size,
+    )
+    models = {"base": base.variables} if options.compare_base else {}
+    models["adapter"] = merged(base, checkpoint)
+    columns = {
+        column: evaluation.score(base.model, variables, answered=_counter(column))
+        for column, variables in models.items()
+    }
+    print(f"{file.path}, model {base.name}, adapter {checkpoint}")
+    print("\n".join(table(columns)))
+    print(f"{len(file.rows)} rows in {time.perf_counter() - began:.1f} s")
+    return 0
+
+
+def table(columns: Mapping[str, Mapping[str, Score]]) -> list[str]:
+    r"""Lay scores out with the models side by side.
+
+    Args:
+      columns: Scores by group, by model.
+
+    Returns:
+      The lines.
+
+    Example:
+      >>> score = Score(rows=2, loss=0.5, exact=1.0)
+      >>> print("\n".join(table({"base": {"all": score}, "adapter": {"all": score}})))
+                  rows             loss      exact match
+                           base  adapter    base  adapter
+      all            2   0.5000   0.5000  100.0%   100.0%
+    """
+    groups = next(iter(columns.values()))
+    shown = [(head, show) for head, show in MEASURES if all(map(show, groups.values()))]
+    grid = [["", "rows"], ["", ""], *([group, str(of.rows)] for group, of in groups.items())]
+    for head, show in shown:
+        for place, (model, scores) in enumerate(columns.items()):
+            last = place == len(columns) - 1
+            grid[0].append(head if last else "")
+            grid[1].append(model)
+            for line, group in zip(grid[2:], groups, strict=True):
+                line.append(show(scores[group]) or "")
+    return _aligned(grid, len(columns))
+
+
+def _aligned(grid: list[list[str]], models: int) -> list[str]:
+    """Pad the cells; a heading may reach over the columns of all its models."""
+    widths = [max(len(line[column]) for line in grid[1:]) for column in range(len(grid[0]))]
+    widths[1] = max(widths[1], len("rows"))
+    for last in range(1 + models, len(widths), models):
+        room = sum(widths[last - models + 1 : last + 1]) + 2 * (models - 1)
+        widths[last] += max(0, len(grid[0][last]) - room)
+    lines = [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in grid[1:]
+    ]
+    heads = f"{'':{widths[0]}}  {'rows':>{widths[1]}}"
+    for last in range(1 + models, len(widths), models):
+        room = sum(widths[last - models + 1 : last + 1]) + 2 * (models - 1)
+        heads += "  " + grid[0][last].rjust(room)
+    return [heads, *lines]
+
+
+def _counter(model: str) -> Callable[[int], None] | None:
+    """Count answers on a terminal, on one line that is written over."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda count: print(f"\r{model}: {count} rows answered ", end="", file=sys.stderr)

@@ -1,0 +1,68 @@
+"""Parses the command line, runs a verb, and turns errors into one message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from jax_lora.errors import LoraError
+
+DONE, BAD_INPUT, NON_FINITE, INTERRUPTED = 0, 2, 4, 130
+
+EXAMPLES = """\
+examples:
+  jax-lora train                                     the bundled model on the bundled task
+  jax-lora eval --compare-base                       base and adapter side by side
+  jax-lora generate --prompt "Once upon a time"
+  jax-lora train path/to/model --data path/to/data   your own model and rows
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+      arguments: The words after `jax-lora`; None takes them from the command line.
+
+    Returns:
+      The exit code: 0 done, 2 bad input or configuration, 4 non-finite loss, 130 interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except LoraError as error:
+        return _explained(error, options.debug)
+    except OSError as error:
+        return _explained(error, options.debug)
+
+
+def _explained(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    return NON_FINITE if isinstance(error, FloatingPointError) else BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    from jax_lora.cli import eval as evaluate
+    from jax_lora.cli import generate, train
+
+    parser = argparse.ArgumentParser(
+        prog="jax-lora",
+        description="Fine-tune Llama-family models with LoRA in JAX.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, verb in (("train", train), ("eval", evaluate), ("generate", generate)):
+        of_verb = verbs.add_parser(name, help=verb.HELP, description=verb.__doc__)
+        verb.add_options(of_verb)
+        of_verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        of_verb.set_defaults(run=verb.run)
+    return parser
