@@ -242,9 +242,7 @@ def _flag(where: str, value: Any) -> bool:
 
 def _dropout(value: Any) -> float:
     if not _is_number(value) or not 0 <= value < 1:
-        raise _refuse(
-            "dropout", value, "a number from 0 up to but not including 1", "0.05 is usual."
-        )
+        raise _refuse("dropout", value, "a number of at least 0 and below 1", "0.05 is usual.")
     return float(value)
 
 

@@ -88,7 +88,9 @@ def _pair(key: jax.Array, kernel: Kernel, config: LoraConfig) -> LoraPair:
     pair = empty_pair(kernel, rank, config.scale(rank, config.alpha_of(kernel.path)), config.dtype)
     deviation = 1.0 / math.sqrt(kernel.in_size)
     normal = jax.random.normal(path_key(key, kernel.path), pair.a.shape, jnp.float32)
-    a = (normal * deviation).astype(config.dtype)  # (*stack, *in, rank)
+    # The barrier keeps XLA from folding the deviation into the constants of `normal`, which would
+    # give other bits under jit than without.
+    a = (jax.lax.optimization_barrier(normal) * deviation).astype(config.dtype)  # (*stack, *in, r)
     b = jnp.zeros(pair.b.shape, config.dtype)  # (*stack, rank, *out)
     return LoraPair(a, b, pair.in_axes, pair.out_axes, pair.stack_axes, pair.scale)
 

@@ -17,9 +17,9 @@ from jax_lora.transform.sites import Materializations
 def lora_apply(fn: Callable[..., Any], *, on_materialize: str = "warn") -> Callable[..., Any]:
     """Turn `model.apply`, or any function, into its LoRA version.
 
-    The result takes the same arguments, with `LoraWeight` leaves anywhere among them, and computes
+    The result takes the same arguments, with `LoraWeight` leaves anywhere among them. It computes
     what `fn` would compute on the merged weights W0 + scale * a @ b, without forming them: where
-    such a leaf meets a contraction, x · W0 + scale * (x · a) · b. `fn` is traced as by `jax.jit`, so
+    such a leaf meets a contraction, x · W0 + scale * (x · a) · b. `fn` is traced as by `jax.jit`;
     wrap the call in `jax.jit` for speed. W0 is behind `stop_gradient`.
 
     Args:
