@@ -356,7 +356,8 @@ def main() -> None:
     copy_ids, copy_known = (np.stack(part) for part in zip(*drills, strict=True))
     copy_ids, copy_known = copy_ids.astype(np.int32), copy_known.astype(np.float32)
 
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
+    devices = jax.devices()[:2]  # Muon's work is split by layers, and six divide by two
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     params = Llama(CONFIG).init(jax.random.key(SEED), jnp.zeros((1, 8), jnp.int32))["params"]
     optimizer = make_optimizer(params, options.steps)
     tree, first = (params, optimizer.init(params)), 0
