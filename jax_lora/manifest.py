@@ -1,0 +1,270 @@
+"""adapter.json: what a saved adapter says of itself, and how it is held to it.
+
+The arrays lie in an Orbax checkpoint beside it, under short names of our own (`0000/a`), so that
+no path that a stranger wrote is ever used as a file name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora.adapter import Adapter, LoraPair
+from jax_lora.config import LoraConfig
+from jax_lora.errors import CheckpointError, ConfigError, explain
+from jax_lora.fingerprint import LeafPrint
+from jax_lora.json_files import digest, read_json
+
+FORMAT = "jax_lora adapter"
+VERSION = 1
+
+_ARRAYS_NAME = re.compile(r"arrays-[0-9a-f]{12}")
+_MOST_BYTES = 2**38  # an adapter of 256 GiB is a mistake or an attack
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafRecord:
+    """Shape, type and checksum of one array.
+
+    Args:
+      shape: Its shape.
+      dtype: Name of its type.
+      checksum: Hash of its bytes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    checksum: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return int(np.prod(self.shape, dtype=object)) * jnp.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All that is saved of an adapter but its arrays.
+
+    Args:
+      config: The adapter's configuration.
+      adapter: The adapter with a `LeafRecord` in place of every array.
+      arrays: Name of the folder with the arrays.
+      files: Checksums of the files in that folder.
+      base: Fingerprint of the base, or None.
+    """
+
+    config: LoraConfig
+    adapter: Adapter
+    arrays: str
+    files: Mapping[str, str]
+    base: Mapping[str, LeafPrint] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return values for JSON, sealed with a hash of their own."""
+        values = {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": self.config.to_dict(),
+            "pairs": {path: _pair_to_dict(pair) for path, pair in self.adapter.pairs.items()},
+            "whole": {path: dataclasses.asdict(leaf) for path, leaf in self.adapter.whole.items()},
+            "arrays": self.arrays,
+            "files": dict(self.files),
+            "base": self.base
+            and {path: dataclasses.asdict(leaf) for path, leaf in self.base.items()},
+        }
+        return values | {"seal": digest(values)}
+
+
+def array_tree(adapter: Adapter) -> dict[str, dict[str, Any]]:
+    """Lay an adapter's leaves out under the short names that they are stored by."""
+    pairs = [{"a": pair.a, "b": pair.b} for _, pair in sorted(adapter.pairs.items())]
+    whole = [{"value": leaf} for _, leaf in sorted(adapter.whole.items())]
+    return {f"{index:04d}": leaves for index, leaves in enumerate([*pairs, *whole])}
+
+
+def from_array_tree(adapter: Adapter, arrays: Mapping[str, Mapping[str, Any]]) -> Adapter:
+    """Put arrays into an adapter's leaves: `array_tree` backwards."""
+    items = iter([arrays[name] for name in sorted(arrays, key=int)])
+    pairs = {
+        path: dataclasses.replace(pair, **next(items))
+        for path, pair in sorted(adapter.pairs.items())
+    }
+    whole = {path: next(items)["value"] for path in sorted(adapter.whole)}
+    return Adapter(pairs, whole, adapter.config)
+
+
+def record(array: np.ndarray) -> LeafRecord:
+    """Describe one array."""
+    data = np.ascontiguousarray(array).tobytes()
+    checksum = hashlib.blake2b(data, digest_size=16).hexdigest()
+    return LeafRecord(tuple(array.shape), str(array.dtype), checksum)
+
+
+def named_leaves(adapter: Adapter) -> dict[str, Any]:
+    """Name every leaf of an adapter for messages: `path: a`, `path: b`, `path`."""
+    leaves = {}
+    for path, pair in adapter.pairs.items():
+        leaves |= {f"{path}: a": pair.a, f"{path}: b": pair.b}
+    return leaves | dict(adapter.whole)
+
+
+# -----------------------------------------------------------------------------------------------
+# Reading
+# -----------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read adapter.json and check that it is whole and means something.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      CheckpointError: No such file, no JSON, another format, a newer version, a changed byte, or
+        values that fit no adapter.
+    """
+    values = read_json(path, CheckpointError)
+    if values.get("format") != FORMAT:
+        raise _broken(path, f"format {values.get('format')!r}", repr(FORMAT))
+    if values.get("version") != VERSION:
+        raise _broken(path, f"format version {values.get('version')!r}", f"version {VERSION}")
+    sealed = {key: value for key, value in values.items() if key != "seal"}
+    if digest(sealed) != values.get("seal"):
+        raise _broken(path, "contents that do not match their checksum", "the file as it was saved")
+    try:
+        return _from_dict(values)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
+        reason = (
+            str(cause) if isinstance(cause, ConfigError) else f"{type(cause).__name__}: {cause}"
+        )
+        raise _broken(path, f"values that fit no adapter ({reason})", "what was saved") from cause
+
+
+def _broken(path: Path, got: str, expected: str) -> CheckpointError:
+    fix = (
+        "Copy the folder again from where it was saved, or load it with the version that saved it."
+    )
+    return CheckpointError(explain(str(path), got=got, expected=expected, fix=fix))
+
+
+def _from_dict(values: dict[str, Any]) -> Manifest:
+    config = LoraConfig.from_dict(values["config"])
+    pairs = {path: _pair_from_dict(item) for path, item in values["pairs"].items()}
+    whole = {path: _leaf_from_dict(item) for path, item in values["whole"].items()}
+    adapter = Adapter(pairs, whole, config)
+    if sum(leaf.nbytes for leaf in named_leaves(adapter).values()) > _MOST_BYTES:
+        raise ValueError("more bytes than any adapter has")
+    if not _ARRAYS_NAME.fullmatch(values["arrays"]):
+        raise ValueError(f"a folder called {values['arrays']!r}")
+    files = {_inside(name): str(checksum) for name, checksum in values["files"].items()}
+    base = values["base"] and {
+        path: LeafPrint(_ints(item["shape"]), str(item["dtype"]), item["sample"])
+        for path, item in values["base"].items()
+    }
+    return Manifest(config, adapter, values["arrays"], files, base)
+
+
+def _inside(name: str) -> str:
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"a file called {name!r}")
+    return name
+
+
+def _pair_to_dict(pair: LoraPair) -> dict[str, Any]:
+    return {
+        "a": dataclasses.asdict(pair.a),
+        "b": dataclasses.asdict(pair.b),
+        "in_axes": list(pair.in_axes),
+        "out_axes": list(pair.out_axes),
+        "stack_axes": list(pair.stack_axes),
+        "scale": pair.scale,  # nested tuples become nested lists
+    }
+
+
+def _pair_from_dict(item: dict[str, Any]) -> LoraPair:
+    axes = [_ints(item[name]) for name in ("in_axes", "out_axes", "stack_axes")]
+    pair = LoraPair(_leaf_from_dict(item["a"]), _leaf_from_dict(item["b"]), *axes)
+    inputs, outputs, stack = map(len, axes)
+    if sorted(sum(axes, ())) != list(range(inputs + outputs + stack)):
+        raise ValueError(f"axes {axes}")
+    a, b = pair.a.shape, pair.b.shape
+    fits = len(a) == stack + inputs + 1 and len(b) == stack + 1 + outputs
+    if not fits or a[:stack] != b[:stack] or a[-1] != b[stack]:
+        raise ValueError(f"factors of shapes {a} and {b}")
+    return dataclasses.replace(pair, scale=_scale(item["scale"], a[:stack]))
+
+
+def _scale(value: Any, stack: tuple[int, ...]) -> Any:
+    """Read one number, or nested lists of them in the shape of the stack."""
+    if isinstance(value, list):
+        if np.shape(value) != stack:
+            raise ValueError(f"scales of shape {np.shape(value)} for layers of shape {stack}")
+        return tuple(_scale(each, stack[1:]) for each in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a scale of {value!r}")
+    return value
+
+
+def _leaf_from_dict(item: dict[str, Any]) -> LeafRecord:
+    dtype = jnp.dtype(str(item["dtype"]))
+    if not jnp.issubdtype(dtype, np.number) and dtype != np.bool_:
+        raise TypeError(f"the type {dtype}")
+    return LeafRecord(_ints(item["shape"]), dtype.name, str(item["checksum"]))
+
+
+def _ints(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+        for value in values
+    ):
+        raise TypeError(f"{values!r} for a list of sizes or axes")
+    return tuple(values)
+
+
+def leaf_problems(adapter: Adapter, arrays: Adapter) -> list[str]:
+    """Hold stored arrays to what the manifest says of them.
+
+    Args:
+      adapter: The adapter of `LeafRecord`s.
+      arrays: The adapter of arrays, or of shapes and types alone.
+
+    Returns:
+      A line for every leaf whose shape, type, bytes or numbers are not as they should be.
+    """
+    problems = []
+    have = named_leaves(arrays)
+    for name, want in named_leaves(adapter).items():
+        leaf = have[name]
+        if tuple(leaf.shape) != want.shape or str(leaf.dtype) != want.dtype:
+            problems.append(
+                f"{name} has shape {tuple(leaf.shape)} and type {leaf.dtype}, "
+                f"had {want.shape} and {want.dtype}"
+            )
+        elif isinstance(leaf, np.ndarray) and record(leaf).checksum != want.checksum:
+            problems.append(f"{name} has other bytes than were saved")
+    return problems
+
+
+def count_not_finite(array: Any) -> int:
+    """Count NaN and Inf; integers have none."""
+    if not jnp.issubdtype(array.dtype, np.inexact):
+        return 0
+    return int(np.sum(~np.isfinite(np.asarray(array))))
+
+
+def abstract(adapter: Adapter) -> Adapter:
+    """Turn `LeafRecord`s into `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), adapter)
