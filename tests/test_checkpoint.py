@@ -455,11 +455,12 @@ def test_shapes_without_values_are_not_saved(tmp_path):
 CHILD = """
 import sys, jax, jax.numpy as jnp
 import jax_lora as jl
+from jax_lora.checkpoint import save_adapter
 params = {"kernel": jnp.ones((64, 64))}
 for step in range(10_000):
     pair = jl.LoraPair(jnp.full((64, 8), float(step)), jnp.full((8, 64), float(step)))
     adapter = jl.Adapter({"kernel": pair}, {}, jl.LoraConfig(rank=8))
-    jl.checkpoint.save_adapter(sys.argv[1], adapter, base=params, overwrite=True)
+    save_adapter(sys.argv[1], adapter, base=params, overwrite=True)
     print(step, flush=True)
 """
 
@@ -469,24 +470,23 @@ def test_a_killed_process_leaves_a_complete_adapter(tmp_path):
     params = {"kernel": jnp.ones((64, 64))}
     draw = np.random.default_rng(0)
     for _ in range(4):
-        child = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import jax_lora.checkpoint\n" + CHILD,
-                str(tmp_path / "adapter"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert child.stdout is not None
-        child.stdout.readline()  # one save is done
-        time.sleep(draw.uniform(0.0, 1.0))
-        child.send_signal(signal.SIGKILL)
-        reported = [int(line) for line in child.stdout.read().split()]
-        child.wait()
+        reported = steps_until_killed(tmp_path / "adapter", draw.uniform(0.0, 1.0))
         pair = load_adapter(tmp_path / "adapter", base=params).pairs["kernel"]
         step = float(pair.a[0, 0])
         assert (pair.a == step).all() and (pair.b == step).all()
-        assert step >= max(reported, default=0)
+        assert step >= reported[-1]
+
+
+def steps_until_killed(folder, seconds):
+    """Let a child save one step after another, and kill it some time after the first."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        first = child.stdout.readline()
+        time.sleep(seconds)
+        child.send_signal(signal.SIGKILL)
+        return [int(line) for line in [first, *child.stdout.read().split()]]
