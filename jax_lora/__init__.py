@@ -1,12 +1,29 @@
-"""LoRA for any JAX function: `lora_apply` turns `model.apply` into its LoRA version."""
+"""LoRA for any JAX function: `lora_apply` turns `model.apply` into its LoRA version.
+
+    kernels = jl.find_kernels(model.apply, variables, tokens)
+    adapter = jl.lora_init(key, variables, jl.LoraConfig(rank=8), kernels=kernels)
+    y = jl.lora_apply(model.apply)(jl.combine(variables, adapter), tokens)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from jax_lora import errors, paths
 from jax_lora.adapter import Adapter, LoraPair, LoraWeight, WholeWeight, combine, partition
+from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.config import LoraConfig
 from jax_lora.dropout import dropout
 from jax_lora.init import lora_init
 from jax_lora.kernel import Kernel
+from jax_lora.merge import merge, unmerge
+from jax_lora.optimizers import masked_optimizer, trainable_mask
+from jax_lora.summary import summary
 from jax_lora.transform import find_kernels, lora_apply
+
+if TYPE_CHECKING:
+    from jax_lora import models
+
+__version__ = "0.1.0"
 
 __all__ = (
     "Adapter",
@@ -19,8 +36,22 @@ __all__ = (
     "dropout",
     "errors",
     "find_kernels",
+    "load_adapter",
     "lora_apply",
     "lora_init",
+    "masked_optimizer",
+    "merge",
+    "models",
     "partition",
     "paths",
+    "save_adapter",
+    "summary",
+    "trainable_mask",
+    "unmerge",
 )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "models":  # imports Flax's modules, which the library itself does not need
+        return importlib.import_module("jax_lora.models")
+    raise AttributeError(f"module 'jax_lora' has no attribute {name!r}")
