@@ -127,7 +127,8 @@ def _parse(raw: bytes, *, last: bool) -> Any:
             "Save the file as UTF-8.",
         )
     except json.JSONDecodeError as error:
-        if last and error.pos >= len(raw.decode("utf-8").rstrip()) - 1:
+        at_end = error.pos >= len(raw.decode("utf-8").rstrip()) - 1
+        if last and (at_end or error.msg.startswith("Unterminated string")):
             return Problem(
                 "the last line ends in the middle of a JSON value: the file seems to be cut off",
                 "Copy the file again, or delete the line.",

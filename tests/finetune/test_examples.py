@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import pytest
+
+from jax_lora.errors import DataError
+from jax_lora.finetune.examples import encode_prompt, make_examples
+from jax_lora.finetune.rows import Row, RowFile
+from jax_lora.finetune.tokenizer import Tokenizer
+
+from .conftest import write_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def rows_of(*fields, kind="completions"):
+    rows = tuple(Row(line, kind, row) for line, row in enumerate(fields, start=1))
+    return RowFile(Path("train.jsonl"), rows, len(rows), 0)
+
+
+def only(file, tokenizer, **options):
+    (example,) = make_examples(file, tokenizer, **options).rows
+    return example
+
+
+def learned_text(example, tokenizer):
+    return tokenizer._backend.decode(example.ids[example.learned].tolist(), False)
+
+
+def test_the_answer_and_its_end_are_learned_and_the_prompt_is_not(tokenizer):
+    example = only(rows_of({"prompt": "how many rows?", "completion": " count(*)"}), tokenizer)
+    assert learned_text(example, tokenizer) == " count(*)<|end|>"
+    assert tokenizer.decode(example.ids.tolist()) == "how many rows? count(*)"
+
+
+def test_an_end_token_that_is_there_is_not_doubled(tokenizer):
+    example = only(rows_of({"prompt": "a", "completion": " b<|end|>"}), tokenizer)
+    assert example.ids.tolist().count(tokenizer.eos_id) == 1
+    assert learned_text(example, tokenizer) == " b<|end|>"
+
+
+def test_a_prompt_is_encoded_as_generation_will_encode_it(tokenizer):
+    # "select" is one token; the prompt "sel" alone is not a part of it.
+    fields = {"prompt": "sel", "completion": "ect"}
+    example = only(rows_of(fields), tokenizer)
+    prompt = encode_prompt(fields, tokenizer)
+    assert example.ids[: len(prompt)].tolist() == prompt
+    assert learned_text(example, tokenizer) == "ect<|end|>"
+
+
+def test_there_is_one_start_token_whether_or_not_the_seam_merges(tokenizer_with_bos):
+    for fields in ({"prompt": "sel", "completion": "ect"}, {"prompt": "a", "completion": " b"}):
+        example = only(rows_of(fields), tokenizer_with_bos)
+        assert example.ids.tolist().count(tokenizer_with_bos.bos_id) == 1
+        assert not example.learned[0]
+
+
+def test_text_is_learned_whole_and_prompts_only_if_asked(tokenizer):
+    assert only(rows_of({"text": "count"}, kind="text"), tokenizer).learned.all()
+    row = rows_of({"prompt": "a", "completion": "b"})
+    assert only(row, tokenizer, mask_prompt=False).learned.all()
+
+
+def test_long_rows_are_cut_dropped_or_refused_as_asked(tokenizer):
+    rows = rows_of({"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": "x" * 99})
+    cut = make_examples(rows, tokenizer, max_length=20)
+    assert [len(example.ids) for example in cut.rows][1] == 20 and cut.cut == 1
+    dropped = make_examples(rows, tokenizer, max_length=20, truncate="drop")
+    assert (len(dropped.rows), dropped.dropped) == (1, (2,))
+    with pytest.raises(DataError, match=r"train.jsonl:2\n  got:      101 tokens"):
+        make_examples(rows, tokenizer, max_length=20, truncate="error")
+
+
+def test_a_row_whose_answer_is_cut_away_is_left_out_and_named(tokenizer):
+    rows = rows_of({"prompt": "a", "completion": " b"}, {"prompt": "x" * 50, "completion": " b"})
+    assert make_examples(rows, tokenizer, max_length=20).dropped == (2,)
+
+
+def test_nothing_left_to_learn_is_an_error(tokenizer):
+    rows = rows_of({"prompt": "x" * 50, "completion": " b"})
+    with pytest.raises(DataError, match="1 rows, of which none has a token to learn within 20"):
+        make_examples(rows, tokenizer, max_length=20)
+
+
+TURNS = [
+    {"role": "user", "content": "how many?"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "rows?"},
+    {"role": "assistant", "content": "three"},
+]
+
+
+def test_every_answer_of_a_chat_and_its_end_is_learned(tmp_path):
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=CHATML))
+    example = only(rows_of({"messages": TURNS}, kind="chat"), tokenizer)
+    assert learned_text(example, tokenizer) == "two<|end|>three<|end|>"
+
+
+def test_a_template_that_never_ends_answers_has_the_end_added(tmp_path):
+    template = CHATML.replace("<|end|>", "\n")
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=template))
+    example = only(rows_of({"messages": TURNS[:2]}, kind="chat"), tokenizer)
+    assert learned_text(example, tokenizer) == "two\n<|end|>"
+
+
+def test_a_chat_template_that_writes_the_start_token_yields_one(tmp_path):
+    folder = write_tokenizer(tmp_path, bos="<|start|>", template="<|start|>" + CHATML)
+    tokenizer = Tokenizer.load(folder)
+    example = only(rows_of({"messages": TURNS}, kind="chat"), tokenizer)
+    assert example.ids.tolist().count(tokenizer.bos_id) == 1
+
+
+def test_answers_that_the_template_rewrites_are_not_learned(tmp_path):
+    # As some templates do: what an earlier turn thought is left out once a later one follows.
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        "{% if m.role == 'assistant' and not loop.last %}short{% else %}{{ m.content }}{% endif %}"
+        "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=template))
+    example = only(rows_of({"messages": TURNS}, kind="chat"), tokenizer)
+    assert learned_text(example, tokenizer) == "three<|end|>"
+
+
+def test_the_prompt_of_a_chat_is_all_before_its_last_answer(tmp_path):
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=CHATML))
+    ids = encode_prompt({"messages": TURNS}, tokenizer)
+    assert tokenizer._backend.decode(ids, skip_special_tokens=False).endswith(
+        "<|user|>rows?<|end|><|assistant|>"
+    )

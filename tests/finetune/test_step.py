@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_lora import LoraConfig, find_kernels, lora_init
+from jax_lora.dropout import dropout
+from jax_lora.finetune.batches import Batches
+from jax_lora.finetune.examples import Example
+from jax_lora.finetune.step import make_optimizer, make_step, make_validation, start
+
+SIZES = (9, 4, 7, 6, 8, 5, 3, 8)
+
+
+def examples():
+    ids = np.random.default_rng(0).integers(1, 300, (len(SIZES), 9), dtype=np.int32)
+    rows = zip(ids, SIZES, strict=True)
+    return [Example(row[:n], np.arange(n) >= n // 2, 1) for row, n in rows]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny):
+    model, variables = tiny
+    kernels = find_kernels(model.apply, variables, jnp.zeros((1, 4), jnp.int32))
+    config = LoraConfig(rank=2, dropout=0.5)
+    fresh = lora_init(jax.random.key(0), variables, config, kernels=kernels)
+    # b is zero at the start, where the gradient of a would be zero too.
+    return jax.tree.map(lambda leaf: leaf + jnp.full_like(leaf, 0.01), fresh)
+
+
+def one_update(tiny, adapter, accumulation, wrap=None):
+    model, variables = tiny
+    optimizer = optax.sgd(1.0)
+    step = make_step(model, optimizer, accumulation=accumulation, wrap=wrap)
+    batch = Batches.of(examples(), 8, buckets=1).at(0)
+    return step(start(adapter, optimizer), variables, batch)
+
+
+def test_eight_parts_of_one_row_make_the_update_of_one_part_of_eight(tiny, adapter):
+    whole, report = one_update(tiny, adapter, 1)
+    for parts in (2, 8):
+        same, reported = one_update(tiny, adapter, parts)
+        np.testing.assert_allclose(float(reported.loss), float(report.loss), rtol=1e-6)
+        for one, other in zip(
+            jax.tree.leaves(whole.adapter), jax.tree.leaves(same.adapter), strict=True
+        ):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_only_the_adapter_changes_and_the_state_counts_the_steps(tiny, adapter):
+    _, variables = tiny
+    before = jax.tree.map(np.asarray, variables)
+    state, _ = one_update(tiny, adapter, 1)
+    jax.tree.map(np.testing.assert_array_equal, before, variables)
+    assert int(state.step) == 1
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state.adapter, adapter)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_dropout_changes_the_step_and_the_step_number_the_dropout(tiny, adapter):
+    key = jax.random.key(1)
+    wrap = lambda combined, step: dropout(combined, jax.random.fold_in(key, step))  # noqa: E731
+    plain = one_update(tiny, adapter, 1)[1].loss
+    dropped = one_update(tiny, adapter, 1, wrap)[1].loss
+    assert float(plain) != float(dropped)
+    assert float(dropped) == float(one_update(tiny, adapter, 1, wrap)[1].loss)
+
+
+def test_training_lowers_the_loss_of_the_rows_it_sees(tiny, adapter):
+    model, variables = tiny
+    optimizer = make_optimizer(optax.constant_schedule(0.03))
+    step, measure = make_step(model, optimizer), make_validation(model)
+    batch = Batches.of(examples(), 8, buckets=1).at(0)
+    state, losses = start(adapter, optimizer), []
+    for _ in range(30):
+        state, report = step(state, variables, batch)
+        losses.append(float(report.loss))
+    total, tokens = measure(state.adapter, variables, batch)
+    assert float(total) / float(tokens) < losses[-1] + 0.1 < losses[0] / 2
+
+
+def test_the_gradient_is_clipped_by_its_norm():
+    optimizer = make_optimizer(optax.constant_schedule(1.0), max_grad_norm=1.0)
+    clipped, free = (
+        make_optimizer(optax.constant_schedule(1.0), max_grad_norm=norm) for norm in (1.0, 0.0)
+    )
+    tree = {"a": jnp.ones(3)}
+    assert len(jax.tree.leaves(clipped.init(tree))) == len(jax.tree.leaves(free.init(tree)))
+    huge = {"a": jnp.full(3, 1e30)}  # squared, it would overflow Adam's second moment
+    for each, finite in ((clipped, True), (free, False)):
+        _, moments = each.update(huge, each.init(tree), tree)
+        leaves = [leaf for leaf in jax.tree.leaves(moments) if leaf.dtype == jnp.float32]
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves) == finite
+    del optimizer
