@@ -34,6 +34,11 @@ class BaseModel:
     tokenizer: Tokenizer
 
     @property
+    def dtype(self) -> str:
+        """Name the type of the parameters."""
+        return str(jax.tree.leaves(self.variables)[0].dtype)
+
+    @property
     def size(self) -> int:
         """Count the parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.variables))

@@ -94,7 +94,8 @@ def run(options: argparse.Namespace) -> int:
     train_rows = data.split("train")
     base = load_base(places.get("model"), settings.dtype)
     longest = min(settings.max_seq_length, base.model.config.max_position_embeddings)
-    settings = dataclasses.replace(settings, max_seq_length=longest)
+    # The adapter belongs to a base of this type, so the type is kept and not chosen again.
+    settings = dataclasses.replace(settings, max_seq_length=longest, dtype=base.dtype)
     train = _examples(data, "train", base, settings)
     valid = _examples(data, "valid", base, settings) if "valid" in data.splits else None
     adapter = make_adapter(base, settings)

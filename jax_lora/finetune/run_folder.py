@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jax_lora.adapter import Adapter
 from jax_lora.checkpoint import save_adapter
 from jax_lora.errors import CheckpointError, ConfigError, explain
 
+CHECKPOINT = re.compile(r"step-\d{6,}")
 HEADER = "# Written by jax-lora train. The same run again: jax-lora train -c THIS_FILE\n"
 
 
@@ -139,7 +141,7 @@ def find_checkpoint(path: str | Path) -> Path:
         names = _names(state)
         for name in (names.get("best"), names.get("last")):
             # The name comes from a file, and must not lead out of the folder.
-            if isinstance(name, str) and name == Path(name).name and (path / name).is_dir():
+            if isinstance(name, str) and CHECKPOINT.fullmatch(name) and (path / name).is_dir():
                 return path / name
     elif path.is_dir() and not _is_run(path):
         return path

@@ -11,7 +11,7 @@ from jax_lora.errors import ConfigError, explain
 from jax_lora.finetune.schedule import SHAPES
 
 TRUNCATIONS = ("right", "drop", "error")
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,14 @@ from jax_lora.finetune.batches import Batches
 from jax_lora.finetune.examples import Example
 from jax_lora.finetune.step import make_optimizer, make_step, make_validation, start
 
+
+@pytest.fixture(autouse=True)
+def promotion():
+    # Optax raises floats to its integer step count, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 SIZES = (9, 4, 7, 6, 8, 5, 3, 8)
 
 
@@ -81,15 +89,12 @@ def test_training_lowers_the_loss_of_the_rows_it_sees(tiny, adapter):
 
 
 def test_the_gradient_is_clipped_by_its_norm():
-    optimizer = make_optimizer(optax.constant_schedule(1.0), max_grad_norm=1.0)
     clipped, free = (
         make_optimizer(optax.constant_schedule(1.0), max_grad_norm=norm) for norm in (1.0, 0.0)
     )
     tree = {"a": jnp.ones(3)}
-    assert len(jax.tree.leaves(clipped.init(tree))) == len(jax.tree.leaves(free.init(tree)))
     huge = {"a": jnp.full(3, 1e30)}  # squared, it would overflow Adam's second moment
     for each, finite in ((clipped, True), (free, False)):
         _, moments = each.update(huge, each.init(tree), tree)
         leaves = [leaf for leaf in jax.tree.leaves(moments) if leaf.dtype == jnp.float32]
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves) == finite
-    del optimizer
