@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from jax_lora.errors import ConfigError, explain
 from jax_lora.models.hf_names import kernel_names
 from jax_lora.models.llama_config import LlamaConfig
 from jax_lora.models.rotary import apply_rotary, rotary_angles
@@ -95,7 +96,8 @@ class _Attention(nn.Module):
         k = apply_rotary(self.k_proj(x).reshape(heads), context.cos, context.sin)  # (b, t, g, d)
         v = self.v_proj(x).reshape(heads)  # (b, t, g, d)
         if memory is not None and context.filled is not None:
-            k, v = memory = _write(memory, k, v, context.filled)  # (b, length, g, d)
+            memory = _write(memory, k, v, context.filled)
+            k, v = (part.astype(x.dtype) for part in memory)  # (b, length, g, d)
         # Its own promotion of bfloat16 scores to float32 is refused by strict dtype promotion.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(
@@ -223,7 +225,11 @@ class Llama(nn.Module):
         Returns:
           Logits (batch, tokens, vocabulary) in the parameters' dtype; with a cache
           `(logits, cache)`.
+
+        Raises:
+          ConfigError: if an argument's shape does not fit the others.
         """
+        _check(input_ids, attention_mask, positions, segment_ids, cache)
         context = self._context(input_ids, attention_mask, positions, segment_ids, cache)
         # Tokens of all rows in one axis: 2-D products are what XLA's CPU backward is fastest at.
         x = self.embed_tokens(input_ids.reshape(-1))  # (batch * tokens, hidden)
@@ -252,7 +258,8 @@ class Llama(nn.Module):
 
         Args:
           batch: how many rows will be generated together.
-          length: prompt and new tokens together, at most.
+          length: prompt and new tokens together, at most; under jit nobody can tell how many
+            slots are filled, so a token too many overwrites the last ones.
           dtype: of keys and values; the parameters' dtype loses nothing.
 
         Returns:
@@ -286,6 +293,36 @@ def parameter_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     flat: dict[str, Any] = flatten_dict(shapes["params"], sep="/")
     return {path: flat[path].shape for path in sorted(flat)}
+
+
+def _check(
+    input_ids: jax.Array,
+    attention_mask: jax.Array | None,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    cache: KVCache | None,
+) -> None:
+    """Refuse shapes that would broadcast into a wrong answer."""
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        _refuse("input_ids", input_ids, "integers (batch, tokens)", "add a batch axis: ids[None].")
+    batch, tokens = input_ids.shape
+    length = tokens if cache is None else cache.keys.shape[2]
+    if cache is not None and (cache.keys.shape[1] != batch or tokens > length):
+        fix = "make the cache with init_cache(batch, length) for these rows."
+        _refuse("cache", cache.keys, f"room for {batch} rows of {tokens} tokens", fix)
+    if attention_mask is not None and attention_mask.shape != (batch, length):
+        fix = "with a cache the mask covers its whole length, 1 where tokens will come."
+        _refuse("attention_mask", attention_mask, f"shape {(batch, length)}", fix)
+    for name, value in (("positions", positions), ("segment_ids", segment_ids)):
+        if value is not None and value.shape != (batch, tokens):
+            _refuse(name, value, f"shape {(batch, tokens)}", "give one number a token.")
+    if segment_ids is not None and cache is not None:
+        _refuse("segment_ids", segment_ids, "none together with a cache", "generate unpacked rows.")
+
+
+def _refuse(where: str, value: jax.Array, expected: str, fix: str) -> None:
+    got = f"{value.dtype} {value.shape}"
+    raise ConfigError(explain(where, got=got, expected=expected, fix=fix))
 
 
 def _count_positions(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jax_lora.errors import ConfigError
 from jax_lora.models import Llama, LlamaConfig, load
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "llama"
@@ -156,6 +157,39 @@ def test_bfloat16_parameters_give_bfloat16_logits_near_float32(tied):
     assert logits.dtype == jnp.bfloat16
     wide = run(model, jax.tree.map(lambda p: p.astype(jnp.float32), small), ids)
     np.testing.assert_allclose(logits.astype(jnp.float32), wide, atol=0.05)
+
+
+def test_cache_of_another_dtype_keeps_the_logits_dtype(tiny):
+    model, params = tiny
+    ids = jnp.array([[3, 4, 5, 6]], jnp.int32)
+    cache = model.init_cache(1, 6, jnp.bfloat16)
+    logits, cache = run(model, params, ids, cache=cache)
+    assert (logits.dtype, cache.keys.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_allclose(logits, run(model, params, ids), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "others", "message"),
+    [
+        ((4,), {}, "input_ids\n  got:      int32 (4,)\n  expected: integers (batch, tokens)"),
+        ((2, 4), {"attention_mask": (2, 3)}, "attention_mask\n  got:      int32 (2, 3)"),
+        ((2, 4), {"positions": (1, 4)}, "positions\n  got:      int32 (1, 4)"),
+        ((2, 4), {"segment_ids": (4, 4)}, "segment_ids\n  got:      int32 (4, 4)"),
+        ((2, 4), {"cache": (1, 8)}, "expected: room for 2 rows of 4 tokens"),
+        ((2, 4), {"cache": (2, 3)}, "expected: room for 2 rows of 4 tokens"),
+        ((2, 4), {"cache": (2, 8), "attention_mask": (2, 4)}, "expected: shape (2, 8)"),
+        ((2, 4), {"cache": (2, 8), "segment_ids": (2, 4)}, "none together with a cache"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_by_argument(shape, others, message):
+    model = Llama(TINY)
+    arguments = {
+        name: model.init_cache(*value) if name == "cache" else jnp.zeros(value, jnp.int32)
+        for name, value in others.items()
+    }
+    with pytest.raises(ConfigError) as caught:
+        model.init(jax.random.key(0), jnp.zeros(shape, jnp.int32), **arguments)
+    assert message in str(caught.value)
 
 
 def test_parameters_are_stacked_under_familiar_names(tiny):
