@@ -43,8 +43,7 @@ import optax  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-from jax_lora.models.llama import Llama, LlamaConfig  # noqa: E402
-from jax_lora.models.save_checkpoint import save  # noqa: E402
+from jax_lora.models import Llama, LlamaConfig, save  # noqa: E402
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 4096

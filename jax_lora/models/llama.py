@@ -26,26 +26,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.models.decoder_inputs import KVCache, check_inputs, count_positions, visible
 from jax_lora.models.hf_names import kernel_names
 from jax_lora.models.llama_config import LlamaConfig
 from jax_lora.models.rotary import apply_rotary, rotary_angles
 
-__all__ = ["KVCache", "Llama", "parameter_shapes"]
-
-
-class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, for `Llama` to go on from.
-
-    Attributes:
-      keys: (layers, batch, length, key-value heads, head_dim), already rotated.
-      values: same shape.
-      filled: int32 scalar, how many of the `length` slots hold a token.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    filled: jax.Array
+__all__ = ["Llama", "parameter_shapes"]
 
 
 # One layer's keys and values, (batch, length, key-value heads, head_dim) each.
@@ -229,7 +215,7 @@ class Llama(nn.Module):
         Raises:
           ConfigError: if an argument's shape does not fit the others.
         """
-        _check(input_ids, attention_mask, positions, segment_ids, cache)
+        check_inputs(input_ids, attention_mask, positions, segment_ids, cache)
         context = self._context(input_ids, attention_mask, positions, segment_ids, cache)
         # Tokens of all rows in one axis: 2-D products are what XLA's CPU backward is fastest at.
         x = self.embed_tokens(input_ids.reshape(-1))  # (batch * tokens, hidden)
@@ -279,11 +265,11 @@ class Llama(nn.Module):
     ) -> _Context:
         filled = None if cache is None else cache.filled
         if positions is None:
-            positions = _count_positions(input_ids, attention_mask, filled)
+            positions = count_positions(input_ids, attention_mask, filled)
         mask = None
         if attention_mask is not None or segment_ids is not None or cache is not None:
             keys = input_ids.shape[1] if cache is None else cache.keys.shape[2]
-            mask = _visible(input_ids.shape[1], keys, attention_mask, segment_ids, filled)
+            mask = visible(input_ids.shape[1], keys, attention_mask, segment_ids, filled)
         cos, sin = rotary_angles(self.config, positions)
         return _Context(cos, sin, mask, filled)
 
@@ -293,68 +279,3 @@ def parameter_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     flat: dict[str, Any] = flatten_dict(shapes["params"], sep="/")
     return {path: flat[path].shape for path in sorted(flat)}
-
-
-def _check(
-    input_ids: jax.Array,
-    attention_mask: jax.Array | None,
-    positions: jax.Array | None,
-    segment_ids: jax.Array | None,
-    cache: KVCache | None,
-) -> None:
-    """Refuse shapes that would broadcast into a wrong answer."""
-    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        _refuse("input_ids", input_ids, "integers (batch, tokens)", "add a batch axis: ids[None].")
-    batch, tokens = input_ids.shape
-    length = tokens if cache is None else cache.keys.shape[2]
-    if cache is not None and (cache.keys.shape[1] != batch or tokens > length):
-        fix = "make the cache with init_cache(batch, length) for these rows."
-        _refuse("cache", cache.keys, f"room for {batch} rows of {tokens} tokens", fix)
-    if attention_mask is not None and attention_mask.shape != (batch, length):
-        fix = "with a cache the mask covers its whole length, 1 where tokens will come."
-        _refuse("attention_mask", attention_mask, f"shape {(batch, length)}", fix)
-    for name, value in (("positions", positions), ("segment_ids", segment_ids)):
-        if value is not None and value.shape != (batch, tokens):
-            _refuse(name, value, f"shape {(batch, tokens)}", "give one number a token.")
-    if segment_ids is not None and cache is not None:
-        _refuse("segment_ids", segment_ids, "none together with a cache", "generate unpacked rows.")
-
-
-def _refuse(where: str, value: jax.Array, expected: str, fix: str) -> None:
-    got = f"{value.dtype} {value.shape}"
-    raise ConfigError(explain(where, got=got, expected=expected, fix=fix))
-
-
-def _count_positions(
-    input_ids: jax.Array, attention_mask: jax.Array | None, filled: jax.Array | None
-) -> jax.Array:
-    """Position of a token = how many real tokens stand before it; padding takes no number."""
-    batch, tokens = input_ids.shape
-    if attention_mask is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[None], (batch, tokens))
-        return (
-            positions if filled is None else positions + jnp.broadcast_to(filled, (batch, tokens))
-        )
-    counted = jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1
-    counted = jnp.maximum(counted, 0)  # (batch, keys)
-    if filled is None:
-        return counted
-    return jax.lax.dynamic_slice_in_dim(counted, filled, tokens, axis=1)
-
-
-def _visible(
-    queries: int,
-    keys: int,
-    attention_mask: jax.Array | None,
-    segment_ids: jax.Array | None,
-    filled: jax.Array | None,
-) -> jax.Array:
-    """(batch or 1, 1, queries, keys) booleans: earlier, real, and of the same document."""
-    row = jnp.arange(queries, dtype=jnp.int32)[:, None]
-    row = row if filled is None else row + jnp.broadcast_to(filled, row.shape)
-    visible = (jnp.arange(keys, dtype=jnp.int32)[None, :] <= row)[None, None]
-    if attention_mask is not None:
-        visible = visible & attention_mask.astype(bool)[:, None, None, :]
-    if segment_ids is not None:
-        visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return visible
