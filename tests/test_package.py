@@ -45,3 +45,8 @@ def test_nothing_that_runs_code_from_files_is_used(source):
 def test_the_patterns_would_find_what_they_forbid():
     assert PRIVATE_JAX.search("from jax._src import core")
     assert UNSAFE.search("pickle.loads(data)") and UNSAFE.search("x = eval(text)")
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in jax_lora.__all__:
+        assert getattr(jax_lora, name).__doc__, name
