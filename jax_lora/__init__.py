@@ -3,6 +3,8 @@
     kernels = jl.find_kernels(model.apply, variables, tokens)
     adapter = jl.lora_init(key, variables, jl.LoraConfig(rank=8), kernels=kernels)
     y = jl.lora_apply(model.apply)(jl.combine(variables, adapter), tokens)
+
+Everything takes Linen variables, NNX state, or any pytree with any function of it.
 """
 
 import importlib

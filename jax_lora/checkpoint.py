@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_lora import manifest, paths
+from jax_lora import array_files, manifest, paths
 from jax_lora.adapter import Adapter, LoraPair, is_adapted
 from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning, explain
 from jax_lora.fingerprint import differences, fingerprint
@@ -74,7 +73,7 @@ def save_adapter(
     name = f"arrays-{uuid.uuid4().hex[:12]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_arrays(folder / name, manifest.array_tree(arrays))
+        array_files.write_arrays(folder / name, manifest.array_tree(arrays))
         _write_manifest(folder, _describe(folder, name, arrays, base))
     except Exception as cause:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -131,17 +130,10 @@ def _why_not(leaf: Any) -> str | None:
     return f"has {bad} entries that are NaN or Inf" if bad else None
 
 
-def _write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
-    import orbax.checkpoint as ocp  # takes seconds to import, so not before it is needed
-
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays))  # type: ignore[call-arg]
-
-
 def _describe(folder: Path, name: str, arrays: Adapter, base: Any) -> Manifest:
     records = jax.tree.map(manifest.record, arrays)
     base_print = None if base is None else fingerprint(base)
-    return Manifest(arrays.config, records, name, _checksums(folder / name), base_print)
+    return Manifest(arrays.config, records, name, array_files.checksums(folder / name), base_print)
 
 
 def _write_manifest(folder: Path, what: Manifest) -> None:
@@ -161,16 +153,6 @@ def _remove_stale(folder: Path, keep: str) -> None:
     for entry in folder.glob("arrays-*"):
         if entry.name != keep and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(each for each in folder.rglob("*") if each.is_file())
-    return {each.relative_to(folder).as_posix(): _checksum(each) for each in files}
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 # -----------------------------------------------------------------------------------------------
@@ -214,7 +196,10 @@ def load_adapter(
     """
     folder = Path(path).absolute()
     what = _read_manifest(folder)
-    damage = [*_file_problems(folder, what), *_target_problems(what, target)]
+    damage = [
+        *array_files.file_problems(folder / what.arrays, what.files),
+        *_target_problems(what, target),
+    ]
     arrays, more = (None, []) if damage else _read_arrays(folder, what)
     damage += more
     mismatch = [] if base is None else _base_problems(folder, what, base, force)
@@ -241,47 +226,15 @@ def _read_manifest(folder: Path) -> Manifest:
     )
 
 
-def _file_problems(folder: Path, what: Manifest) -> list[str]:
-    """Check every file before Orbax reads one: it would take a damaged index at its word."""
-    root = (folder / what.arrays).resolve()
-    if root != (folder.resolve() / what.arrays):
-        return [f"{what.arrays}: leads out of the folder"]
-    problems = [
-        f"{what.arrays}/{name}: {why}"
-        for name, checksum in what.files.items()
-        if (why := _file_problem(root, name, checksum))
-    ]
-    extra = set(_checksums_names(root)) - set(what.files)
-    return problems + [f"{what.arrays}/{name}: was not saved with it" for name in sorted(extra)]
-
-
-def _file_problem(root: Path, name: str, checksum: str) -> str | None:
-    file = root / name
-    if not file.resolve().is_relative_to(root):
-        return "leads out of the folder"
-    if not file.is_file():
-        return "is missing"
-    return None if _checksum(file) == checksum else "has other bytes than were saved"
-
-
-def _checksums_names(root: Path) -> list[str]:
-    return [each.relative_to(root).as_posix() for each in root.rglob("*") if not each.is_dir()]
-
-
 def _read_arrays(folder: Path, what: Manifest) -> tuple[Any, list[str]]:
     """Read the arrays as NumPy, and say what is wrong with them."""
-    import orbax.checkpoint as ocp
-
     template = manifest.array_tree(manifest.abstract(what.adapter))
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
-    restore = ocp.args.PyTreeRestore(item=template, restore_args=as_numpy)  # type: ignore[call-arg]
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            arrays = checkpointer.restore(folder / what.arrays, args=restore)
+        arrays = array_files.read_arrays(folder / what.arrays, template)
     except Exception as cause:  # whatever Orbax meets in files that a stranger wrote
         return None, [f"{what.arrays}: {type(cause).__name__}: {cause}"]
-    problems = manifest.leaf_problems(what.adapter, manifest.from_array_tree(what.adapter, arrays))
-    return arrays, problems
+    have = manifest.from_array_tree(what.adapter, arrays)
+    return arrays, manifest.leaf_problems(what.adapter, have)
 
 
 def _target_problems(what: Manifest, target: Adapter | None) -> list[str]:

@@ -224,5 +224,5 @@ def _warn(verb: str, lost: Sequence[tuple[float, str]]) -> None:
             fix="Merge into a float32 copy of the base, or keep base and adapter apart.",
         ),
         MergeWarning,
-        stacklevel=4,
+        stacklevel=5,  # the caller of merge or unmerge
     )

@@ -93,6 +93,7 @@ def masked_optimizer(tx: optax.GradientTransformation) -> optax.GradientTransfor
     `optax.apply_updates` adds without changing a bit, whatever gradient they come with: random
     numbers, NaN, or none. Call both in one jitted step: XLA then drops the addition and its
     memory. (Run op by op, XLA on CPU makes every addition flush subnormal numbers to zero.)
+    Nothing can be added to random keys, so leave them out: `nnx.split(model, nnx.Param, ...)`.
 
     Args:
       tx: Any Optax transformation, `optax.MultiSteps` and those with extra arguments included.

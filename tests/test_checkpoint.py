@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_lora as jl
-from jax_lora import checkpoint, json_files, manifest
+from jax_lora import array_files, json_files, manifest
 from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning
 
@@ -270,8 +270,8 @@ def replace_arrays(folder, tree):
     """Put another Orbax checkpoint in the place of the arrays, with file checksums to match."""
     arrays = next(folder.glob("arrays-*"))
     shutil.rmtree(arrays)
-    checkpoint._write_arrays(arrays, tree)
-    reseal(folder, lambda values: values.update(files=checkpoint._checksums(arrays)))
+    array_files.write_arrays(arrays, tree)
+    reseal(folder, lambda values: values.update(files=array_files.checksums(arrays)))
 
 
 def test_missing_and_extra_leaves_are_refused_by_name(copied):
@@ -406,14 +406,14 @@ def test_a_file_in_the_way_is_refused(tmp_path):
     assert (tmp_path / "adapter").read_text() == "mine"
 
 
-@pytest.mark.parametrize("where", ["_write_arrays", "_checksums", "os.replace", "os.fsync"])
+@pytest.mark.parametrize("where", ["write_arrays", "checksums", "os.replace", "os.fsync"])
 def test_a_save_that_fails_leaves_the_previous_adapter(where, copied, monkeypatch):
     params, adapter = toy()
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    owner = checkpoint if where.startswith("_") else os
+    owner = os if where.startswith("os.") else array_files
     monkeypatch.setattr(owner, where.removeprefix("os."), full)
     newer = jax.tree.map(lambda leaf: leaf + 1, adapter)
     with pytest.raises(CheckpointError, match="No space left[\\s\\S]*untouched"):

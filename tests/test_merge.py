@@ -149,8 +149,11 @@ def test_merge_warns_when_the_base_is_too_coarse_for_the_update():
     params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
     b = jnp.array([[2.0**-7, 2.0**-10, 2.0**-10, 2.0**-10]])
     adapter = jl.Adapter({"kernel": jl.LoraPair(jnp.ones((4, 1)), b)}, {}, jl.LoraConfig(rank=1))
-    with pytest.warns(MergeWarning, match=r"merge: kernel\s+got:\s+75.0% of the changed entries"):
+    with pytest.warns(
+        MergeWarning, match=r"merge: kernel\s+got:\s+75.0% of the changed entries"
+    ) as caught:
         merge(params, adapter)
+    assert caught[0].filename == __file__  # points at the caller
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge({"kernel": jnp.ones((4, 4), jnp.float32)}, adapter)
