@@ -255,6 +255,8 @@ def leaf_problems(adapter: Adapter, arrays: Adapter) -> list[str]:
             )
         elif isinstance(leaf, np.ndarray) and record(leaf).checksum != want.checksum:
             problems.append(f"{name} has other bytes than were saved")
+        elif isinstance(leaf, np.ndarray) and (bad := count_not_finite(leaf)):
+            problems.append(f"{name} has {bad} entries that are NaN or Inf")
     return problems
 
 

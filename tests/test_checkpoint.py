@@ -298,6 +298,17 @@ def test_reshaped_retyped_and_altered_leaves_are_told_together(copied):
     assert "head has other bytes than were saved" in message
 
 
+def test_a_strangers_numbers_that_are_not_finite_are_refused(copied):
+    adapter = jax.tree.map(np.array, toy()[1])
+    adapter.whole["head"][0, :2] = np.nan, np.inf
+    tree = manifest.array_tree(adapter)
+    replace_arrays(copied, tree)
+    checksum = manifest.record(adapter.whole["head"]).checksum
+    reseal(copied, lambda values: values["whole"]["head"].update(checksum=checksum))
+    with pytest.raises(CheckpointError, match="head has 2 entries that are NaN or Inf"):
+        load_adapter(copied)
+
+
 def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         load_adapter(tmp_path / "none")
