@@ -1,18 +1,20 @@
 """Pre-train the bundled tiny Llama on the Python standard library's own text.
 
-    python examples/pretrain_tiny.py --out OUT
+    python examples/pretrain_tiny.py --out OUT --steps 1200
+
+That took 67 minutes on two shared CPU cores and ended with a validation loss of 2.25 nats a token.
 
 Everything is made from text that every Python has: the source files of the standard library (its
 tests included; generated tables and bundled third-party packages left out) and the language
 reference in `pydoc_data`. First a byte-level BPE tokenizer of 4096 tokens is trained, then a Llama
-of about 4.3 million parameters: 2-D kernels by Muon, the rest by Adam, linear decay to zero, rows
+of about 4.3 million parameters: 2-D kernels by Muon, the rest by Adam, cosine decay to zero, rows
 of 256 tokens and, for the last tenth of the steps, of 512. Every file whose path's CRC-32 is 0
 modulo 50 is held out for validation.
 
 A share of the rows (DRILLS) teaches the model to look back and copy, which a model this small
 learns late from text alone. They are made of the same text: a passage repeated; a list of names
-followed by parts of it in other orders; names paired, then asked for in another order. In these
-only what can be known from the row itself counts towards the loss.
+followed by parts of it in other orders; names paired, then asked for in another order. In lists
+and pairs only what can be known from the row itself counts towards the loss.
 
 The run is a function of the Python version, the versions of the packages, the number of steps and
 the machine's arithmetic; nothing is drawn from the clock. It writes a complete Hugging Face folder
