@@ -16,6 +16,7 @@ from jax_lora.cli.options import DEFAULTS, given, make_settings, read_config_fil
 from jax_lora.finetune import recipe
 from jax_lora.finetune.batches import Batches
 from jax_lora.finetune.data_folder import DataSet, read_data
+from jax_lora.finetune.devices import use_all_cores
 from jax_lora.finetune.examples import Examples, make_examples
 from jax_lora.finetune.loop import TrainLoop
 from jax_lora.finetune.progress import RunPlan
@@ -89,6 +90,7 @@ def _default(name: str) -> str:
 def run(options: argparse.Namespace) -> int:
     """Train, and return the exit code."""
     places, settings = _choose(options)
+    use_all_cores()
     reporter = make_reporter(places.get("progress", "auto"))
     data = read_data(data_folder(places.get("data")))
     train_rows = data.split("train")

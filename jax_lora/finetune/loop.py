@@ -15,6 +15,7 @@ from jax_lora.adapter import Adapter
 from jax_lora.dropout import dropout
 from jax_lora.errors import DataError, LoraError, explain
 from jax_lora.finetune.batches import Batch, Batches
+from jax_lora.finetune.devices import data_mesh, replicate, split_rows
 from jax_lora.finetune.interrupts import Interrupts
 from jax_lora.finetune.memory import peak_memory
 from jax_lora.finetune.progress import Reporter, RunResult, TrainReport
@@ -62,7 +63,8 @@ class TrainLoop:
         reporter: Reporter,
     ):
         """Set up the optimizer and the state."""
-        self._variables, self._settings = variables, settings
+        self._mesh = data_mesh(settings.batch_size, variables)
+        self._variables, self._settings = replicate(variables, self._mesh), settings
         self._batches, self._validation = batches, validation
         self._run, self._reporter = run, reporter
         self.steps = settings.iterations(batches.per_epoch)
@@ -72,7 +74,7 @@ class TrainLoop:
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
         )
-        self._state = start(adapter, optimizer)
+        self._state = replicate(start(adapter, optimizer), self._mesh)
         step = make_step(
             model,
             optimizer,
@@ -124,7 +126,7 @@ class TrainLoop:
         return result
 
     def _step(self, index: int) -> None:
-        batch = self._batches.at(index)
+        batch = split_rows(self._batches.at(index), self._mesh)
         program = self._programs.of(self._state, self._variables, batch)
         began = time.perf_counter()
         self._state, report = program(self._state, self._variables, batch)
@@ -180,6 +182,7 @@ class TrainLoop:
             self._variables,
             self._validation,
             self._settings.val_batches,
+            place=lambda batch: split_rows(batch, self._mesh),
         )
         seconds = time.perf_counter() - began
         self._reporter.validated(done, self._val_loss, seconds)
@@ -254,6 +257,8 @@ def mean_loss(
     variables: Any,
     batches: Batches,
     most: int = -1,
+    *,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> float:
     """Measure the mean loss of the learned tokens.
 
@@ -263,6 +268,7 @@ def mean_loss(
       variables: The base.
       batches: The rows.
       most: How many batches; -1 for all.
+      place: Puts a batch on the devices.
 
     Returns:
       The mean over tokens, whatever batches they are in.
@@ -271,7 +277,7 @@ def mean_loss(
     for number, batch in enumerate(batches.once()):
         if number == most:
             break
-        loss, learned = measure(adapter, variables, batch)
+        loss, learned = measure(adapter, variables, place(batch))
         total, tokens = total + float(loss), tokens + float(learned)
     return total / max(tokens, 1.0)
 

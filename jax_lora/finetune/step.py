@@ -109,7 +109,10 @@ def make_step(
     def whole(adapter: Adapter, variables: Any, batch: Batch, step: jax.Array) -> Any:
         if accumulation == 1:
             return gradient(adapter, variables, batch, step)
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        # Every part takes rows from all over, as neighbouring rows lie on one device.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+        )
 
         def add(sums: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, gradient(adapter, variables, part, step)), None
@@ -124,7 +127,7 @@ def make_step(
         before: Any = state.adapter  # Optax's types know dicts and arrays, not dataclasses
         updates, moments = optimizer.update(gradients, state.moments, before)
         adapter: Any = optax.apply_updates(before, updates)
-        report = StepReport(total / count, tokens, optax.global_norm(gradients))
+        report = StepReport(total / count, tokens, optax.tree.norm(gradients))
         return TrainState(adapter, moments, state.step + 1), report
 
     return jax.jit(update, donate_argnums=0)

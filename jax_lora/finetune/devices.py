@@ -1,0 +1,60 @@
+"""Spreads a batch's rows over the devices, each of which holds the whole model.
+
+A CPU is one device to JAX, whose operators share its cores one after the other; a device for each
+core, with rows of its own, trains a small model about 1.6 times as fast on two cores.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MOST_CPU_DEVICES = 8
+# Every device of a CPU holds a copy of the base in the same memory.
+MOST_CPU_COPIES = 2_000_000_000  # bytes
+
+
+def use_all_cores() -> None:
+    """Make a device of each core; called before JAX looks for devices, or it changes nothing."""
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return  # the user has
+    affinity = getattr(os, "sched_getaffinity", None)  # what a container may use, on Linux
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    try:
+        jax.config.update("jax_num_cpu_devices", min(cores, MOST_CPU_DEVICES))
+    except RuntimeError:
+        return  # JAX has looked for devices already
+
+
+def data_mesh(rows: int, base: Any) -> Mesh:
+    """Choose the devices that share the rows of a batch.
+
+    Args:
+      rows: Rows in a part of a batch.
+      base: The base's parameters.
+
+    Returns:
+      A mesh with the one axis `"data"`, whose size divides the rows.
+    """
+    devices = jax.local_devices()
+    most = min(len(devices), rows)
+    if devices[0].platform == "cpu":
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+        most = min(most, max(1, MOST_CPU_COPIES // max(size, 1)))
+    count = next(count for count in range(most, 0, -1) if rows % count == 0)
+    return Mesh(np.asarray(devices[:count]), ("data",))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Put a whole copy of every array on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def split_rows(batch: Any, mesh: Mesh) -> Any:
+    """Give every device its rows of every array."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))

@@ -1,0 +1,191 @@
+"""The command, run in this process on a model and data of a few kilobytes."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_lora.cli import main
+from jax_lora.models import Llama, LlamaConfig, save
+
+from .finetune.conftest import TINY, write_tokenizer
+
+ROWS = [
+    {"prompt": f"how many rows {n}?", "completion": f" count {n}", "seen": n % 2 == 0}
+    for n in range(8)
+]
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    # Optax raises floats to its integer step count, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = write_tokenizer(tmp_path_factory.mktemp("model"))
+    model = Llama(TINY)
+    save(folder, model, model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for split in ("train", "valid", "test"):
+        lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+        (folder / f"{split}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def train(model_folder, data_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options, data=data_folder):
+        command = ["train", str(model_folder), "--data", str(data), "--iters", "2", "--rank", "2"]
+        return main([*command, *options])
+
+    return run
+
+
+def test_train_eval_and_generate_follow_one_another(train, tmp_path, capsys):
+    assert train() == 0
+    out = capsys.readouterr().out
+    assert "Iter 2: Train loss" in out and "Iter 2: Val loss" in out
+    names = {path.name for path in (tmp_path / "adapters").iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "run.json", "step-000002"}
+
+    assert main(["eval", "--compare-base", "--max-tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["rows", "loss", "exact", "match"]
+    assert lines[2].split() == ["base", "adapter", "base", "adapter"]
+    assert [line.split()[0] for line in lines[3:6]] == ["all", "seen:", "seen:"]
+    assert "8 rows in" in lines[6]
+
+    assert (
+        main(["generate", "--adapter-path", "adapters", "--prompt", "a", "--max-tokens", "3"]) == 0
+    )
+    assert "[1 + " in capsys.readouterr().out
+
+
+def test_training_twice_keeps_the_first_run(train, tmp_path, capsys):
+    assert train() == train() == 0
+    assert "the run that was in adapters is now in adapters.1" in capsys.readouterr().out
+    assert (tmp_path / "adapters.1" / "step-000002").is_dir()
+
+
+def test_the_config_of_a_run_repeats_it(train, tmp_path, capsys):
+    assert train("--learning-rate", "0.02") == 0
+    shutil.copy(tmp_path / "adapters/config.yaml", tmp_path / "again.yaml")
+    assert main(["train", "-c", "again.yaml", "--adapter-path", "again"]) == 0
+    first, again = (
+        (tmp_path / run / "metrics.jsonl").read_text().splitlines()[0].split("learning_rate")[0]
+        for run in ("adapters", "again")
+    )
+    assert first == again
+
+
+def test_the_command_line_beats_the_config_file_which_beats_the_defaults(train, tmp_path):
+    (tmp_path / "lora.yaml").write_text("learning-rate: 2e-3\nseed: 5\nrank: 8\n")
+    assert train("-c", "lora.yaml", "--seed", "6", "--progress", "none") == 0
+    config = (tmp_path / "adapters/config.yaml").read_text()
+    for line in ("learning_rate: 0.002", "seed: 6", "rank: 2", "batch_size: 4"):
+        assert f"{line}\n" in config
+
+
+def test_an_unknown_key_of_a_config_file_is_refused_with_the_nearest(train, tmp_path, capsys):
+    (tmp_path / "lora.yaml").write_text("learning_rat: 1\n")
+    assert train("-c", "lora.yaml") == 2
+    assert "Did you mean learning_rate?" in capsys.readouterr().err
+    (tmp_path / "lora.yaml").write_text("- 1\n")
+    assert train("-c", "lora.yaml") == 2
+    assert "options by name" in capsys.readouterr().err
+
+
+def test_a_broken_row_is_one_message_without_a_traceback_before_anything_is_made(
+    train, tmp_path, capsys
+):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
+    assert train(data=tmp_path / "rows.jsonl") == 2
+    error = capsys.readouterr().err
+    assert "rows.jsonl:2: " in error and "Traceback" not in error
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_a_traceback_is_shown_on_demand(train, capsys):
+    assert train("--rank", "0", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--targets", "q_prj"], "q_proj/kernel"),
+        (["--rank", "0"], "rank"),
+        (["--learning-rate", "-1"], "--learning-rate"),
+        (["--data", "absent"], "no such folder or file"),
+        (["--model", "absent", "--data", "absent"], "absent"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_a_message(train, options, message, capsys):
+    assert train(*options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_ends_with_code_4(train, capsys):
+    # Large enough that the second step overflows.
+    assert train("--learning-rate", "1e38", "--max-grad-norm", "0", "--warmup", "0") == 4
+    assert "step 2" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_ends_with_code_130_and_names_what_was_saved(train, capsys, monkeypatch):
+    from jax_lora.finetune import interrupts
+
+    enter = interrupts.Interrupts.__enter__
+
+    def already_asked(self):
+        enter(self)._note(15, None)
+        return self
+
+    monkeypatch.setattr(interrupts.Interrupts, "__enter__", already_asked)
+    assert train() == 130
+    out = capsys.readouterr().out
+    assert "SIGTERM: stopped after 0 steps" in out
+
+
+def test_an_adapter_of_another_base_is_refused(train, model_folder, tmp_path, capsys):
+    assert train() == 0
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    model = Llama(TINY)
+    save(other, model, model.init(jax.random.key(9), jnp.zeros((1, 4), jnp.int32))["params"])
+    capsys.readouterr()
+    assert main(["eval", str(other)]) == 2
+    assert "base" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, data_folder, capsys):
+    folder = write_tokenizer(tmp_path / "model")
+    model = Llama(LlamaConfig(**{**vars(TINY), "vocab_size": 20}))
+    save(folder, model, model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    assert main(["train", str(folder), "--data", str(data_folder)]) == 2
+    assert "at most the model's vocabulary of 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [[], ["train"], ["eval"], ["generate"]])
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*verb, "--help"])
+    assert ended.value.code == 0
+    assert "usage: jax-lora" in capsys.readouterr().out
+
+
+def test_help_shows_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "learning rate" in (out := capsys.readouterr().out) or out
+    assert "(0.0002; bundled model:" in " ".join(out.split())
