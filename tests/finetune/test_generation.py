@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ PROMPTS = [[5, 9, 7], [200, 3], [8, 2, 6, 4, 1, 90, 17, 33, 250]]
 def slowly(model, variables, prompt, stops, most):
     """The definition: score the whole text again for every token."""
     ids, answer = list(prompt), []
+    score = jax.jit(model.apply)
     for _ in range(most):
-        logits = model.apply(variables, jnp.asarray([ids]))[0, -1]
-        token = int(np.argmax(logits))
+        padded = jnp.asarray([ids + [0] * (16 - len(ids))])  # one shape to compile
+        token = int(np.argmax(score(variables, padded)[0, len(ids) - 1]))
         if token in stops:
             break
         ids.append(token)
