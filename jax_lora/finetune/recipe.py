@@ -10,9 +10,9 @@ from typing import Any
 BUNDLED: dict[str, Any] = {
     "rank": 32,
     "alpha": 32.0,
-    "learning_rate": 3e-3,
+    "learning_rate": 5e-3,
     "batch_size": 16,
-    "epochs": 5.0,
+    "epochs": 4.0,
     "warmup": 0.05,
     "steps_per_eval": 100,
     "save_every": 200,
