@@ -278,10 +278,9 @@ def test_missing_and_extra_leaves_are_refused_by_name(copied):
     tree = manifest.array_tree(jax.tree.map(np.asarray, toy()[1]))
     tree["0001"] = {"b": tree["0001"]["b"], "c": np.zeros(3, np.float32)}
     replace_arrays(copied, tree)
-    with pytest.raises(
-        CheckpointError, match="structures do not match[\\s\\S]*0001[\\s\\S]*MISSING"
-    ):
+    with pytest.raises(CheckpointError, match="structures do not match[\\s\\S]*0001") as info:
         load_adapter(copied)
+    assert "np.ndarray" in str(info.value)  # what stands where nothing should, in Orbax's words
 
 
 def test_reshaped_retyped_and_altered_leaves_are_told_together(copied):
