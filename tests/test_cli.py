@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,13 @@ def test_a_broken_row_is_one_message_without_a_traceback_before_anything_is_made
     error = capsys.readouterr().err
     assert "rows.jsonl:2: " in error and "Traceback" not in error
     assert not (tmp_path / "adapters").exists()
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(train, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert train() == 2
+    error = capsys.readouterr().err
+    assert "the package tokenizers" in error and "pip install 'jax-lora[cli]'" in error
 
 
 def test_a_traceback_is_shown_on_demand(train, capsys):

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jax_lora.errors import LoraError
+from jax_lora.errors import LoraError, explain
 
 DONE, BAD_INPUT, NON_FINITE, INTERRUPTED = 0, 2, 4, 130
 
@@ -29,16 +29,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0 done, 2 bad input or configuration, 4 non-finite loss, 130 interrupted.
     """
-    options = _parser().parse_args(arguments)
+    debug = False
     try:
+        options = _parser().parse_args(arguments)
+        debug = options.debug
         return options.run(options)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
-    except LoraError as error:
-        return _explained(error, options.debug)
-    except OSError as error:
-        return _explained(error, options.debug)
+    except ModuleNotFoundError as error:
+        missing = LoraError(
+            explain(
+                f"the package {error.name}",
+                got="not installed",
+                expected="the command's own packages beside the library",
+                fix="pip install 'jax-lora[cli]'",
+            )
+        )
+        return _explained(missing.with_traceback(error.__traceback__), debug)
+    except (LoraError, OSError) as error:
+        return _explained(error, debug)
 
 
 def _explained(error: Exception, debug: bool) -> int:
