@@ -50,8 +50,9 @@ def chains(draw: st.DrawFn) -> tuple[LowRank, np.ndarray]:
         kind = draw(
             st.sampled_from(["transpose", "slice", "reverse", "reshape", "expand", "scale"])
         )
-        changed = _apply(draw, kind, value, array)
-        value, array = changed if changed[0] is not None else (value, array)
+        changed, changed_array = _apply(draw, kind, value, array)
+        if changed is not None:
+            value, array = changed, changed_array
     return value, array
 
 
@@ -120,7 +121,9 @@ def test_a_contraction_with_any_axes_is_the_dense_one(chain, data):
 @given(st.lists(st.integers(2, 6), min_size=1, max_size=4), st.data())
 def test_reshape_groups_pair_equal_sizes(old, data):
     new = data.draw(st.permutations(old))
-    for before, after in labels.reshape_groups(old, new):
+    groups = labels.reshape_groups(old, new)
+    assert groups is not None
+    for before, after in groups:
         assert math.prod(old[i] for i in before) == math.prod(new[i] for i in after)
 
 
@@ -150,5 +153,6 @@ def test_a_sum_of_bfloat16_products_is_rounded_once():
 def test_a_row_is_no_matrix():
     value = low_rank("io")
     row = lowrank.along_axis(value, 0, lambda x, axis: lax.slice_in_dim(x, 0, 1, 1, axis))
+    assert row is not None
     assert value.is_matrix and not lowrank.squeeze(row, [0]).is_matrix
     assert jax.tree.structure(value) == jax.tree.structure(low_rank("io", seed=3))
