@@ -51,7 +51,7 @@ def chains(draw: st.DrawFn) -> tuple[LowRank, np.ndarray]:
             st.sampled_from(["transpose", "slice", "reverse", "reshape", "expand", "scale"])
         )
         changed, changed_array = _apply(draw, kind, value, array)
-        if changed is not None:
+        if changed is not None and changed_array is not None:
             value, array = changed, changed_array
     return value, array
 
