@@ -69,6 +69,7 @@ class LoraConfig:
       alpha_pattern: Alphas by name or glob; the first pattern that matches a path wins.
       modules_to_save: Names and globs of leaves trained whole beside the pairs (a head, biases).
       use_rslora: Scale by alpha / sqrt(rank), which keeps large ranks learning.
+      use_dora: Only False so far: training a magnitude beside the pair is refused by name.
       dropout: Share of the adapter's inputs set to zero in training; `jl.dropout` switches it on.
       init: How `a` starts; `"gaussian"` has deviation 1 / sqrt(in). `b` starts at zero.
       dtype: Type of a and b, whatever the base's.
@@ -97,6 +98,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=Patterns)
     modules_to_save: tuple[str, ...] = ()
     use_rslora: bool = False
+    use_dora: bool = False
     dropout: float = 0.0
     init: str = "gaussian"
     dtype: np.dtype = np.dtype("float32")
@@ -113,6 +115,7 @@ class LoraConfig:
         set_field("rank_pattern", _patterns("rank_pattern", self.rank_pattern, _rank))
         set_field("alpha_pattern", _patterns("alpha_pattern", self.alpha_pattern, _alpha))
         set_field("use_rslora", _flag("use_rslora", self.use_rslora))
+        set_field("use_dora", _without_dora(self.use_dora))
         set_field("allow_unused", _flag("allow_unused", self.allow_unused))
         set_field("dropout", _dropout(self.dropout))
         set_field("init", _init(self.init))
@@ -238,6 +241,12 @@ def _flag(where: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise _refuse(where, value, "True or False", "Pass a bool.")
     return bool(value)
+
+
+def _without_dora(value: Any) -> bool:
+    if _flag("use_dora", value):
+        raise _refuse("use_dora", value, "False: there are no magnitudes yet", "Train plain LoRA.")
+    return False
 
 
 def _dropout(value: Any) -> float:
