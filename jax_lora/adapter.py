@@ -147,6 +147,20 @@ def is_adapted(node: Any) -> bool:
     return isinstance(node, (LoraWeight, WholeWeight))
 
 
+def not_combined(
+    where: str, expected: str = "a tree from jl.combine(variables, adapter)"
+) -> StructureError:
+    """Build the error for a tree that has no adapter in it."""
+    return StructureError(
+        explain(
+            where,
+            got="a tree without a single LoraWeight",
+            expected=expected,
+            fix="Combine the tree with its adapter first.",
+        )
+    )
+
+
 # -----------------------------------------------------------------------------------------------
 # combine and partition
 # -----------------------------------------------------------------------------------------------
@@ -244,14 +258,7 @@ def partition(lora_tree: Any) -> tuple[Any, Adapter]:
     leaves, treedef = paths.flatten_with_paths(lora_tree, is_leaf=is_adapted)
     adapted = [leaf for _, leaf in leaves if is_adapted(leaf)]
     if not adapted:
-        raise StructureError(
-            explain(
-                "partition",
-                got="a tree without a single LoraWeight",
-                expected="a tree from jl.combine(variables, adapter)",
-                fix="Combine the tree with its adapter first.",
-            )
-        )
+        raise not_combined("partition")
     base = [leaf.base if is_adapted(leaf) else leaf for _, leaf in leaves]
     pairs = {leaf.path: leaf.pair for leaf in adapted if isinstance(leaf, LoraWeight)}
     whole = {leaf.path: leaf.value for leaf in adapted if isinstance(leaf, WholeWeight)}

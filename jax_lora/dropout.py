@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 
-from jax_lora.adapter import LoraWeight, is_adapted
-from jax_lora.errors import StructureError, explain
+from jax_lora.adapter import LoraWeight, is_adapted, not_combined
 from jax_lora.init import path_key
 
 
@@ -43,14 +42,7 @@ def dropout(lora_tree: Any, key: jax.Array) -> Any:
     """
     nodes, treedef = jax.tree.flatten(lora_tree, is_leaf=is_adapted)
     if not any(map(is_adapted, nodes)):
-        raise StructureError(
-            explain(
-                "dropout",
-                got="a tree without a single LoraWeight",
-                expected="a tree from jl.combine(variables, adapter)",
-                fix="Combine the tree with its adapter first.",
-            )
-        )
+        raise not_combined("dropout")
     return jax.tree.unflatten(treedef, [_switched_on(node, key) for node in nodes])
 
 

@@ -308,10 +308,7 @@ def contract(
     # (tokens, r) · (r, out) -> (tokens, out), in whichever order gives the result's own
     pair = ((thin, thin_labels), (second, second_labels))
     (left, left_labels), (right, right_labels) = pair if x_first else pair[::-1]
-    result, have = _pairwise(
-        left, left_labels, right, right_labels, set(out_labels), precision, dtype
-    )
-    return _arrange(result, have, out_labels, out_shape)
+    return product(left, left_labels, right, right_labels, out_labels, out_shape, dtype, precision)
 
 
 def product(
@@ -322,6 +319,7 @@ def product(
     out_labels: Sequence[Label | None],
     out_shape: Sequence[int],
     dtype: Any,
+    precision: Any = None,
 ) -> Array:
     """Multiply two labelled arrays, sum over what the result lacks, and lay the result out.
 
@@ -333,11 +331,13 @@ def product(
       out_labels: A label per axis of the result; None for an axis of size 1.
       out_shape: Shape of the result.
       dtype: Type of the result.
+      precision: As in `lax.dot_general`.
 
     Returns:
       An array of `out_shape`.
     """
-    result, have = _pairwise(left, left_labels, right, right_labels, set(out_labels), None, dtype)
+    keep = set(out_labels)
+    result, have = _pairwise(left, left_labels, right, right_labels, keep, precision, dtype)
     return _arrange(result, have, out_labels, out_shape)
 
 

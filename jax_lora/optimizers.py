@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_lora.adapter import Adapter, LoraPair, LoraWeight, WholeWeight
-from jax_lora.errors import ConfigError, StructureError, explain
+from jax_lora.adapter import Adapter, LoraPair, LoraWeight, WholeWeight, not_combined
+from jax_lora.errors import ConfigError, explain
 
 # -----------------------------------------------------------------------------------------------
 # The mask
@@ -49,14 +49,8 @@ def trainable_mask(lora_tree: Any) -> Any:
     """
     nodes, treedef = jax.tree.flatten(lora_tree, is_leaf=_is_part)
     if not any(map(_is_part, nodes)):
-        raise StructureError(
-            explain(
-                "trainable_mask",
-                got="a tree without a single LoraWeight",
-                expected="a tree from jl.combine(variables, adapter), or an Adapter",
-                fix="Combine the tree with its adapter first.",
-            )
-        )
+        expected = "a tree from jl.combine(variables, adapter), or an Adapter"
+        raise not_combined("trainable_mask", expected)
     return jax.tree.unflatten(treedef, [_node_mask(node) for node in nodes])
 
 
