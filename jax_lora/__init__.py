@@ -20,7 +20,7 @@ from jax_lora.kernel import Kernel
 from jax_lora.merge import merge, unmerge
 from jax_lora.optimizers import masked_optimizer, trainable_mask
 from jax_lora.summary import summary
-from jax_lora.transform import find_kernels, lora_apply
+from jax_lora.transform import explain, find_kernels, lora_apply
 
 if TYPE_CHECKING:
     from jax_lora import models
@@ -37,6 +37,7 @@ __all__ = (
     "combine",
     "dropout",
     "errors",
+    "explain",
     "find_kernels",
     "load_adapter",
     "lora_apply",

@@ -2,7 +2,7 @@
 
 Every axis of W0 has a label (labels.py). An axis is an input axis if `a` has its label, an output
 axis if `b` has it, and a stack axis (layers, experts) if both have. Structural operations change
-labels and factors together; `contract` is the one place where a low-rank value meets data.
+labels and factors together; meeting.py is where a low-rank value meets data.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_lora import labelled
 from jax_lora import labels as labelling
 from jax_lora.labels import Label
 
@@ -98,9 +99,9 @@ def delta(value: LowRank, dtype: Any = jnp.float32) -> Array:
     """
     a, b = value.a.astype(dtype), value.b.astype(dtype)
     out = tuple(label for label in value.w_labels if label is not None)
-    product, have = _pairwise(a, value.a_labels, b, value.b_labels, out, precision="highest")
+    product, have = labelled.product(a, value.a_labels, b, value.b_labels, out, "highest")
     product = product * jnp.asarray(value.scale, dtype)  # (stack, in, out) in some order
-    return _arrange(product, have, value.w_labels, value.shape)
+    return labelled.arrange(product, have, value.w_labels, value.shape)
 
 
 def materialize(value: LowRank) -> Array:
@@ -243,148 +244,14 @@ def multiply(value: LowRank, w: Array, other: Array, axes: Sequence[int]) -> Low
     for name in ("b", "a"):
         factor, have = getattr(value, name), getattr(value, f"{name}_labels")
         if all(label in have for label in wanted):
-            spread = _spread(other.astype(factor.dtype), wanted, have)
+            spread = labelled.spread(other.astype(factor.dtype), wanted, have)
             return value.replace(w=w, **{name: factor * spread})
     return None
 
 
-def _spread(array: Array, have: Sequence[Label], want: Sequence[Label]) -> Array:
-    """Lay an array's labelled axes out against `want`, with size 1 where it has none."""
-    order = [label for label in want if label in have]
-    array = lax.transpose(array, [list(have).index(label) for label in order])
-    return lax.expand_dims(array, [axis for axis, label in enumerate(want) if label not in have])
-
-
 # -----------------------------------------------------------------------------------------------
-# Meeting data
+# Dropout
 # -----------------------------------------------------------------------------------------------
-
-
-def contract(
-    value: LowRank,
-    x: Array,
-    x_labels: Sequence[Label],
-    out_labels: Sequence[Label | None],
-    out_shape: Sequence[int],
-    *,
-    dtype: Any,
-    precision: Any = None,
-    x_first: bool = True,
-) -> Array | None:
-    """Compute scale * (x · a) · b, for a contraction of x with the value's axes.
-
-    Args:
-      value: The low-rank value; W0 takes no part.
-      x: Data, with the value's labels on the axes that meet, and labels of its own elsewhere.
-      x_labels: A label per axis of `x`.
-      out_labels: A label per axis of the result; None for an axis of size 1.
-      out_shape: Shape of the result.
-      dtype: Type of the result.
-      precision: As in `lax.dot_general`.
-      x_first: Whether x's own axes come before the kernel's in the result: only a hint, which
-        saves a transpose.
-
-    Returns:
-      What the factors add to the contraction, or None if x meets neither factor, so that the
-      product a @ b would have to be formed.
-    """
-    met = lambda have: math.prod(  # noqa: E731 - how much of x a factor would contract away
-        size
-        for label, size in zip(x_labels, x.shape, strict=True)
-        if label in have and label not in out_labels
-    )
-    ours = [(value.a, value.a_labels), (value.b, value.b_labels)]
-    if not any(label in have and label not in out_labels for label in x_labels for _, have in ours):
-        return None
-    (first, first_labels), (second, second_labels) = sorted(ours, key=lambda f: -met(f[1]))
-    wide = accumulation_dtype(x.dtype)
-    # (tokens, in) · (in, r) -> (tokens, r), accumulated in float32 or wider
-    keep = {*out_labels, *second_labels}
-    thin, thin_labels = _pairwise(
-        x, x_labels, first.astype(x.dtype), first_labels, keep, precision, wide
-    )
-    thin = (thin * jnp.asarray(value.scale, wide)).astype(x.dtype)
-    second = second.astype(x.dtype)
-    # (tokens, r) · (r, out) -> (tokens, out), in whichever order gives the result's own
-    pair = ((thin, thin_labels), (second, second_labels))
-    (left, left_labels), (right, right_labels) = pair if x_first else pair[::-1]
-    return product(left, left_labels, right, right_labels, out_labels, out_shape, dtype, precision)
-
-
-def product(
-    left: Array,
-    left_labels: Sequence[Label],
-    right: Array,
-    right_labels: Sequence[Label],
-    out_labels: Sequence[Label | None],
-    out_shape: Sequence[int],
-    dtype: Any,
-    precision: Any = None,
-) -> Array:
-    """Multiply two labelled arrays, sum over what the result lacks, and lay the result out.
-
-    Args:
-      left: An array.
-      left_labels: A label per axis of it.
-      right: Another array.
-      right_labels: A label per axis of it.
-      out_labels: A label per axis of the result; None for an axis of size 1.
-      out_shape: Shape of the result.
-      dtype: Type of the result.
-      precision: As in `lax.dot_general`.
-
-    Returns:
-      An array of `out_shape`.
-    """
-    keep = set(out_labels)
-    result, have = _pairwise(left, left_labels, right, right_labels, keep, precision, dtype)
-    return _arrange(result, have, out_labels, out_shape)
-
-
-def _pairwise(
-    left: Array,
-    left_labels: Sequence[Label],
-    right: Array,
-    right_labels: Sequence[Label],
-    keep: Sequence[Label | None] | set[Label | None],
-    precision: Any = None,
-    dtype: Any = None,
-) -> tuple[Array, list[Label]]:
-    """Multiply two labelled arrays and sum over the labels that nobody keeps."""
-    left, left_labels = _drop_unmet(left, left_labels, {*right_labels, *keep})
-    right, right_labels = _drop_unmet(right, right_labels, {*left_labels, *keep})
-    shared = [label for label in left_labels if label in right_labels]
-    batch = [label for label in shared if label in keep]
-    summed = [label for label in shared if label not in keep]
-    axes = lambda labels, of: tuple(of.index(label) for label in labels)  # noqa: E731
-    numbers = (
-        (axes(summed, left_labels), axes(summed, right_labels)),
-        (axes(batch, left_labels), axes(batch, right_labels)),
-    )
-    product = lax.dot_general(
-        left, right, numbers, precision=precision, preferred_element_type=dtype
-    )
-    free = [label for label in (*left_labels, *right_labels) if label not in shared]
-    return product, [*batch, *free]
-
-
-def _drop_unmet(
-    array: Array, labels: Sequence[Label], wanted: set[Label | None]
-) -> tuple[Array, list[Label]]:
-    gone = [axis for axis, label in enumerate(labels) if label not in wanted]
-    if gone:
-        array = lax.reduce_sum(array, gone)
-    return array, [label for label in labels if label in wanted]
-
-
-def _arrange(
-    array: Array, have: Sequence[Label], want: Sequence[Label | None], shape: Sequence[int]
-) -> Array:
-    """Put labelled axes in the order wanted, with the axes of size 1 that no factor has."""
-    order = [list(have).index(label) for label in want if label in have]
-    if order != sorted(order):
-        array = lax.transpose(array, order)
-    return array if array.shape == tuple(shape) else lax.reshape(array, tuple(shape))
 
 
 def dropped(value: LowRank, x: Array) -> Array:

@@ -67,10 +67,13 @@ def assert_equals_merged(
     rtol: float = 1e-5,
     gradient_rtol: float = 1e-4,
 ) -> None:
-    """Hold values, gradients and forward-mode derivatives of fn against the merged weights'."""
+    """Hold values and derivatives of fn, in every form, against the merged weights'."""
     adapter = adapt(fn, tree, *args) if adapter is None else adapter
-    with_lora = jl.lora_apply(fn, on_materialize=on_materialize)
-    ours = lambda each: with_lora(jl.combine(tree, each), *args)  # noqa: E731
+
+    def ours(form: str) -> Any:
+        with_lora = jl.lora_apply(fn, on_materialize=on_materialize, form=form)
+        return lambda each: with_lora(jl.combine(tree, each), *args)
+
     theirs = lambda each: fn(merged_tree(tree, each), *args)  # noqa: E731
     tangent = randomized(adapter, seed=7)
     cotangent = jax.tree.map(
@@ -78,17 +81,18 @@ def assert_equals_merged(
         jax.eval_shape(theirs, adapter),
     )
 
-    @jax.jit  # one program for both sides and all derivatives: compiling is what tests wait for
+    @jax.jit  # one program for all sides and all derivatives: compiling is what tests wait for
     def everything() -> Any:
         return [
             (*jax.jvp(f, (adapter,), (tangent,)), jax.vjp(f, adapter)[1](cotangent))
-            for f in (ours, theirs)
+            for f in (theirs, ours("factored"), ours("merged"))
         ]
 
-    (value, forward, reverse), (value_, forward_, reverse_) = everything()
-    assert_close(value, value_, rtol)
-    assert_close(forward, forward_, gradient_rtol)
-    assert_close(reverse, reverse_, gradient_rtol)
+    (value_, forward_, reverse_), *every_form = everything()
+    for value, forward, reverse in every_form:
+        assert_close(value, value_, rtol)
+        assert_close(forward, forward_, gradient_rtol)
+        assert_close(reverse, reverse_, gradient_rtol)
 
 
 def assert_close(got: Any, want: Any, rtol: float) -> None:

@@ -97,27 +97,6 @@ def test_structural_operations_carry_the_value(chain):
     np.testing.assert_allclose(lowrank.materialize(value), array, rtol=2e-5, atol=2e-5)
 
 
-@settings(max_examples=60)
-@given(chains(), st.data())
-def test_a_contraction_with_any_axes_is_the_dense_one(chain, data):
-    value, array = chain
-    summed = data.draw(st.sets(st.integers(0, array.ndim - 1), min_size=1))
-    names = [("unit", i) if x is None else x for i, x in enumerate(value.w_labels)]
-    x = np.asarray(random_tree(tuple(array.shape[i] for i in sorted(summed)) + (5,), 9))
-    x_labels = [*(names[i] for i in sorted(summed)), "tokens"]
-    free = [i for i in range(array.ndim) if i not in summed]
-    want = np.tensordot(array, np.float64(x), (sorted(summed), range(len(summed))))
-    got = lowrank.contract(
-        value, jnp.asarray(x), x_labels, [*(names[i] for i in free), "tokens"], want.shape,
-        dtype=jnp.float32, precision="highest", x_first=False,
-    )  # fmt: skip
-    if got is None:  # x meets neither factor: only axes of size 1
-        assert all(value.w_labels[i] is None for i in summed)
-        return
-    base = np.tensordot(np.float64(value.w), np.float64(x), (sorted(summed), range(len(summed))))
-    np.testing.assert_allclose(base + got, want, rtol=1e-4, atol=1e-4)
-
-
 @given(st.lists(st.integers(2, 6), min_size=1, max_size=4), st.data())
 def test_reshape_groups_pair_equal_sizes(old, data):
     new = data.draw(st.permutations(old))

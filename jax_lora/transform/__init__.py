@@ -2,5 +2,6 @@
 
 from jax_lora.transform.analysis import find_kernels
 from jax_lora.transform.apply import lora_apply
+from jax_lora.transform.explanation import explain
 
-__all__ = ("find_kernels", "lora_apply")
+__all__ = ("explain", "find_kernels", "lora_apply")

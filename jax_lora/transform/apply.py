@@ -9,30 +9,36 @@ from typing import Any
 import jax
 
 from jax_lora.adapter import LoraWeight, WholeWeight, is_adapted, to_lowrank
-from jax_lora.transform import consumers, control_flow, structural  # noqa: F401 - they hold the rules
-from jax_lora.transform.interpreter import Interpreter, is_lowrank
-from jax_lora.transform.sites import Materializations
+from jax_lora.transform import consumers, contraction, control_flow, structural  # noqa: F401 - the rules
+from jax_lora.transform.interpreter import Interpreter
+from jax_lora.transform.sites import Settings
 
 
-def lora_apply(fn: Callable[..., Any], *, on_materialize: str = "warn") -> Callable[..., Any]:
+def lora_apply(
+    fn: Callable[..., Any], *, on_materialize: str = "warn", form: str = "auto"
+) -> Callable[..., Any]:
     """Turn `model.apply`, or any function, into its LoRA version.
 
     The result takes the same arguments, with `LoraWeight` leaves anywhere among them. It computes
-    what `fn` would compute on the merged weights W0 + scale * a @ b, without forming them: where
-    such a leaf meets a contraction, x · W0 + scale * (x · a) · b. `fn` is traced as by `jax.jit`;
-    wrap the call in `jax.jit` for speed. W0 is behind `stop_gradient`.
+    what `fn` would compute on the merged weights W0 + scale * a @ b: where such a leaf meets a
+    contraction, x · W0 + scale * (x · a) · b, and no gradient of W0's size is ever formed. Kernels
+    that read the same x share their thin products. `fn` is traced as by `jax.jit`; wrap the call
+    in `jax.jit` for speed. W0 is behind `stop_gradient`.
 
     Args:
       fn: The function. Static arguments, `method=`, `mutable=` and `rngs=` work as before: whatever
         is not a JAX array is passed on as it is.
       on_materialize: What to do where an operation has no low-rank rule and the full weight has to
         be formed: `"warn"` once per site, `"error"`, or `"allow"`.
+      form: How contractions are computed. `"auto"` decides for each by its shapes and types;
+        `"factored"` and `"merged"` pin the two forms of `jax_lora/transform/forms.py`, of which the
+        second gives way where it would round the update off. `explain` shows what was chosen.
 
     Returns:
       A function with `fn`'s signature.
 
     Raises:
-      ConfigError: Another `on_materialize`.
+      ConfigError: Another `on_materialize` or `form`.
       MaterializeError: From the result, under `on_materialize="error"`.
 
     Reference:
@@ -47,7 +53,19 @@ def lora_apply(fn: Callable[..., Any], *, on_materialize: str = "warn") -> Calla
       >>> bool((y == model(params, x)).all())  # b is zero: the base model, bit by bit
       True
     """
-    materializations = Materializations(on_materialize)
+    return with_settings(fn, Settings(on_materialize, form))
+
+
+def with_settings(fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
+    """Do what `lora_apply` does, with settings that the caller keeps.
+
+    Args:
+      fn: The function.
+      settings: What was asked for; afterwards it holds what was done.
+
+    Returns:
+      A function with `fn`'s signature.
+    """
 
     @functools.wraps(fn)
     def with_lora(*args: Any, **kwargs: Any) -> Any:
@@ -58,9 +76,9 @@ def lora_apply(fn: Callable[..., Any], *, on_materialize: str = "warn") -> Calla
         program = _Program(fn, leaves, treedef, data)
         closed = jax.make_jaxpr(program)(*[_stand_in(leaves[index]) for index in data])
         inputs = [_value(leaves[index]) for index in data]
-        interpreter = Interpreter(materializations)
+        interpreter = Interpreter(settings)
         outputs = interpreter.evaluate(closed.jaxpr, closed.consts, inputs)
-        return program.rebuild([_returned(output, materializations) for output in outputs])
+        return program.rebuild(interpreter.dense(outputs, None, "return"))
 
     return with_lora
 
@@ -111,9 +129,3 @@ def _value(leaf: Any) -> Any:
     if isinstance(leaf, WholeWeight):
         return leaf.value.astype(leaf.base.dtype)
     return leaf
-
-
-def _returned(output: Any, materializations: Materializations) -> Any:
-    if not is_lowrank(output):
-        return output
-    return Interpreter(materializations).dense([output], None, "return")[0]

@@ -1,4 +1,4 @@
-"""Rules for operations in which a weight meets data: x · W0 + scale * (x · a) · b."""
+"""Rules for lookups, grouped products and convolutions: W0's own, plus what the factors add."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_lora import lowrank
+from jax_lora import labelled, lowrank
 from jax_lora.labels import RANK, Label
 from jax_lora.lowrank import LowRank
 from jax_lora.transform.interpreter import Interpreter, Value, bind, is_lowrank, rule
@@ -19,59 +19,6 @@ Outputs = list[Value] | None
 
 def _floating(*arrays: Any) -> bool:
     return all(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays)
-
-
-# -----------------------------------------------------------------------------------------------
-# dot_general: every matrix product, einsum and DenseGeneral
-# -----------------------------------------------------------------------------------------------
-
-
-@rule("dot_general")
-def _dot_general(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    lhs, rhs = inputs
-    if is_lowrank(lhs) and is_lowrank(rhs):
-        return None
-    weight_first = is_lowrank(lhs)
-    value, x = (lhs, rhs) if weight_first else (rhs, lhs)
-    if not _floating(x, value):
-        return None
-    (contract_l, contract_r), (batch_l, batch_r) = eqn.params["dimension_numbers"]
-    met = zip((*contract_l, *batch_l), (*contract_r, *batch_r), strict=True)
-    pairs = [(left, right) if weight_first else (right, left) for left, right in met]
-    w_labels, x_labels = _meeting_labels(value, x.ndim, pairs)
-    batch = [w_labels[axis] for axis in (batch_l if weight_first else batch_r)]
-    gone = {w_labels[axis] for axis, _ in pairs}
-    free_w = [label for label in w_labels if label not in gone]
-    free_x = [label for label in x_labels if label not in gone]
-    out_labels = [*batch, *(free_w if weight_first else free_x)]
-    out_labels += free_x if weight_first else free_w
-    value = interpreter.fresh(value)
-    out = eqn.outvars[0].aval
-    added = lowrank.contract(
-        value,
-        lowrank.dropped(value, x),
-        x_labels,
-        out_labels,
-        out.shape,
-        dtype=out.dtype,
-        precision=eqn.params.get("precision"),
-        x_first=not weight_first,
-    )
-    if added is None:
-        return None
-    (base,) = bind(eqn, *((value.w, x) if weight_first else (x, value.w)))
-    return [base + added]
-
-
-def _meeting_labels(
-    value: LowRank, x_ndim: int, pairs: list[tuple[int, int]]
-) -> tuple[list[Label], list[Label]]:
-    """Label x's axes: the weight's label where they meet, one of its own elsewhere."""
-    w_labels = [
-        ("unit", axis) if label is None else label for axis, label in enumerate(value.w_labels)
-    ]
-    meets = {x_axis: w_labels[w_axis] for w_axis, x_axis in pairs}
-    return w_labels, [meets.get(axis, ("x", axis)) for axis in range(x_ndim)]
 
 
 # -----------------------------------------------------------------------------------------------
@@ -143,9 +90,10 @@ def _rows_delta(found: LowRank, dtype: Any) -> jax.Array:
     other, other_labels = (found.b, found.b_labels) if ids_in_a else (found.a, found.a_labels)
     wide = lowrank.accumulation_dtype(dtype)
     thin = (rows.astype(wide) * jnp.asarray(found.scale, wide)).astype(dtype)
-    return lowrank.product(
-        thin, labels, other.astype(dtype), other_labels, found.w_labels, found.shape, dtype
+    rows, have = labelled.product(
+        thin, labels, other.astype(dtype), other_labels, found.w_labels, dtype=dtype
     )
+    return labelled.arrange(rows, have, found.w_labels, found.shape)
 
 
 # -----------------------------------------------------------------------------------------------

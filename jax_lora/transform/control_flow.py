@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_lora.lowrank import LowRank
 from jax_lora.transform.interpreter import Interpreter, Value, is_lowrank, opened, rule
-from jax_lora.transform.sites import Materializations
+from jax_lora.transform.sites import Settings
 
 Outputs = list[Value] | None
 
@@ -31,17 +31,19 @@ def _jit(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     jaxpr, consts = opened(eqn.params["jaxpr"])
     inputs = [interpreter.fresh(value) for value in inputs]
     inputs = _constrained(inputs, eqn.params.get("in_shardings", ()))
-    function = _jitted(jaxpr, eqn.params.get("name", "jit"), interpreter.materializations)
+    function = _jitted(
+        jaxpr, eqn.params.get("name", "jit"), interpreter.settings, interpreter.times
+    )
     outputs = function(tuple(consts), tuple(inputs))
     return _constrained(outputs, eqn.params.get("out_shardings", ()))
 
 
 @functools.lru_cache(maxsize=512)
-def _jitted(jaxpr: Any, name: str, materializations: Materializations) -> Callable[..., Any]:
+def _jitted(jaxpr: Any, name: str, settings: Settings, times: int) -> Callable[..., Any]:
     """Return the jitted evaluation of a program: the same one again, so that it compiles once."""
 
     def evaluate(consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
-        return Interpreter(materializations).evaluate(jaxpr, consts, inputs)
+        return Interpreter(settings, times).evaluate(jaxpr, consts, inputs)
 
     evaluate.__name__ = name
     return jax.jit(evaluate)
@@ -106,7 +108,8 @@ def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
         layer = [each.at(array) for each, array in zip(slices, arrays, strict=True)]
         values = [*consts, *_interleave(carry, moving, still), *layer]
         values = [_keyed(value, index) for value in values]
-        outputs = interpreter.inner().evaluate(body, body_consts, values)
+        inner = interpreter.inner(eqn.params["length"])
+        outputs = inner.evaluate(body, body_consts, values)
         new_carry = [out for out, fixed in zip(outputs[:n_carry], still, strict=True) if not fixed]
         dense = functools.partial(interpreter.dense, eqn=eqn, operation="scan output")
         return dense(new_carry), dense(outputs[n_carry:])

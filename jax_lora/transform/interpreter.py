@@ -16,12 +16,18 @@ from jax.extend import core as jex_core
 
 from jax_lora import lowrank
 from jax_lora.lowrank import LowRank
-from jax_lora.transform.sites import Materializations, location
+from jax_lora.transform import sharing
+from jax_lora.transform.sites import Settings, location
 
 Value = Any  # an array or a LowRank
 Rule = Callable[["Interpreter", Any, list[Value]], "list[Value] | None"]
+SharedRule = Callable[
+    ["Interpreter", Sequence[Any], Sequence[list[Value]]], "list[list[Value] | None]"
+]
 
 RULES: dict[str, Rule] = {}
+SHARED_RULES: dict[str, SharedRule] = {}
+STRUCTURAL: set[str] = set()  # primitives that keep a low-rank value what it is
 _DEBUG_INFO = jex_core.DebugInfo("lora_apply", "lora_apply", None, None)
 
 
@@ -34,6 +40,22 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(primitives, function))
+        return function
+
+    return register
+
+
+def structural_rule(*primitives: str) -> Callable[[Rule], Rule]:
+    """Register a rule whose output is low-rank where its input is."""
+    STRUCTURAL.update(primitives)
+    return rule(*primitives)
+
+
+def shared_rule(*primitives: str) -> Callable[[SharedRule], SharedRule]:
+    """Register a rule that takes several equations which read the same data, and does them all."""
+
+    def register(function: SharedRule) -> SharedRule:
+        SHARED_RULES.update(dict.fromkeys(primitives, function))
         return function
 
     return register
@@ -69,12 +91,14 @@ class Interpreter:
     """Evaluates jaxprs on arrays and low-rank values.
 
     Args:
-      materializations: What to say when a weight is formed.
+      settings: What the caller of `lora_apply` asked for.
+      times: How often the program runs: more than once inside a scan.
     """
 
-    def __init__(self, materializations: Materializations):
+    def __init__(self, settings: Settings, times: int = 1):
         """Start with no use of any weight counted."""
-        self.materializations = materializations
+        self.settings = settings
+        self.times = times
         self._uses = 0
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
@@ -89,28 +113,28 @@ class Interpreter:
           The outputs; a low-rank input that only went through structural operations comes out
           low-rank.
         """
-        env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, inputs, strict=True))
-        last_use = _last_uses(jaxpr)
+        return _Evaluation(self, jaxpr, consts, inputs).outputs()
 
-        def read(var: Any) -> Value:
-            return var.val if isinstance(var, jex_core.Literal) else env[var]
-
-        for index, eqn in enumerate(jaxpr.eqns):
-            outputs = self._equation(eqn, [read(var) for var in eqn.invars])
-            env.update(zip(eqn.outvars, outputs, strict=True))
-            for var in last_use.get(index, ()):
-                env.pop(var, None)  # so that an eager run holds no more than the model itself does
-        return [read(var) for var in jaxpr.outvars]
-
-    def _equation(self, eqn: Any, inputs: list[Value]) -> list[Value]:
+    def equation(self, eqn: Any, inputs: list[Value]) -> list[Value]:
+        """Evaluate one equation: by its rule, or on arrays where there is none."""
         if not any(map(is_lowrank, inputs)):
             return bind(eqn, *inputs)
+        if eqn.primitive.name in SHARED_RULES:
+            return self.equations([eqn], [inputs])[0]
         apply = RULES.get(eqn.primitive.name)
         outputs = apply(self, eqn, inputs) if apply is not None else None
-        if outputs is None:
-            outputs = bind(eqn, *self.dense(inputs, eqn))
-        return outputs
+        return self._on_arrays(eqn, inputs) if outputs is None else outputs
+
+    def equations(self, eqns: Sequence[Any], inputs: Sequence[list[Value]]) -> list[list[Value]]:
+        """Evaluate equations of one primitive that read the same data."""
+        outputs = SHARED_RULES[eqns[0].primitive.name](self, eqns, inputs)
+        return [
+            self._on_arrays(eqn, each) if output is None else output
+            for eqn, each, output in zip(eqns, inputs, outputs, strict=True)
+        ]
+
+    def _on_arrays(self, eqn: Any, inputs: list[Value]) -> list[Any]:
+        return bind(eqn, *self.dense(inputs, eqn))
 
     def dense(self, values: Sequence[Value], eqn: Any, operation: str | None = None) -> list[Any]:
         """Form every low-rank value among some, saying so once per site.
@@ -128,14 +152,14 @@ class Interpreter:
             if is_lowrank(value):
                 name = operation or eqn.primitive.name
                 if value.is_matrix:
-                    self.materializations.report(value.path, name, location(eqn))
+                    self.settings.materialized(value, name, location(eqn), self.times)
                 value = lowrank.materialize(value)
             result.append(value)
         return result
 
-    def inner(self) -> Interpreter:
+    def inner(self, times: int = 1) -> Interpreter:
         """Return an interpreter for a program inside this one, which counts uses for itself."""
-        return Interpreter(self.materializations)
+        return Interpreter(self.settings, self.times * times)
 
     def fresh(self, value: Value) -> Value:
         """Give a value with dropout a key for this one use of it."""
@@ -143,6 +167,63 @@ class Interpreter:
             return value
         self._uses += 1
         return value.replace(key=jax.random.fold_in(value.key, self._uses))
+
+
+class _Evaluation:
+    """One run of one program."""
+
+    def __init__(
+        self,
+        interpreter: Interpreter,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        inputs: Sequence[Value],
+    ):
+        self._interpreter = interpreter
+        self._jaxpr = jaxpr
+        self._env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
+        self._env.update(zip(jaxpr.invars, inputs, strict=True))
+        self._done: set[int] = set()
+
+    def outputs(self) -> list[Value]:
+        """Evaluate every equation and return the outputs."""
+        weights = {var for var, value in self._env.items() if is_lowrank(value)}
+        groups = sharing.find_groups(self._jaxpr, weights, STRUCTURAL)
+        last_use = _last_uses(self._jaxpr)
+        for index in range(len(self._jaxpr.eqns)):
+            if index in groups:
+                self._evaluate_group(groups[index])
+            self._evaluate(index)
+            for var in last_use.get(index, ()):
+                self._env.pop(var, None)  # an eager run holds no more than the model itself does
+        return self._read(self._jaxpr.outvars)
+
+    def _read(self, variables: Sequence[Any]) -> list[Value]:
+        return [
+            var.val if isinstance(var, jex_core.Literal) else self._env[var] for var in variables
+        ]
+
+    def _write(self, index: int, outputs: Sequence[Value]) -> None:
+        self._env.update(zip(self._jaxpr.eqns[index].outvars, outputs, strict=True))
+        self._done.add(index)
+
+    def _evaluate(self, index: int) -> None:
+        if index not in self._done:
+            eqn = self._jaxpr.eqns[index]
+            self._write(index, self._interpreter.equation(eqn, self._read(eqn.invars)))
+
+    def _evaluate_group(self, group: sharing.Group) -> None:
+        for index in group.early:
+            self._evaluate(index)
+        eqns = [self._jaxpr.eqns[index] for index in group.members]
+        (x,) = self._read([eqns[0].invars[group.data[0]]])
+        inputs = []
+        for eqn, data in zip(eqns, group.data, strict=True):
+            (kernel,) = self._read([eqn.invars[1 - data]])  # x itself may come later in the program
+            inputs.append([x, kernel] if data == 0 else [kernel, x])
+        outputs = self._interpreter.equations(eqns, inputs)
+        for index, output in zip(group.members, outputs, strict=True):
+            self._write(index, output)
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:

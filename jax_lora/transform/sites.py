@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import math
 import os
 import warnings
 from typing import Any
 
 from jax_lora.errors import ConfigError, MaterializeError, MaterializeWarning, explain
+from jax_lora.labels import RANK
+from jax_lora.lowrank import LowRank
+from jax_lora.transform.forms import MATERIALIZED, check_form
 
 POLICIES = ("warn", "error", "allow")
 
@@ -92,3 +97,70 @@ class Materializations:
         if self.policy == "error":
             raise MaterializeError(message)
         warnings.warn(message, MaterializeWarning, stacklevel=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place where a program uses a low-rank value, and how it is computed there.
+
+    Args:
+      path: Path of the leaf.
+      where: `file:line` in the user's code.
+      operation: Name of the operation.
+      form: "factored", "merged" or "materialized".
+      why: The reason for the form.
+      tokens: Rows of x that meet the kernel.
+      inputs: Length of the sum.
+      outputs: Results per token.
+      rank: Rank of the factors.
+      times: How often the place is run: the length of the scans around it.
+      beside: Paths of the kernels that share their thin products with this one.
+    """
+
+    path: str
+    where: str
+    operation: str
+    form: str
+    why: str
+    tokens: int
+    inputs: int
+    outputs: int
+    rank: int
+    times: int
+    beside: tuple[str, ...]
+
+
+class Settings:
+    """What the caller of `lora_apply` asked for; compared by identity, as caches need it.
+
+    Args:
+      on_materialize: "warn", "error" or "allow".
+      form: "auto", "factored" or "merged".
+    """
+
+    def __init__(self, on_materialize: str = "warn", form: str = "auto"):
+        """Check both; nothing has been seen yet."""
+        self.form = check_form(form)
+        self.sites: dict[Site, None] = {}  # an ordered set: JAX may trace a program twice
+        self._materializations = Materializations(on_materialize)
+
+    def note(self, site: Site) -> None:
+        """Write down what was chosen for a site."""
+        self.sites[site] = None
+
+    def materialized(self, value: LowRank, operation: str, where: str, times: int) -> None:
+        """Say that a value is about to be formed, and write it down.
+
+        Raises:
+          MaterializeError: The policy is "error".
+        """
+        self._materializations.report(value.path, operation, where)
+        rank = value.a.shape[value.a_labels.index(RANK)]
+        size = lambda side: math.prod(  # noqa: E731
+            n
+            for n, label in zip(value.shape, value.w_labels, strict=True)
+            if value.side(label) == side
+        )
+        why = "no low-rank rule for this operation"
+        sizes = (size((True, False)), size((False, True)), rank)
+        self.note(Site(value.path, where, operation, MATERIALIZED, why, 0, *sizes, times, ()))

@@ -13,7 +13,7 @@ from jax.extend import core as jex_core
 
 from jax_lora import lowrank
 from jax_lora.lowrank import LowRank
-from jax_lora.transform.interpreter import Interpreter, Value, bind, is_lowrank, rule
+from jax_lora.transform.interpreter import Interpreter, Value, bind, is_lowrank, structural_rule
 
 Outputs = list[Value] | None
 
@@ -23,7 +23,7 @@ Outputs = list[Value] | None
 # -----------------------------------------------------------------------------------------------
 
 
-@rule("copy", "copy_p", "name", "device_put", "optimization_barrier", "pvary", "pcast")
+@structural_rule("copy", "copy_p", "name", "device_put", "optimization_barrier", "pvary", "pcast")
 def _same(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     arrays = bind(eqn, *(value.w if is_lowrank(value) else value for value in inputs))
     return [
@@ -32,12 +32,12 @@ def _same(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     ]
 
 
-@rule("stop_gradient")
+@structural_rule("stop_gradient")
 def _stop_gradient(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     return [jax.tree.map(lax.stop_gradient, inputs[0])]
 
 
-@rule("convert_element_type")
+@structural_rule("convert_element_type")
 def _convert(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return None
@@ -45,7 +45,7 @@ def _convert(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs
     return [inputs[0].replace(w=bind(eqn, inputs[0].w)[0])]
 
 
-@rule("sharding_constraint")
+@structural_rule("sharding_constraint")
 def _sharding_constraint(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     (value,) = inputs
     value = value.replace(w=bind(eqn, value.w)[0])
@@ -68,31 +68,31 @@ def _sharding_constraint(interpreter: Interpreter, eqn: Any, inputs: list[Value]
 # -----------------------------------------------------------------------------------------------
 
 
-@rule("transpose")
+@structural_rule("transpose")
 def _transpose(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     return [lowrank.transpose(inputs[0], eqn.params["permutation"])]
 
 
-@rule("reshape")
+@structural_rule("reshape")
 def _reshape(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     if eqn.params.get("dimensions") is not None:
         return None
     return _one(lowrank.reshape(inputs[0], eqn.outvars[0].aval.shape))
 
 
-@rule("squeeze")
+@structural_rule("squeeze")
 def _squeeze(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     axes = [axis % len(inputs[0].shape) for axis in eqn.params["dimensions"]]
     return [lowrank.squeeze(inputs[0], axes)]
 
 
-@rule("broadcast_in_dim")
+@structural_rule("broadcast_in_dim")
 def _broadcast(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     shape, axes = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
     return _one(lowrank.expand(inputs[0], shape, axes))
 
 
-@rule("slice")
+@structural_rule("slice")
 def _slice(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     value = inputs[0]
     strides = eqn.params["strides"] or (1,) * len(value.shape)
@@ -116,7 +116,7 @@ def _sliced(value: LowRank, axis: int, operation: Any, start: Any) -> LowRank | 
     return lowrank.along_axis(value, axis, operation)
 
 
-@rule("dynamic_slice")
+@structural_rule("dynamic_slice")
 def _dynamic_slice(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     value, *starts = inputs
     if not is_lowrank(value) or any(map(is_lowrank, starts)):
@@ -133,7 +133,7 @@ def _dynamic_slice_of(start: Any, size: int) -> Callable[[jax.Array, int], jax.A
     return lambda array, axis: lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-@rule("split")
+@structural_rule("split")
 def _split(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     pieces, start = [], 0
     for size in map(int, eqn.params["sizes"]):
@@ -143,7 +143,7 @@ def _split(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     return None if any(piece is None for piece in pieces) else pieces
 
 
-@rule("rev")
+@structural_rule("rev")
 def _reverse(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     value = inputs[0]
     for axis in eqn.params["dimensions"]:
@@ -158,12 +158,12 @@ def _reverse(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs
 # -----------------------------------------------------------------------------------------------
 
 
-@rule("neg")
+@structural_rule("neg")
 def _negate(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     return [inputs[0].replace(w=bind(eqn, inputs[0].w)[0], scale=-inputs[0].scale)]
 
 
-@rule("mul")
+@structural_rule("mul")
 def _multiply(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     if all(map(is_lowrank, inputs)):
         return None
@@ -171,7 +171,7 @@ def _multiply(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Output
     return _scaled(eqn, value, other, inputs, inverse=False)
 
 
-@rule("div")
+@structural_rule("div")
 def _divide(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     value, other = inputs
     if not is_lowrank(value) or is_lowrank(other):
@@ -201,7 +201,7 @@ def _constant(eqn: Any, other: Any) -> float | None:
     return float(other) if literal and jnp.ndim(other) == 0 else None
 
 
-@rule("add", "sub")
+@structural_rule("add", "sub")
 def _add(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     if all(map(is_lowrank, inputs)):
         return None

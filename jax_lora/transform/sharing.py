@@ -1,0 +1,121 @@
+"""Sharing: which contractions of a program read the same data, such as q, k and v.
+
+A program computes q before it has prepared the kernels of k and v. Whoever computes q, k and v
+together has to prepare those kernels early; this file says where that is possible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any
+
+from jax.extend import core as jex_core
+
+Var = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Contractions of one program that read the same data.
+
+    Args:
+      members: Their indices among the program's equations, the first of them first.
+      data: Position of the data among each member's two operands.
+      early: Indices of the equations that prepare the later members' kernels, in order.
+    """
+
+    members: tuple[int, ...]
+    data: tuple[int, ...]
+    early: tuple[int, ...]
+
+
+def find_groups(
+    jaxpr: Any, lowrank_vars: Collection[Var], structural: Collection[str]
+) -> dict[int, Group]:
+    """Find the contractions that can be computed together.
+
+    Args:
+      jaxpr: An open jaxpr.
+      lowrank_vars: Its variables that come in as low-rank values.
+      structural: Names of the primitives that keep a low-rank value what it is.
+
+    Returns:
+      The groups of two or more, by the index of their first member.
+    """
+    program = _Program(jaxpr, lowrank_vars, structural)
+    alike: dict[Hashable, list[int]] = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        key = program.reads(eqn)
+        if key is not None:
+            alike.setdefault(key, []).append(index)
+    groups = (program.group(indices) for indices in alike.values() if len(indices) > 1)
+    return {group.members[0]: group for group in groups if len(group.members) > 1}
+
+
+class _Program:
+    def __init__(self, jaxpr: Any, lowrank_vars: Collection[Var], structural: Collection[str]):
+        self._eqns = jaxpr.eqns
+        self._structural = structural
+        self._maker = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
+        self._weights = set(lowrank_vars)
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in structural and any(map(self._is_weight, eqn.invars)):
+                self._weights.update(eqn.outvars)
+
+    def _is_weight(self, var: Var) -> bool:
+        return not _is_literal(var) and var in self._weights
+
+    def reads(self, eqn: Any) -> Hashable | None:
+        """Name what a contraction of a weight does with its data: alike names can be shared."""
+        if eqn.primitive.name != "dot_general":
+            return None
+        sides = [self._is_weight(var) for var in eqn.invars]
+        contract, batch = eqn.params["dimension_numbers"]
+        if sides[0] == sides[1] or batch[0]:
+            return None
+        data = sides.index(False)
+        axes = tuple(sorted(contract[data]))
+        return self._same(eqn.invars[data]), axes, str(eqn.params.get("precision"))
+
+    def _same(self, var: Var) -> Hashable:
+        """Name a value by how it was made: every Dense casts its input for itself."""
+        index = None if _is_literal(var) else self._maker.get(var)
+        if index is None:
+            return var
+        eqn = self._eqns[index]
+        if eqn.primitive.name not in ("convert_element_type", "reshape", "transpose", "squeeze"):
+            return var
+        return eqn.primitive.name, str(eqn.params), self._same(eqn.invars[0])
+
+    def group(self, indices: Sequence[int]) -> Group:
+        """Keep the members whose kernels can be prepared before the first member."""
+        first = indices[0]
+        members, early = [first], set()
+        for index in indices[1:]:
+            needed = [self._needs(var, first) for var in self._kernel(index)]
+            if all(each is not None for each in needed):
+                members.append(index)
+                early.update(*(each for each in needed if each is not None))
+        data = (int(self._is_weight(self._eqns[index].invars[0])) for index in members)
+        return Group(tuple(members), tuple(data), tuple(sorted(early)))
+
+    def _kernel(self, index: int) -> list[Var]:
+        return [var for var in self._eqns[index].invars if self._is_weight(var)]
+
+    def _needs(self, var: Var, before: int) -> set[int] | None:
+        """Return the equations at or after `before` that make a kernel, or None if it must wait."""
+        index = None if _is_literal(var) else self._maker.get(var)
+        if index is None or index < before:
+            return set()
+        eqn = self._eqns[index]
+        if eqn.effects or eqn.primitive.name not in self._structural:
+            return None
+        needed = [self._needs(each, before) for each in eqn.invars]
+        if any(each is None for each in needed):
+            return None
+        return {index}.union(*(each for each in needed if each is not None))
+
+
+def _is_literal(var: Var) -> bool:
+    return isinstance(var, jex_core.Literal)
