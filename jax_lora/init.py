@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jax_lora import paths
 from jax_lora.adapter import Adapter, LoraPair, empty_pair, is_adapted
@@ -57,7 +60,7 @@ def lora_init(
     """
     leaves = _plain_leaves(tree)
     selected = select(leaves, config, kernels)
-    pairs = {path: _pair(key, kernel, config) for path, kernel in selected.items()}
+    pairs = _pairs(key, selected, config)
     whole = {path: _own_copy(leaves[path]) for path in select_whole(leaves, config)}
     return Adapter(pairs, whole, config)
 
@@ -82,17 +85,76 @@ def _plain_leaves(tree: Any) -> dict[str, Any]:
     return {path: leaf for path, leaf in leaves.items() if hasattr(leaf, "shape")}
 
 
-def _pair(key: jax.Array, kernel: Kernel, config: LoraConfig) -> LoraPair:
+def _pairs(
+    key: jax.Array, kernels: Mapping[str, Kernel], config: LoraConfig
+) -> dict[str, LoraPair]:
+    empty = {path: _empty(kernel, config) for path, kernel in kernels.items()}
+    bs = {path: jnp.zeros(pair.b.shape, config.dtype) for path, pair in empty.items()}
+    # Inside a traced function every draw written out is compiled, so there they share a loop.
+    traced = any(isinstance(array, Tracer) for array in (key, *bs.values()))
+    draw = _draw_in_loops if traced else _draw_one_by_one
+    deviations = {path: 1.0 / math.sqrt(kernel.in_size) for path, kernel in kernels.items()}
+    shapes = {path: pair.a.shape for path, pair in empty.items()}
+    a_of = draw(key, deviations, shapes, config.dtype)
+    return {
+        # a: (*stack, *in, rank), b: (*stack, rank, *out)
+        path: dataclasses.replace(pair, a=a_of[path], b=bs[path])
+        for path, pair in empty.items()
+    }
+
+
+def _empty(kernel: Kernel, config: LoraConfig) -> LoraPair:
     rank = config.rank_of(kernel.path)
     _check_rank(rank, kernel)
-    pair = empty_pair(kernel, rank, config.scale(rank, config.alpha_of(kernel.path)), config.dtype)
-    deviation = 1.0 / math.sqrt(kernel.in_size)
-    normal = jax.random.normal(path_key(key, kernel.path), pair.a.shape, jnp.float32)
+    scale = config.scale(rank, config.alpha_of(kernel.path))
+    return empty_pair(kernel, rank, scale, config.dtype)
+
+
+# -----------------------------------------------------------------------------------------------
+# Drawing: what is compiled grows with the number of shapes, not with the number of pairs
+# -----------------------------------------------------------------------------------------------
+
+_Shape = tuple[int, ...]
+
+
+def _draw_one_by_one(
+    key: jax.Array, deviations: Mapping[str, float], shapes: Mapping[str, _Shape], dtype: Any
+) -> dict[str, jax.Array]:
+    """Draw every path's Gaussian: one small program per shape, called for each path."""
+    return {
+        path: _draw_compiled(key, _words(path), np.float32(deviation), shapes[path], dtype)
+        for path, deviation in deviations.items()
+    }
+
+
+def _draw_in_loops(
+    key: jax.Array, deviations: Mapping[str, float], shapes: Mapping[str, _Shape], dtype: Any
+) -> dict[str, jax.Array]:
+    """Draw every path's Gaussian: one loop per shape over its paths."""
+    drawn = {}
+    for shape in dict.fromkeys(shapes.values()):
+        members = [path for path in shapes if shapes[path] == shape]
+        each = (
+            np.stack([_words(path) for path in members]),  # (paths, 2)
+            np.asarray([deviations[path] for path in members], np.float32),  # (paths,)
+        )
+        # A loop and not `vmap`: some generators draw other bits under `vmap`.
+        rows = jax.lax.map(lambda row, shape=shape: _draw(key, row[0], row[1], shape, dtype), each)
+        drawn.update(zip(members, rows, strict=True))
+    return drawn
+
+
+def _draw(key: jax.Array, words: Any, deviation: Any, shape: _Shape, dtype: Any) -> jax.Array:
+    # As a vector: XLA takes seconds to fold the counters of a large array with more axes, and the
+    # bits are the same.
+    normal = jax.random.normal(_fold(key, words), (math.prod(shape),), jnp.float32)
     # The barrier keeps XLA from folding the deviation into the constants of `normal`, which would
-    # give other bits under jit than without.
-    a = (jax.lax.optimization_barrier(normal) * deviation).astype(config.dtype)  # (*stack, *in, r)
-    b = jnp.zeros(pair.b.shape, config.dtype)  # (*stack, rank, *out)
-    return LoraPair(a, b, pair.in_axes, pair.out_axes, pair.stack_axes, pair.scale)
+    # give other bits in one program than in another.
+    a = (jax.lax.optimization_barrier(normal) * deviation).astype(dtype)
+    return a.reshape(shape)
+
+
+_draw_compiled = jax.jit(_draw, static_argnums=(3, 4))
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
@@ -105,10 +167,16 @@ def path_key(key: jax.Array, path: str) -> jax.Array:
     Returns:
       A key for this path alone.
     """
+    return _fold(key, _words(path))
+
+
+def _words(path: str) -> np.ndarray:
     digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
-    for start in (0, 4):
-        key = jax.random.fold_in(key, int.from_bytes(digest[start : start + 4], "little"))
-    return key
+    return np.frombuffer(digest, "<u4").astype(np.uint32)  # (2,)
+
+
+def _fold(key: jax.Array, words: Any) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
 
 
 def _check_rank(rank: int, kernel: Kernel) -> None:

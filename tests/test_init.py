@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_lora as jl
+from jax_lora.init import path_key
 from tests.lora_cases import assert_bitwise, random_tree
 
 TREE = {
@@ -78,6 +79,86 @@ def test_under_jit_eval_shape_and_a_mesh_it_is_the_same(tree):
         lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("d"))), tree
     )
     assert_bitwise(jl.lora_init(key, spread, config), eager)
+
+
+@pytest.mark.parametrize(
+    ("generator", "dtype"),
+    [("threefry2x32", "float32"), ("threefry2x32", "bfloat16"), ("rbg", "float32")],
+)
+def test_a_is_the_draw_that_its_path_and_key_alone_give(generator, dtype):
+    def model(p, x, y):
+        stacked = jnp.einsum("ltd,ldk->ltk", x, p["stacked"])
+        return stacked, jnp.einsum("thk,hkd->td", y, p["heads"]), x[0] @ p["flat"], x[0] @ p["same"]
+
+    tree = random_tree({"stacked": (5, 7, 3), "heads": (5, 7, 4), "flat": (7, 9), "same": (7, 2)})
+    kernels = jl.find_kernels(model, tree, jnp.ones((5, 2, 7)), jnp.ones((2, 5, 7)))
+    config, key = jl.LoraConfig(rank=3, targets="*", dtype=dtype), jax.random.key(4, impl=generator)
+    make = lambda key: jl.lora_init(key, tree, config, kernels=kernels)  # noqa: E731
+    inside = {"stacked": 7, "heads": 35, "flat": 7, "same": 7}
+    shapes = {"stacked": (5, 7, 3), "heads": (5, 7, 3), "flat": (7, 3), "same": (7, 3)}
+    for adapter in (make(key), jax.jit(make)(key)):
+        for path, pair in adapter.pairs.items():
+            normal = jax.random.normal(path_key(key, path), shapes[path], jnp.float32)
+            assert_bitwise(pair.a, (normal * (1 / np.sqrt(inside[path]))).astype(dtype))
+
+
+def test_the_key_of_a_path_never_changes():
+    key = path_key(jax.random.key(0), "params/layers/attn/q_proj/kernel")
+    assert jax.random.key_data(key).tolist() == [1560987900, 3269569455]
+
+
+def test_many_keys_at_once_give_what_each_gives_alone(tree):
+    make = lambda key: jl.lora_init(key, tree, jl.LoraConfig(rank=2))  # noqa: E731
+    keys = jax.random.split(jax.random.key(0), 3)
+    together = jax.vmap(make)(keys)
+    for i, key in enumerate(keys):
+        assert_bitwise(jax.tree.map(lambda leaf, i=i: leaf[i], together), make(key))
+
+
+def test_a_program_that_shards_the_factors_draws_the_same(tree):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    make = lambda key: jl.lora_init(key, tree, jl.LoraConfig(rank=2))  # noqa: E731
+    key = jax.random.key(0)
+    specs = {16: PartitionSpec("d"), 8: PartitionSpec("d"), 2: PartitionSpec(None, "d")}
+    shardings = jax.tree.map(
+        lambda leaf: NamedSharding(mesh, specs[leaf.shape[0]]), jax.eval_shape(make, key)
+    )
+    spread = jax.jit(make, out_shardings=shardings)(key)
+    assert len(spread.pairs["mlp/kernel"].a.sharding.device_set) == 8
+    assert_bitwise(spread, make(key))
+
+
+def layers(count):
+    return {
+        f"layer_{i}": {"kernel": jax.ShapeDtypeStruct((13, 29), "float32")} for i in range(count)
+    }
+
+
+def test_more_layers_of_the_same_shapes_compile_nothing_more():
+    compiled = []
+
+    def note(event, duration, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(details)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        init(layers(2))
+        before = len(compiled)
+        adapter = init(layers(40))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert len(adapter.pairs) == 40
+    assert before > 0 and len(compiled) == before
+
+
+def test_under_jit_more_layers_of_the_same_shapes_draw_in_the_same_loop():
+    def draws(count):
+        make = jax.jit(lambda key: jl.lora_init(key, layers(count), jl.LoraConfig(rank=2)))
+        text = make.lower(jax.random.key(0)).compile().as_text()
+        return text.count("log-plus-one(")
+
+    assert draws(12) == draws(3) > 0
 
 
 def test_shapes_are_enough(tree):
