@@ -6,6 +6,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
+from haiku import experimental
 
 from tests.foreign.model_cases import assert_runs_adapted, data, drawn
 
@@ -76,7 +77,7 @@ def test_residual_network(version_2, training):
 
 def test_depthwise_network():
     def build(x):
-        x = hk.SeparableDepthwiseConv2D(2, (3, 3), 6)(x)
+        x = hk.SeparableDepthwiseConv2D(2, (3, 3), 6)(x)  # pyright: ignore[reportPrivateImportUsage]
         return hk.DepthwiseConv2D(1, (3, 3))(jax.nn.relu(x))
 
     assert_network_runs_adapted(build, IMAGE)
@@ -89,7 +90,7 @@ def test_layers_on_a_stack():
             return x + hk.nets.MLP([12, 8], activation=jax.nn.gelu)(h)
 
         embed = hk.Embed(11, 8)
-        x = hk.remat(hk.experimental.layer_stack(3)(layer))(embed(ids))
+        x = hk.remat(experimental.layer_stack(3)(layer))(embed(ids))
         return x @ embed.embeddings.T
 
     assert_network_runs_adapted(build, jnp.array([[1, 4, 10]]))
