@@ -1,0 +1,1 @@
+"""What LoRA costs: each script runs as `python -m benchmarks.NAME`; see README.md."""

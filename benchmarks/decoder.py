@@ -1,0 +1,177 @@
+"""A decoder of plain Linen code, with one hook: which module makes a dense layer.
+
+Nothing in it knows of LoRA. The hand-written rows pass a dense layer that has the factors in it;
+all others pass `nn.Dense` and are wrapped from outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+# Called as dense(features, name=...); returns a Linen module.
+DenseFactory = Callable[..., nn.Module]
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots-no-batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Shape of a decoder and of its batch.
+
+    Args:
+      layers: Number of blocks.
+      width: Channels of the residual stream.
+      hidden: Channels inside the gated feed-forward layer.
+      heads: Query heads.
+      key_heads: Key and value heads; each serves heads / key_heads query heads.
+      vocabulary: Number of tokens that exist.
+      batch: Sequences in a step.
+      length: Tokens in a sequence.
+    """
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    batch: int
+    length: int
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.width // self.heads
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a step."""
+        return self.batch * self.length
+
+
+SIZES = {
+    "tiny": Size(2, 32, 64, 4, 2, 64, 2, 8),  # for the tests of the benchmarks
+    "384x6": Size(6, 384, 1024, 6, 6, 2048, 4, 256),
+    "768x4": Size(4, 768, 2048, 12, 12, 2048, 4, 256),
+    "1b": Size(16, 2048, 8192, 32, 8, 128256, 4, 1024),
+    "8b": Size(32, 4096, 14336, 32, 8, 128256, 2, 1024),
+}
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention written out.
+
+    Args:
+      q: (batch, length, heads, head_dim).
+      k: (batch, length, key_heads, head_dim).
+      v: (batch, length, key_heads, head_dim).
+
+    Returns:
+      (batch, length, heads * head_dim).
+    """
+    batch, length, heads, head_dim = q.shape
+    if (shared := heads // k.shape[2]) > 1:
+        k, v = (jnp.repeat(part, shared, axis=2) for part in (k, v))  # (b, t, h, d)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / head_dim**0.5  # (b, h, t, t)
+    visible = jnp.tril(jnp.ones((length, length), bool))  # (t, t)
+    scores = jnp.where(visible, scores.astype(jnp.float32), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # (b, h, t, t)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, heads * head_dim)
+
+
+class Block(nn.Module):
+    """Attention and a gated feed-forward layer, each behind a norm and beside a residual."""
+
+    size: Size
+    dense: DenseFactory
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        """x: (batch, length, width) -> the same shape; the None is what a scan stacks."""
+        size = self.size
+        norm = functools.partial(nn.RMSNorm, dtype=self.dtype, param_dtype=self.dtype)
+        split = lambda y: y.reshape(*y.shape[:2], -1, size.head_dim)  # (b, t, h, d)  # noqa: E731
+        keys = size.key_heads * size.head_dim
+        h = norm(name="attention_norm")(x)
+        q = split(self.dense(size.width, name="q_proj")(h))
+        k = split(self.dense(keys, name="k_proj")(h))
+        v = split(self.dense(keys, name="v_proj")(h))
+        x = x + self.dense(size.width, name="o_proj")(attend(q, k, v))
+        h = norm(name="feed_forward_norm")(x)
+        gate = self.dense(size.hidden, name="gate_proj")(h)  # (b, t, hidden)
+        up = self.dense(size.hidden, name="up_proj")(h)  # (b, t, hidden)
+        return x + self.dense(size.width, name="down_proj")(nn.silu(gate) * up), None
+
+
+class Decoder(nn.Module):
+    """Token ids to logits.
+
+    Args:
+      size: Shape of the model.
+      dense: Makes the dense layers of the blocks. The output head is always plain.
+      scan: Whether the blocks are one stack under `nn.scan`.
+      remat: Name of a rematerialisation policy for the blocks.
+      dtype: Type of the parameters and of the arithmetic; softmax and loss are float32.
+    """
+
+    size: Size
+    dense: DenseFactory
+    scan: bool = False
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """tokens: (batch, length) -> logits (batch, length, vocabulary)."""
+        size = self.size
+        types = {"dtype": self.dtype, "param_dtype": self.dtype}
+        x = nn.Embed(size.vocabulary, size.width, name="embed", **types)(tokens)  # (b, t, width)
+        block: Any = Block
+        if self.remat != "none":
+            # Inside a scan nothing can be merged across the barrier anyway.
+            policy = REMAT_POLICIES[self.remat]
+            block = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
+        arguments = (size, self.dense, self.dtype)
+        if self.scan:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True},
+                length=size.layers,
+            )
+            x, _ = stack(*arguments, name="blocks")(x)
+        else:
+            for layer in range(size.layers):
+                x, _ = block(*arguments, name=f"block_{layer}")(x)
+        x = nn.RMSNorm(name="norm", **types)(x)
+        return nn.Dense(size.vocabulary, use_bias=False, name="head", **types)(x)
+
+
+def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Mean cross-entropy of each token given those before it.
+
+    Args:
+      logits: (batch, length, vocabulary).
+      tokens: (batch, length).
+
+    Returns:
+      A float32 scalar.
+    """
+    wide = logits[:, :-1].astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(wide, tokens[:, 1:]).mean()

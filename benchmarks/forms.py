@@ -1,0 +1,336 @@
+"""The rows of the tables: one builder for each way to fine-tune the same decoder.
+
+All start from the same base weights and the same factors, so that all have the same loss and the
+same gradients; `check` holds them to that before anything is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_lora as jl
+from benchmarks import products, trees
+from benchmarks.decoder import PROJECTIONS, SIZES, Decoder, DenseFactory, Size, next_token_loss
+
+# {"params/block_0/q_proj/kernel": (a, b), ...}
+Factors = dict[str, tuple[Any, Any]]
+
+
+class UnavailableError(Exception):
+    """A row that cannot be had here; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is fine-tuned.
+
+    Args:
+      size: Shape of the decoder and of the batch.
+      rank: Rank of every pair.
+      alpha: Numerator of the scale.
+      scan: Whether the blocks are one stack under `nn.scan`.
+      remat: Name of a rematerialisation policy.
+      dtype: Type of the base and of the arithmetic; factors are float32.
+    """
+
+    size: Size
+    rank: int = 8
+    alpha: float = 16.0
+    scan: bool = False
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @property
+    def scale(self) -> float:
+        """The number in front of a @ b."""
+        return self.alpha / self.rank
+
+    def decoder(self, dense: DenseFactory | None = None) -> Decoder:
+        """Build the model, with dense layers of `nn.Dense` unless told otherwise."""
+        if dense is None:
+            types = {"dtype": self.dtype, "param_dtype": self.dtype}
+            dense = functools.partial(nn.Dense, use_bias=False, **types)
+        return Decoder(self.size, dense, self.scan, self.remat, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What all rows start from.
+
+    Args:
+      base: Variables of the plain decoder.
+      factors: (a, b) by the path of their kernel; neither is zero.
+      tokens: (batch, length).
+    """
+
+    base: Any
+    factors: Factors
+    tokens: Any
+
+
+jax.tree_util.register_dataclass(Weights, ["base", "factors", "tokens"], [])
+
+
+def make_weights(case: Case, seed: int = 0) -> Weights:
+    """Draw weights, factors and tokens; `abstract_weights` gives the same as shapes only."""
+    shapes = abstract_weights(case)
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
+
+    def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        # One small program for each shape, as one for all takes minutes to compile.
+        return _normal(next(keys), shape.shape, shape.dtype)
+
+    def leaf(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.ones(shape.shape, shape.dtype) if path.endswith("scale") else draw(shape)
+
+    flat = trees.flatten(shapes.base)
+    base = trees.unflatten({path: leaf(path, each) for path, each in flat.items()})
+    factors = {path: (draw(a), draw(b)) for path, (a, b) in shapes.factors.items()}
+    size = case.size
+    tokens = jax.random.randint(next(keys), (size.batch, size.length), 0, size.vocabulary)
+    return Weights(base, factors, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return (0.02 * jax.random.normal(key, shape)).astype(dtype)
+
+
+def abstract_weights(case: Case) -> Weights:
+    """Describe the weights of a case without allocating them."""
+    size = case.size
+    tokens = jax.ShapeDtypeStruct((size.batch, size.length), jnp.int32)
+    base = jax.eval_shape(case.decoder().init, jax.random.key(0), tokens)
+    factors = {
+        path: (_struct(*stack, inputs, case.rank), _struct(*stack, case.rank, outputs))
+        for path, kernel in trees.flatten(base).items()
+        if any(name in path.split("/") for name in PROJECTIONS)
+        for *stack, inputs, outputs in [kernel.shape]
+    }
+    return Weights(base, factors, tokens)
+
+
+def _struct(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way to fine-tune.
+
+    Args:
+      loss: `loss(trainable, frozen, tokens)` -> scalar.
+      trainable: What the optimizer changes.
+      frozen: What it leaves alone.
+      gradients: Reads (da, db) by path out of a gradient of `trainable`.
+    """
+
+    loss: Callable[[Any, Any, Any], jax.Array]
+    trainable: Any
+    frozen: Any
+    gradients: Callable[[Any], Factors]
+
+
+Builder = Callable[[Case, Weights], Form]
+
+
+# -----------------------------------------------------------------------------------------------
+# Full fine-tuning
+# -----------------------------------------------------------------------------------------------
+
+
+def full(case: Case, weights: Weights, model: Decoder | None = None) -> Form:
+    """Train every parameter, starting from W0 + scale * a @ b."""
+    model = case.decoder() if model is None else model
+
+    def loss(params: Any, frozen: Any, tokens: Any) -> jax.Array:
+        return next_token_loss(model.apply(params, tokens), tokens)  # type: ignore[arg-type]
+
+    def gradients(gradient: Any) -> Factors:
+        flat = trees.flatten(gradient)
+        return {
+            path: (
+                case.scale * flat[path] @ jnp.swapaxes(b, -1, -2),
+                case.scale * jnp.swapaxes(a, -1, -2) @ flat[path],
+            )
+            for path, (a, b) in weights.factors.items()
+        }
+
+    return Form(loss, _merged(case, weights), {}, gradients)
+
+
+def _merged(case: Case, weights: Weights) -> Any:
+    def merge(base: Any, factors: Factors) -> Any:
+        flat = trees.flatten(base)
+        for path, (a, b) in factors.items():
+            flat[path] = (flat[path] + case.scale * a @ b).astype(flat[path].dtype)
+        return trees.unflatten(flat)
+
+    shapes_only = isinstance(weights.tokens, jax.ShapeDtypeStruct)
+    # A copy in any case: the step donates what it trains.
+    copy = lambda base: jax.tree.map(jnp.copy, base)  # noqa: E731
+    run = jax.eval_shape if shapes_only else lambda f, *args: f(*args)
+    return run(lambda base, factors: copy(merge(base, factors)), weights.base, weights.factors)
+
+
+def full_flat(case: Case, weights: Weights) -> Form:
+    """Full fine-tuning with all tokens on one axis."""
+    return full(
+        case, weights, case.decoder(functools.partial(products.FlatDense, dtype=case.dtype))
+    )
+
+
+# -----------------------------------------------------------------------------------------------
+# LoRA written into the model
+# -----------------------------------------------------------------------------------------------
+
+
+def hand_written(product: products.Product, case: Case, weights: Weights) -> Form:
+    """LoRA in the dense layer itself."""
+    settings = {"rank": case.rank, "scale": case.scale, "product": product, "dtype": case.dtype}
+    model = case.decoder(functools.partial(products.LoraDense, **settings))
+
+    def loss(lora: Any, base: Any, tokens: Any) -> jax.Array:
+        return next_token_loss(model.apply({**base, "lora": lora}, tokens), tokens)  # type: ignore[arg-type]
+
+    inside = {
+        path: path.removeprefix("params/").removesuffix("/kernel") for path in weights.factors
+    }
+    lora = {
+        f"{inside[path]}/{name}": factor
+        for path, pair in weights.factors.items()
+        for name, factor in zip("ab", pair, strict=True)
+    }
+
+    def gradients(gradient: Any) -> Factors:
+        flat = trees.flatten(gradient)
+        return {path: (flat[f"{inner}/a"], flat[f"{inner}/b"]) for path, inner in inside.items()}
+
+    return Form(loss, trees.unflatten(lora), weights.base, gradients)
+
+
+# -----------------------------------------------------------------------------------------------
+# jax_lora
+# -----------------------------------------------------------------------------------------------
+
+
+def ours(form: str, case: Case, weights: Weights) -> Form:
+    """`lora_apply` around the plain model."""
+    model = case.decoder()
+    if "form" in inspect.signature(jl.lora_apply).parameters:
+        apply = jl.lora_apply(model.apply, form=form)  # type: ignore[call-arg]
+    elif form == "auto":
+        apply = jl.lora_apply(model.apply)
+    else:
+        raise UnavailableError("this version of lora_apply takes no form=")
+
+    def loss(adapter: Any, base: Any, tokens: Any) -> jax.Array:
+        return next_token_loss(apply(jl.combine(base, adapter), tokens), tokens)
+
+    return Form(loss, _adapter(case, weights), weights.base, _pair_gradients)
+
+
+def _adapter(case: Case, weights: Weights) -> jl.Adapter:
+    config = jl.LoraConfig(rank=case.rank, alpha=case.alpha, targets=PROJECTIONS)
+    kernels = jl.find_kernels(case.decoder().apply, weights.base, weights.tokens)
+    key = jax.random.key(0)
+    empty = jax.eval_shape(lambda: jl.lora_init(key, weights.base, config, kernels=kernels))
+    if set(empty.pairs) != set(weights.factors):
+        raise RuntimeError(f"adapted {sorted(empty.pairs)}, wanted {sorted(weights.factors)}")
+    pairs = {
+        path: dataclasses.replace(pair, a=weights.factors[path][0], b=weights.factors[path][1])
+        for path, pair in empty.pairs.items()
+    }
+    return dataclasses.replace(empty, pairs=pairs)
+
+
+def _pair_gradients(gradient: jl.Adapter) -> Factors:
+    return {path: (pair.a, pair.b) for path, pair in gradient.pairs.items()}
+
+
+# -----------------------------------------------------------------------------------------------
+# Other libraries
+# -----------------------------------------------------------------------------------------------
+
+
+def with_qwix(case: Case, weights: Weights) -> Form:
+    """The library qwix around the plain model."""
+    from benchmarks.peers import qwix_form
+
+    return qwix_form(case, weights)
+
+
+def with_nnx(case: Case, weights: Weights) -> Form:
+    """The same decoder in NNX, with `nnx.LoRALinear`."""
+    from benchmarks.peers import nnx_form
+
+    return nnx_form(case, weights)
+
+
+FACTORED = "factored, hand-written"
+
+ROWS: Mapping[str, Builder] = {
+    "full fine-tuning": full,
+    "full, tokens flattened": full_flat,
+    "materialised": functools.partial(hand_written, products.materialised),
+    FACTORED: functools.partial(hand_written, products.factored),
+    "factored, scale on x@A": functools.partial(hand_written, products.scale_inside),
+    "factored, tokens flattened": functools.partial(hand_written, products.flattened),
+    "ours (auto)": functools.partial(ours, "auto"),
+    "ours (factored)": functools.partial(ours, "factored"),
+    "ours (merged)": functools.partial(ours, "merged"),
+    "qwix": with_qwix,
+    "nnx.LoRALinear": with_nnx,
+}
+
+
+# -----------------------------------------------------------------------------------------------
+# Do all compute the same?
+# -----------------------------------------------------------------------------------------------
+
+
+def check(case: Case, rows: Sequence[str], tolerance: float = 1e-4) -> None:
+    """Hold the loss and the factors' gradients of rows against full fine-tuning's.
+
+    A case in less than float32, or too large to be computed twice, is checked at a tiny size.
+
+    Args:
+      case: What is fine-tuned.
+      rows: Names of rows.
+      tolerance: Largest difference, relative to the largest entry of each gradient.
+
+    Raises:
+      RuntimeError: A row that computes something else.
+    """
+    if case.dtype != jnp.float32 or case.size.width > 1024:
+        case = dataclasses.replace(case, size=SIZES["tiny"], dtype=jnp.float32)
+    weights = make_weights(case)
+    want_loss, want = _loss_and_gradients(full(case, weights), weights)
+    for row in rows:
+        loss, got = _loss_and_gradients(ROWS[row](case, weights), weights)
+        if abs(loss - want_loss) > 1e-5 * abs(want_loss):
+            raise RuntimeError(f"{row}: loss {loss}, full fine-tuning has {want_loss}")
+        for path in want:
+            for name, g, w in zip("ab", got[path], want[path], strict=True):
+                error = np.abs(g - w).max() / np.abs(w).max()
+                if not error < tolerance:
+                    raise RuntimeError(f"{row}: gradient {name} of {path} is off by {error:.1e}")
+
+
+def _loss_and_gradients(form: Form, weights: Weights) -> tuple[float, dict[str, Any]]:
+    @jax.jit
+    def both(trainable: Any, frozen: Any, tokens: Any) -> tuple[jax.Array, Factors]:
+        loss, gradient = jax.value_and_grad(form.loss)(trainable, frozen, tokens)
+        return loss, form.gradients(gradient)
+
+    loss, gradients = both(form.trainable, form.frozen, weights.tokens)
+    return float(loss), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gradients)
