@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_lora as jl
-from jax_lora.errors import MaterializeWarning
 from jax_lora.kernel import Kernel
 from tests.lora_cases import assert_close
-
-SITE = re.compile(r"lora_apply: (\S+) at .*\n  got:      the operation (.+), which")
 
 
 def assert_runs_adapted(
@@ -71,37 +66,37 @@ def random_adapter(tree: Any, kernels: Any) -> Any:
 
 def materialized(fn: Any, tree: Any, adapter: Any, *args: Any) -> dict[str, str]:
     """Map each leaf whose full weight is formed to the operations that ask for it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", MaterializeWarning)
-        jax.eval_shape(jl.lora_apply(fn), jl.combine(tree, adapter), *args)
-    messages = [str(each.message) for each in caught if each.category is MaterializeWarning]
-    found = [SITE.match(message) for message in messages]
-    assert all(found), messages
     operations: dict[str, set[str]] = {}
-    for match in found:
-        operations.setdefault(match[1], set()).add(match[2])
+    for site in jl.explain(fn, jl.combine(tree, adapter), *args).sites:
+        if site.form == "materialized":
+            operations.setdefault(site.path, set()).add(site.operation)
     return {path: " ".join(sorted(names)) for path, names in operations.items()}
 
 
 def assert_equals_its_merged_self(fn: Any, tree: Any, adapter: Any, *args: Any) -> None:
-    """Compare values and the adapter's gradients with those of the merged weights."""
-    with_lora = jl.lora_apply(fn, on_materialize="allow")
-    ours = lambda each: with_lora(jl.combine(tree, each), *args)  # noqa: E731
+    """Compare values and the adapter's gradients, in both forms, with the merged weights'."""
+
+    def ours(form: str) -> Any:
+        with_lora = jl.lora_apply(fn, on_materialize="allow", form=form)
+        return lambda each: with_lora(jl.combine(tree, each), *args)
+
     theirs = lambda each: fn(jl.merge(tree, each), *args)  # noqa: E731
     draw = np.random.default_rng(5).standard_normal
     cotangent = jax.tree.map(
         lambda leaf: jnp.asarray(draw(leaf.shape), leaf.dtype), jax.eval_shape(theirs, adapter)
     )
 
-    @jax.jit  # one program for both sides: compiling is what these tests wait for
-    def both(adapter: Any) -> Any:
-        results = [jax.vjp(side, adapter) for side in (ours, theirs)]
+    @jax.jit  # one program for all sides: compiling is what these tests wait for
+    def everything(adapter: Any) -> Any:
+        sides = (theirs, ours("factored"), ours("merged"))
+        results = [jax.vjp(side, adapter) for side in sides]
         return [(value, pull(cotangent)[0]) for value, pull in results]
 
-    (value, gradient), (value_, gradient_) = both(adapter)
-    assert_close(value, value_, 1e-5)
-    assert_close(gradient, gradient_, 1e-4)
+    (value_, gradient_), *every_form = everything(adapter)
     assert all(leaf.any() for leaf in jax.tree.leaves(gradient_))  # every factor matters
+    for value, gradient in every_form:
+        assert_close(value, value_, 1e-5)
+        assert_close(gradient, gradient_, 1e-4)
 
 
 def drawn(shapes: Any, seed: int = 1) -> Any:
