@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: demo test test-quick test-newest lint types format clean
+.PHONY: demo test test-quick test-newest test-random lint types format clean
 
 demo: $(INSTALLED)
 	@DEMO=$(DEMO) BIN=$(BIN) sh scripts/demo.sh
@@ -19,6 +19,13 @@ test-quick: $(INSTALLED)
 
 test-newest:
 	@sh scripts/test_newest.sh
+
+# Random programs against their merged selves: hours for all, or PROGRAMS=2000 SEED=1 JOBS=2.
+PROGRAMS ?= 20000
+SEED ?= 0
+JOBS ?= 1
+test-random: $(INSTALLED)
+	$(BIN)/python -m tests.properties.run --programs $(PROGRAMS) --seed $(SEED) --jobs $(JOBS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

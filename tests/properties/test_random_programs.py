@@ -1,0 +1,45 @@
+"""Whatever a program does with its weights, `lora_apply` computes what the merged weights would.
+
+Each program is drawn from its number, run on low-rank weights and on merged ones, and compared:
+values, forward and reverse derivatives. `python -m tests.properties.run` runs as many as you like.
+"""
+
+import pytest
+
+from jax_lora.transform.forms import FORMS
+from tests.properties.judge import judge
+from tests.properties.run import report, run_range, summary
+from tests.properties.steps import draw_program
+
+QUICK, EACH, FULL = 12, 61, 500  # the first are run by `make test-quick` as well
+
+
+def _hold(start, stop):
+    tally = run_range(seed=0, start=start, stop=stop, shrinking=False)
+    assert not tally.failures, "\n\n".join(tally.failures[:3])
+    return tally
+
+
+def test_the_first_programs_equal_their_merged_selves():
+    _hold(0, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(QUICK, FULL, EACH))
+def test_random_programs_equal_their_merged_selves(start):
+    tally = _hold(start, start + EACH)
+    # What is tested are the rules: most weights are never formed, and the adapters do matter.
+    assert tally.counts["no weight formed"] > 0.5 * tally.counts["programs"], summary(tally, 0)
+    assert tally.counts["adapter has no bearing"] < 0.2 * tally.counts["programs"]
+
+
+def test_a_program_is_drawn_again_from_its_number():
+    assert draw_program(0, 17, FORMS) == draw_program(0, 17, FORMS)
+    assert draw_program(0, 17, FORMS) != draw_program(1, 17, FORMS)
+
+
+def test_a_program_prints_as_source_that_can_be_pasted():
+    program = draw_program(0, 3, FORMS)
+    text = report(program, judge(program))
+    assert program.source() in text
+    compile(program.source(), "pasted", "exec")
