@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +46,7 @@ def command(module: str) -> str:
         if not skip and word != "--markdown":
             words.append(word)
         skip = word == "--markdown" and not skip
-    return " ".join(["python", "-m", module, *words])
+    return shlex.join(["python", "-m", module, *words])
 
 
 def write_section(document: pathlib.Path, name: str, text: str) -> None:
