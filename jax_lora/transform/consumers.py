@@ -55,6 +55,7 @@ def _gather(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     )
     if value.side(label) == (True, True):
         return [found]  # some layers or experts of a stack: still kernels
+    interpreter.factored(eqn, value, math.prod(indices.shape[:-1]))
     return [rows + _rows_delta(found, rows.dtype)]
 
 
@@ -109,6 +110,7 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outp
     expert, inside, outside = value.w_labels
     if value.a_labels != (expert, inside, RANK) or value.b_labels != (expert, RANK, outside):
         return None
+    interpreter.factored(eqn, value, x.shape[0])
     (base,) = bind(eqn, x, value.w, sizes)
     value = interpreter.fresh(value)
     wide = lowrank.accumulation_dtype(x.dtype)
@@ -164,6 +166,7 @@ def _convolution(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Out
         return None
     value = interpreter.fresh(value)
     (base,) = bind(eqn, x, value.w)
+    interpreter.factored(eqn, value, base.size // base.shape[numbers.out_spec[1]])
     thin = _thin_convolution(eqn, lowrank.dropped(value, x), value, numbers)
     return [base + _mix_channels(thin, value, eqn, base)]
 

@@ -20,7 +20,7 @@ from jax_lora.lowrank import LowRank
 from jax_lora.meeting import Meeting
 from jax_lora.transform import forms, merged
 from jax_lora.transform.interpreter import Interpreter, Value, bind, is_lowrank, shared_rule
-from jax_lora.transform.sites import Site, location
+from jax_lora.transform.sites import Site
 
 Array = jax.Array
 
@@ -38,7 +38,7 @@ def _dot_general(
         for index, result in zip(those, compute(together) if together else [], strict=True):
             outputs[index] = [result]
         for each in together:
-            interpreter.settings.note(_site(each, together, interpreter.times))
+            interpreter.settings.note(_site(interpreter, each, together))
     return outputs
 
 
@@ -166,10 +166,10 @@ def _merged(those: Sequence[_Contraction]) -> list[Array]:
 _FORMS = {forms.FACTORED: _factored, forms.MERGED: _merged}
 
 
-def _site(each: _Contraction, together: Sequence[_Contraction], times: int) -> Site:
+def _site(interpreter: Interpreter, each: _Contraction, together: Sequence[_Contraction]) -> Site:
     return Site(
         path=each.value.path,
-        where=location(each.eqn),
+        where=interpreter.locate(each.eqn),
         operation="dot_general",
         form=each.choice.form,
         why=each.choice.why,
@@ -177,6 +177,6 @@ def _site(each: _Contraction, together: Sequence[_Contraction], times: int) -> S
         inputs=each.sizes.inputs,
         outputs=each.sizes.outputs,
         rank=each.sizes.rank,
-        times=times,
+        times=interpreter.times,
         beside=tuple(other.value.path for other in together if other is not each),
     )

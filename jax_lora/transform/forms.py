@@ -66,13 +66,14 @@ class Sizes:
 
     @property
     def break_even(self) -> float:
-        """Tokens from which on the merged form takes less work than the factored one.
+        """Tokens from which on the merged form is no slower than the factored one.
 
-        A training step spends 6·T·r·(in + out) flops on the thin products of the factored form.
-        The merged form spends 4·T·r·(in + out) on da and db, and 4·r·in·out on forming
-        W0 + scale * a · b twice, for the result and for dx.
+        Forward, 2·T·r·(in + out) flops of thin products stand against 2·r·in·out for forming
+        W0 + scale * a · b: even at in·out / (in + out) tokens. A training step has even flops only
+        at twice as many, but by then touches 40% fewer bytes; `benchmarks/break_even.py` measures
+        that its time is even at about as many tokens as the forward pass's flops.
         """
-        return 2 * self.inputs * self.outputs / (self.inputs + self.outputs)
+        return self.inputs * self.outputs / (self.inputs + self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)

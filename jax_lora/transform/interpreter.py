@@ -17,7 +17,8 @@ from jax.extend import core as jex_core
 from jax_lora import lowrank
 from jax_lora.lowrank import LowRank
 from jax_lora.transform import sharing
-from jax_lora.transform.sites import Settings, location
+from jax_lora.transform.forms import FACTORED
+from jax_lora.transform.sites import UNKNOWN, Settings, location, site_of
 
 Value = Any  # an array or a LowRank
 Rule = Callable[["Interpreter", Any, list[Value]], "list[Value] | None"]
@@ -93,12 +94,14 @@ class Interpreter:
     Args:
       settings: What the caller of `lora_apply` asked for.
       times: How often the program runs: more than once inside a scan.
+      called_at: Where the program is called from, if it lies inside another.
     """
 
-    def __init__(self, settings: Settings, times: int = 1):
+    def __init__(self, settings: Settings, times: int = 1, called_at: str = UNKNOWN):
         """Start with no use of any weight counted."""
         self.settings = settings
         self.times = times
+        self.called_at = called_at
         self._uses = 0
 
     def evaluate(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
@@ -152,14 +155,28 @@ class Interpreter:
             if is_lowrank(value):
                 name = operation or eqn.primitive.name
                 if value.is_matrix:
-                    self.settings.materialized(value, name, location(eqn), self.times)
+                    self.settings.materialized(value, name, self.locate(eqn), self.times)
                 value = lowrank.materialize(value)
             result.append(value)
         return result
 
+    def factored(self, eqn: Any, value: LowRank, tokens: int) -> None:
+        """Write down a use of a value by an operation that has one form only."""
+        name = eqn.primitive.name
+        why = "the only low-rank form of this operation"
+        site = site_of(
+            value, name, self.locate(eqn), FACTORED, why, tokens=tokens, times=self.times
+        )
+        self.settings.note(site)
+
     def inner(self, times: int = 1) -> Interpreter:
         """Return an interpreter for a program inside this one, which counts uses for itself."""
-        return Interpreter(self.settings, self.times * times)
+        return Interpreter(self.settings, self.times * times, self.called_at)
+
+    def locate(self, eqn: Any) -> str:
+        """Return the line of an equation, or of the call where a library's function holds it."""
+        where = location(eqn)
+        return self.called_at if where == UNKNOWN else where
 
     def fresh(self, value: Value) -> Value:
         """Give a value with dropout a key for this one use of it."""

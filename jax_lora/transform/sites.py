@@ -15,6 +15,7 @@ from jax_lora.lowrank import LowRank
 from jax_lora.transform.forms import MATERIALIZED, check_form
 
 POLICIES = ("warn", "error", "allow")
+UNKNOWN = "an unknown place"
 
 
 def _package_folder(name: str) -> str | None:
@@ -37,13 +38,13 @@ def location(eqn: Any) -> str:
       eqn: An equation of a jaxpr.
 
     Returns:
-      The innermost frame outside of JAX, Flax and this package, or "an unknown place".
+      The innermost frame outside of JAX, Flax and this package, or `UNKNOWN`.
     """
     traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
     for frame in getattr(traceback, "frames", ()):
         if not frame.file_name.startswith((*_MACHINERY, "<")):
             return f"{frame.file_name}:{frame.line_num}"
-    return "an unknown place"
+    return UNKNOWN
 
 
 def check_policy(policy: str) -> str:
@@ -155,12 +156,17 @@ class Settings:
           MaterializeError: The policy is "error".
         """
         self._materializations.report(value.path, operation, where)
-        rank = value.a.shape[value.a_labels.index(RANK)]
-        size = lambda side: math.prod(  # noqa: E731
-            n
-            for n, label in zip(value.shape, value.w_labels, strict=True)
-            if value.side(label) == side
-        )
         why = "no low-rank rule for this operation"
-        sizes = (size((True, False)), size((False, True)), rank)
-        self.note(Site(value.path, where, operation, MATERIALIZED, why, 0, *sizes, times, ()))
+        self.note(site_of(value, operation, where, MATERIALIZED, why, times=times))
+
+
+def site_of(
+    value: LowRank, operation: str, where: str, form: str, why: str, *, tokens: int = 0, times: int
+) -> Site:
+    """Describe a use of a value whose sides tell its sizes: inputs in `a`, outputs in `b`."""
+    size = lambda side: math.prod(  # noqa: E731
+        n for n, label in zip(value.shape, value.w_labels, strict=True) if value.side(label) == side
+    )
+    rank = value.a.shape[value.a_labels.index(RANK)]
+    inputs, outputs = size((True, False)), size((False, True))
+    return Site(value.path, where, operation, form, why, tokens, inputs, outputs, rank, times, ())

@@ -1,0 +1,96 @@
+"""The backward pass: no gradient of a kernel's size, and no second copy of a kernel kept for it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend import core as jex_core
+
+import jax_lora as jl
+from tests.lora_cases import adapt, random_tree
+
+LAYERS, IN, OUT = 3, 24, 40  # sizes that nothing else has
+FORMS = ("factored", "merged")
+
+
+def unrolled(params, x):
+    for name in ("one", "two"):
+        x = jnp.tanh(x @ params[name]) @ params[name + "_back"]
+    return x
+
+
+def scanned(params, x):
+    step = lambda x, layer: (jnp.tanh(x @ layer["up"]) @ layer["down"], None)  # noqa: E731
+    return jax.lax.scan(step, x, params["stack"])[0]
+
+
+MODELS = {
+    "unrolled": (
+        unrolled,
+        {"one": (IN, OUT), "one_back": (OUT, IN), "two": (IN, OUT), "two_back": (OUT, IN)},
+    ),
+    "scanned": (scanned, {"stack": {"up": (LAYERS, IN, OUT), "down": (LAYERS, OUT, IN)}}),
+}
+
+
+def equations(jaxpr):
+    """Every equation of a program and of the programs inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jex_core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def gradient_program(model, form):
+    fn, shapes = MODELS[model]
+    tree, x = random_tree(shapes), jnp.ones((2, 7, IN))
+    adapter = adapt(fn, tree, x)
+    with_lora = jl.lora_apply(fn, on_materialize="error", form=form)
+    loss = lambda adapter, x: (with_lora(jl.combine(tree, adapter), x) ** 2).sum()  # noqa: E731
+    return jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(adapter, x).jaxpr
+
+
+def is_kernel(var):
+    return sorted(var.aval.shape[-2:]) == [IN, OUT]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("form", FORMS)
+def test_no_product_has_the_shape_of_a_kernel(model, form):
+    products = [
+        eqn
+        for eqn in equations(gradient_program(model, form))
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert len(products) > 10
+    assert not any(map(is_kernel, (var for eqn in products for var in eqn.outvars)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_factored_form_makes_nothing_of_the_shape_of_a_kernel(model):
+    made = [
+        (eqn.primitive.name, var.aval)
+        for eqn in equations(gradient_program(model, "factored"))
+        for var in eqn.outvars
+        if is_kernel(var)
+    ]
+    assert [name for name, _ in made if name not in ("stop_gradient", "copy")] == []
+
+
+def test_the_merged_form_stacks_no_kernels_for_the_backward_pass():
+    scans = [
+        eqn
+        for eqn in equations(gradient_program("scanned", "merged"))
+        if eqn.primitive.name == "scan"
+    ]
+    assert len(scans) == 2  # forward and backward
+    assert not any(map(is_kernel, (var for eqn in scans for var in eqn.outvars)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_full_fine_tuning_would_fail_these_tests(model):
+    fn, shapes = MODELS[model]
+    program = jax.make_jaxpr(jax.grad(lambda tree: fn(tree, jnp.ones((2, 7, IN))).sum()))(
+        random_tree(shapes)
+    ).jaxpr
+    products = [eqn for eqn in equations(program) if eqn.primitive.name == "dot_general"]
+    assert any(map(is_kernel, (var for eqn in products for var in eqn.outvars)))

@@ -1,0 +1,156 @@
+"""Which form a contraction takes: by shape, by type, and never where the update would be lost."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import jax_lora as jl
+from jax_lora.transform import forms
+from tests.lora_cases import adapt, assert_bitwise, assert_close, random_tree
+
+
+def sizes(**changes):
+    usual = dict(
+        tokens=1024,
+        inputs=384,
+        outputs=1024,
+        rank=8,
+        x_dtype=jnp.float32,
+        w_dtype=jnp.float32,
+        precision=None,
+        dropout=False,
+    )
+    return forms.Sizes(**{**usual, **changes})
+
+
+@pytest.mark.parametrize(
+    "form, changes, platform, want, why",
+    [
+        ("auto", {}, "cpu", "merged", "1,024 tokens, at least 279: forming the sum costs less"),
+        ("auto", {"tokens": 279}, "cpu", "factored", "279 tokens, under 279: forming the sum costs more"),
+        ("auto", {"tokens": 280}, "cpu", "merged", "280 tokens, at least 279: forming the sum costs less"),
+        ("auto", {"tokens": 1}, "cpu", "factored", "1 tokens, under 279: forming the sum costs more"),
+        ("auto", {"w_dtype": jnp.bfloat16}, "cpu", "factored", "W0 is bfloat16, which would round the update away"),
+        ("auto", {"x_dtype": jnp.float16}, "cpu", "factored", "x is float16, which would round the update away"),
+        ("auto", {"dropout": True}, "cpu", "factored", "dropout: the factors see another x than W0"),
+        ("auto", {}, "gpu", "factored", "gpu multiplies float32 in fewer bits at this precision, which would round the update away"),
+        ("auto", {}, "tpu", "factored", "tpu multiplies float32 in fewer bits at this precision, which would round the update away"),
+        ("auto", {"precision": (lax.Precision.HIGHEST,) * 2}, "gpu", "merged", "1,024 tokens, at least 279: forming the sum costs less"),
+        ("auto", {"precision": (lax.Precision.HIGHEST, lax.Precision.HIGH)}, "gpu", "factored", None),
+        ("auto", {"w_dtype": jnp.float64, "x_dtype": jnp.float64}, "gpu", "merged", None),
+        ("factored", {}, "cpu", "factored", "pinned"),
+        ("merged", {"tokens": 1}, "cpu", "merged", "pinned"),
+        ("merged", {"w_dtype": jnp.bfloat16}, "cpu", "factored", "W0 is bfloat16, which would round the update away"),
+        ("merged", {"dropout": True}, "cpu", "factored", "dropout: the factors see another x than W0"),
+    ],
+)  # fmt: skip
+def test_the_form_follows_from_shapes_types_and_platform(form, changes, platform, want, why):
+    choice = forms.choose(form, sizes(**changes), platform)
+    assert choice.form == want
+    assert why is None or choice.why == why
+
+
+def test_the_default_precision_of_the_process_counts():
+    with jax.default_matmul_precision("highest"):
+        assert forms.choose("auto", sizes(), "gpu").form == "merged"
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(jl.errors.ConfigError) as error:
+        jl.lora_apply(lambda x: x, form="dense")
+    for part in (
+        "lora_apply: form",
+        "'dense'",
+        "auto, factored, merged",
+        'Leave it out for "auto"',
+    ):
+        assert part in str(error.value)
+
+
+# -----------------------------------------------------------------------------------------------
+# Every form under every transformation
+# -----------------------------------------------------------------------------------------------
+
+
+def model(params, x):
+    q, k = x @ params["q"], jnp.einsum("...d,dhk->...hk", x, params["k"])
+    return jnp.tanh(q + k.reshape(q.shape)) @ params["o"] + x
+
+
+TREE = random_tree({"q": (6, 8), "k": (6, 4, 2), "o": (8, 6)})
+X = random_tree((3, 5, 6), 2)
+ADAPTER = adapt(model, TREE, X)
+
+
+def run(form, adapter, x=X, tree=TREE):
+    return jl.lora_apply(model, on_materialize="error", form=form)(jl.combine(tree, adapter), x)
+
+
+def run_merged(adapter, x=X):
+    return model(jl.merge(TREE, adapter), x)
+
+
+@pytest.mark.parametrize("form", forms.FORMS)
+class TestEveryForm:
+    def test_starts_as_the_base_model_bit_by_bit(self, form):
+        kernels = jl.find_kernels(model, TREE, X)
+        config = jl.LoraConfig(rank=2, targets=list(kernels))
+        fresh = jl.lora_init(jax.random.key(0), TREE, config, kernels=kernels)
+        assert_bitwise(jax.jit(lambda: run(form, fresh))(), jax.jit(lambda: model(TREE, X))())
+
+    def test_runs_without_jit(self, form):
+        assert_close(run(form, ADAPTER), run_merged(ADAPTER), 1e-5)
+
+    def test_has_hessian_vector_products(self, form):
+        loss = lambda f: lambda adapter: (f(adapter) ** 2).sum()  # noqa: E731
+        hvp = lambda f: jax.jvp(jax.grad(loss(f)), (ADAPTER,), (ADAPTER,))[1]  # noqa: E731
+        got, want = jax.jit(lambda: (hvp(lambda a: run(form, a)), hvp(run_merged)))()
+        assert_close(got, want, 1e-4)
+
+    def test_has_reverse_over_reverse_derivatives(self, form):
+        loss = lambda f: lambda adapter: (f(adapter) ** 2).sum()  # noqa: E731
+        norm = lambda f: lambda a: sum((g**2).sum() for g in jax.tree.leaves(jax.grad(loss(f))(a)))  # noqa: E731
+        got, want = jax.jit(
+            lambda: (
+                jax.grad(norm(lambda a: run(form, a)))(ADAPTER),
+                jax.grad(norm(run_merged))(ADAPTER),
+            )
+        )()
+        assert_close(got, want, 1e-4)
+
+    def test_maps_over_adapters(self, form):
+        several = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, -leaf]), ADAPTER)
+        grad = lambda f: jax.vmap(jax.grad(lambda adapter, x: (f(adapter, x) ** 2).sum()))  # noqa: E731
+        got, want = jax.jit(
+            lambda: (grad(lambda a, x: run(form, a, x))(several, X), grad(run_merged)(several, X))
+        )()
+        assert_close(got, want, 1e-4)
+
+    def test_gives_gradients_per_example(self, form):
+        def per_example(f):
+            loss = lambda adapter, x: (f(adapter, x) ** 2).sum()  # noqa: E731
+            return jax.vmap(jax.grad(loss), (None, 0))
+
+        got, want = jax.jit(
+            lambda: (
+                per_example(lambda a, x: run(form, a, x))(ADAPTER, X),
+                per_example(run_merged)(ADAPTER, X),
+            )
+        )()
+        assert_close(got, want, 1e-4)
+
+    def test_leaves_the_base_without_a_gradient(self, form):
+        grads = jax.jit(jax.grad(lambda tree: (run(form, ADAPTER, tree=tree) ** 2).sum()))(TREE)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
+
+    def test_moves_with_what_the_model_scales_a_kernel_by(self, form):
+        def gained(params, gain, x):
+            return x @ (params["q"] * gain[None])
+
+        gain = random_tree((8,), 3)
+        adapter = adapt(gained, TREE, gain, X)
+        with_lora = jl.lora_apply(gained, on_materialize="error", form=form)
+        ours = lambda gain: (with_lora(jl.combine(TREE, adapter), gain, X) ** 2).sum()  # noqa: E731
+        theirs = lambda gain: (gained(jl.merge(TREE, adapter), gain, X) ** 2).sum()  # noqa: E731
+        assert_close(*jax.jit(lambda: (jax.grad(ours)(gain), jax.grad(theirs)(gain)))(), 1e-4)
