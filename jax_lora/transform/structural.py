@@ -130,7 +130,10 @@ def _dynamic_slice(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> O
 
 
 def _dynamic_slice_of(start: Any, size: int) -> Callable[[jax.Array, int], jax.Array]:
-    return lambda array, axis: lax.dynamic_slice_in_dim(array, start, size, axis)
+    # The primitive counts no start from the end: it moves one that is out of range to the nearest.
+    return lambda array, axis: lax.dynamic_slice_in_dim(
+        array, start, size, axis, allow_negative_indices=False
+    )
 
 
 @structural_rule("split")
@@ -185,7 +188,7 @@ def _scaled(eqn: Any, value: LowRank, other: Any, inputs: list[Value], *, invers
     w = bind(eqn, *(each.w if is_lowrank(each) else each for each in inputs))[0]
     constant = _constant(eqn, other)
     if constant is not None:
-        factor = 1.0 / constant if inverse else constant
+        factor = (1.0 / constant if constant else math.inf) if inverse else constant
         if math.isfinite(factor):
             return [value.replace(w=w, scale=value.scale * factor)]
     other = jnp.asarray(other)

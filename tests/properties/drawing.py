@@ -88,6 +88,10 @@ class Draw:
         ]
         return self.rng.choice(fitting) if fitting else None
 
+    def start(self, size: int) -> str:
+        """An expression for the start of a slice, which may lie outside of the axis."""
+        return f"{self.position(size)} - {self.rng.choice((0, 0, 1, size + 1))}"
+
     def position(self, count: int) -> str:
         """An expression for a position that is known only when the program runs."""
         return f"choice({self.rng.choice(self.inputs).name}, {count})"

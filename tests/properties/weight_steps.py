@@ -129,7 +129,7 @@ def dynamic_slice(draw: Draw, scope: Scope):
         return None
     axis = draw.rng.randrange(len(w.shape))
     size = draw.rng.randint(1, w.shape[axis])
-    start = draw.position(w.shape[axis])  # may reach over the end: JAX moves the slice back
+    start = draw.start(w.shape[axis])  # JAX moves a slice that reaches over an end
     return draw.make_weight(
         scope,
         f"lax.dynamic_slice_in_dim({w.name}, {start}, {size}, {axis})",
