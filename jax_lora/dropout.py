@@ -17,6 +17,9 @@ def dropout(lora_tree: Any, key: jax.Array) -> Any:
     The rate is the configuration's. A share of the inputs of every pair is set to zero, and the
     rest scaled up; W0 sees its input whole. The keys ride along as data, so a step compiles once;
     every layer, use, scan step and token drops inputs of its own, and remat drops the same again.
+    In a function that calls `jax.shard_map`, shards whose data differ drop inputs of their own,
+    and shards that hold the same data drop the same. Where `lora_apply` is itself called inside
+    `shard_map`, fold `jax.lax.axis_index` of the batch's axis into the key.
     A weight that has to be materialised is formed without dropout.
 
     Args:

@@ -6,7 +6,7 @@ jit, remat, scan, while, cond and shard_map come out as themselves, with the fac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_lora.lowrank import LowRank
+from jax_lora.transform import varying
 from jax_lora.transform.interpreter import Interpreter, Value, is_lowrank, opened, rule
+from jax_lora.transform.layout import scan_layout
 from jax_lora.transform.sites import Settings
 
 Outputs = list[Value] | None
@@ -31,19 +33,20 @@ def _jit(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     jaxpr, consts = opened(eqn.params["jaxpr"])
     inputs = [interpreter.fresh(value) for value in inputs]
     inputs = _constrained(inputs, eqn.params.get("in_shardings", ()))
-    function = _jitted(
-        jaxpr, eqn.params.get("name", "jit"), interpreter.settings, interpreter.times
-    )
+    name, where = eqn.params.get("name", "jit"), interpreter.locate(eqn)
+    function = _jitted(jaxpr, name, interpreter.settings, interpreter.times, where)
     outputs = function(tuple(consts), tuple(inputs))
     return _constrained(outputs, eqn.params.get("out_shardings", ()))
 
 
 @functools.lru_cache(maxsize=512)
-def _jitted(jaxpr: Any, name: str, settings: Settings, times: int) -> Callable[..., Any]:
+def _jitted(
+    jaxpr: Any, name: str, settings: Settings, times: int, called_at: str
+) -> Callable[..., Any]:
     """Return the jitted evaluation of a program: the same one again, so that it compiles once."""
 
     def evaluate(consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
-        return Interpreter(settings, times).evaluate(jaxpr, consts, inputs)
+        return Interpreter(settings, times, called_at).evaluate(jaxpr, consts, inputs)
 
     evaluate.__name__ = name
     return jax.jit(evaluate)
@@ -125,28 +128,6 @@ def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
         unroll=eqn.params["unroll"],
     )
     return [*_interleave(carry, moved, still), *ys]
-
-
-def scan_layout(eqn: Any) -> tuple[int, int] | None:
-    """Tell how many inputs of a scan are constants and how many are carried.
-
-    It follows from the ranks, which no version of JAX has changed: what is scanned over loses an
-    axis on its way into the body, and what is carried keeps its rank on its way out.
-    """
-    body, _ = opened(eqn.params["jaxpr"])
-    if not {"length", "reverse", "unroll"} <= set(eqn.params):
-        return None
-    whole_in = [
-        outer.aval.ndim == inner.aval.ndim
-        for outer, inner in zip(eqn.invars, body.invars, strict=True)
-    ]
-    whole_out = [
-        outer.aval.ndim == inner.aval.ndim
-        for outer, inner in zip(eqn.outvars, body.outvars, strict=True)
-    ]
-    n_whole, n_carry = sum(whole_in), sum(whole_out)
-    in_order = all(whole_in[:n_whole]) and all(whole_out[:n_carry]) and n_whole >= n_carry
-    return (n_whole - n_carry, n_carry) if in_order else None
 
 
 def _invariant(body: Any, carry: Sequence[Value], n_consts: int) -> list[bool]:
@@ -282,8 +263,11 @@ def _shard_map(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outpu
         return None
     body, consts = opened(params["jaxpr"])
     inputs = [interpreter.fresh(value) for value in inputs]
+    keyed = [_has_key(value) for value in inputs]
+    folds = varying.axes_met(body, [varying.axes_of(spec) for spec in params["in_specs"]], keyed)
 
     def evaluate(*values: Value) -> tuple[Any, ...]:
+        values = tuple(map(_keyed_by_shard, values, folds))
         outputs = interpreter.inner().evaluate(body, consts, values)
         return tuple(interpreter.dense(outputs, eqn, "shard_map output"))
 
@@ -300,6 +284,13 @@ def _shard_map(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outpu
         check_vma=params["check_vma"],
     )
     return list(mapped(*inputs))
+
+
+def _keyed_by_shard(value: Value, axes: Collection[str]) -> Value:
+    """Give a value with dropout a key of its own on every shard whose data are its own."""
+    for axis in sorted(axes):
+        value = value.replace(key=jax.random.fold_in(value.key, lax.axis_index(axis)))
+    return value
 
 
 def _spec_of(value: LowRank, spec: PartitionSpec) -> LowRank:
