@@ -65,6 +65,46 @@ class Figures:
     compile_seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """A step on its way to a program.
+
+    Args:
+      traced: What `jax.jit(...).trace` returned.
+      compiled: The program.
+      seconds: Of tracing, lowering and compiling.
+    """
+
+    traced: Any
+    compiled: Any
+    seconds: tuple[float, float, float]
+
+
+def stages(form: Form, tx: optax.GradientTransformation, tokens: Any) -> Stages:
+    """Trace, lower and compile a step from shapes alone, with all caches empty.
+
+    Args:
+      form: The row.
+      tx: The optimizer.
+      tokens: Token ids or their shape.
+
+    Returns:
+      The stages and their seconds.
+    """
+    trainable, frozen, tokens = jax.tree.map(_shape, (form.trainable, form.frozen, tokens))
+    arguments = (trainable, jax.eval_shape(tx.init, trainable), frozen, tokens)
+    jax.clear_caches()  # each row pays for its own traces
+    start = time.perf_counter()
+    traced = jit_step(form, tx).trace(*arguments)
+    traced_at = time.perf_counter()
+    lowered = traced.lower()
+    lowered_at = time.perf_counter()
+    compiled = lowered.compile()
+    compiled_at = time.perf_counter()
+    seconds = (traced_at - start, lowered_at - traced_at, compiled_at - lowered_at)
+    return Stages(traced, compiled, seconds)
+
+
 def figures(form: Form, tx: optax.GradientTransformation, tokens: Any) -> tuple[Figures, Any]:
     """Trace, lower and compile one step from shapes alone.
 
@@ -77,26 +117,20 @@ def figures(form: Form, tx: optax.GradientTransformation, tokens: Any) -> tuple[
       The figures, and the compiled step.
     """
     trainable, frozen, tokens = jax.tree.map(_shape, (form.trainable, form.frozen, tokens))
-    arguments = (trainable, jax.eval_shape(tx.init, trainable), frozen, tokens)
-    jax.clear_caches()  # each row pays for its own traces
-    start = time.perf_counter()
-    traced = jit_step(form, tx).trace(*arguments)
-    traced_at = time.perf_counter()
-    lowered = traced.lower()
-    lowered_at = time.perf_counter()
-    compiled = lowered.compile()
-    compiled_at = time.perf_counter()
+    made = stages(form, tx, tokens)
+    trace_seconds, lower_seconds, compile_seconds = made.seconds
+    compiled = made.compiled
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     result = Figures(
-        dot_flops=dot_flops(traced.jaxpr),
+        dot_flops=dot_flops(made.traced.jaxpr),
         xla_flops=cost["flops"],
         bytes_accessed=cost["bytes accessed"],
         temp_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         residual_bytes=residual_bytes(form.loss, trainable, frozen, tokens),
-        trace_seconds=traced_at - start,
-        lower_seconds=lowered_at - traced_at,
-        compile_seconds=compiled_at - lowered_at,
+        trace_seconds=trace_seconds,
+        lower_seconds=lower_seconds,
+        compile_seconds=compile_seconds,
     )
     return result, compiled
 

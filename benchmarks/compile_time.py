@@ -1,0 +1,89 @@
+"""Measure what tracing, lowering and compiling a training step takes, against LoRA by hand.
+
+For example:
+
+python -m benchmarks.compile_time
+python -m benchmarks.compile_time --layers 16 --layouts unrolled --rows "ours (auto)" --rounds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import sys
+
+import jax
+import optax
+
+from benchmarks import forms, measure, report
+from benchmarks.decoder import SIZES
+
+STAGES = ("trace", "lower", "compile", "total")
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--size", choices=list(SIZES), default="384x6", help="but for the layers")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 64])
+    parser.add_argument(
+        "--layouts", nargs="+", choices=("scanned", "unrolled"), default=["scanned", "unrolled"]
+    )
+    parser.add_argument("--rows", nargs="+", choices=list(forms.ROWS), default=["ours (auto)"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--markdown", type=pathlib.Path, help="document whose section to rewrite")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print and, if asked, write the section of a document."""
+    options = arguments()
+    jax.config.update("jax_platforms", "cpu")
+    rows = [forms.FACTORED, *(row for row in options.rows if row != forms.FACTORED)]
+    body = []
+    for layout in options.layouts:
+        for layers in options.layers:
+            size = dataclasses.replace(SIZES[options.size], layers=layers)
+            case = forms.Case(size, scan=layout == "scanned")
+            body += compare(f"{layers} layers, {layout}", case, rows, options.rounds)
+    header = ["model", "form", *(f"{stage} s" for stage in STAGES)]
+    header += [f"{stage} / by hand" for stage in STAGES]
+    about = (
+        f"Width {SIZES[options.size].width}, a whole training step from shapes; "
+        f"{report.machine()}; medians of {options.rounds} interleaved rounds."
+    )
+    command = report.command("benchmarks.compile_time")
+    text = f"{about}\n\n    {command}\n\n{report.table(header, body)}"
+    print(text)
+    if options.markdown:
+        report.write_section(options.markdown, "compile_time", text)
+
+
+def compare(name: str, case: forms.Case, rows: list[str], rounds: int) -> list[list[str]]:
+    """Measure all stages of all rows in turn; return the table's lines."""
+    weights, tx = forms.abstract_weights(case), optax.adamw(1e-4)
+    built = {row: forms.ROWS[row](case, weights) for row in rows}
+    seconds: dict[str, dict[str, list[float]]] = {row: {s: [] for s in STAGES} for row in rows}
+    for turn in range(rounds + 1):
+        for row in rows:
+            stages = measure.stages(built[row], tx, weights.tokens).seconds
+            if turn:  # the first one pays for imports
+                for stage, each in zip(STAGES, (*stages, sum(stages)), strict=True):
+                    seconds[row][stage].append(each)
+        print(f"{name}: round {turn} of {rounds}", file=sys.stderr, flush=True)
+    reference = seconds[forms.FACTORED]
+    return [
+        [
+            name, row,
+            *(f"{statistics.median(seconds[row][s]):.2f}" for s in STAGES),
+            *(f"{measure.ratio(seconds[row][s], reference[s]):.2f}" for s in STAGES),
+        ]
+        for row in rows
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
