@@ -23,7 +23,8 @@ class Scope:
     def __init__(self, data: Sequence[Var], weights: Sequence[Var], depth: int = 0):
         self.data, self.weights, self.depth = list(data), list(weights), depth
         self.lines: list[Line] = []
-        self.made: list[Var] = []
+        self.made: list[Var] = []  # data that a line here makes
+        self.prepared: list[Var] = []  # weights that a line here makes of others
         self.touched: set[str] = {var.name for var in weights}  # what some weight has a part in
 
     def write(self, line: Line) -> None:
@@ -74,8 +75,11 @@ class Draw:
         return self.rng.choice(scope.data)
 
     def weight(self, scope: Scope, least: int = 1, most: int = 6) -> Var | None:
-        """A weight with so many axes, if there is one."""
+        """A weight with so many axes, if there is one: one made of another more likely than not."""
         fitting = [var for var in scope.weights if least <= len(var.shape) <= most]
+        prepared = [var for var in fitting if var in scope.prepared[-2:]]
+        if prepared and self.chance(0.6):
+            return prepared[-1]
         return self.rng.choice(fitting) if fitting else None
 
     def weight_like(self, scope: Scope, stacks: Shape, outs: int) -> Var | None:
@@ -117,7 +121,13 @@ class Draw:
         var = Var(self.name("w"), tuple(shape))
         scope.write(Line((var,), expression, blocks.get("blocks", ())))
         scope.weights.append(var)
+        scope.prepared.append(var)
         return var
+
+    def prepare(self, scope: Scope) -> None:
+        """Make a weight of a weight, and of that another, so that rules act one upon the other."""
+        if self.chance(0.4):
+            self.steps(scope, self.rng.randint(1, 3), ("weight",))
 
     def steps(
         self, scope: Scope, count: int, kinds: Sequence[str] = ("weight", "meet", "data", "block")
@@ -246,6 +256,7 @@ def draw_program(seed: int, index: int, forms: Sequence[str] = ("auto",)) -> Pro
             0
         ],
         form=rng.choice(list(forms)),
+        found=rng.random() < 0.3,
         forward=draw.forward,
         reverse=draw.reverse,
     )

@@ -60,6 +60,8 @@ def judge(program: Program) -> Verdict:
     settings = Settings("allow", program.form)
     with jax.enable_x64(True):
         try:
+            if program.found:
+                program = program.with_axes_found()
             want = _everything(program, _merged_side)
         except NotImplementedError:
             return Verdict(None, skipped=True)

@@ -12,6 +12,7 @@ from tests.properties.programs import Shape, Var
 
 @step("meet", 14)
 def contraction(draw: Draw, scope: Scope):
+    draw.prepare(scope)
     w = draw.weight(scope)
     if w is None:
         return None
@@ -165,6 +166,7 @@ _SPELLINGS = (_einsum, _einsum, _einsum, _dot_general, _dot_general, _short)
 @step("meet", 3)
 def matrix_product(draw: Draw, scope: Scope):
     """`@` with every kind of operand that it takes."""
+    draw.prepare(scope)
     w = draw.weight(scope, most=4)
     if w is None:
         return None

@@ -124,7 +124,8 @@ class Program:
     """A function of kernels and inputs, and all that it takes to run it.
 
     `outer` says how the function is mapped from outside: `"plain"`, `"data"`, `"adapters"` and
-    `"both"` (vmap), or `"remat"`.
+    `"both"` (vmap), or `"remat"`. With `found`, the axes of each kernel are what `find_kernels`
+    makes of the function, instead of any.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Program:
     precision: str = "float64"
     outer: str = "plain"
     form: str = "auto"
+    found: bool = False
     forward: bool = True
     reverse: bool = True
 
@@ -147,6 +149,26 @@ class Program:
         scope = dict(VOCABULARY, HIGH=types["high"], LOW=types["low"])
         exec(compile(self.source(), f"<{self.name}>", "exec"), scope)
         return scope[self.body.name]
+
+    def with_axes_found(self) -> Program:
+        """The same program with the axes that `find_kernels` reports for its kernels."""
+        types, shaped = PRECISIONS[self.precision], jax.ShapeDtypeStruct
+        tree = {name: shaped(spec.shape, types["kernel"]) for name, spec in self.kernels.items()}
+        inputs = [shaped(shape, types["high"]) for shape in self.inputs.values()]
+        found = jl.find_kernels(self.function(), tree, *inputs)
+        specs = {
+            name: dataclasses.replace(
+                spec,
+                in_axes=found[name].in_axes,
+                out_axes=found[name].out_axes,
+                stack_axes=found[name].stack_axes,
+                scale=2.0 if isinstance(spec.scale, tuple) else spec.scale,
+            )
+            if spec.rank and name in found
+            else spec
+            for name, spec in self.kernels.items()
+        }
+        return dataclasses.replace(self, kernels=specs, found=False)
 
     def arrays(self, precision: str | None = None) -> tuple[Any, Adapter, dict[str, Any]]:
         """The tree of kernels, the adapter, and the inputs; the same numbers in any precision."""

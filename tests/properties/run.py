@@ -43,6 +43,7 @@ class Tally:
         self.counts[f"form {program.form}"] += 1
         self.counts[f"precision {program.precision}"] += 1
         self.counts[f"outside {program.outer}"] += 1
+        self.counts["axes from find_kernels"] += program.found
         self.counts["refused by JAX itself"] += verdict.skipped
         formed = [site.operation for site in verdict.sites if site.form == MATERIALIZED]
         self.counts["no weight formed"] += not formed
@@ -76,10 +77,14 @@ def run_range(seed: int, start: int, stop: int, shrinking: bool) -> Tally:
     tally = Tally()
     for index in range(start, stop):
         program = draw_program(seed, index, FORMS)
-        verdict = judge(program)
+        try:
+            verdict = judge(program)
+        except Exception as error:  # of find_kernels, or of a program that makes no sense
+            verdict = Verdict(f"no verdict: {type(error).__name__}: {error}", "no verdict")
         tally.add(program, verdict)
         if verdict.failure is not None:
-            if shrinking:
+            if shrinking and verdict.kind != "no verdict":
+                program = program.with_axes_found() if program.found else program
                 program = shrink(program, lambda other, kind=verdict.kind: _same(other, kind))
                 verdict = judge(program)
             tally.failures.append(report(program, verdict))
