@@ -422,9 +422,9 @@ def _while(visit: _Visit) -> Sequence[_Known] | None:
 
 
 def _cond(visit: _Visit) -> Sequence[_Known] | None:
-    branches = [opened(branch)[0] for branch in visit.eqn.params["branches"]]
+    branches = [opened(branch)[0] for branch in visit.eqn.params.get("branches", ())]
     results = [_walk(visit.recorder, branch, visit.values[1:], visit.trips) for branch in branches]
-    return results[0]
+    return results[0] if results else None
 
 
 _HANDLERS: dict[str, Callable[[_Visit], Sequence[_Known] | None]] = {

@@ -16,11 +16,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_lora.lowrank import LowRank
 from jax_lora.transform import varying
-from jax_lora.transform.interpreter import Interpreter, Value, is_lowrank, opened, rule
+from jax_lora.transform.interpreter import Interpreter, Rule, Value, is_lowrank, opened, rule
 from jax_lora.transform.layout import scan_layout
 from jax_lora.transform.sites import Settings
 
 Outputs = list[Value] | None
+
+
+def _reads(*names: str) -> Callable[[Rule], Rule]:
+    """Let a rule pass on an equation without the parameters that it reads: JAX may rename them."""
+
+    def decorate(function: Rule) -> Rule:
+        @functools.wraps(function)
+        def guarded(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+            return function(interpreter, eqn, inputs) if set(names) <= set(eqn.params) else None
+
+        return guarded
+
+    return decorate
 
 
 # -----------------------------------------------------------------------------------------------
@@ -29,6 +42,7 @@ Outputs = list[Value] | None
 
 
 @rule("jit", "pjit")
+@_reads("jaxpr")
 def _jit(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     jaxpr, consts = opened(eqn.params["jaxpr"])
     inputs = [interpreter.fresh(value) for value in inputs]
@@ -64,6 +78,7 @@ def _constrained(values: Sequence[Value], shardings: Sequence[Any]) -> list[Valu
 
 
 @rule("checkpoint", "remat", "remat2")
+@_reads("jaxpr", "prevent_cse", "policy")
 def _remat(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     jaxpr, consts = opened(eqn.params["jaxpr"])
     inputs = [interpreter.fresh(value) for value in inputs]
@@ -77,7 +92,10 @@ def _remat(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
 
 @rule("closed_call", "core_call")
 def _call(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    jaxpr, consts = opened(eqn.params.get("call_jaxpr", eqn.params.get("jaxpr")))
+    program = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+    if program is None:
+        return None
+    jaxpr, consts = opened(program)
     inputs = [interpreter.fresh(value) for value in inputs]
     return interpreter.inner().evaluate(jaxpr, consts, inputs)
 
@@ -88,6 +106,7 @@ def _call(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
 
 
 @rule("scan")
+@_reads("jaxpr", "length", "reverse", "unroll")
 def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     layout = scan_layout(eqn)
     if layout is None:
@@ -199,10 +218,9 @@ class _StackSlices:
 
 
 @rule("while")
+@_reads("cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts")
 def _while(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     params = eqn.params
-    if not {"cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"} <= set(params):
-        return None
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     test, test_consts = opened(params["cond_jaxpr"])
     body, body_consts = opened(params["body_jaxpr"])
@@ -235,6 +253,7 @@ def _while(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
 
 
 @rule("cond")
+@_reads("branches")
 def _cond(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     index, *operands = inputs
     operands = [interpreter.fresh(value) for value in operands]
@@ -257,10 +276,9 @@ def _cond(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
 
 
 @rule("shard_map")
+@_reads("mesh", "in_specs", "out_specs", "jaxpr", "check_vma")
 def _shard_map(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     params = eqn.params
-    if not {"mesh", "in_specs", "out_specs", "jaxpr", "check_vma"} <= set(params):
-        return None
     body, consts = opened(params["jaxpr"])
     inputs = [interpreter.fresh(value) for value in inputs]
     keyed = [_has_key(value) for value in inputs]

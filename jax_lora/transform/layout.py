@@ -13,9 +13,9 @@ def scan_layout(eqn: Any) -> tuple[int, int] | None:
     It follows from the ranks, which no version of JAX has changed: what is scanned over loses an
     axis on its way into the body, and what is carried keeps its rank on its way out.
     """
-    body, _ = opened(eqn.params["jaxpr"])
-    if not {"length", "reverse", "unroll"} <= set(eqn.params):
+    if not {"jaxpr", "length", "reverse", "unroll"} <= set(eqn.params):
         return None
+    body, _ = opened(eqn.params["jaxpr"])
     whole_in = [
         outer.aval.ndim == inner.aval.ndim
         for outer, inner in zip(eqn.invars, body.invars, strict=True)

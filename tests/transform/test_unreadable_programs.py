@@ -1,0 +1,134 @@
+"""On a JAX that lays its programs out in another way, weights are formed: right, with a warning."""
+
+from __future__ import annotations
+
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import jax_lora as jl
+from jax_lora.errors import MaterializeWarning
+from jax_lora.transform.analysis import _HANDLERS
+from jax_lora.transform.interpreter import RULES
+from tests.lora_cases import assert_close, merged_tree, random_tree, randomized
+
+X = jax.random.normal(jax.random.key(2), (2, 6))
+MESH = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def layer(w, x):
+    return jnp.tanh(x @ w)
+
+
+PROGRAMS = {
+    "jit": lambda p, x: jax.jit(layer)(p["w"], x),
+    "remat2": lambda p, x: jax.checkpoint(layer)(p["w"], x),
+    "scan": lambda p, x: lax.scan(lambda h, _: (layer(p["w"], h), h), x, None, length=3),
+    "while": lambda p, x: lax.while_loop(
+        lambda s: s[0] < 2, lambda s: (s[0] + 1, layer(p["w"], s[1])), (0, x)
+    )[1],
+    "cond": lambda p, x: lax.cond(x[0, 0] > 0, layer, lambda w, x: jnp.sin(x @ w), p["w"], x),
+    "shard_map": lambda p, x: jax.shard_map(
+        layer, mesh=MESH, in_specs=(P(), P("data")), out_specs=P("data")
+    )(p["w"], x),
+}  # fmt: skip
+PARAMETERS = {
+    "jit": ("jaxpr",),
+    "remat2": ("jaxpr", "prevent_cse", "policy"),
+    "scan": ("jaxpr", "length", "reverse", "unroll"),
+    "while": ("cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"),
+    "cond": ("branches",),
+    "shard_map": ("jaxpr", "mesh", "in_specs", "out_specs", "check_vma"),
+}
+CASES = [(name, parameter) for name, each in PARAMETERS.items() for parameter in each]
+
+
+def renamed(eqn, parameter):
+    """The equation as a JAX that calls one parameter by another name would show it."""
+    params = dict(eqn.params)
+    params[f"new_{parameter}"] = params.pop(parameter)
+    names = ("primitive", "invars", "outvars", "effects", "source_info")
+    return types.SimpleNamespace(params=params, **{name: getattr(eqn, name) for name in names})
+
+
+def primitive_name(name):
+    """What this JAX calls the program: its own name, or one that came before or after."""
+    eqns = jax.make_jaxpr(PROGRAMS[name])({"w": jnp.ones((6, 6))}, X).eqns
+    aliases = {"jit": ("jit", "pjit"), "remat2": ("checkpoint", "remat", "remat2")}
+    (found,) = {eqn.primitive.name for eqn in eqns} & set(aliases.get(name, (name,)))
+    return found
+
+
+def adapted():
+    tree = {"w": random_tree((6, 6))}
+    return tree, randomized(
+        jl.lora_init(
+            jax.random.key(0),
+            tree,
+            jl.LoraConfig(rank=2, targets="w"),
+            kernels=jl.find_kernels(lambda p, x: x @ p["w"], tree, X),
+        )
+    )
+
+
+def assert_forms_the_weight(name):
+    tree, adapter = adapted()
+    ours = lambda each: jl.lora_apply(PROGRAMS[name])(jl.combine(tree, each), X)  # noqa: E731
+    theirs = lambda each: PROGRAMS[name](merged_tree(tree, each), X)  # noqa: E731
+    with pytest.warns(MaterializeWarning, match=rf"w at .*{__file__}") as caught:
+        value, tangent = jax.jvp(ours, (adapter,), (adapter,))
+    assert len(caught) == 1
+    assert_close((value, tangent), jax.jvp(theirs, (adapter,), (adapter,)), 1e-5)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_programs_are_readable_on_this_jax(name):
+    tree, adapter = adapted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jl.lora_apply(PROGRAMS[name])(jl.combine(tree, adapter), X)
+
+
+@pytest.mark.parametrize(("name", "parameter"), CASES)
+def test_a_parameter_of_another_name_forms_the_weight(name, parameter, monkeypatch):
+    primitive = primitive_name(name)
+    rule = RULES[primitive]
+    seen = []
+
+    def unreadable(interpreter, eqn, inputs):
+        seen.append(parameter)
+        return rule(interpreter, renamed(eqn, parameter), inputs)
+
+    monkeypatch.setitem(RULES, primitive, unreadable)
+    assert_forms_the_weight(name)
+    assert seen
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_of_another_name_forms_the_weight(name, monkeypatch):
+    monkeypatch.delitem(RULES, primitive_name(name))
+    assert_forms_the_weight(name)
+
+
+@pytest.mark.parametrize(("name", "parameter"), CASES)
+def test_find_kernels_passes_over_a_program_that_it_cannot_read(name, parameter, monkeypatch):
+    primitive = primitive_name(name)
+    handler = _HANDLERS[primitive]
+
+    def unreadable(visit):
+        eqn = renamed(visit.eqn, parameter)
+        return handler(type(visit)(visit.recorder, eqn, visit.values, visit.trips, visit.makers))
+
+    monkeypatch.setitem(_HANDLERS, primitive, unreadable)
+    found = jl.find_kernels(PROGRAMS[name], adapted()[0], X)
+    only_lora_apply_reads = ("prevent_cse", "policy", "mesh", "in_specs", "out_specs", "check_vma")
+    assert list(found) == (["w"] if parameter in only_lora_apply_reads else [])
+
+
+def test_a_call_without_a_program_is_passed_over():
+    assert RULES["closed_call"](None, types.SimpleNamespace(params={}), []) is None
