@@ -7,6 +7,7 @@ data are narrowed together, in one product: reading x is what a thin product cos
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -136,6 +137,13 @@ def add(meetings: Sequence[Meeting], x: Array, factors: Sequence[tuple[Array, Ar
     Returns:
       What the factors add to each contraction, in the results' own shapes.
     """
+    return _add(tuple(meetings), x, factors)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # layers that are alike are traced once
+def _add(
+    meetings: tuple[Meeting, ...], x: Array, factors: Sequence[tuple[Array, Array]]
+) -> list[Array]:
     ordered = [m.order(a, b) for m, (a, b) in zip(meetings, factors, strict=True)]
     thins = narrow(meetings, x, [first for first, _ in ordered])
     return [

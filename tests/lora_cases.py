@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jex_core
 
 import jax_lora as jl
 from jax_lora.adapter import dense_delta
@@ -93,6 +95,14 @@ def assert_equals_merged(
         assert_close(value, value_, rtol)
         assert_close(forward, forward_, gradient_rtol)
         assert_close(reverse, reverse_, gradient_rtol)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a program and of the programs inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jex_core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
 
 
 def assert_close(got: Any, want: Any, rtol: float) -> None:

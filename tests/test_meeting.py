@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_lora import meeting
-from tests.lora_cases import random_tree
+from tests.lora_cases import equations, random_tree
 from tests.test_lowrank import chains, low_rank
 
 
@@ -48,14 +48,15 @@ def test_values_that_meet_the_same_data_are_narrowed_in_one_product():
     alone = [meeting.add([h], x, [f])[0] for h, f in zip(how, factors, strict=True)]
     for got, want in zip(together(x), alone, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
-    products = [
-        eqn for eqn in jax.make_jaxpr(together)(x).eqns if eqn.primitive.name == "dot_general"
-    ]
+    program = jax.make_jaxpr(together)(x).jaxpr
+    products = [eqn for eqn in equations(program) if eqn.primitive.name == "dot_general"]
     assert len(products) == 4  # one down to the ranks, three up
 
 
 def test_the_scale_is_applied_where_there_are_the_fewest_numbers():
     value, x = low_rank("io"), jnp.ones((50, 2))
     jaxpr = jax.make_jaxpr(lambda x: meeting.add([_plain(value, x)], x, [(value.a, value.b)]))(x)
-    shapes = [eqn.outvars[0].aval.shape for eqn in jaxpr.eqns if eqn.primitive.name == "mul"]
+    shapes = [
+        eqn.outvars[0].aval.shape for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "mul"
+    ]
     assert shapes == [(50, 2)]  # tokens, rank

@@ -75,19 +75,13 @@ class Member:
         The sum over the rank is written as multiply and reduce, not as a product: XLA fuses it
         into the addition, so that W0 is read once and M written once, and in float32 throughout.
         """
-        # Under jit, so that it is fused also where the model itself runs op by op.
-        return _form(w, a, b, member=self)
-
-
-@functools.partial(jax.jit, static_argnames="member", inline=True)
-def _form(w: Array, a: Array, b: Array, *, member: Member) -> Array:
-    wide = accumulation_dtype(w.dtype)
-    scale = jnp.asarray(member.meeting.scale, wide)
-    labels = (*member.w_labels, RANK)
-    a = labelled.spread(a.astype(wide) * scale, member.meeting.a_labels, labels)
-    b = labelled.spread(b.astype(wide), member.meeting.b_labels, labels)
-    delta = lax.reduce_sum(a * b, [len(labels) - 1])  # (in, out, r) -> (in, out)
-    return w + delta.astype(w.dtype)
+        wide = accumulation_dtype(w.dtype)
+        a = a.astype(wide) * jnp.asarray(self.meeting.scale, wide)
+        labels = (*self.w_labels, RANK)
+        a = labelled.spread(a, self.meeting.a_labels, labels)
+        b = labelled.spread(b.astype(wide), self.meeting.b_labels, labels)
+        delta = lax.reduce_sum(a * b, [len(labels) - 1])  # (in, out, r) -> (in, out)
+        return w + delta.astype(w.dtype)
 
 
 Weights = tuple[tuple[Array, Array, Array], ...]  # (W0, a, b) per member
@@ -112,7 +106,10 @@ def multiply(members: Sequence[Member], x: Array, weights: Weights) -> list[Arra
 
 @functools.lru_cache(maxsize=1024)
 def _multiply(members: tuple[Member, ...]) -> Callable[[Array, Weights], list[Array]]:
-    """Return the rule for these members: the same object again, so that JAX traces it once."""
+    """Return the rule for these members: the same object again, so that layers are traced once.
+
+    Under jit also where the model runs op by op, so that forming M is fused.
+    """
 
     def products(x: Array, weights: Weights) -> list[Array]:
         return [
@@ -138,7 +135,7 @@ def _multiply(members: tuple[Member, ...]) -> Callable[[Array, Weights], list[Ar
             for each, out in zip(terms, outs, strict=True)
         ]
 
-    return rule
+    return jax.jit(rule)
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -170,9 +167,15 @@ def _put_thin_products(
         firsts = [(tangents if place == 0 else factors)[i][0] for i in moving]
         seconds = [(factors if place == 0 else tangents)[i][1] for i in moving]
         if moving:
-            thins = meeting.narrow([meetings[i] for i in moving], x, firsts)
-            wide = [
-                meeting.widen(meetings[i], *thin, second)
-                for i, thin, second in zip(moving, thins, seconds, strict=True)
-            ]
-            _put(terms, moving, wide)
+            those = tuple(meetings[i] for i in moving)
+            _put(terms, moving, _thin_products(those, x, firsts, seconds))
+
+
+def _thin_products(
+    meetings: tuple[Meeting, ...], x: Array, firsts: Sequence[Array], seconds: Sequence[Array]
+) -> list[Array]:
+    thins = meeting.narrow(meetings, x, firsts)
+    return [
+        meeting.widen(m, *thin, second)
+        for m, thin, second in zip(meetings, thins, seconds, strict=True)
+    ]

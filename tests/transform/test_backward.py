@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend import core as jex_core
 
 import jax_lora as jl
-from tests.lora_cases import adapt, random_tree
+from tests.lora_cases import adapt, equations, random_tree
 
 LAYERS, IN, OUT = 3, 24, 40  # sizes that nothing else has
 FORMS = ("factored", "merged")
@@ -30,14 +29,6 @@ MODELS = {
     ),
     "scanned": (scanned, {"stack": {"up": (LAYERS, IN, OUT), "down": (LAYERS, OUT, IN)}}),
 }
-
-
-def equations(jaxpr):
-    """Every equation of a program and of the programs inside it."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jex_core.jaxprs_in_params(eqn.params):
-            yield from equations(inner)
 
 
 def gradient_program(model, form):

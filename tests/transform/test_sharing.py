@@ -6,7 +6,7 @@ import pytest
 
 import jax_lora as jl
 from jax_lora.transform import sharing
-from tests.lora_cases import adapt, assert_equals_merged, random_tree
+from tests.lora_cases import adapt, assert_equals_merged, equations, random_tree
 
 
 def shared(fn, tree, *args, **options):
@@ -73,7 +73,7 @@ def thin_products(fn, tree, x, gradient=False):
     with_lora = jl.lora_apply(fn, form="factored")
     loss = lambda adapter, x: with_lora(jl.combine(tree, adapter), x).sum()  # noqa: E731
     program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)) if gradient else loss)(adapter, x)
-    return sum(eqn.primitive.name == "dot_general" for eqn in program.eqns)
+    return sum(eqn.primitive.name == "dot_general" for eqn in equations(program.jaxpr))
 
 
 def qkv(params, x):
@@ -95,7 +95,7 @@ def test_dropout_gives_every_kernel_its_own_data():
     dropped = jl.dropout(jl.combine(tree, adapter), jax.random.key(1))
     with_lora = jl.lora_apply(attend, form="factored")
     program = jax.make_jaxpr(with_lora)(dropped, x)
-    assert sum(eqn.primitive.name == "dot_general" for eqn in program.eqns) == 9
+    assert sum(eqn.primitive.name == "dot_general" for eqn in equations(program.jaxpr)) == 9
 
 
 def test_a_group_names_what_has_to_be_prepared_early():
