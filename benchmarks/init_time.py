@@ -39,9 +39,9 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     programs: list[float] = []
 
-    def listen(event: str, seconds: float, **_: str | int | float) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _COMPILED:
-            programs.append(seconds)
+            programs.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     body = [

@@ -1,0 +1,149 @@
+"""What the tables rest on: the forms agree, and the figures are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from benchmarks import forms, hlo, measure, report
+from benchmarks.decoder import SIZES
+from benchmarks.train_step import available, chosen
+
+TINY = forms.Case(SIZES["tiny"], rank=2)
+PEERS = [row for row in forms.ROWS if row.startswith(("qwix", "nnx"))]
+OWN = [row for row in forms.ROWS if row not in PEERS]
+
+
+@pytest.fixture(autouse=True)
+def _promotion_as_users_have_it() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.slow
+def test_all_rows_have_the_same_loss_and_gradients() -> None:
+    forms.check(TINY, OWN)
+
+
+@pytest.mark.slow
+def test_scanned_rows_have_the_same_loss_and_gradients() -> None:
+    forms.check(dataclasses.replace(TINY, scan=True), [forms.FACTORED, "ours (auto)"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+@pytest.mark.parametrize("row", PEERS)
+def test_other_libraries_have_the_same_loss_and_gradients(row: str) -> None:
+    rows, left_out = available(TINY, [row])
+    if left_out:
+        pytest.skip(left_out[row])
+    forms.check(TINY, rows)
+
+
+@pytest.mark.slow
+def test_a_row_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(case: forms.Case, weights: forms.Weights) -> forms.Form:
+        form = forms.ROWS[forms.FACTORED](case, weights)
+        gradients = lambda tree: jax.tree.map(lambda leaf: leaf / 2, form.gradients(tree))  # noqa: E731
+        return dataclasses.replace(form, gradients=gradients)
+
+    monkeypatch.setattr(forms, "ROWS", {**forms.ROWS, "halved": halved})
+    with pytest.raises(RuntimeError, match="halved: gradient a of params/block_0"):
+        forms.check(TINY, ["halved"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots", "dots-no-batch"])
+def test_remat_changes_no_loss(remat: str) -> None:
+    weights = forms.make_weights(TINY)
+    plain, again = (
+        forms.ROWS[forms.FACTORED](dataclasses.replace(TINY, remat=each), weights)
+        for each in ("none", remat)
+    )
+    want = plain.loss(plain.trainable, plain.frozen, weights.tokens)
+    got = again.loss(again.trainable, again.frozen, weights.tokens)
+    assert abs(got - want) < 1e-5
+
+
+def test_dot_flops_of_a_step_are_the_closed_formula() -> None:
+    case = forms.Case(SIZES["384x6"])
+    weights = forms.abstract_weights(case)
+    tokens, width, hidden = case.size.tokens, case.size.width, case.size.hidden
+    blocks = case.size.layers * (4 * width**2 + 3 * width * hidden)
+    head = width * case.size.vocabulary
+    attention = case.size.layers * 3 * 2 * 2 * tokens * case.size.length * width
+    assert _dot_flops(case, "full fine-tuning") == 6 * tokens * (blocks + head) + attention
+    # Frozen kernels need no gradient, and the first layer's q, k and v pass none on.
+    first = 3 * width**2
+    pairs = 2 * sum(a.size + b.size for a, b in weights.factors.values())
+    # The first layer's pairs pass none on to x either.
+    spared = 2 * 3 * width * case.rank * tokens
+    want = 4 * tokens * (blocks + head) - 2 * tokens * first + attention
+    assert _dot_flops(case, forms.FACTORED) == want + 3 * tokens * pairs - spared
+
+
+def _dot_flops(case: forms.Case, row: str) -> float:
+    weights, tx = forms.abstract_weights(case), optax.adamw(1e-4)
+    form = forms.ROWS[row](case, weights)
+    state = jax.eval_shape(tx.init, form.trainable)
+    step = measure.make_step(form, tx)
+    return measure.dot_flops(
+        jax.make_jaxpr(step)(form.trainable, state, form.frozen, weights.tokens)
+    )
+
+
+def test_a_scanned_stack_has_all_its_trips_counted() -> None:
+    unrolled, scanned = (
+        _dot_flops(dataclasses.replace(TINY, scan=scan), "full fine-tuning")
+        for scan in (False, True)
+    )
+    assert unrolled == scanned
+
+
+def test_residuals_are_what_is_kept_beside_the_arguments() -> None:
+    def loss(w: jax.Array, x: jax.Array, _: Any) -> jax.Array:
+        h = jnp.sin(x @ w)  # its cosine, (2, 3), is kept
+        return jnp.sum(h.reshape(3, 2).T * 2.0)
+
+    w, x = jax.ShapeDtypeStruct((4, 3), jnp.float32), jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    assert measure.residual_bytes(loss, w, x, None) == 2 * 3 * 4
+
+
+def test_programs_take_turns() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: float(order.append(name) or 1.0) for name in "ab"}
+    assert measure.interleave(runs, 3) == {"a": [1.0] * 3, "b": [1.0] * 3}
+    assert order == ["a", "b"] * 3
+
+
+def test_a_row_that_does_not_exist_is_refused_with_the_names_that_do() -> None:
+    with pytest.raises(SystemExit, match="no row is named 'nothing'; there are: full fine-tuning"):
+        chosen(["nothing"])
+
+
+def test_a_section_replaces_itself_and_leaves_the_rest_alone(tmp_path: pathlib.Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text("# Title\n\nBefore.\n", encoding="utf-8")
+    report.write_section(document, "one", "first")
+    report.write_section(document, "two", "other")
+    report.write_section(document, "one", "second")
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith("# Title\n\nBefore.\n")
+    assert "first" not in text and text.index("second") < text.index("other")
+
+
+def test_operations_of_a_program_are_read_with_their_flops() -> None:
+    def f(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ w) @ w.T
+
+    x, w = jnp.ones((8, 16)), jnp.ones((16, 32))
+    program = hlo.read(jax.jit(f).lower(x, w).compile().as_text() or "")
+    operations = [each for computation in program.values() for each in computation]
+    assert sum(each.dot_flops for each in operations) == 2 * 2 * 8 * 16 * 32
