@@ -1,0 +1,92 @@
+"""Measure from how many tokens on the merged form of one kernel is no slower than the factored one.
+
+For example:
+
+python -m benchmarks.break_even --rounds 9
+
+A row is one kernel at a share of `in·out / (in + out)` tokens, where `lora_apply` changes over. A
+step is the kernel's forward and backward pass: its result, dx, da and db. The figures are merged
+over factored: below 1 the merged form is ahead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jax_lora as jl
+
+KERNELS = ((384, 384), (384, 1024), (768, 768), (768, 2048), (2048, 2048))
+SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+FORMS = ("merged", "factored")
+
+
+def main() -> None:
+    """Measure and print a table."""
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    print("| kernel | tokens | share | flops | bytes | time |\n|---|---:|---:|---:|---:|---:|")
+    for inputs, outputs in KERNELS:
+        for share in SHARES:
+            tokens = int(share * inputs * outputs / (inputs + outputs))
+            flops, accessed, seconds = compare(
+                tokens, inputs, outputs, options.rank, options.rounds
+            )
+            print(
+                f"| {inputs} x {outputs} | {tokens:,} | {share} "
+                f"| {flops:.3f} | {accessed:.3f} | {seconds:.2f} |",
+                flush=True,
+            )
+
+
+def compare(
+    tokens: int, inputs: int, outputs: int, rank: int, rounds: int
+) -> tuple[float, float, float]:
+    """Return flops, bytes accessed and median time of the merged step over the factored one's."""
+    params = {"kernel": jnp.ones((inputs, outputs))}
+    adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=rank))
+    args = (params, adapter, jnp.ones((tokens, inputs)), jnp.ones((tokens, outputs)))
+    programs = [jax.jit(step(form)).lower(*args).compile() for form in FORMS]
+    merged, factored = (program.cost_analysis() for program in programs)
+    ratios = []
+    for _ in range(rounds):
+        first, second = (_seconds(program, args) for program in programs)
+        ratios.append(first / second)
+    key = "bytes accessed"
+    return (
+        merged["flops"] / factored["flops"],
+        merged[key] / factored[key],
+        statistics.median(ratios),
+    )
+
+
+def step(form: str) -> Callable[..., Any]:
+    """Write the forward and backward pass of one kernel."""
+    product = jl.lora_apply(lambda params, x: x @ params["kernel"], form=form)
+
+    def run(params: Any, adapter: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        result, pull = jax.vjp(lambda a, x: product(jl.combine(params, a), x), adapter, x)
+        return result, pull(cotangent)
+
+    return run
+
+
+def _seconds(program: Any, args: Any, repeats: int = 5) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        result = program(*args)
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
