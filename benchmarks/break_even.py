@@ -56,17 +56,19 @@ def compare(
     adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=rank))
     args = (params, adapter, jnp.ones((tokens, inputs)), jnp.ones((tokens, outputs)))
     programs = [jax.jit(step(form)).lower(*args).compile() for form in FORMS]
-    merged, factored = (program.cost_analysis() for program in programs)
+    flops, accessed = (
+        _figure(programs[0], name) / _figure(programs[1], name)
+        for name in ("flops", "bytes accessed")
+    )
     ratios = []
     for _ in range(rounds):
-        first, second = (_seconds(program, args) for program in programs)
-        ratios.append(first / second)
-    key = "bytes accessed"
-    return (
-        merged["flops"] / factored["flops"],
-        merged[key] / factored[key],
-        statistics.median(ratios),
-    )
+        merged, factored = (_seconds(program, args) for program in programs)
+        ratios.append(merged / factored)
+    return flops, accessed, statistics.median(ratios)
+
+
+def _figure(program: Any, name: str) -> float:
+    return program.cost_analysis()[name]
 
 
 def step(form: str) -> Callable[..., Any]:
@@ -83,8 +85,7 @@ def step(form: str) -> Callable[..., Any]:
 def _seconds(program: Any, args: Any, repeats: int = 5) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
-        result = program(*args)
-    jax.block_until_ready(result)
+        jax.block_until_ready(program(*args))
     return time.perf_counter() - start
 
 
