@@ -38,6 +38,10 @@ class KernelSpec:
     scale: Scale = 1.0
     whole: bool = False
 
+    def sides(self) -> tuple[Shape, Shape, Shape]:
+        """The axes by what they are to the pair."""
+        return self.in_axes, self.out_axes, self.stack_axes
+
 
 @dataclasses.dataclass(frozen=True)
 class Var:

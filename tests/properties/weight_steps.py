@@ -65,6 +65,29 @@ def any_reshape(draw: Draw, scope: Scope):
     return draw.make_weight(scope, f"{w.name}.reshape{_written(shape)}", shape)
 
 
+@step("weight", 2)
+def regroup(draw: Draw, scope: Scope):
+    """Merge axes of one side, in an order of their own: heads out of their kernel's order."""
+    own = [var for var in scope.weights if var.name in draw.kernels]
+    groups = [
+        (var, axes)
+        for var in own
+        for axes in draw.kernels[var.name].sides()
+        if math.prod(var.shape[axis] > 1 for axis in axes) and len(axes) > 1
+    ]
+    if not groups:
+        return None
+    w, axes = draw.rng.choice(groups)
+    rest = [axis for axis in range(len(w.shape)) if axis not in axes]
+    place = draw.rng.randint(0, len(rest))
+    order = (*rest[:place], *draw.shuffled(axes), *rest[place:])
+    merged = math.prod(w.shape[axis] for axis in axes)
+    sizes = [w.shape[axis] for axis in rest]
+    shape = (*sizes[:place], merged, *sizes[place:])
+    regrouped = f"jnp.transpose({w.name}, {order}).reshape{_written(shape)}"
+    return draw.make_weight(scope, regrouped, shape)
+
+
 @step("weight", 1)
 def unit_axis(draw: Draw, scope: Scope):
     w = draw.weight(scope, most=4)
