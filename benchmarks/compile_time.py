@@ -13,6 +13,8 @@ import dataclasses
 import pathlib
 import statistics
 import sys
+import time
+from collections.abc import Callable
 
 import jax
 import optax
@@ -20,6 +22,7 @@ import optax
 from benchmarks import forms, measure, report
 from benchmarks.decoder import SIZES
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STAGES = ("trace", "lower", "compile", "total")
 
 
@@ -33,6 +36,12 @@ def arguments() -> argparse.Namespace:
         "--layouts", nargs="+", choices=("scanned", "unrolled"), default=["scanned", "unrolled"]
     )
     parser.add_argument("--rows", nargs="+", choices=list(forms.ROWS), default=["ours (auto)"])
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu: of all threads, for busy machines",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=pathlib.Path, help="document whose section to rewrite")
     return parser.parse_args()
@@ -48,12 +57,13 @@ def main() -> None:
         for layers in options.layers:
             size = dataclasses.replace(SIZES[options.size], layers=layers)
             case = forms.Case(size, scan=layout == "scanned")
-            body += compare(f"{layers} layers, {layout}", case, rows, options.rounds)
+            name = f"{layers} layers, {layout}"
+            body += compare(name, case, rows, options.rounds, CLOCKS[options.clock])
     header = ["model", "form", *(f"{stage} s" for stage in STAGES)]
     header += [f"{stage} / by hand" for stage in STAGES]
     about = (
         f"Width {SIZES[options.size].width}, a whole training step from shapes; "
-        f"{report.machine()}; medians of {options.rounds} interleaved rounds."
+        f"{report.machine()}; {options.clock} time, medians of {options.rounds} interleaved rounds."
     )
     command = report.command("benchmarks.compile_time")
     text = f"{about}\n\n    {command}\n\n{report.table(header, body)}"
@@ -62,14 +72,16 @@ def main() -> None:
         report.write_section(options.markdown, "compile_time", text)
 
 
-def compare(name: str, case: forms.Case, rows: list[str], rounds: int) -> list[list[str]]:
+def compare(
+    name: str, case: forms.Case, rows: list[str], rounds: int, clock: Callable[[], float]
+) -> list[list[str]]:
     """Measure all stages of all rows in turn; return the table's lines."""
     weights, tx = forms.abstract_weights(case), optax.adamw(1e-4)
     built = {row: forms.ROWS[row](case, weights) for row in rows}
     seconds: dict[str, dict[str, list[float]]] = {row: {s: [] for s in STAGES} for row in rows}
     for turn in range(rounds + 1):
         for row in rows:
-            stages = measure.stages(built[row], tx, weights.tokens).seconds
+            stages = measure.stages(built[row], tx, weights.tokens, clock).seconds
             if turn:  # the first one pays for imports
                 for stage, each in zip(STAGES, (*stages, sum(stages)), strict=True):
                     seconds[row][stage].append(each)

@@ -58,21 +58,21 @@ def main() -> None:
         report.write_section(options.markdown, "init_time", text)
 
 
-def measure(name: str, scan: bool, rank: int, programs: list[float]) -> list[list[str]]:
-    """Time `lora_init` twice and under one `jax.jit`; return the table's lines."""
+def maker(scan: bool, rank: int) -> Callable[[jax.Array], jl.Adapter]:
+    """Return what makes the adapter of a 7B decoder from a key."""
     case = forms.Case(SEVEN_B, rank=rank, scan=scan, dtype=jnp.dtype("bfloat16"))
     weights = forms.abstract_weights(case)
-    apply = case.decoder().apply
-    kernels = jl.find_kernels(apply, weights.base, weights.tokens)
-    config = jl.LoraConfig(rank=rank, alpha=case.alpha)
+    kernels = jl.find_kernels(case.decoder().apply, weights.base, weights.tokens)
+    config = jl.LoraConfig(rank=rank)
+    return lambda key: jl.lora_init(key, weights.base, config, kernels=kernels)
 
-    def make(key: jax.Array) -> jl.Adapter:
-        return jl.lora_init(key, weights.base, config, kernels=kernels)
 
+def measure(name: str, scan: bool, rank: int, programs: list[float]) -> list[list[str]]:
+    """Time `lora_init` twice and under one `jax.jit`; return the table's lines."""
+    make = maker(scan, rank)
     # Every part starts with nothing compiled, as in a process of its own.
     jax.clear_caches()
-    calls: dict[str, Callable[..., Any]] = {"first": make, "second": make}
-    lines = [_line(name, call, run, programs) for call, run in calls.items()]
+    lines = [_line(name, call, make, programs) for call in ("first", "second")]
     jax.clear_caches()
     return [*lines, _line(name, "under one jit", jax.jit(make), programs)]
 
