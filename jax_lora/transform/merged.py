@@ -130,16 +130,25 @@ def _multiply(members: tuple[Member, ...]) -> Callable[[Array, Weights], list[Ar
             _put(terms, range(len(members)), formed_again(dx, weights))
         _put_products(terms, members, x, dweights)
         _put_thin_products(terms, members, x, weights, dweights)
-        return outs, [
-            functools.reduce(lax.add, each) if each else jnp.zeros_like(out)
-            for each, out in zip(terms, outs, strict=True)
-        ]
+        return outs, [_sum(each, out) for each, out in zip(terms, outs, strict=True)]
 
     return jax.jit(rule)
 
 
 def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
+
+
+def _sum(terms: Sequence[Array], out: Array) -> Array:
+    """Add the terms of one tangent, sharded as its primal is where types hold shardings."""
+    if not terms:
+        return jnp.zeros_like(out)
+    want = jax.typeof(out).sharding
+    laid_out = [
+        term if jax.typeof(term).sharding == want else jax.sharding.reshard(term, want)
+        for term in terms
+    ]
+    return functools.reduce(lax.add, laid_out)
 
 
 def _put(terms: list[list[Array]], where: Sequence[int], added: Sequence[Array]) -> None:
