@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: demo test test-quick test-newest test-random lint types format clean
+.PHONY: demo test test-quick test-newest test-matrix test-random lint types format clean
 
 demo: $(INSTALLED)
 	@DEMO=$(DEMO) BIN=$(BIN) sh scripts/demo.sh
@@ -19,6 +19,9 @@ test-quick: $(INSTALLED)
 
 test-newest:
 	@sh scripts/test_newest.sh
+
+test-matrix:
+	@sh scripts/test_matrix.sh
 
 # Random programs against their merged selves: hours for all, or PROGRAMS=2000 SEED=1 JOBS=2.
 PROGRAMS ?= 20000
@@ -39,7 +42,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-newest $(DEMO) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-matrix $(DEMO) .pytest_cache .ruff_cache .hypothesis
 
 # The stamp makes the second call quick; a change of the dependencies installs again.
 $(INSTALLED): pyproject.toml
