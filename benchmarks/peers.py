@@ -28,7 +28,9 @@ def qwix_form(case: Case, weights: Weights) -> Form:
     model: Any = qwix.apply_lora_to_model(case.decoder(), provider)
 
     def loss(lora: Any, base: Any, tokens: Any) -> jax.Array:
-        params = trees.unflatten({**trees.flatten(base["params"]), **lora})
+        # qwix does not cast: factors in float32 would turn the whole model into float32.
+        narrow = {path: factor.astype(case.dtype) for path, factor in lora.items()}
+        params = trees.unflatten({**trees.flatten(base["params"]), **narrow})
         return next_token_loss(model.apply({"params": params}, tokens), tokens)
 
     # qwix keeps a kernel's factors beside it: q_proj/kernel_lora_a.
