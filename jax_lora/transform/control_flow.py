@@ -6,6 +6,7 @@ jit, remat, scan, while, cond and shard_map come out as themselves, with the fac
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -133,8 +134,12 @@ def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
         inner = interpreter.inner(eqn.params["length"])
         outputs = inner.evaluate(body, body_consts, values)
         new_carry = [out for out, fixed in zip(outputs[:n_carry], still, strict=True) if not fixed]
-        dense = functools.partial(interpreter.dense, eqn=eqn, operation="scan output")
-        return dense(new_carry), dense(outputs[n_carry:])
+        # Whole kernels that the body hands out stay in factors; a row of one is smaller formed.
+        ys = [
+            out if is_lowrank(out) and out.is_matrix else interpreter.dense([out], eqn)[0]
+            for out in outputs[n_carry:]
+        ]
+        return interpreter.dense(new_carry, eqn, "scan carry"), ys
 
     length = eqn.params["length"]
     steps = jnp.arange(length) if any(map(_has_key, inputs)) else None
@@ -146,7 +151,23 @@ def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    return [*_interleave(carry, moved, still), *ys]
+    return [*_interleave(carry, moved, still), *(_stacked(value, inputs) for value in ys)]
+
+
+def _stacked(value: Value, inputs: Sequence[Value]) -> Value:
+    """View a value whose arrays the scan has stacked as one with a stack axis in front."""
+    if not is_lowrank(value):
+        return value
+    taken = {*value.w_labels, *value.a_labels, *value.b_labels}
+    label = next(each for n in itertools.count() if (each := ("scan", n)) not in taken)
+    # The keys of the steps were stacked as well; each step's is folded in again where it is used.
+    keys = (each.key for each in inputs if _has_key(each) and each.path == value.path)
+    return value.replace(
+        key=next(keys, None),
+        w_labels=(label, *value.w_labels),
+        a_labels=(label, *value.a_labels),
+        b_labels=(label, *value.b_labels),
+    )
 
 
 def _invariant(body: Any, carry: Sequence[Value], n_consts: int) -> list[bool]:
