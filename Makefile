@@ -12,10 +12,10 @@ demo: $(INSTALLED)
 	@DEMO=$(DEMO) BIN=$(BIN) sh scripts/demo.sh
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 test-newest:
 	@sh scripts/test_newest.sh

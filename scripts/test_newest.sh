@@ -30,4 +30,4 @@ if [ ! -e "$VENV/.installed" ] || [ pyproject.toml -nt "$VENV/.installed" ]; the
   touch "$VENV/.installed"
 fi
 "$VENV/bin/python" -c 'import sys, jax; print(f"test-newest: Python {sys.version.split()[0]}, jax {jax.__version__}")'
-exec "$VENV/bin/python" -m pytest -q -m "not slow" "$@"
+exec "$VENV/bin/python" -m pytest -q -n auto -m "not slow" "$@"
