@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import optax
 
-from benchmarks import forms, init_time, measure, report, train_step
+from benchmarks import catalogue, forms, init_time, measure, report, train_step
 from benchmarks.decoder import SIZES
 
 FULL, OURS = "full fine-tuning", "ours (auto)"
@@ -70,8 +70,8 @@ def main() -> None:
 
 def work() -> list[Bar]:
     """Measure flops and bytes of an unrolled step."""
-    figures = _figures(forms.Case(SIZES["384x6"]), forms.FACTORED, OURS)
-    hand, ours = figures[forms.FACTORED], figures[OURS]
+    figures = _figures(forms.Case(SIZES["384x6"]), catalogue.FACTORED, OURS)
+    hand, ours = figures[catalogue.FACTORED], figures[OURS]
     return [
         Bar("dot flops / by hand", 0.995, ours.dot_flops / hand.dot_flops),
         Bar("XLA flops / by hand", 0.995, ours.xla_flops / hand.xla_flops),
@@ -93,15 +93,16 @@ def memory() -> list[Bar]:
 def _figures(case: forms.Case, *rows: str) -> dict[str, measure.Figures]:
     weights, tx = forms.abstract_weights(case), optax.adamw(1e-4)
     return {
-        row: measure.figures(forms.ROWS[row](case, weights), tx, weights.tokens)[0] for row in rows
+        row: measure.figures(catalogue.ROWS[row](case, weights), tx, weights.tokens)[0]
+        for row in rows
     }
 
 
 def step_time(rounds: int) -> Bar:
     """Time steps in turn."""
     case = forms.Case(SIZES["384x6"])
-    _, seconds = train_step.run(case, [forms.FACTORED, OURS], rounds)
-    ratio = measure.ratio(seconds[OURS], seconds[forms.FACTORED])
+    _, seconds = train_step.run(case, [catalogue.FACTORED, OURS], rounds)
+    ratio = measure.ratio(seconds[OURS], seconds[catalogue.FACTORED])
     return Bar("step time / by hand", 0.70, ratio)
 
 
@@ -112,12 +113,12 @@ def compile_times(rounds: int) -> list[Bar]:
         case = forms.Case(dataclasses.replace(SIZES["384x6"], layers=layers), scan=scan)
         weights = forms.abstract_weights(case)
         runs = {
-            row: functools.partial(_build_time, forms.ROWS[row](case, weights), weights.tokens)
-            for row in (forms.FACTORED, OURS)
+            row: functools.partial(_build_time, catalogue.ROWS[row](case, weights), weights.tokens)
+            for row in (catalogue.FACTORED, OURS)
         }
         seconds = measure.interleave(runs, min(rounds, 7) + 1)
         # The first round pays for imports.
-        ratio = measure.ratio(seconds[OURS][1:], seconds[forms.FACTORED][1:])
+        ratio = measure.ratio(seconds[OURS][1:], seconds[catalogue.FACTORED][1:])
         layout = "scanned" if scan else "unrolled"
         bars.append(Bar(f"trace and compile / by hand, {layers} layers {layout}", 1.15, ratio))
     return bars

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax
 import optax
 
-from benchmarks import forms, measure, report
+from benchmarks import catalogue, forms, measure, report
 from benchmarks.decoder import SIZES
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--layouts", nargs="+", choices=("scanned", "unrolled"), default=["scanned", "unrolled"]
     )
-    parser.add_argument("--rows", nargs="+", choices=list(forms.ROWS), default=["ours (auto)"])
+    parser.add_argument("--rows", nargs="+", choices=list(catalogue.ROWS), default=["ours (auto)"])
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
@@ -51,7 +51,7 @@ def main() -> None:
     """Measure, print and, if asked, write the section of a document."""
     options = arguments()
     jax.config.update("jax_platforms", "cpu")
-    rows = [forms.FACTORED, *(row for row in options.rows if row != forms.FACTORED)]
+    rows = [catalogue.FACTORED, *(row for row in options.rows if row != catalogue.FACTORED)]
     body = []
     for layout in options.layouts:
         for layers in options.layers:
@@ -77,7 +77,7 @@ def compare(
 ) -> list[list[str]]:
     """Measure all stages of all rows in turn; return the table's lines."""
     weights, tx = forms.abstract_weights(case), optax.adamw(1e-4)
-    built = {row: forms.ROWS[row](case, weights) for row in rows}
+    built = {row: catalogue.ROWS[row](case, weights) for row in rows}
     seconds: dict[str, dict[str, list[float]]] = {row: {s: [] for s in STAGES} for row in rows}
     for turn in range(rounds + 1):
         for row in rows:
@@ -86,7 +86,7 @@ def compare(
                 for stage, each in zip(STAGES, (*stages, sum(stages)), strict=True):
                     seconds[row][stage].append(each)
         print(f"{name}: round {turn} of {rounds}", file=sys.stderr, flush=True)
-    reference = seconds[forms.FACTORED]
+    reference = seconds[catalogue.FACTORED]
     return [
         [
             name, row,

@@ -23,7 +23,7 @@ import tempfile
 import jax
 import optax
 
-from benchmarks import forms, hlo, measure, report
+from benchmarks import catalogue, forms, hlo, measure, report
 from benchmarks.decoder import SIZES
 
 # In the order of the table.
@@ -42,7 +42,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument(
-        "--rows", nargs="+", choices=list(forms.ROWS), default=[forms.FACTORED, "ours (auto)"]
+        "--rows",
+        nargs="+",
+        choices=list(catalogue.ROWS),
+        default=[catalogue.FACTORED, "ours (auto)"],
     )
     parser.add_argument("--top", type=int, default=0, help="also list so many single operations")
     parser.add_argument("--markdown", type=pathlib.Path, help="document whose section to rewrite")
@@ -80,7 +83,7 @@ class Profile:
 def profile(case: forms.Case, row: str, steps: int) -> Profile:
     """Run a row under the profiler, and add its operations up by group."""
     weights, tx = forms.make_weights(case), optax.adamw(1e-4)
-    form = forms.ROWS[row](case, weights)
+    form = catalogue.ROWS[row](case, weights)
     compiled = measure.stages(form, tx, weights.tokens).compiled
     run = measure.Run(compiled, form, tx, weights.tokens)
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import forms, measure, report
+from benchmarks import catalogue, forms, measure, report
 from benchmarks.decoder import REMAT_POLICIES, SIZES
 
 # Dense products of bfloat16 at the rate the makers state, in flops a second.
@@ -56,7 +56,7 @@ def main() -> None:
     )  # fmt: skip
     rows, left_out = available(case, chosen(options.rows))
     if not options.skip_check:
-        forms.check(case, rows)
+        catalogue.check(case, rows)
         say(f"checked: {len(rows)} rows have the same loss and gradients")
     figures, seconds = run(case, rows, options.rounds)
     peak = options.peak_tflops * 1e12 if options.peak_tflops else None
@@ -82,9 +82,9 @@ def say(text: str) -> None:
 def chosen(patterns: list[str]) -> list[str]:
     """Return the rows that patterns name, in the table's order."""
     for pattern in patterns:
-        if not fnmatch.filter(forms.ROWS, pattern):
-            raise SystemExit(f"no row is named {pattern!r}; there are: {', '.join(forms.ROWS)}")
-    return [row for row in forms.ROWS if any(fnmatch.fnmatch(row, each) for each in patterns)]
+        if not fnmatch.filter(catalogue.ROWS, pattern):
+            raise SystemExit(f"no row is named {pattern!r}; there are: {', '.join(catalogue.ROWS)}")
+    return [row for row in catalogue.ROWS if any(fnmatch.fnmatch(row, each) for each in patterns)]
 
 
 def available(case: forms.Case, rows: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -92,7 +92,7 @@ def available(case: forms.Case, rows: list[str]) -> tuple[list[str], dict[str, s
     weights, left_out = forms.abstract_weights(case), {}
     for row in rows:
         try:
-            forms.ROWS[row](case, weights)
+            catalogue.ROWS[row](case, weights)
         except forms.UnavailableError as problem:
             left_out[row] = str(problem)
     return [row for row in rows if row not in left_out], left_out
@@ -107,14 +107,14 @@ def run(
     figures, compiled = {}, {}
     for row in rows:
         figures[row], compiled[row] = measure.figures(
-            forms.ROWS[row](case, shapes), tx, shapes.tokens
+            catalogue.ROWS[row](case, shapes), tx, shapes.tokens
         )
         say(f"{row}: {figures[row]}")
     if not rounds:
         return figures, {}
     weights = forms.make_weights(case)
     runs = {
-        row: measure.Run(compiled[row], forms.ROWS[row](case, weights), tx, weights.tokens).step
+        row: measure.Run(compiled[row], catalogue.ROWS[row](case, weights), tx, weights.tokens).step
         for row in rows
     }
     return figures, measure.interleave(runs, rounds)
@@ -157,7 +157,7 @@ def describe(
         if seconds:
             median = statistics.median(seconds[row])
             cells += [f"{median:.3f}", _ratio(seconds, row, "full fine-tuning")]
-            cells += [_ratio(seconds, row, forms.FACTORED)]
+            cells += [_ratio(seconds, row, catalogue.FACTORED)]
             if peak:
                 cells += [f"{_model_flops(case, row) / median / peak:.3f}"]
         body.append(cells)
@@ -176,8 +176,8 @@ def _model_flops(case: forms.Case, row: str) -> float:
     """Count what the step needs: nothing is computed twice, whatever the row does."""
     plain = dataclasses.replace(case, remat="none")
     weights = forms.abstract_weights(plain)
-    needed = row if row.startswith("full") else forms.FACTORED
-    form = forms.ROWS[needed](plain, weights)
+    needed = row if row.startswith("full") else catalogue.FACTORED
+    form = catalogue.ROWS[needed](plain, weights)
     step = measure.make_step(form, optax.adamw(1e-4))
     state = jax.eval_shape(optax.adamw(1e-4).init, form.trainable)
     return measure.dot_flops(

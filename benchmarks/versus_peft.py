@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import forms, measure, report
+from benchmarks import catalogue, forms, measure, report
 from benchmarks.decoder import SIZES
 
 # By name: whether the model is compiled, whether torch's own attention is used.
@@ -30,7 +30,7 @@ PEFT_ROWS = {
     "PEFT, eager, fused attention": (False, True),
     "PEFT, compiled, fused attention": (True, True),
 }
-JAX_ROWS = (forms.FACTORED, "factored, tokens flattened", "ours (auto)")
+JAX_ROWS = (catalogue.FACTORED, "factored, tokens flattened", "ours (auto)")
 REFERENCE = "PEFT, eager"
 
 
@@ -76,7 +76,7 @@ def compare(case: forms.Case, rounds: int, device: str) -> str:
         if not compiled:
             flops[row] = peft_run.flops()
     for row in JAX_ROWS:
-        form = forms.ROWS[row](case, weights)
+        form = catalogue.ROWS[row](case, weights)
         losses[row] = float(jax.jit(form.loss)(form.trainable, form.frozen, weights.tokens))
         figures, compiled_step = measure.figures(form, tx, weights.tokens)
         flops[row] = figures.dot_flops

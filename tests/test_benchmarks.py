@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from benchmarks import forms, hlo, measure, report
+from benchmarks import catalogue, forms, hlo, measure, report
 from benchmarks.decoder import SIZES
 from benchmarks.train_step import available, chosen
 
 TINY = forms.Case(SIZES["tiny"], rank=2)
-PEERS = [row for row in forms.ROWS if row.startswith(("qwix", "nnx"))]
-OWN = [row for row in forms.ROWS if row not in PEERS]
+PEERS = [row for row in catalogue.ROWS if row.startswith(("qwix", "nnx"))]
+OWN = [row for row in catalogue.ROWS if row not in PEERS]
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +29,12 @@ def _promotion_as_users_have_it() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_all_rows_have_the_same_loss_and_gradients() -> None:
-    forms.check(TINY, OWN)
+    catalogue.check(TINY, OWN)
 
 
 @pytest.mark.slow
 def test_scanned_rows_have_the_same_loss_and_gradients() -> None:
-    forms.check(dataclasses.replace(TINY, scan=True), [forms.FACTORED, "ours (auto)"])
+    catalogue.check(dataclasses.replace(TINY, scan=True), [catalogue.FACTORED, "ours (auto)"])
 
 
 @pytest.mark.slow
@@ -44,19 +44,19 @@ def test_other_libraries_have_the_same_loss_and_gradients(row: str) -> None:
     rows, left_out = available(TINY, [row])
     if left_out:
         pytest.skip(left_out[row])
-    forms.check(TINY, rows)
+    catalogue.check(TINY, rows)
 
 
 @pytest.mark.slow
 def test_a_row_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def halved(case: forms.Case, weights: forms.Weights) -> forms.Form:
-        form = forms.ROWS[forms.FACTORED](case, weights)
+        form = catalogue.ROWS[catalogue.FACTORED](case, weights)
         gradients = lambda tree: jax.tree.map(lambda leaf: leaf / 2, form.gradients(tree))  # noqa: E731
         return dataclasses.replace(form, gradients=gradients)
 
-    monkeypatch.setattr(forms, "ROWS", {**forms.ROWS, "halved": halved})
+    monkeypatch.setattr(catalogue, "ROWS", {**catalogue.ROWS, "halved": halved})
     with pytest.raises(RuntimeError, match="halved: gradient a of params/block_0"):
-        forms.check(TINY, ["halved"])
+        catalogue.check(TINY, ["halved"])
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_row_that_computes_something_else_is_refused(monkeypatch: pytest.Monke
 def test_remat_changes_no_loss(remat: str) -> None:
     weights = forms.make_weights(TINY)
     plain, again = (
-        forms.ROWS[forms.FACTORED](dataclasses.replace(TINY, remat=each), weights)
+        catalogue.ROWS[catalogue.FACTORED](dataclasses.replace(TINY, remat=each), weights)
         for each in ("none", remat)
     )
     want = plain.loss(plain.trainable, plain.frozen, weights.tokens)
@@ -86,12 +86,12 @@ def test_dot_flops_of_a_step_are_the_closed_formula() -> None:
     # The first layer's pairs pass none on to x either.
     spared = 2 * 3 * width * case.rank * tokens
     want = 4 * tokens * (blocks + head) - 2 * tokens * first + attention
-    assert _dot_flops(case, forms.FACTORED) == want + 3 * tokens * pairs - spared
+    assert _dot_flops(case, catalogue.FACTORED) == want + 3 * tokens * pairs - spared
 
 
 def _dot_flops(case: forms.Case, row: str) -> float:
     weights, tx = forms.abstract_weights(case), optax.adamw(1e-4)
-    form = forms.ROWS[row](case, weights)
+    form = catalogue.ROWS[row](case, weights)
     state = jax.eval_shape(tx.init, form.trainable)
     step = measure.make_step(form, tx)
     return measure.dot_flops(

@@ -1,0 +1,105 @@
+"""The rows of the tables, and the check that all of them compute the same.
+
+All rows start from the same base weights and the same factors, so all have the same loss and the
+same gradients; `check` holds them to that before anything is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import products
+from benchmarks.decoder import SIZES
+from benchmarks.forms import (
+    Builder,
+    Case,
+    Factors,
+    Form,
+    Weights,
+    full,
+    full_flat,
+    hand_written,
+    make_weights,
+    ours,
+)
+
+
+def _with_qwix(case: Case, weights: Weights) -> Form:
+    """The library qwix around the plain model."""
+    from benchmarks.peers import qwix_form  # an optional package
+
+    return qwix_form(case, weights)
+
+
+def _with_nnx(case: Case, weights: Weights) -> Form:
+    """The same decoder in NNX, with `nnx.LoRALinear`."""
+    from benchmarks.peers import nnx_form
+
+    return nnx_form(case, weights)
+
+
+FACTORED = "factored, hand-written"
+
+ROWS: Mapping[str, Builder] = {
+    "full fine-tuning": full,
+    "full, tokens flattened": full_flat,
+    "materialised": functools.partial(hand_written, products.materialised),
+    FACTORED: functools.partial(hand_written, products.factored),
+    "factored, scale on x@A": functools.partial(hand_written, products.scale_inside),
+    "factored, tokens flattened": functools.partial(hand_written, products.flattened),
+    "ours (auto)": functools.partial(ours, "auto"),
+    "ours (factored)": functools.partial(ours, "factored"),
+    "ours (merged)": functools.partial(ours, "merged"),
+    "qwix": _with_qwix,
+    "nnx.LoRALinear": _with_nnx,
+}
+
+
+# -----------------------------------------------------------------------------------------------
+# Do all compute the same?
+# -----------------------------------------------------------------------------------------------
+
+
+def check(case: Case, rows: Sequence[str], tolerance: float = 1e-4) -> None:
+    """Hold the loss and the factors' gradients of rows against full fine-tuning's.
+
+    A case in less than float32, or too large to be computed twice, is checked at a tiny size.
+
+    Args:
+      case: What is fine-tuned.
+      rows: Names of rows.
+      tolerance: Largest difference, relative to the largest entry of each gradient.
+
+    Raises:
+      RuntimeError: A row that computes something else.
+    """
+    if case.dtype != jnp.float32 or case.size.width > 1024:
+        case = dataclasses.replace(case, size=SIZES["tiny"], dtype=jnp.float32)
+    weights = make_weights(case)
+    want_loss, want = _loss_and_gradients(full(case, weights), weights)
+    for row in rows:
+        loss, got = _loss_and_gradients(ROWS[row](case, weights), weights)
+        if abs(loss - want_loss) > 1e-5 * abs(want_loss):
+            raise RuntimeError(f"{row}: loss {loss}, full fine-tuning has {want_loss}")
+        for path in want:
+            for name, g, w in zip("ab", got[path], want[path], strict=True):
+                error = np.abs(g - w).max() / np.abs(w).max()
+                if not error < tolerance:
+                    raise RuntimeError(f"{row}: gradient {name} of {path} is off by {error:.1e}")
+
+
+def _loss_and_gradients(form: Form, weights: Weights) -> tuple[float, dict[str, Any]]:
+    @jax.jit
+    def both(trainable: Any, frozen: Any, tokens: Any) -> tuple[jax.Array, Factors]:
+        loss, gradient = jax.value_and_grad(form.loss)(trainable, frozen, tokens)
+        return loss, form.gradients(gradient)
+
+    loss, gradients = both(form.trainable, form.frozen, weights.tokens)
+    return float(loss), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gradients)
