@@ -138,13 +138,14 @@ def describe(
     rounds = len(next(iter(seconds.values()), []))
     about = (
         f"{shape.layers} layers ({layers}), width {shape.width}, {shape.tokens:,} tokens, "
-        f"{jnp.dtype(case.dtype).name}, rank {case.rank}, remat {case.remat}; {report.machine()}; "
-        f"medians of {rounds} interleaved rounds."
+        f"{jnp.dtype(case.dtype).name}, rank {case.rank}, remat {case.remat}; {report.machine()}"
+        + (f"; medians of {rounds} interleaved rounds." if rounds else ".")
     )
     header = [
         "form", "dot GF", "XLA GF", "GB accessed", "temp MB", "residual MB", "argument MB",
-        "trace s", "lower s", "compile s",
     ]  # fmt: skip
+    if seconds:
+        header += ["trace s", "lower s", "compile s"]
     header += ["step s", "/full", "/factored"] * bool(seconds) + ["MFU"] * bool(seconds and peak)
     body = []
     for row, each in figures.items():
@@ -152,9 +153,10 @@ def describe(
             row, f"{each.dot_flops / 1e9:.2f}", f"{each.xla_flops / 1e9:.2f}",
             f"{each.bytes_accessed / 1e9:.3f}", f"{each.temp_bytes / 1e6:.0f}",
             f"{each.residual_bytes / 1e6:.0f}", f"{each.argument_bytes / 1e6:.0f}",
-            f"{each.trace_seconds:.2f}", f"{each.lower_seconds:.2f}", f"{each.compile_seconds:.2f}",
         ]  # fmt: skip
         if seconds:
+            stages = (each.trace_seconds, each.lower_seconds, each.compile_seconds)
+            cells += [f"{stage:.2f}" for stage in stages]
             median = statistics.median(seconds[row])
             cells += [f"{median:.3f}", _ratio(seconds, row, "full fine-tuning")]
             cells += [_ratio(seconds, row, catalogue.FACTORED)]

@@ -82,13 +82,17 @@ class Draw:
             return prepared[-1]
         return self.rng.choice(fitting) if fitting else None
 
+    def sides(self, var: Var) -> tuple[Shape, Shape, Shape]:
+        """Input, output and stack axes of a leaf; none for a weight made of one."""
+        spec = self.kernels.get(var.name)
+        return spec.sides() if spec else ((), (), ())
+
     def weight_like(self, scope: Scope, stacks: Shape, outs: int) -> Var | None:
         """An adapted leaf itself, with so many output axes and these stack axes."""
         fitting = [
             var
             for var in scope.weights
-            if (spec := self.kernels.get(var.name))
-            and (spec.stack_axes, len(spec.out_axes)) == (stacks, outs)
+            if self.sides(var)[2] == stacks and len(self.sides(var)[1]) == outs
         ]
         return self.rng.choice(fitting) if fitting else None
 

@@ -25,9 +25,9 @@ def one_input_for_several(draw: Draw, scope: Scope):
     first = draw.weight(scope, least=2)
     if first is None:
         return None
-    met = sorted(
-        draw.rng.sample(range(len(first.shape)), draw.rng.randint(1, len(first.shape) - 1))
-    )
+    met = list(draw.rng.choice(draw.sides(first)[:2])) if draw.chance(0.6) else []
+    if not met:
+        met = draw.rng.sample(range(len(first.shape)), draw.rng.randint(1, len(first.shape) - 1))
     sizes = [first.shape[axis] for axis in met]
     shape = tuple(draw.shuffled([*sizes, *(draw.size() for _ in range(draw.rng.randint(0, 2)))]))
     places = _match(draw, shape, sizes)
@@ -39,10 +39,19 @@ def one_input_for_several(draw: Draw, scope: Scope):
         if draw.chance(0.2):  # a kernel that is prepared between one product and the next
             draw.steps(scope, 1, ("weight",))
             w = scope.weights[-1]
-        axes = _match(draw, w.shape, sizes)
+        axes = _one_side(draw, w, sizes) or _match(draw, w.shape, sizes)
         if axes is not None and written < 4:
             written += bool(_meet(draw, scope, w, x, dict(zip(axes, places, strict=True))))
     return written
+
+
+def _one_side(draw: Draw, w: Var, sizes: Sequence[int]) -> list[int] | None:
+    """Find axes of these sizes that are all of a weight's inputs, or all of its outputs."""
+    for side in draw.sides(w)[:2]:
+        if sorted(w.shape[axis] for axis in side) == sorted(sizes):
+            found = _match(draw, tuple(w.shape[axis] for axis in side), sizes)
+            return None if found is None else [side[place] for place in found]
+    return None
 
 
 def _meet(draw: Draw, scope: Scope, w: Var, x: Var, pairs: dict[int, int]):
@@ -54,6 +63,11 @@ def _meet(draw: Draw, scope: Scope, w: Var, x: Var, pairs: dict[int, int]):
 
 def _contract(draw: Draw, scope: Scope, w: Var, x: Var):
     roles = draw.rng.choices("cbf", weights=(5, 2, 4), k=len(w.shape))
+    if draw.chance(0.3) and any(draw.sides(w)):  # as a model does: a sum over one side
+        letters = draw.rng.choice(("cfb", "fcb"))
+        for letter, side in zip(letters, draw.sides(w), strict=True):
+            for axis in side:
+                roles[axis] = letter
     if "c" not in roles and draw.chance(0.95):
         roles[draw.rng.randrange(len(roles))] = "c"
     met = [axis for axis, role in enumerate(roles) if role != "f"]
