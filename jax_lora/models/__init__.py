@@ -1,8 +1,7 @@
 """Flax Transformers that read and write Hugging Face checkpoints."""
 
 from jax_lora.models.decoder_inputs import KVCache
-from jax_lora.models.llama import Llama
-from jax_lora.models.llama_config import LlamaConfig
+from jax_lora.models.llama import Llama, LlamaConfig
 from jax_lora.models.load_checkpoint import load
 from jax_lora.models.save_checkpoint import save
 
