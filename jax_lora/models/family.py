@@ -32,6 +32,10 @@ class Family:
       redundant: Patterns of tensors that files may hold although nothing needs them.
       tied_copies: The same, where the embedding is tied to the output head.
       prefix: What files of the model without its head leave off the tensors' names.
+      embedding: Path of the table of tokens, (vocabulary, hidden).
+      head: Path of the output head of an untied model, (hidden, vocabulary); None if the head
+        cannot be untied.
+      head_bias: Path of the head's bias, if it has one.
     """
 
     model_type: str
@@ -46,6 +50,9 @@ class Family:
     redundant: tuple[str, ...] = ()
     tied_copies: tuple[str, ...] = (r"lm_head\.weight",)
     prefix: str = ""
+    embedding: str = "embed_tokens/embedding"
+    head: str | None = "lm_head/kernel"
+    head_bias: str | None = None
 
 
 def plain_json(config: Any) -> dict[str, Any]:
