@@ -183,7 +183,8 @@ def _read_leaf(
     for position, part in parts:
         start = np.array([*position, *[0] * (len(shape) - depth)], np.int32)
         part = _put(part.reshape((1,) * depth + part.shape), _of_part(sharding, depth))
-        leaf = _write(leaf, part, start, sharding)
+        # Waiting keeps layers that are read from gathering in memory before they are written.
+        leaf = jax.block_until_ready(_write(leaf, part, start, sharding))
     return leaf
 
 

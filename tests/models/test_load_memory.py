@@ -1,0 +1,66 @@
+"""Loading holds the model and one layer of it, never the model twice."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_lora.models import Llama, LlamaConfig, save
+
+MB = 2**20
+LARGE = LlamaConfig(
+    vocab_size=64,
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=24,
+    num_attention_heads=8,
+    max_position_embeddings=64,
+)
+# Prints how far the process's own memory (without the pages of mapped files) grew while loading,
+# and how large the parameters are.
+LOAD = """
+import re, sys, threading, time
+import jax, jax.numpy as jnp
+from jax_lora.models import load
+
+def own_bytes():
+    text = open("/proc/self/status").read()
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", text)[1]) * 1024
+
+def watch():
+    while not done.is_set():
+        peaks.append(own_bytes())
+        time.sleep(0.002)
+
+load(sys.argv[1])  # once before: imports and compiled programs are no part of the model
+peaks, done = [], threading.Event()
+before = own_bytes()
+thread = threading.Thread(target=watch)
+thread.start()
+_, params = load(sys.argv[1])
+jax.block_until_ready(params)
+done.set()
+thread.join()
+print(max(peaks) - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own figures")
+def test_loading_needs_no_more_than_the_model_and_one_layer(tmp_path):
+    model = Llama(LARGE)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    save(tmp_path, model, jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes))
+    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    # With a fixed threshold glibc gives what is freed back at once.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "XLA_FLAGS": ""}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+    grown, size = map(int, output.split())
+    assert size > 300 * MB
+    layer = size / LARGE.num_hidden_layers
+    assert grown < size + layer + 8 * MB, (grown / MB, size / MB)
