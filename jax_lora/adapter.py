@@ -40,6 +40,9 @@ class LoraPair:
       out_axes: Axes of the kernel that are outputs.
       stack_axes: Axes of the kernel that hold several kernels.
       scale: alpha / rank; for layers that differ, nested tuples in the stack's shape.
+      ranks: Rank of each kernel of a stack, as nested tuples in its shape, or None where all have
+        the factors' own. A kernel of a lower rank has zeros beyond it in both factors, which have
+        zero gradients and so stay zero; one of rank 0 has no update.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), equation 3.
@@ -51,6 +54,16 @@ class LoraPair:
     out_axes: tuple[int, ...] = _static(default=(1,))
     stack_axes: tuple[int, ...] = _static(default=())
     scale: Scale = _static(default=1.0)
+    ranks: tuple[Any, ...] | None = _static(default=None)
+
+    @property
+    def size(self) -> int:
+        """Count the trainable numbers: all but the zeros beyond a kernel's own rank."""
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((self.a, self.b)))
+        if self.ranks is None:
+            return count
+        ranks = np.asarray(self.ranks)
+        return count * int(ranks.sum()) // (ranks.size * self.rank)
 
     @property
     def rank(self) -> int:
@@ -139,7 +152,8 @@ class Adapter:
     @property
     def size(self) -> int:
         """Count the trainable numbers."""
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self))
+        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.whole))
+        return whole + sum(pair.size for pair in self.pairs.values())
 
 
 def is_adapted(node: Any) -> bool:
@@ -305,7 +319,9 @@ def dense_delta(pair: LoraPair, dtype: Any = jnp.float32) -> jax.Array:
     return lowrank.delta(LowRank(stand_in, pair.a, b, *args), dtype)  # type: ignore[arg-type] # only its shape is read
 
 
-def empty_pair(kernel: Kernel, rank: int, scale: Scale, dtype: Any) -> LoraPair:
+def empty_pair(
+    kernel: Kernel, rank: int, scale: Scale, dtype: Any, ranks: tuple[Any, ...] | None = None
+) -> LoraPair:
     """Describe a pair for a kernel without allocating it.
 
     Args:
@@ -313,6 +329,7 @@ def empty_pair(kernel: Kernel, rank: int, scale: Scale, dtype: Any) -> LoraPair:
       rank: Rank of the pair.
       scale: Scale of the pair.
       dtype: Type of the factors.
+      ranks: Rank of each kernel of a stack, where they differ.
 
     Returns:
       A `LoraPair` of `jax.ShapeDtypeStruct`s.
@@ -324,4 +341,5 @@ def empty_pair(kernel: Kernel, rank: int, scale: Scale, dtype: Any) -> LoraPair:
         out_axes=kernel.out_axes,
         stack_axes=kernel.stack_axes,
         scale=scale,
+        ranks=ranks,
     )

@@ -65,8 +65,11 @@ class LoraConfig:
       targets: `"all-linear"` (every dense kernel but the output head), `"attention"`, `"mlp"`, a
         name, or a sequence of names and globs. A name matches whole path segments.
       exclude: Names and globs that win over `targets`.
-      rank_pattern: Ranks by name or glob; the first pattern that matches a path wins.
-      alpha_pattern: Alphas by name or glob; the first pattern that matches a path wins.
+      rank_pattern: Ranks by name or glob; the first pattern that matches a path wins. A pattern
+        may name one layer of a stack by its index, as in `"layers/3/attn/q_proj"` or
+        `"layers/[0-3]/*"`.
+      alpha_pattern: Alphas by name or glob, in the same way.
+      layers: The only layers of every stack that get an adapter, counted from 0; None for all.
       modules_to_save: Names and globs of leaves trained whole beside the pairs (a head, biases).
       use_rslora: Scale by alpha / sqrt(rank), which keeps large ranks learning.
       use_dora: Only False so far: training a magnitude beside the pair is refused by name.
@@ -96,6 +99,7 @@ class LoraConfig:
     exclude: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=Patterns)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=Patterns)
+    layers: tuple[int, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     use_rslora: bool = False
     use_dora: bool = False
@@ -114,6 +118,7 @@ class LoraConfig:
         set_field("modules_to_save", _names("modules_to_save", self.modules_to_save))
         set_field("rank_pattern", _patterns("rank_pattern", self.rank_pattern, _rank))
         set_field("alpha_pattern", _patterns("alpha_pattern", self.alpha_pattern, _alpha))
+        set_field("layers", _layers(self.layers))
         set_field("use_rslora", _flag("use_rslora", self.use_rslora))
         set_field("use_dora", _without_dora(self.use_dora))
         set_field("allow_unused", _flag("allow_unused", self.allow_unused))
@@ -133,13 +138,27 @@ class LoraConfig:
         """
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
-    def rank_of(self, path: str) -> int:
-        """Return the rank for a path: the first `rank_pattern` that matches, else `rank`."""
-        return _first_value(self.rank_pattern, path, self.rank)
+    def rank_of(self, *names: str) -> int:
+        """Return the rank of a kernel: the first `rank_pattern` that matches, else `rank`.
 
-    def alpha_of(self, path: str) -> float:
-        """Return the alpha for a path: the first `alpha_pattern` that matches, else `alpha`."""
-        return _first_value(self.alpha_pattern, path, self.alpha)
+        Args:
+          *names: The kernel's path; for one layer of a stack, the path with its index as well.
+
+        Returns:
+          The rank.
+        """
+        return _first_value(self.rank_pattern, names, self.rank)
+
+    def alpha_of(self, *names: str) -> float:
+        """Return the alpha of a kernel: the first `alpha_pattern` that matches, else `alpha`.
+
+        Args:
+          *names: The kernel's path; for one layer of a stack, the path with its index as well.
+
+        Returns:
+          The alpha.
+        """
+        return _first_value(self.alpha_pattern, names, self.alpha)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as values that JSON can hold."""
@@ -148,7 +167,7 @@ class LoraConfig:
         # A list of pairs, as JSON objects have no order and the first match wins.
         values["rank_pattern"] = [list(item) for item in self.rank_pattern.items()]
         values["alpha_pattern"] = [list(item) for item in self.alpha_pattern.items()]
-        for name in ("targets", "exclude", "modules_to_save"):
+        for name in ("targets", "exclude", "modules_to_save", "layers"):
             values[name] = list(values[name]) if isinstance(values[name], tuple) else values[name]
         return values
 
@@ -212,8 +231,11 @@ class LoraConfig:
         return cls.from_dict(values)
 
 
-def _first_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((v for pattern, v in patterns.items() if paths.matches(pattern, path)), default)
+def _first_value(patterns: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if any(paths.matches(pattern, name) for name in names):
+            return value
+    return default
 
 
 def _refuse(where: str, value: Any, expected: str, fix: str) -> ConfigError:
@@ -278,6 +300,16 @@ def _names(where: str, value: Any) -> tuple[str, ...]:
         raise _refuse(where, value, "names or globs", 'Such as ["q_proj", "layers/*/kernel"].')
     # A set has no order of its own that lasts from one process to the next.
     return tuple(sorted(names)) if isinstance(names, (set, frozenset)) else tuple(names)
+
+
+def _layers(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    is_index = lambda each: isinstance(each, (int, np.integer)) and not isinstance(each, bool)  # noqa: E731
+    is_sequence = isinstance(value, (list, tuple, set, frozenset, range)) and len(value) > 0
+    if not is_sequence or not all(is_index(each) and each >= 0 for each in value):
+        raise _refuse("layers", value, "indices from 0 on", "Such as [0, 1], or None for all.")
+    return tuple(sorted({int(each) for each in value}))
 
 
 def _targets(value: Any) -> str | tuple[str, ...]:

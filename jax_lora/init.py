@@ -18,6 +18,7 @@ from jax_lora.adapter import Adapter, LoraPair, empty_pair, is_adapted
 from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError, StructureError, explain
 from jax_lora.kernel import Kernel
+from jax_lora.layers import extent, rank_mask
 from jax_lora.targets import select, select_whole
 
 _ALWAYS_ALLOWED_RANK = 256  # larger ranks must be below the kernel's own size
@@ -98,16 +99,23 @@ def _pairs(
     a_of = draw(key, deviations, shapes, config.dtype)
     return {
         # a: (*stack, *in, rank), b: (*stack, rank, *out)
-        path: dataclasses.replace(pair, a=a_of[path], b=bs[path])
+        path: dataclasses.replace(pair, a=_padded(a_of[path], pair), b=bs[path])
         for path, pair in empty.items()
     }
 
 
 def _empty(kernel: Kernel, config: LoraConfig) -> LoraPair:
-    rank = config.rank_of(kernel.path)
-    _check_rank(rank, kernel)
-    scale = config.scale(rank, config.alpha_of(kernel.path))
-    return empty_pair(kernel, rank, scale, config.dtype)
+    reach = extent(kernel, config)
+    _check_rank(reach.rank, kernel)
+    return empty_pair(kernel, reach.rank, reach.scale, config.dtype, reach.ranks)
+
+
+def _padded(a: jax.Array, pair: LoraPair) -> jax.Array:
+    """Set to zero what lies beyond a layer's own rank: zeros in both factors never train."""
+    if pair.ranks is None:
+        return a
+    mask = rank_mask(pair.ranks, pair.rank, len(pair.in_axes))
+    return jnp.where(mask, a, jnp.zeros((), a.dtype))
 
 
 # -----------------------------------------------------------------------------------------------

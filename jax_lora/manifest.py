@@ -24,7 +24,8 @@ from jax_lora.fingerprint import LeafPrint
 from jax_lora.json_files import digest, read_json
 
 FORMAT = "jax_lora adapter"
-VERSION = 1
+VERSION = 2
+_READABLE = (1, 2)  # 1 had pairs of factors alone, all of a stack of one rank
 
 _ARRAYS_NAME = re.compile(r"arrays-[0-9a-f]{12}")
 _MOST_BYTES = 2**38  # an adapter of 256 GiB is a mistake or an attack
@@ -138,8 +139,9 @@ def read_manifest(path: Path) -> Manifest:
     values = read_json(path, CheckpointError)
     if values.get("format") != FORMAT:
         raise _broken(path, f"format {values.get('format')!r}", repr(FORMAT))
-    if values.get("version") != VERSION:
-        raise _broken(path, f"format version {values.get('version')!r}", f"version {VERSION}")
+    if values.get("version") not in _READABLE:
+        expected = f"version {VERSION} or earlier"
+        raise _broken(path, f"format version {values.get('version')!r}", expected)
     sealed = {key: value for key, value in values.items() if key != "seal"}
     if digest(sealed) != values.get("seal"):
         raise _broken(path, "contents that do not match their checksum", "the file as it was saved")
@@ -191,6 +193,7 @@ def _pair_to_dict(pair: LoraPair) -> dict[str, Any]:
         "out_axes": list(pair.out_axes),
         "stack_axes": list(pair.stack_axes),
         "scale": pair.scale,  # nested tuples become nested lists
+        "ranks": pair.ranks,
     }
 
 
@@ -204,18 +207,31 @@ def _pair_from_dict(item: dict[str, Any]) -> LoraPair:
     fits = len(a) == stack + inputs + 1 and len(b) == stack + 1 + outputs
     if not fits or a[:stack] != b[:stack] or a[-1] != b[stack]:
         raise ValueError(f"factors of shapes {a} and {b}")
-    return dataclasses.replace(pair, scale=_scale(item["scale"], a[:stack]))
+    scale, ranks = _nested(item["scale"], a[:stack], "scale"), item.get("ranks")
+    if ranks is not None:
+        ranks = _ranks(ranks, a[:stack], a[-1])
+    return dataclasses.replace(pair, scale=scale, ranks=ranks)
 
 
-def _scale(value: Any, stack: tuple[int, ...]) -> Any:
+def _nested(value: Any, stack: tuple[int, ...], what: str) -> Any:
     """Read one number, or nested lists of them in the shape of the stack."""
     if isinstance(value, list):
         if np.shape(value) != stack:
-            raise ValueError(f"scales of shape {np.shape(value)} for layers of shape {stack}")
-        return tuple(_scale(each, stack[1:]) for each in value)
+            raise ValueError(f"{what}s of shape {np.shape(value)} for layers of shape {stack}")
+        return tuple(_nested(each, stack[1:], what) for each in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"a scale of {value!r}")
+        raise TypeError(f"a {what} of {value!r}")
     return value
+
+
+def _ranks(value: Any, stack: tuple[int, ...], rank: int) -> tuple[Any, ...]:
+    ranks = _nested(value, stack, "rank")
+    each = np.asarray(ranks)
+    if not isinstance(ranks, tuple) or each.dtype.kind != "i" or not (0 <= each).all():
+        raise TypeError(f"{value!r} for the ranks of layers")
+    if each.max() > rank:
+        raise ValueError(f"a rank of {each.max()} in factors of rank {rank}")
+    return ranks
 
 
 def _leaf_from_dict(item: dict[str, Any]) -> LeafRecord:

@@ -104,6 +104,27 @@ def matches(pattern: str, path: str) -> bool:
     )
 
 
+def layer_path(path: str, index: int) -> str:
+    """Name one layer of a stack: its index stands where a list of layers would have it.
+
+    Args:
+      path: Path of the leaf that holds the stack.
+      index: Position along the first stack axis.
+
+    Returns:
+      The path with the index after its first segment, or after the one that follows `params`.
+
+    Example:
+      >>> layer_path("params/layers/attn/q_proj/kernel", 3)
+      'params/layers/3/attn/q_proj/kernel'
+      >>> layer_path("layers/attn/q_proj/kernel", 3)
+      'layers/3/attn/q_proj/kernel'
+    """
+    segments = path.split("/")
+    place = 2 if segments[0] == "params" and len(segments) > 1 else 1
+    return "/".join([*segments[:place], str(index), *segments[place:]])
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 5) -> list[str]:
     """Find the candidates that a mistyped name most likely meant.
 

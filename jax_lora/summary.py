@@ -25,7 +25,8 @@ class SummaryRow:
       shape: Its shape in the base.
       rank: Rank of the pair (the largest of a stack), or None.
       scale: Scale of the pair (the range of a stack's, smallest first), or None.
-      trainable: Numbers that are trained.
+      trainable: Numbers that are trained; zeros that pad a lower rank are none.
+      ranks: The smallest and the largest rank of a stack, or None; 0 is a layer left out.
     """
 
     path: str
@@ -34,6 +35,7 @@ class SummaryRow:
     rank: int | None
     scale: tuple[float, float] | None
     trainable: int
+    ranks: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +109,7 @@ def summary(variables: Any, adapter: Adapter | None = None) -> Summary:
     ]
     return Summary(
         rows=(*pairs, *whole),
-        trainable=adapter.size,
+        trainable=sum(row.trainable for row in (*pairs, *whole)),
         # A leaf trained whole takes the place of one of the base's; factors come on top.
         total=sum(map(_count, leaves)) + sum(row.trainable for row in pairs),
         adapter_bytes=sum(map(_bytes, jax.tree.leaves(adapter))),
@@ -117,13 +119,17 @@ def summary(variables: Any, adapter: Adapter | None = None) -> Summary:
 
 def _pair_row(path: str, pair: LoraPair) -> SummaryRow:
     scales = np.asarray(pair.scale, float)
+    ranks = np.asarray(pair.rank if pair.ranks is None else pair.ranks)
+    if scales.shape == ranks.shape and ranks.any():
+        scales = scales[ranks > 0]  # a layer left out has no scale
     return SummaryRow(
         path=path,
         kind="lora",
         shape=pair.kernel_shape,
         rank=pair.rank,
         scale=(float(scales.min()), float(scales.max())),
-        trainable=math.prod(pair.a.shape) + math.prod(pair.b.shape),
+        trainable=pair.size,
+        ranks=(int(ranks.min()), int(ranks.max())),
     )
 
 
@@ -137,14 +143,14 @@ def _bytes(leaf: Any) -> int:
 
 
 def _cells(row: SummaryRow) -> tuple[str, ...]:
-    rank = "whole" if row.rank is None else str(row.rank)
+    rank = "whole" if row.ranks is None else _range(row.ranks)
     return (_short(row.path), str(row.shape), rank, _range(row.scale), f"{row.trainable:,}")
 
 
-def _range(scale: tuple[float, float] | None) -> str:
-    if scale is None:
+def _range(ends: tuple[float, float] | None) -> str:
+    if ends is None:
         return "-"
-    low, high = (f"{each:.4g}" for each in scale)
+    low, high = (f"{each:.4g}" for each in ends)
     return low if low == high else f"{low}..{high}"
 
 

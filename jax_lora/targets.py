@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jax_lora import paths
+from jax_lora import layers, paths
 from jax_lora.config import LoraConfig
 from jax_lora.errors import LoraError, NoMatchError, explain
 from jax_lora.kernel import Kernel, ambiguous, is_floating, kernels_by_name
@@ -69,9 +69,10 @@ def select(
     chosen = [p for p in chosen if not any(paths.matches(e, p) for e in config.modules_to_save)]
     if not chosen:
         raise _no_match("exclude", " ".join(config.exclude), known, "everything was excluded")
-    selected = {path: known[path] for path in sorted(chosen)}
-    _check_patterns("rank_pattern", config.rank_pattern, selected, leaves, config)
-    _check_patterns("alpha_pattern", config.alpha_pattern, selected, leaves, config)
+    selected = layers.with_layers({path: known[path] for path in sorted(chosen)}, config)
+    names = dict.fromkeys(layers.names(selected, config))
+    _check_patterns("rank_pattern", config.rank_pattern, names, leaves, config)
+    _check_patterns("alpha_pattern", config.alpha_pattern, names, leaves, config)
     return selected
 
 
@@ -164,7 +165,7 @@ def _no_match(setting: str, pattern: str, legal: Mapping[str, Any], why: str) ->
     return NoMatchError(
         explain(
             f"LoraConfig: {setting}={pattern!r}",
-            got=f"no match among {len(legal)} kernels; {why}",
+            got=f"no match among {len(legal)} names of kernels; {why}",
             expected="a name or glob of at least one kernel; the nearest are\n"
             + "\n".join(f"              {path}" for path in near),
             fix="Correct the pattern, or leave it out.",

@@ -308,6 +308,17 @@ def test_a_strangers_numbers_that_are_not_finite_are_refused(copied):
         load_adapter(copied)
 
 
+def test_a_checkpoint_of_format_1_is_still_read(copied):
+    def age(values):
+        values.update(version=1)
+        values["config"].pop("layers")
+        for pair in values["pairs"].values():
+            pair.pop("ranks")
+
+    reseal(copied, age)
+    assert_same(load_adapter(copied, base=toy()[0]), toy()[1])
+
+
 def test_a_folder_without_an_adapter_says_what_is_there(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         load_adapter(tmp_path / "none")
@@ -356,7 +367,7 @@ def set_leaf(**changes):
 
 NONSENSE = {
     "another format": (lambda v: v.update(format="x"), "format 'x'"),
-    "a newer version": (lambda v: v.update(version=2), "format version 2[\\s\\S]*version 1"),
+    "a newer version": (lambda v: v.update(version=3), "format version 3[\\s\\S]*version 2"),
     "no config": (lambda v: v.pop("config"), "KeyError"),
     "an unknown setting": (lambda v: v["config"].update(auto_map="x.py"), "'auto_map'"),
     "a bad rank": (lambda v: v["config"].update(rank=0), "rank"),

@@ -11,7 +11,7 @@ __all__ = ["KVCache", "check_inputs", "count_positions", "visible"]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, for `Llama` to go on from.
+    """Keys and values of the tokens seen so far, for a decoder to go on from.
 
     Attributes:
       keys: (layers, batch, length, key-value heads, head_dim), already rotated.
@@ -77,11 +77,19 @@ def visible(
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None,
     filled: jax.Array | None,
+    window: int | None = None,
 ) -> jax.Array:
-    """(batch or 1, 1, queries, keys) booleans: earlier, real, and of the same document."""
+    """(batch or 1, 1, queries, keys) booleans: earlier, real, and of the same document.
+
+    With a window, also no more than so many tokens back, the query's own included.
+    """
     row = jnp.arange(queries, dtype=jnp.int32)[:, None]
     row = row if filled is None else row + jnp.broadcast_to(filled, row.shape)
-    seen = (jnp.arange(keys, dtype=jnp.int32)[None, :] <= row)[None, None]
+    column = jnp.arange(keys, dtype=jnp.int32)[None, :]
+    seen = column <= row
+    if window is not None:
+        seen = seen & (column > row - jnp.int32(window))
+    seen = seen[None, None]
     if attention_mask is not None:
         seen = seen & attention_mask.astype(bool)[:, None, None, :]
     if segment_ids is not None:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from jax_lora.errors import ModelError, explain
 
-__all__ = ["member", "read_json", "weight_files"]
+__all__ = ["member", "read_json", "read_text", "weight_files"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -69,6 +69,28 @@ def read_json(folder: Path, name: str, limit: int = 1 << 20) -> dict[str, Any]:
       ModelError: if the file is absent, larger than `limit`, or holds no JSON object; keys that
         occur twice and numbers that are not finite are refused too.
     """
+    path, text = member(folder, name), read_text(folder, name, limit)
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_not_finite)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        _refuse(path, f"broken JSON: {reason}", "a JSON object", "fetch the file again.")
+    if not isinstance(value, dict):
+        _refuse(path, type(value).__name__, "a JSON object", "fetch the file again.")
+    return value
+
+
+def read_text(folder: Path, name: str, limit: int = 1 << 20) -> str:
+    """The text of `folder`'s file `name`.
+
+    Args:
+      folder: the model folder.
+      name: a plain file name.
+      limit: the largest size, in bytes, that is read.
+
+    Raises:
+      ModelError: if the file is absent, larger than `limit`, or not UTF-8.
+    """
     path = member(folder, name)
     if not path.is_file():
         _refuse(path, "no such file", "a Hugging Face model folder", "check the path.")
@@ -76,17 +98,9 @@ def read_json(folder: Path, name: str, limit: int = 1 << 20) -> dict[str, Any]:
     if size > limit:
         _refuse(path, f"{size} bytes", f"at most {limit}", "check that this is the right file.")
     try:
-        value = json.loads(
-            path.read_bytes().decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_constant=_not_finite,
-        )
-    except (ValueError, RecursionError) as error:
-        reason = str(error) or type(error).__name__
-        _refuse(path, f"broken JSON: {reason}", "a JSON object", "fetch the file again.")
-    if not isinstance(value, dict):
-        _refuse(path, type(value).__name__, "a JSON object", "fetch the file again.")
-    return value
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        _refuse(path, f"broken text: {error}", "UTF-8", "fetch the file again.")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

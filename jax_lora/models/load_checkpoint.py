@@ -1,11 +1,14 @@
-"""Read a Hugging Face folder's tensors into `Llama`'s stacked parameters.
+"""Read a Hugging Face folder's tensors into a module's stacked parameters.
 
 Each tensor goes from its file straight into its place in a stack that is updated in place, so the
 peak is the model and one layer's tensor. Shapes are compared before anything is allocated.
 """
 
+from __future__ import annotations
+
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,35 +16,46 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from safetensors import SafetensorError, safe_open
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jax_lora.errors import ModelError, explain
-from jax_lora.models.folder import member, weight_files
-from jax_lora.models.hf_names import tensor_names
-from jax_lora.models.llama import Llama, parameter_shapes
-from jax_lora.models.llama_config import LlamaConfig
+from jax_lora.models.families import family_of, family_of_config
+from jax_lora.models.layout import Placement
+from jax_lora.models.parameters import parameter_shapes
 from jax_lora.models.read_config import read_config
+from jax_lora.models.tensor_files import DTYPES, Tensor, open_tensors
 
 __all__ = ["load"]
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# For each parameter by path and shape; or one for all.
+Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding]
 
 
 def load(
-    path: str | os.PathLike[str], dtype: Any = None, *, remat: bool = False
-) -> tuple[Llama, dict[str, Any]]:
-    """Read a Llama-family model from a Hugging Face folder.
+    path: str | os.PathLike[str],
+    dtype: Any = None,
+    *,
+    remat: bool = False,
+    sharding: Shardings | None = None,
+    ignore: Iterable[str] = (),
+) -> tuple[Any, dict[str, Any]]:
+    """Read a model from a Hugging Face folder.
 
-    Nothing in the folder is run, and no file outside it is read.
+    The architecture follows from `config.json`. Nothing in the folder is run, and no file outside
+    it is read. Every layer goes straight to where it is to lie, so no more than the model and one
+    layer of it is ever held.
 
     Args:
       path: folder with `config.json` and `model.safetensors`, or shards with their index.
       dtype: of the parameters, and so of the arithmetic; None keeps the files' (float32 if
         they differ among themselves).
       remat: recompute activations in the backward pass, to save memory.
+      sharding: where the parameters are to lie: one `jax.sharding.Sharding` for all, or a function
+        of a parameter's path and shape, which starts with the layers' axis where it is stacked.
+        None: the default device.
+      ignore: fields of `config.json` that are not known here and that you know to change nothing.
 
     Returns:
       The module and its parameters: `model.apply({"params": params}, input_ids)`.
@@ -66,87 +80,43 @@ def load(
                 fix="check the path; models are not downloaded.",
             )
         )
-    model = Llama(read_config(folder), remat=remat)
+    config = read_config(folder, ignore)
     with ExitStack() as stack:
-        tensors = _open_all(folder, stack)
-        expected = _expected(model)
-        _compare(folder, model.config, expected, tensors)
+        tensors = open_tensors(folder, stack)
+        family = family_of_config(config)
+        tensors = _with_prefix(tensors, family.prefix)
         # Without 64-bit mode there is no float64 to load into.
         dtype = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(tensors))
-        flat = {
-            leaf_path: _read_leaf(leaf_path, names, shape, tensors, dtype)
-            for leaf_path, (names, shape) in expected.items()
-        }
-    return model.clone(param_dtype=dtype), unflatten_dict(flat, sep="/")
+        model = family.module(config, remat=remat, param_dtype=dtype)
+        shapes, layout = parameter_shapes(model), family.layout(config)
+        _compare(folder, model, shapes, tensors)
+        flat = {}
+        for name, shape in shapes.items():
+            where = _sharding_of(sharding, name, shape)
+            flat[name] = _read_leaf(layout[name], shape, tensors, dtype, where)
+    return model, unflatten_dict(flat, sep="/")
 
 
-class _Tensor:
-    """A tensor in an open file: its shape and dtype at once, its numbers when asked."""
-
-    def __init__(self, file: Any, name: str):
-        piece = file.get_slice(name)
-        self.shape, self.dtype = tuple(piece.get_shape()), piece.get_dtype()
-        self._file, self._name = file, name
-
-    def read(self) -> np.ndarray:
-        return self._file.get_tensor(self._name)
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Give the tensors of a model without its head the names that they have under one."""
+    if not prefix or any(name.startswith(prefix) for name in tensors):
+        return tensors
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _open_all(folder: Path, stack: ExitStack) -> dict[str, _Tensor]:
-    """Every tensor of the folder by name; files stay open as long as `stack`."""
-    tensors: dict[str, _Tensor] = {}
-    for file_name, named in weight_files(folder).items():
-        path = member(folder, file_name)
-        try:
-            file = stack.enter_context(safe_open(path, framework="numpy"))
-            found = set(file.keys())
-            tensors.update({name: _Tensor(file, name) for name in sorted(found)})
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                explain(
-                    str(path),
-                    got=f"a broken file: {error}",
-                    expected="a safetensors file",
-                    fix="fetch the file again.",
-                )
-            ) from error
-        if named is not None and named - found:
-            raise ModelError(
-                explain(
-                    str(path),
-                    got="a shard without " + ", ".join(sorted(named - found)),
-                    expected="the tensors that the index places there",
-                    fix="fetch the shard and the index again.",
-                )
-            )
-    return tensors
+# -----------------------------------------------------------------------------------------------
+# Comparing
+# -----------------------------------------------------------------------------------------------
 
 
-def _expected(model: Llama) -> dict[str, tuple[list[str], tuple[int, ...]]]:
-    """Parameter path -> its tensors' names in order of layer, and the parameter's shape."""
-    names = tensor_names(model.config)
-    layers = range(model.config.num_hidden_layers)
-    return {
-        path: (
-            [names[path].format(layer=i) for i in layers]
-            if "{layer}" in names[path]
-            else [names[path]],
-            shape,
-        )
-        for path, shape in parameter_shapes(model).items()
-    }
-
-
-def _tensor_shape(path: str, count: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of one tensor in the file, of the parameter at `path`."""
-    if path.startswith("layers/"):
-        shape = shape[1:]
-    return shape[::-1] if path.endswith("/kernel") else shape  # torch keeps (out, in)
-
-
-def _compare(folder: Path, config: LlamaConfig, expected: Any, tensors: Any) -> None:
+def _compare(
+    folder: Path,
+    model: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+) -> None:
     """Refuse a folder whose tensors are not exactly those of its configuration."""
-    problems = list(_differences(config, expected, tensors))
+    problems = list(_differences(model, shapes, tensors))
     if problems:
         raise ModelError(
             explain(
@@ -158,55 +128,93 @@ def _compare(folder: Path, config: LlamaConfig, expected: Any, tensors: Any) -> 
         )
 
 
-def _differences(config: LlamaConfig, expected: Any, tensors: Any) -> Iterator[str]:
-    known = set()
-    for path, (names, shape) in expected.items():
-        want = _tensor_shape(path, len(names), shape)
-        for name in names:
-            known.add(name)
-            tensor = tensors.get(name)
-            if tensor is None:
-                yield f"missing: {name} {want}"
-            elif tensor.shape != want:
-                yield f"wrong shape: {name} is {tensor.shape}, expected {want}"
-            elif tensor.dtype not in _DTYPES:
-                yield f"wrong dtype: {name} is {tensor.dtype}, expected {' or '.join(_DTYPES)}"
+def _differences(
+    model: Any, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
+) -> Iterator[str]:
+    family, known = family_of(model), set()
+    layout, tied = family.layout(model.config), getattr(model.config, "tie_word_embeddings", False)
+    redundant = family.redundant + family.tied_copies * tied
+    for path, shape in shapes.items():
+        want = layout[path].tensor_shape(shape)
+        for _, names in layout[path].expand(shape):
+            known.update(names)
+            for name in names:
+                yield from _difference(name, want, tensors.get(name))
     for name in sorted(set(tensors) - known):
-        if not _is_redundant(name, config):
+        if not any(re.fullmatch(pattern, name) for pattern in redundant):
             yield f"extra: {name} {tensors[name].shape}"
 
 
-def _is_redundant(name: str, config: LlamaConfig) -> bool:
-    """Tensors some files carry although the configuration alone gives them."""
-    tied_head = config.tie_word_embeddings and name == "lm_head.weight"
-    return tied_head or name.endswith("rotary_emb.inv_freq")
+def _difference(name: str, want: tuple[int, ...], tensor: Tensor | None) -> Iterator[str]:
+    if tensor is None:
+        yield f"missing: {name} {want}"
+    elif tensor.shape != want:
+        yield f"wrong shape: {name} is {tensor.shape}, expected {want}"
+    elif tensor.dtype not in DTYPES:
+        yield f"wrong dtype: {name} is {tensor.dtype}, expected {' or '.join(DTYPES)}"
 
 
-def _common_dtype(tensors: dict[str, _Tensor]) -> Any:
+def _common_dtype(tensors: Mapping[str, Tensor]) -> Any:
     """The dtype of the files; float32 where they mix, which holds every half exactly."""
-    stored = {_DTYPES[tensor.dtype] for tensor in tensors.values() if tensor.dtype in _DTYPES}
+    stored = {DTYPES[tensor.dtype] for tensor in tensors.values() if tensor.dtype in DTYPES}
     return stored.pop() if len(stored) == 1 else "float32"
 
 
+# -----------------------------------------------------------------------------------------------
+# Reading
+# -----------------------------------------------------------------------------------------------
+
+
 def _read_leaf(
-    path: str, names: list[str], shape: tuple[int, ...], tensors: dict[str, _Tensor], dtype: Any
+    placement: Placement,
+    shape: tuple[int, ...],
+    tensors: Mapping[str, Tensor],
+    dtype: Any,
+    sharding: Sharding | None,
 ) -> jax.Array:
-    transposed = path.endswith("/kernel")
-    if not path.startswith("layers/"):
-        return jnp.asarray(_oriented(tensors[names[0]], transposed, dtype))
-    leaf = jnp.zeros(shape, dtype)  # (layers, in, out)
-    for layer, name in enumerate(names):
-        leaf = _put_layer(leaf, _oriented(tensors[name], transposed, dtype), np.int32(layer))
+    parts = (
+        (position, placement.from_files([tensors[name].read() for name in names], dtype))
+        for position, names in placement.expand(shape)
+    )
+    if not placement.stacked:
+        return _put(next(parts)[1], sharding)
+    depth = len(placement.stacked)
+    leaf = _zeros(shape, dtype, sharding)  # (*stack, in, out)
+    for position, part in parts:
+        start = np.array([*position, *[0] * (len(shape) - depth)], np.int32)
+        part = _put(part.reshape((1,) * depth + part.shape), _of_part(sharding, depth))
+        leaf = _write(leaf, part, start, sharding)
     return leaf
 
 
-def _oriented(tensor: _Tensor, transposed: bool, dtype: Any) -> np.ndarray:
-    value = tensor.read()
-    value = value.T if transposed else value
-    return np.ascontiguousarray(value.astype(dtype))
+def _put(value: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-@partial(jax.jit, donate_argnums=0)
-def _put_layer(stack: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.zeros(shape, dtype)
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+def _of_part(sharding: Sharding | None, depth: int) -> Sharding | None:
+    """Where one layer lies: as in the stack, but whole along the stack's own axes."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    rest = tuple(sharding.spec)[depth:]
+    return NamedSharding(sharding.mesh, PartitionSpec(*(None,) * depth, *rest))
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write(
+    stack: jax.Array, part: jax.Array, start: jax.Array, sharding: Sharding | None
+) -> jax.Array:
     """Write one layer into the stack; donated, so that no second stack is ever held."""
-    return jax.lax.dynamic_update_index_in_dim(stack, value, layer, axis=0)
+    written = jax.lax.dynamic_update_slice(stack, part, tuple(start))
+    return written if sharding is None else jax.lax.with_sharding_constraint(written, sharding)
+
+
+def _sharding_of(sharding: Shardings | None, path: str, shape: tuple[int, ...]) -> Sharding | None:
+    return sharding(path, shape) if callable(sharding) else sharding

@@ -1,22 +1,29 @@
-"""From a checkpoint's `config.json` to a `LlamaConfig`, refusing what is not implemented.
+"""From a checkpoint's `config.json` to a configuration, refusing what is not implemented.
 
-Fields that other members of the family use to change the arithmetic are refused by name: loading
-such a model as a plain Llama would give wrong numbers without a word.
+Every field is one that the configuration knows, one that is known to change nothing, or refused by
+name: loading a model without a field that changes its arithmetic would give wrong numbers
+without a word.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jax_lora.errors import ConfigError, ModelError, explain
-from jax_lora.models.folder import read_json
-from jax_lora.models.llama_config import LlamaConfig
+from jax_lora.models.decoder_config import DecoderConfig
+from jax_lora.models.families import FAMILIES
+from jax_lora.models.family import Family
+from jax_lora.models.folder import read_json, read_text
 
-__all__ = ["read_config"]
+__all__ = ["arguments_to_config", "read_config"]
 
-# Field -> the values that leave the arithmetic alone.
+# Field -> the values that leave the arithmetic alone, whatever the architecture.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
+    "compression_config": (None,),
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "attention_multiplier": (None,),
@@ -34,54 +41,129 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (None, 0),
     "num_experts": (None, 0),
     "is_encoder_decoder": (None, False),
+    "is_decoder": (None, False),
     "add_cross_attention": (None, False),
+    "tie_encoder_decoder": (None, False),
+    "pruned_heads": (None, {}),
+    "chunk_size_feed_forward": (None, 0),
 }
-_ROPE_FIELDS = ("rope_theta", "rope_scaling")
+# What a configuration says of files, training, generation and labels, and not of the arithmetic.
+_HARMLESS = frozenset(
+    "architectures model_type torch_dtype dtype transformers_version _name_or_path auto_map "
+    "use_cache return_dict output_attentions output_hidden_states output_router_logits torchscript "
+    "use_bfloat16 use_return_dict gradient_checkpointing tf_legacy_loss _attn_implementation "
+    "attn_implementation _attn_implementation_autoset unsloth_version unsloth_fixed _commit_hash "
+    "attention_dropout hidden_dropout dropout router_aux_loss_coef router_jitter_noise "
+    "initializer_range initializer_factor tokenizer_class finetuning_task problem_type id2label "
+    "label2id task_specific_params language license "
+    "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id "
+    "decoder_start_token_id forced_bos_token_id forced_eos_token_id prefix suppress_tokens "
+    "begin_suppress_tokens bad_words_ids max_length min_length do_sample early_stopping num_beams "
+    "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty "
+    "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences "
+    "output_scores return_dict_in_generate remove_invalid_values exponential_decay_length_penalty "
+    "cross_attention_hidden_size".split()
+)
+_ROPE_FIELDS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+)
 
 
-def read_config(folder: Path) -> LlamaConfig:
-    """The configuration of a Hugging Face Llama folder.
+def read_config(folder: Path, ignore: Iterable[str] = ()) -> Any:
+    """The configuration of a Hugging Face folder.
 
     Reads `rope_parameters` (transformers 5) as well as `rope_theta` with `rope_scaling` (before).
 
+    Args:
+      folder: the folder.
+      ignore: fields that the caller knows to change nothing.
+
+    Returns:
+      A configuration of the class of its family.
+
     Raises:
-      ModelError: for another architecture, a field that changes the arithmetic and is not
-        implemented, or a value that `LlamaConfig` refuses; the message names the field.
+      ModelError: for another architecture, a field that is unknown or changes the arithmetic in a
+        way that is not implemented, or a value that the configuration refuses.
     """
     raw = read_json(folder, "config.json")
     where = folder / "config.json"
-    if raw.get("model_type") != "llama":
-        got = f"model_type {raw.get('model_type')!r}"
-        _refuse(where, got, "model_type 'llama'", "only the Llama architecture is implemented.")
-    for field, neutral in _NEUTRAL.items():
-        if raw.get(field) not in neutral:
-            got = f"{field} = {raw[field]!r}"
-            expected = f"{field} absent or {neutral[-1]!r}"
-            _refuse(where, got, expected, "this variant of Llama is not implemented.")
-    layer_types = raw.get("layer_types") or []
-    if set(layer_types) - {"full_attention"}:
-        got = f"layer_types {sorted(set(layer_types))}"
-        _refuse(where, got, "'full_attention' only", "this variant of Llama is not implemented.")
+    family = _family(raw, where)
+    _check_fields(raw, family, where, frozenset(ignore))
+    config = arguments_to_config(raw, family, where)
+    return dataclasses.replace(config, source=read_text(folder, "config.json"))
+
+
+def arguments_to_config(
+    raw: dict[str, Any], family: Family, where: Path = Path("config.json")
+) -> Any:
+    """The configuration that the fields of a `config.json` make, those unknown left aside.
+
+    Raises:
+      ModelError: for a value that the configuration refuses.
+    """
     try:
-        return LlamaConfig(**_plain_fields(raw), **_rope_fields(raw, where))
+        return family.config(**_arguments(raw, family, where))
     except ConfigError as error:
         raise ModelError(f"{where}: {error}") from error
 
 
-def _plain_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(LlamaConfig)} - set(_ROPE_FIELDS)
+def _family(raw: dict[str, Any], where: Path) -> Family:
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        got = f"model_type {raw.get('model_type')!r}"
+        _refuse(where, got, f"one of {known}", "this architecture is not implemented.")
+    named = raw.get("architectures") or family.architectures[:1]
+    if not set(named) & set(family.architectures):
+        expected = "architectures with " + " or ".join(family.architectures)
+        _refuse(where, f"architectures {named!r}", expected, "this model is not implemented.")
+    return family
+
+
+def _check_fields(raw: dict[str, Any], family: Family, where: Path, ignore: frozenset[str]) -> None:
+    known = _HARMLESS | {*family.harmless, *_names(family), *_ROPE_FIELDS} | ignore
+    neutral = {**_NEUTRAL, **family.neutral}
+    for field, value in raw.items():
+        if field in known:
+            continue
+        if field == "layer_types" and not set(value or []) - {"full_attention"}:
+            continue
+        if field in neutral:
+            if value not in neutral[field]:
+                expected = f"{field} absent or {neutral[field][-1]!r}"
+                fix = f"this variant of {family.model_type} is not implemented."
+                _refuse(where, f"{field} = {value!r}", expected, fix)
+        elif value:
+            _refuse(
+                where,
+                f"{field} = {value!r}, which is not known here",
+                f"fields of a {family.model_type} that are known to be implemented or harmless",
+                f"if it changes nothing that the model computes, load with ignore=({field!r},).",
+            )
+
+
+def _names(family: Family) -> set[str]:
+    return {field.name for field in dataclasses.fields(family.config)} - {"source"}
+
+
+def _arguments(raw: dict[str, Any], family: Family, where: Path) -> dict[str, Any]:
+    names = _names(family) - set(_ROPE_FIELDS)
     found = {name: raw[name] for name in names if raw.get(name) is not None}
-    if isinstance(found.get("eos_token_id"), list):
-        found["eos_token_id"] = tuple(found["eos_token_id"])
-    return found
+    found = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+    if issubclass(family.config, DecoderConfig):
+        found |= _rope_fields(raw, family, where)
+    return found | family.fields(raw)
 
 
-def _rope_fields(raw: dict[str, Any], where: Path) -> dict[str, Any]:
+def _rope_fields(raw: dict[str, Any], family: Family, where: Path) -> dict[str, Any]:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         _refuse(where, f"rope settings {rope!r}", "an object", "fetch the file again.")
     rope = dict(rope)
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or LlamaConfig.rope_theta
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or family.config.rope_theta
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0:
         return {"rope_theta": theta}

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.models.llama_config import LlamaConfig
+from jax_lora.models.decoder_config import DecoderConfig
 
 __all__ = ["apply_rotary", "rotary_angles"]
 
 
-def rotary_angles(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines by which each position's channels are turned.
 
     Args:
@@ -35,7 +35,7 @@ def rotary_angles(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array,
 
     Example:
       >>> import jax.numpy as jnp
-      >>> config = LlamaConfig(hidden_size=8, num_attention_heads=2)
+      >>> config = DecoderConfig(hidden_size=8, num_attention_heads=2)
       >>> cos, sin = rotary_angles(config, jnp.arange(3)[None])
       >>> cos.shape
       (1, 3, 2)
@@ -63,7 +63,7 @@ def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-def _frequencies(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, float]:
+def _frequencies(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, float]:
     """Radians per position of each channel pair, and the factor on cosines and sines."""
     scaling = config.rope_scaling or {}
     kind = config.rope_type
@@ -84,7 +84,7 @@ def _plain(theta: float, head_dim: int) -> np.ndarray:
     return 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
 
 
-def _dynamic(config: LlamaConfig, scaling: Mapping[str, Any], positions: jax.Array) -> jax.Array:
+def _dynamic(config: DecoderConfig, scaling: Mapping[str, Any], positions: jax.Array) -> jax.Array:
     """Theta grows with the longest position of the batch once it passes the trained length."""
     dim, trained = config.head_dim, config.max_position_embeddings
     length = jnp.maximum(positions.max() + 1, trained).astype(jnp.float32)
@@ -104,7 +104,7 @@ def _llama3(plain: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
     return keep * plain + (1.0 - keep) * plain / scaling["factor"]
 
 
-def _yarn(plain: np.ndarray, config: LlamaConfig, scaling: Mapping[str, Any]) -> np.ndarray:
+def _yarn(plain: np.ndarray, config: DecoderConfig, scaling: Mapping[str, Any]) -> np.ndarray:
     """Channels that turn often within the trained length are kept, the others stretched."""
     low, high = _yarn_ramp_ends(config, scaling)
     # A ramp of no width would divide by zero; a thousandth of a channel is a step.
@@ -113,7 +113,7 @@ def _yarn(plain: np.ndarray, config: LlamaConfig, scaling: Mapping[str, Any]) ->
     return (1.0 - stretch) * plain + stretch * plain / scaling["factor"]
 
 
-def _yarn_ramp_ends(config: LlamaConfig, scaling: Mapping[str, Any]) -> tuple[float, float]:
+def _yarn_ramp_ends(config: DecoderConfig, scaling: Mapping[str, Any]) -> tuple[float, float]:
     trained = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
     dim = config.head_dim
 

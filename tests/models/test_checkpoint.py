@@ -1,13 +1,17 @@
 """Hugging Face folders: round trips, and one clear refusal for each way they can be wrong."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from jax_lora.errors import ModelError, StructureError
@@ -60,6 +64,61 @@ def test_save_and_load_round_trip_is_byte_identical(tmp_path):
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("variant", ["tied", "biased", "dynamic", "yarn", "llama3"])
+def test_saving_an_unchanged_model_writes_the_files_it_came_from(variant, tmp_path):
+    save(tmp_path, *load(FIXTURES / variant))
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (FIXTURES / variant / name).read_bytes(), name
+
+
+def test_a_changed_configuration_is_written_anew_with_fields_it_does_not_govern(folder, tmp_path):
+    change_json(folder / "config.json", transformers_version="1.2.3")
+    model, params = load(folder)
+    changed = model.clone(config=dataclasses.replace(model.config, rms_norm_eps=0.5))
+    save(tmp_path / "out", changed, params)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["rms_norm_eps"], written["transformers_version"]) == (0.5, "1.2.3")
+    assert load(tmp_path / "out")[0] == changed
+
+
+def test_every_parameter_loads_straight_into_its_sharding(tmp_path):
+    mesh = jax.make_mesh((2, 4), ("layer", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    sharding = {}
+
+    def choose(path, shape):
+        spec = P("layer", None, "tensor") if path.endswith("proj/kernel") else P()
+        sharding[path] = NamedSharding(mesh, spec)
+        return sharding[path]
+
+    _, params = load(FIXTURES / "llama3", sharding=choose)
+    _, plain = load(FIXTURES / "llama3")
+    q_proj = params["layers"]["attn"]["q_proj"]["kernel"]
+    assert q_proj.sharding == sharding["layers/attn/q_proj/kernel"]
+    assert q_proj.addressable_shards[0].data.shape == (1, 16, 8)
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    _, params = load(FIXTURES / "llama3", sharding=one)
+    assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {one}
+
+
+def test_an_unknown_field_is_refused_by_name_unless_it_is_known_to_change_nothing(folder):
+    change_json(folder / "config.json", surprise={"factor": 3}, another=None)
+    message = refusal(folder)
+    assert "surprise = {'factor': 3}, which is not known here" in message
+    assert "load with ignore=('surprise',)" in message
+    load(folder, ignore=["surprise"])
+
+
+def test_another_head_is_refused_by_name(folder):
+    change_json(folder / "config.json", architectures=["LlamaForTokenClassification"])
+    assert "architectures ['LlamaForTokenClassification']" in refusal(folder)
+
+
+def test_a_module_of_no_known_architecture_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="a Dense"):
+        save(tmp_path, nn.Dense(2), {})
 
 
 def test_mixed_dtypes_load_as_float32(folder):
@@ -118,12 +177,12 @@ def test_redundant_tensors_are_let_pass(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"model_type": "gpt3"}, "model_type 'gpt3'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
         ({"sliding_window": 128}, "sliding_window = 128"),
         ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"hidden_act": "xielu"}, "hidden_act"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
         ({"rope_parameters": [1]}, "rope settings [1]"),

@@ -17,7 +17,7 @@ from jax_lora.models import LlamaConfig
         ({"rope_theta": -1.0}, "rope_theta\n  got:      -1.0"),
         ({"num_key_value_heads": 5}, "num_key_value_heads\n  got:      5\n  expected: a divisor"),
         ({"head_dim": 3}, "head_dim\n  got:      3\n  expected: an even number"),
-        ({"hidden_act": "gelu"}, "hidden_act\n  got:      'gelu'"),
+        ({"hidden_act": "xielu"}, "hidden_act\n  got:      'xielu'"),
         (
             {"rope_scaling": {"rope_type": "spiral"}},
             "one of default, linear, dynamic, yarn, llama3",

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lora.models.llama_config import LlamaConfig
+from jax_lora.models import LlamaConfig
 from jax_lora.models.rotary import apply_rotary, rotary_angles
 
 CONFIG = LlamaConfig(hidden_size=16, num_attention_heads=2, max_position_embeddings=32)

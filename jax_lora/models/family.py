@@ -1,0 +1,74 @@
+"""Family: all that loading and saving have to know of one architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax_lora.models.layout import Layout
+
+__all__ = ["ROTARY_TABLES", "Family", "decoder_json", "plain_json"]
+
+# Tables of rotary frequencies that older files hold.
+ROTARY_TABLES = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture, as its file describes it.
+
+    Args:
+      model_type: What `config.json` calls it.
+      architectures: The classes of transformers whose files fit, the usual one first.
+      config: The configuration's class.
+      module: The Linen module, called with a configuration.
+      layout: From a configuration to where every parameter stands.
+      to_json: From a configuration to the fields of `config.json` that it governs.
+      fields: From `config.json` to further arguments of the configuration, beyond those that
+        have the same name there.
+      neutral: Field of `config.json` -> the values with which it changes nothing here.
+      harmless: Fields that change nothing whatever their value.
+      redundant: Patterns of tensors that files may hold although nothing needs them.
+      tied_copies: The same, where the embedding is tied to the output head.
+      prefix: What files of the model without its head leave off the tensors' names.
+      embedding: Path of the table of tokens, (vocabulary, hidden).
+      head: Path of the output head of an untied model, (hidden, vocabulary); None if the head
+        cannot be untied.
+      head_bias: Path of the head's bias, if it has one.
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    config: type[Any]
+    module: type[Any]
+    layout: Callable[[Any], Layout]
+    to_json: Callable[[Any], dict[str, Any]]
+    fields: Callable[[dict[str, Any]], dict[str, Any]] = lambda raw: {}
+    neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    harmless: tuple[str, ...] = ()
+    redundant: tuple[str, ...] = ()
+    tied_copies: tuple[str, ...] = (r"lm_head\.weight",)
+    prefix: str = ""
+    embedding: str = "embed_tokens/embedding"
+    head: str | None = "lm_head/kernel"
+    head_bias: str | None = None
+
+
+def plain_json(config: Any) -> dict[str, Any]:
+    """Every field of a configuration under its own name, as values that JSON has."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    del fields["source"]
+    listed = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+    return {name: dict(v) if isinstance(v, Mapping) else v for name, v in listed.items()}
+
+
+def decoder_json(config: Any) -> dict[str, Any]:
+    """The same for a decoder, with its rotary settings as old and new readers want them."""
+    fields = plain_json(config)
+    scaling = fields["rope_scaling"] or {}
+    rope = {**scaling, "rope_type": config.rope_type, "rope_theta": config.rope_theta}
+    # Transformers 5 reads rope_parameters, its elders the two older fields.
+    fields["rope_parameters"] = rope
+    fields["rope_scaling"] = {**scaling, "rope_type": config.rope_type} if scaling else None
+    return fields
