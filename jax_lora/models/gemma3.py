@@ -10,12 +10,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax.core import FrozenDict
-
 from jax_lora.errors import ConfigError, explain
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import DecoderLayer
-from jax_lora.models.decoder_config import LayerKind
+from jax_lora.models.decoder_config import LayerKind, frozen_settings
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
 from jax_lora.models.gemma import gemma_norm
 from jax_lora.models.gemma2 import CappedDecoder
@@ -64,8 +62,8 @@ class Gemma3Config(MixedLayersConfig):
     def __post_init__(self) -> None:  # noqa: D105  fills in what is derived, then checks
         object.__setattr__(self, "hidden_act", self.hidden_activation)
         if self.rope_local_scaling is not None:
-            frozen = FrozenDict(self.rope_local_scaling)
-            object.__setattr__(self, "rope_local_scaling", frozen)
+            settings = frozen_settings(self.rope_local_scaling)
+            object.__setattr__(self, "rope_local_scaling", settings)
         self.check_sizes(("sliding_window_pattern",))
         super().__post_init__()
         cap = ("final_logit_softcapping",) * (self.final_logit_softcapping is not None)

@@ -43,19 +43,20 @@ class Phi3Config(WindowConfig):
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:  # noqa: D105  fills in what is derived, then checks
+        if self.rope_scaling is not None:
+            self._settle_scaling(dict(self.rope_scaling))
         self.check_sizes(("original_max_position_embeddings",))
         self.check_positive(("partial_rotary_factor",))
-        if self.rope_scaling is not None:
-            object.__setattr__(self, "rope_scaling", self._usual_scaling())
         super().__post_init__()
 
-    def _usual_scaling(self) -> dict[str, Any]:
-        """Longrope has had other names in Phi-3's files, and its trained length stands apart."""
-        scaling = dict(self.rope_scaling or {})
+    def _settle_scaling(self, scaling: dict[str, Any]) -> None:
+        """Longrope has had other names in Phi-3's files, and some of its settings fields apart."""
         if self.rope_type in ("su", "yarn"):
             scaling["rope_type"] = "longrope"
         scaling["original_max_position_embeddings"] = self.original_max_position_embeddings
-        return scaling
+        part = scaling.pop("partial_rotary_factor", self.partial_rotary_factor)
+        object.__setattr__(self, "partial_rotary_factor", part)
+        object.__setattr__(self, "rope_scaling", scaling)
 
     @property
     def rotary_dim(self) -> int:
