@@ -11,7 +11,7 @@ from flax.core import FrozenDict
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.model_config import ModelConfig, is_positive, is_size
 
-__all__ = ["DecoderConfig", "LayerKind"]
+__all__ = ["DecoderConfig", "LayerKind", "frozen_settings"]
 
 _SIZES = (
     "vocab_size",
@@ -35,7 +35,10 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+    "longrope": ("original_max_position_embeddings",),
 }
+# Settings with a number for each pair of rotated channels.
+_ROPE_LISTS = {"longrope": ("short_factor", "long_factor")}
 
 
 class LayerKind(NamedTuple):
@@ -81,7 +84,7 @@ class DecoderConfig(ModelConfig):
         if not self.head_dim and is_size(self.num_attention_heads):
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.rope_scaling is not None:  # frozen, so that a module that holds it can be hashed
-            object.__setattr__(self, "rope_scaling", FrozenDict(self.rope_scaling))
+            object.__setattr__(self, "rope_scaling", frozen_settings(self.rope_scaling))
         self.check_sizes(_SIZES)
         self.check_positive(("rms_norm_eps", "rope_theta"))
         self.check_choice("hidden_act", ACTIVATIONS)
@@ -90,9 +93,14 @@ class DecoderConfig(ModelConfig):
 
     @property
     def rope_type(self) -> str:
-        """Name of the rotary scaling: default, linear, dynamic, yarn or llama3."""
+        """Name of the rotary scaling: default, linear, dynamic, yarn, llama3 or longrope."""
         scaling = self.rope_scaling or {}
         return scaling.get("rope_type") or scaling.get("type") or "default"
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's channels are rotated."""
+        return self.head_dim
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -107,9 +115,9 @@ class DecoderConfig(ModelConfig):
                 f"a divisor of num_attention_heads, {self.num_attention_heads}",
                 "let each key-value head serve equally many query heads.",
             )
-        if self.head_dim % 2:
+        if self.rotary_dim % 2:
             fix = "rotary embedding turns channel pairs."
-            self.refuse("head_dim", self.head_dim, "an even number", fix)
+            self.refuse("head_dim", self.rotary_dim, "an even number", fix)
 
     def _check_rope(self) -> None:
         scaling, kind = self.rope_scaling or {}, self.rope_type
@@ -128,6 +136,13 @@ class DecoderConfig(ModelConfig):
                     f"a number above 0 (scaling {kind!r} needs it)",
                     f"give rope_scaling a {name}.",
                 )
+        for name in _ROPE_LISTS.get(kind, ()):
+            factors, pairs = scaling.get(name), self.rotary_dim // 2
+            whole = isinstance(factors, tuple) and all(map(is_positive, factors))
+            if not whole or len(factors) != pairs:
+                expected = f"{pairs} numbers above 0, one for each pair of channels"
+                fix = f"give rope_scaling a {name}."
+                self.refuse(f"rope_scaling: {name}", factors, expected, fix)
         if scaling.get("partial_rotary_factor", 1.0) != 1.0:
             self.refuse(
                 "rope_scaling: partial_rotary_factor",
@@ -135,3 +150,8 @@ class DecoderConfig(ModelConfig):
                 "1.0: every channel is rotated",
                 "partial rotation is not implemented; use a checkpoint without it.",
             )
+
+
+def frozen_settings(settings: Mapping[str, Any]) -> FrozenDict[str, Any]:
+    """Settings that can be hashed: lists become tuples."""
+    return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})

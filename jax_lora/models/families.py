@@ -5,12 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 from jax_lora.errors import ModelError, explain
-from jax_lora.models import llama
+from jax_lora.models import (
+    gemma,
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from jax_lora.models.family import Family
 
 __all__ = ["FAMILIES", "family_of", "family_of_config"]
 
-FAMILIES: dict[str, Family] = {each.FAMILY.model_type: each.FAMILY for each in (llama,)}
+_ARCHITECTURES = (
+    gemma,
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
+FAMILIES: dict[str, Family] = {each.FAMILY.model_type: each.FAMILY for each in _ARCHITECTURES}
 
 
 def family_of(model: Any) -> Family:

@@ -8,6 +8,7 @@ position.
 References:
     Su et al., RoFormer, https://arxiv.org/abs/2104.09864 (equation 34).
     Peng et al., YaRN, https://arxiv.org/abs/2309.00071 (section 3).
+    Ding et al., LongRoPE, https://arxiv.org/abs/2402.13753 (section 3).
 """
 
 import math
@@ -31,7 +32,7 @@ def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Arra
       positions: (batch, tokens) integers.
 
     Returns:
-      Two float32 arrays (batch, tokens, head_dim / 2).
+      Two float32 arrays (batch, tokens, rotary_dim / 2).
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,27 +41,28 @@ def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Arra
       >>> cos.shape
       (1, 3, 2)
     """
-    frequencies, factor = _frequencies(config, positions)  # (head_dim / 2,), float
+    frequencies, factor = _frequencies(config, positions)  # (rotary_dim / 2,), float
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
     factor = jnp.float32(factor)
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor  # (batch, tokens, head_dim / 2)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor  # (batch, tokens, rotary_dim / 2)
 
 
 def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the channel pairs (i, i + head_dim / 2) of every head.
+    """Turn the channel pairs (i, i + rotary_dim / 2) of every head; channels beyond stay.
 
     Args:
       x: (batch, tokens, heads, head_dim), queries or keys.
-      cos: (batch, tokens, head_dim / 2), from `rotary_angles`.
+      cos: (batch, tokens, rotary_dim / 2), from `rotary_angles`.
       sin: same shape.
 
     Returns:
       The turned array, x's shape and dtype.
     """
+    half = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # one angle for all heads
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # (b, t, h, head_dim / 2) each
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]  # (b, t, h, ...) each
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def _frequencies(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, float]:
@@ -69,7 +71,7 @@ def _frequencies(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array
     kind = config.rope_type
     if kind == "dynamic":
         return _dynamic(config, scaling, positions), 1.0
-    plain = _plain(config.rope_theta, config.head_dim)
+    plain = _plain(config.rope_theta, config.rotary_dim)
     if kind == "linear":
         return jnp.asarray(plain / scaling["factor"], jnp.float32), 1.0
     if kind == "llama3":
@@ -77,16 +79,19 @@ def _frequencies(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array
     if kind == "yarn":
         frequencies = _yarn(plain, config, scaling)
         return jnp.asarray(frequencies, jnp.float32), _yarn_attention_factor(scaling)
+    if kind == "longrope":
+        frequencies = _longrope(plain, scaling, positions)
+        return frequencies, _longrope_attention_factor(config, scaling)
     return jnp.asarray(plain, jnp.float32), 1.0
 
 
-def _plain(theta: float, head_dim: int) -> np.ndarray:
-    return 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def _plain(theta: float, dim: int) -> np.ndarray:
+    return 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
 def _dynamic(config: DecoderConfig, scaling: Mapping[str, Any], positions: jax.Array) -> jax.Array:
     """Theta grows with the longest position of the batch once it passes the trained length."""
-    dim, trained = config.head_dim, config.max_position_embeddings
+    dim, trained = config.rotary_dim, config.max_position_embeddings
     length = jnp.maximum(positions.max() + 1, trained).astype(jnp.float32)
     factor = jnp.float32(scaling["factor"])
     growth = (factor * length / jnp.float32(trained) - (factor - jnp.float32(1.0))) ** jnp.float32(
@@ -115,7 +120,7 @@ def _yarn(plain: np.ndarray, config: DecoderConfig, scaling: Mapping[str, Any]) 
 
 def _yarn_ramp_ends(config: DecoderConfig, scaling: Mapping[str, Any]) -> tuple[float, float]:
     trained = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
-    dim = config.head_dim
+    dim = config.rotary_dim
 
     def channel(turns: float) -> float:
         """The channel that makes `turns` turns over the trained length."""
@@ -144,3 +149,21 @@ def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
 
 def _mscale(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _longrope(plain: np.ndarray, scaling: Mapping[str, Any], positions: jax.Array) -> jax.Array:
+    """Each pair is slowed by a factor of its own; the long set serves beyond the trained length."""
+    short, long = (
+        jnp.asarray(plain / np.array(scaling[name]), jnp.float32)
+        for name in ("short_factor", "long_factor")
+    )
+    return jnp.where(positions.max() >= scaling["original_max_position_embeddings"], long, short)
+
+
+def _longrope_attention_factor(config: DecoderConfig, scaling: Mapping[str, Any]) -> float:
+    given = scaling.get("attention_factor")
+    if given is not None:
+        return given
+    trained = scaling["original_max_position_embeddings"]
+    factor = scaling.get("factor") or config.max_position_embeddings / trained
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))

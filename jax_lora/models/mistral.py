@@ -1,0 +1,109 @@
+"""Mistral: Llama's layer, with attention to a window of the last tokens.
+
+Reference:
+    Jiang et al. (arXiv:2310.06825), section 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax_lora.models.attention import Attention
+from jax_lora.models.decoder import Decoder, DecoderLayer
+from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
+from jax_lora.models.joins import PreNormLayer
+from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
+from jax_lora.models.mlp import GatedMLP
+from jax_lora.models.norms import RMSNorm
+from jax_lora.models.windows import WindowConfig
+
+__all__ = ["Mistral", "MistralConfig"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MistralConfig(WindowConfig):
+    """Sizes and switches of a Mistral, named as in Hugging Face's `MistralConfig`.
+
+    Raises:
+      ConfigError: for a size that is no positive integer, heads that do not divide, an activation
+        or a rotary scaling that is not implemented.
+
+    Example:
+      >>> MistralConfig(sliding_window=None).window  # as later versions of Mistral 7B
+    """
+
+    intermediate_size: int = 14336
+    num_key_value_heads: int = 8
+    max_position_embeddings: int = 131072
+    sliding_window: int | None = 4096
+
+
+class MistralLayer(PreNormLayer):
+    """Attention, then the gated feed-forward part, each on a normed copy of x."""
+
+    def setup(self):  # noqa: D102  Linen's hook
+        c, dtype = self.config, self.param_dtype
+        self.input_norm = RMSNorm(c.rms_norm_eps, param_dtype=dtype)
+        self.attn = Attention(c, dtype)
+        self.post_attention_norm = RMSNorm(c.rms_norm_eps, param_dtype=dtype)
+        self.mlp = GatedMLP(c, dtype)
+
+
+class Mistral(Decoder):
+    """Mistral decoder; `jax_lora.models.load` makes one from a Hugging Face folder.
+
+    Attributes:
+      config: sizes, in Hugging Face's terms.
+      remat: recompute each layer's activations in the backward pass, to save memory.
+      param_dtype: dtype that `init` gives the parameters; `apply` follows what it is given.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> config = MistralConfig(vocab_size=16, hidden_size=8, intermediate_size=16,
+      ...                        num_hidden_layers=2, num_attention_heads=2,
+      ...                        num_key_value_heads=1, sliding_window=2)
+      >>> model, ids = Mistral(config), jnp.array([[3, 1, 4]])
+      >>> params = model.init(jax.random.key(0), ids)["params"]
+      >>> model.apply({"params": params}, ids).shape
+      (1, 3, 16)
+    """
+
+    def layer_class(self) -> type[DecoderLayer]:
+        """Mistral's layer."""
+        return MistralLayer
+
+    @property
+    def hf_names(self) -> dict[str, str]:
+        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
+        return kernel_modules(layout(self.config))
+
+
+def layout(config: MistralConfig) -> Layout:
+    """Where a Mistral's parameters stand in its files."""
+    return decoder_layout(
+        attention=("q_proj", "k_proj", "v_proj", "o_proj"),
+        mlp=("gate_proj", "up_proj", "down_proj"),
+        norms={
+            "input_norm": "input_layernorm",
+            "post_attention_norm": "post_attention_layernorm",
+        },
+        tied=config.tie_word_embeddings,
+    )
+
+
+def _fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """A null window means none; a window left out means the usual one."""
+    return {"sliding_window": raw["sliding_window"]} if "sliding_window" in raw else {}
+
+
+FAMILY = Family(
+    model_type="mistral",
+    architectures=("MistralForCausalLM",),
+    config=MistralConfig,
+    module=Mistral,
+    layout=layout,
+    to_json=decoder_json,
+    fields=_fields,
+    redundant=ROTARY_TABLES,
+)
