@@ -155,7 +155,10 @@ def test_models_are_equal_and_hash_alike_when_their_configurations_are(family, v
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        *((family, {"surprise": 3}, "surprise = 3, which is not known here") for family in FAMILIES),
+        *(
+            (family, {"surprise": 3}, "surprise = 3, which is not known here")
+            for family in FAMILIES
+        ),
         ("mistral", {"sliding_window": 0}, "sliding_window\n  got:      0"),
         ("mistral", {"attention_bias": True}, "attention_bias = True"),
         ("mistral", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
