@@ -1,15 +1,42 @@
 """Flax Transformers that read and write Hugging Face checkpoints."""
 
 from jax_lora.models.decoder_inputs import KVCache
+from jax_lora.models.gemma import Gemma, GemmaConfig
+from jax_lora.models.gemma2 import Gemma2, Gemma2Config
+from jax_lora.models.gemma3 import Gemma3, Gemma3Config
 from jax_lora.models.llama import Llama, LlamaConfig
 from jax_lora.models.load_checkpoint import load
+from jax_lora.models.mistral import Mistral, MistralConfig
+from jax_lora.models.mixtral import Mixtral, MixtralConfig
+from jax_lora.models.phi3 import Phi3, Phi3Config
+from jax_lora.models.qwen2 import Qwen2, Qwen2Config
+from jax_lora.models.qwen3 import Qwen3, Qwen3Config
+from jax_lora.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
 from jax_lora.models.save_checkpoint import save
 from jax_lora.models.variants import replicate_layers, resize_vocab, untie
 
 __all__ = [
+    "Gemma",
+    "Gemma2",
+    "Gemma2Config",
+    "Gemma3",
+    "Gemma3Config",
+    "GemmaConfig",
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "Mistral",
+    "MistralConfig",
+    "Mixtral",
+    "MixtralConfig",
+    "Phi3",
+    "Phi3Config",
+    "Qwen2",
+    "Qwen2Config",
+    "Qwen3",
+    "Qwen3Config",
+    "Qwen3MoE",
+    "Qwen3MoEConfig",
     "load",
     "replicate_layers",
     "resize_vocab",

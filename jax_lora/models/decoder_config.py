@@ -137,9 +137,10 @@ class DecoderConfig(ModelConfig):
                     f"give rope_scaling a {name}.",
                 )
         for name in _ROPE_LISTS.get(kind, ()):
-            factors, pairs = scaling.get(name), self.rotary_dim // 2
-            whole = isinstance(factors, tuple) and all(map(is_positive, factors))
-            if not whole or len(factors) != pairs:
+            factors: Any = scaling.get(name)
+            pairs = self.rotary_dim // 2
+            fits = isinstance(factors, tuple) and len(factors) == pairs
+            if not fits or not all(map(is_positive, factors)):
                 expected = f"{pairs} numbers above 0, one for each pair of channels"
                 fix = f"give rope_scaling a {name}."
                 self.refuse(f"rope_scaling: {name}", factors, expected, fix)

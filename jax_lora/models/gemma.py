@@ -83,7 +83,7 @@ class GemmaDecoder(Decoder):
         return gemma_norm(self.config, self.param_dtype)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
-        """(tokens,) integers -> (tokens, hidden), as long as sqrt(hidden) times the table's rows."""
+        """(tokens,) integers -> (tokens, hidden): sqrt(hidden) times the table's rows."""
         x = self.embed_tokens(input_ids)
         return x * jnp.float32(math.sqrt(self.config.hidden_size)).astype(x.dtype)
 
@@ -101,9 +101,9 @@ class Gemma(GemmaDecoder):
       >>> config = GemmaConfig(vocab_size=16, hidden_size=8, intermediate_size=16, head_dim=4,
       ...                      num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
       >>> model, ids = Gemma(config), jnp.array([[3, 1, 4]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
-      >>> model.apply({"params": params}, ids).shape
-      (1, 3, 16)
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+      >>> params["layers"]["attn"]["k_proj"]["kernel"].shape
+      (2, 8, 4)
     """
 
     def layer_class(self) -> type[DecoderLayer]:

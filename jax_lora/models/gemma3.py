@@ -163,7 +163,7 @@ def _fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rotary_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """Transformers 5 has one rotary setting for each kind of layer; its elders have three fields."""
+    """Transformers 5 has a rotary setting for each kind of layer; its elders have three fields."""
     both = raw.get("rope_parameters")
     if not both:
         return {}
@@ -172,19 +172,20 @@ def _rotary_fields(raw: dict[str, Any]) -> dict[str, Any]:
         fix = "give each kind of layer its own, as transformers writes them."
         raise ConfigError(explain("rope_parameters", got=repr(both), expected=expected, fix=fix))
     full, local = dict(both.get(FULL) or {}), dict(both.get(SLIDING) or {})
-    found = {
+    thetas = {
         "rope_theta": full.pop("rope_theta", None) or raw.get("rope_theta"),
         "rope_local_base_freq": local.pop("rope_theta", None) or raw.get("rope_local_base_freq"),
     }
-    found = {name: theta for name, theta in found.items() if theta is not None}
-    for name, rope in (("rope_scaling", full), ("rope_local_scaling", local)):
-        found[name] = None if rope.get("rope_type", "default") == "default" else rope
-    return found
+    scalings = {
+        name: None if rope.get("rope_type", "default") == "default" else rope
+        for name, rope in (("rope_scaling", full), ("rope_local_scaling", local))
+    }
+    return {name: theta for name, theta in thetas.items() if theta is not None} | scalings
 
 
 def _to_json(config: Gemma3Config) -> dict[str, Any]:
     fields = decoder_json(config)
-    local = dict(fields.pop("rope_local_scaling") or {"rope_type": "default"})
+    local: dict[str, Any] = dict(fields.pop("rope_local_scaling") or {"rope_type": "default"})
     local["rope_theta"] = config.rope_local_base_freq
     fields["rope_parameters"] = {FULL: fields["rope_parameters"], SLIDING: local}
     return fields

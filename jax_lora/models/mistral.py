@@ -64,9 +64,9 @@ class Mistral(Decoder):
       ...                        num_hidden_layers=2, num_attention_heads=2,
       ...                        num_key_value_heads=1, sliding_window=2)
       >>> model, ids = Mistral(config), jnp.array([[3, 1, 4]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
-      >>> model.apply({"params": params}, ids).shape
-      (1, 3, 16)
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+      >>> params["layers"]["attn"]["k_proj"]["kernel"].shape
+      (2, 8, 4)
     """
 
     def layer_class(self) -> type[DecoderLayer]:

@@ -51,8 +51,8 @@ class Phi3Config(WindowConfig):
 
     def _settle_scaling(self, scaling: dict[str, Any]) -> None:
         """Longrope has had other names in Phi-3's files, and some of its settings fields apart."""
-        if self.rope_type in ("su", "yarn"):
-            scaling["rope_type"] = "longrope"
+        kind, _ = self.rope_type, scaling.pop("type", None)
+        scaling["rope_type"] = "longrope" if kind in ("su", "yarn") else kind
         scaling["original_max_position_embeddings"] = self.original_max_position_embeddings
         part = scaling.pop("partial_rotary_factor", self.partial_rotary_factor)
         object.__setattr__(self, "partial_rotary_factor", part)
@@ -92,7 +92,7 @@ class Phi3(Decoder):
       >>> config = Phi3Config(vocab_size=16, hidden_size=8, intermediate_size=16,
       ...                     num_hidden_layers=2, num_attention_heads=2)
       >>> model, ids = Phi3(config), jnp.array([[3, 1, 4]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
       >>> params["layers"]["attn"]["qkv_proj"]["kernel"].shape
       (2, 8, 24)
     """

@@ -83,7 +83,7 @@ class Qwen2(Decoder):
       >>> config = Qwen2Config(vocab_size=16, hidden_size=8, intermediate_size=16,
       ...                      num_hidden_layers=2, num_attention_heads=2)
       >>> model, ids = Qwen2(config), jnp.array([[3, 1, 4]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
       >>> params["layers"]["attn"]["q_proj"]["bias"].shape
       (2, 8)
     """

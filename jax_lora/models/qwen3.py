@@ -72,7 +72,7 @@ class Qwen3(Decoder):
       >>> config = Qwen3Config(vocab_size=16, hidden_size=8, intermediate_size=16, head_dim=4,
       ...                      num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
       >>> model, ids = Qwen3(config), jnp.array([[3, 1, 4]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
       >>> params["layers"]["attn"]["q_norm"]["scale"].shape
       (2, 4)
     """

@@ -1,4 +1,4 @@
-"""Layers that see a window of the last tokens only, and models that mix them with layers that see all."""
+"""Layers that see a window of the last tokens only, and models that have some such layers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,91 @@
+"""Experts: each token's own few, whatever the load; frozen and adapted expert by expert."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_lora as jl
+from jax_lora.models import Mixtral, MixtralConfig, Qwen3MoEConfig
+from jax_lora.models.experts import SparseMLP, route
+
+CONFIG = MixtralConfig(
+    hidden_size=8, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5
+)
+PART = SparseMLP(CONFIG, jnp.float32, experts=4, chosen=2, width=6, normalised=True)
+TOKENS = jax.random.normal(jax.random.key(1), (5, 8))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(PART.init)(jax.random.key(0), TOKENS)["params"]
+
+
+def one_by_one(params, tokens, normalised=True):
+    """The same, a token and an expert at a time."""
+    gate_up, down = (np.asarray(params["experts"][k]) for k in ("gate_up_proj", "down_proj"))
+    answers = []
+    for token in np.asarray(tokens):
+        logits = token @ np.asarray(params["gate"]["kernel"])
+        weights = np.exp(logits) / np.exp(logits).sum()
+        chosen = np.argsort(-weights)[:2]
+        total = weights[chosen].sum() if normalised else 1.0
+        answer = np.zeros(8)
+        for expert in chosen:
+            gate, up = np.split(token @ gate_up[expert], 2)
+            hidden = gate / (1 + np.exp(-gate)) * up
+            answer += weights[expert] / total * (hidden @ down[expert])
+        answers.append(answer)
+    return np.stack(answers)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_experts_together_equal_experts_one_by_one(params, normalised):
+    part = PART.clone(normalised=normalised)
+    together = jax.jit(part.apply)({"params": params}, TOKENS)
+    np.testing.assert_allclose(together, one_by_one(params, TOKENS, normalised), atol=1e-5)
+
+
+def test_no_token_is_dropped_when_all_choose_the_same_experts(params):
+    same = jnp.repeat(TOKENS[:1], 50, axis=0)
+    together = jax.jit(PART.apply)({"params": params}, same)
+    np.testing.assert_allclose(together, one_by_one(params, same), atol=1e-5)
+
+
+def test_an_expert_that_no_token_visits_gets_no_gradient(params):
+    kernel = params["gate"]["kernel"]
+    never = {**params, "gate": {"kernel": kernel.at[:, 2].set(-100.0)}}  # tokens are positive
+
+    def loss(params):
+        return jnp.square(PART.apply({"params": params}, jnp.abs(TOKENS))).sum()
+
+    grads = jax.jit(jax.grad(loss))(never)["experts"]
+    logits = jnp.abs(TOKENS) @ never["gate"]["kernel"]
+    visited = set(np.asarray(route(logits, 2, True)[1]).ravel().tolist())
+    assert 2 not in visited
+    for grad in grads.values():
+        assert set(np.flatnonzero(jnp.abs(grad).sum((1, 2))).tolist()) == visited
+
+
+def test_routing_is_float32_whatever_the_logits_are():
+    weights, indices = route(jnp.array([[1.0, 3.0, 2.0]], jnp.bfloat16), 2, False)
+    assert (weights.dtype, indices.tolist()) == (jnp.float32, [[1, 2]])
+    np.testing.assert_allclose(weights, jax.nn.softmax(jnp.array([[1.0, 3.0, 2.0]]))[:, 1:], 1e-6)
+
+
+def test_each_expert_has_factors_of_its_own_and_the_router_can_be_left_alone(params):
+    variables = {"params": params}
+    kernels = jl.find_kernels(PART.apply, variables, TOKENS)
+    assert kernels["params/experts/down_proj"].stack_axes == (0,)
+    config = jl.LoraConfig(rank=2, targets="all-linear", exclude="gate")
+    adapter = jl.lora_init(jax.random.key(0), variables, config, kernels=kernels)
+    assert {path: pair.a.shape for path, pair in adapter.pairs.items()} == {
+        "params/experts/down_proj": (4, 6, 2),
+        "params/experts/gate_up_proj": (4, 8, 2),
+    }
+
+
+def test_defaults_are_those_of_the_published_models():
+    assert (MixtralConfig().num_local_experts, MixtralConfig().window) == (8, None)
+    assert (Qwen3MoEConfig().num_experts, Qwen3MoEConfig().window) == (128, None)
+    assert Mixtral(CONFIG).hf_names["layers/mlp/gate/kernel"].endswith("mlp.gate.weight")
