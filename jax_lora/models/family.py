@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_lora.models.layout import Layout
 
-__all__ = ["ROTARY_TABLES", "Family", "decoder_json", "plain_json"]
+__all__ = ["ROTARY_TABLES", "Family", "decoder_json", "nullable", "plain_json"]
 
 # Tables of rotary frequencies that older files hold.
 ROTARY_TABLES = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
@@ -53,6 +53,16 @@ class Family:
     embedding: str = "embed_tokens/embedding"
     head: str | None = "lm_head/kernel"
     head_bias: str | None = None
+
+
+def nullable(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Make a reader of fields in which null is a value, and not the same as leaving them out.
+
+    Example:
+      >>> nullable("window")({"window": None, "size": 3})
+      {'window': None}
+    """
+    return lambda raw: {name: raw[name] for name in names if name in raw}
 
 
 def plain_json(config: Any) -> dict[str, Any]:

@@ -7,14 +7,13 @@ Reference:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import DecoderLayer
-from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
+from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.gemma import GemmaDecoder, gemma_norm
 from jax_lora.models.joins import SandwichLayer
 from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
@@ -154,12 +153,6 @@ def layout(config: Gemma2Config) -> Layout:
     )
 
 
-def _fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """A null window or cap means none; one left out means the usual one."""
-    names = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")
-    return {name: raw[name] for name in names if name in raw}
-
-
 FAMILY = Family(
     model_type="gemma2",
     architectures=("Gemma2ForCausalLM",),
@@ -167,8 +160,8 @@ FAMILY = Family(
     module=Gemma2,
     layout=layout,
     to_json=decoder_json,
-    fields=_fields,
+    fields=nullable("sliding_window", "final_logit_softcapping", "attn_logit_softcapping"),
     neutral={"use_bidirectional_attention": (None, False)},
-    harmless=("cache_implementation",),
+    harmless=("cache_implementation", "sliding_window_size"),
     redundant=ROTARY_TABLES,
 )

@@ -14,7 +14,7 @@ from jax_lora.errors import ConfigError, explain
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import DecoderLayer
 from jax_lora.models.decoder_config import LayerKind, frozen_settings
-from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
+from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.gemma import gemma_norm
 from jax_lora.models.gemma2 import CappedDecoder
 from jax_lora.models.joins import SandwichLayer
@@ -154,8 +154,7 @@ def layout(config: Gemma3Config) -> Layout:
 
 def _fields(raw: dict[str, Any]) -> dict[str, Any]:
     """What `config.json` says in other words: nulls, the pattern, the two rotary settings."""
-    nullable = ("sliding_window", "final_logit_softcapping")
-    found = {name: raw[name] for name in nullable if name in raw}
+    found = nullable("sliding_window", "final_logit_softcapping")(raw)
     pattern = raw.get("_sliding_window_pattern") or raw.get("sliding_window_pattern")
     if pattern is not None:
         found["sliding_window_pattern"] = pattern

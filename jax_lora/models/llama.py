@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
-from jax_lora.models.attention import Attention, Context, Memory
+from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
+from jax_lora.models.joins import PreNormLayer
 from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
@@ -38,7 +37,7 @@ class LlamaConfig(DecoderConfig):
     mlp_bias: bool = False
 
 
-class LlamaLayer(DecoderLayer):
+class LlamaLayer(PreNormLayer):
     """Attention, then the gated feed-forward part, each on a normed copy of x."""
 
     def setup(self):  # noqa: D102  Linen's hook
@@ -47,14 +46,6 @@ class LlamaLayer(DecoderLayer):
         self.attn = Attention(c, dtype, bias=c.attention_bias, out_bias=c.attention_bias)
         self.post_attention_norm = RMSNorm(c.rms_norm_eps, param_dtype=dtype)
         self.mlp = GatedMLP(c, dtype, bias=c.mlp_bias)
-
-    def block(
-        self, x: jax.Array, context: Context, memory: Memory | None
-    ) -> tuple[jax.Array, Memory | None]:
-        """x: (batch * tokens, hidden) -> the same shape, and the layer's cache if it has one."""
-        attended, memory = self.attn(self.input_norm(x), context, memory)
-        x = x + attended
-        return x + self.mlp(self.post_attention_norm(x)), memory
 
 
 class Llama(Decoder):

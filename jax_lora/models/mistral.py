@@ -7,11 +7,10 @@ Reference:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
-from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
+from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.joins import PreNormLayer
 from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
 from jax_lora.models.mlp import GatedMLP
@@ -92,11 +91,6 @@ def layout(config: MistralConfig) -> Layout:
     )
 
 
-def _fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """A null window means none; a window left out means the usual one."""
-    return {"sliding_window": raw["sliding_window"]} if "sliding_window" in raw else {}
-
-
 FAMILY = Family(
     model_type="mistral",
     architectures=("MistralForCausalLM",),
@@ -104,6 +98,6 @@ FAMILY = Family(
     module=Mistral,
     layout=layout,
     to_json=decoder_json,
-    fields=_fields,
+    fields=nullable("sliding_window"),
     redundant=ROTARY_TABLES,
 )

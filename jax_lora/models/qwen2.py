@@ -7,18 +7,17 @@ Reference:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
-from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
+from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.joins import PreNormLayer
 from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import FULL, SLIDING, MixedLayersConfig
 
-__all__ = ["Qwen2", "Qwen2Config", "QwenWindowConfig", "qwen_fields"]
+__all__ = ["Qwen2", "Qwen2Config", "QwenWindowConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,11 +111,6 @@ def layout(config: Qwen2Config) -> Layout:
     )
 
 
-def qwen_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """A null window means none; a window left out means the usual one."""
-    return {"sliding_window": raw["sliding_window"]} if "sliding_window" in raw else {}
-
-
 FAMILY = Family(
     model_type="qwen2",
     architectures=("Qwen2ForCausalLM",),
@@ -124,6 +118,6 @@ FAMILY = Family(
     module=Qwen2,
     layout=layout,
     to_json=decoder_json,
-    fields=qwen_fields,
+    fields=nullable("sliding_window"),
     redundant=ROTARY_TABLES,
 )

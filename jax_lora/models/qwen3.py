@@ -10,12 +10,12 @@ import dataclasses
 
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
-from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
+from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.joins import PreNormLayer
 from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
-from jax_lora.models.qwen2 import QwenWindowConfig, qwen_fields
+from jax_lora.models.qwen2 import QwenWindowConfig
 
 __all__ = ["Qwen3", "Qwen3Config"]
 
@@ -110,6 +110,6 @@ FAMILY = Family(
     module=Qwen3,
     layout=layout,
     to_json=decoder_json,
-    fields=qwen_fields,
+    fields=nullable("sliding_window"),
     redundant=ROTARY_TABLES,
 )

@@ -14,7 +14,7 @@ from typing import Any
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.experts import SparseMLP, sparse_layout
-from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
+from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.joins import PreNormLayer
 from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
 from jax_lora.models.norms import RMSNorm
@@ -146,7 +146,7 @@ def layout(config: Qwen3MoEConfig) -> Layout:
 
 def _fields(raw: dict[str, Any]) -> dict[str, Any]:
     """Transformers 5 says `num_local_experts` where its elders say `num_experts`."""
-    found = {"sliding_window": raw["sliding_window"]} if "sliding_window" in raw else {}
+    found = nullable("sliding_window")(raw)
     experts = raw.get("num_local_experts") or raw.get("num_experts")
     return found | ({"num_experts": experts} if experts is not None else {})
 

@@ -56,6 +56,7 @@ def test_logits_equal_pytorch_on_full_left_and_right_padded_rows(family, variant
     ids, mask, expected, real = batch(family, variant)
     logits = jax.jit(model.apply)({"params": params}, ids, attention_mask=mask)
     np.testing.assert_allclose(logits[real], expected[real], atol=1e-4)
+    assert np.isfinite(logits).all()  # at padding too, or gradients would not be
 
 
 @pytest.mark.parametrize(("family", "variant"), EVERY)

@@ -1,0 +1,39 @@
+"""The fixtures are what their scripts make with PyTorch today: same weights, same logits.
+
+Runs where torch and transformers are installed beside the package.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.slow
+
+TESTS = Path(__file__).parent.parent
+SCRIPTS = sorted(script.stem for script in (TESTS / "make_fixtures").glob("*.py"))
+
+
+def remake(script: str, folder: Path) -> list[Path]:
+    """Run a copy of the script, which writes beside the copy, and list what it made."""
+    shutil.copytree(TESTS / "make_fixtures", folder / "make_fixtures")
+    subprocess.run([sys.executable, folder / "make_fixtures" / f"{script}.py"], check=True)
+    return sorted((folder / "fixtures").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_make_the_fixtures_again(script, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    made = remake(script, tmp_path)
+    assert made
+    for file in made:
+        stored = load_file(TESTS / file.relative_to(tmp_path))
+        again = load_file(file)
+        assert stored.keys() == again.keys()
+        for name, tensor in stored.items():
+            np.testing.assert_allclose(again[name], tensor, atol=1e-5, err_msg=f"{file}: {name}")
