@@ -24,10 +24,11 @@ import numpy as np
 from jax.core import Tracer
 
 from jax_lora import array_files, manifest, paths
-from jax_lora.adapter import Adapter, LoraPair, is_adapted
+from jax_lora.adapter import Adapter, is_adapted
 from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning, explain
 from jax_lora.fingerprint import differences, fingerprint
 from jax_lora.manifest import Manifest
+from jax_lora.pair import LoraPair
 
 _MANIFEST = "adapter.json"
 _SHOWN_VALUES = 10  # another base of the same shape differs in every leaf; this many are named

@@ -72,7 +72,8 @@ class LoraConfig:
       layers: The only layers of every stack that get an adapter, counted from 0; None for all.
       modules_to_save: Names and globs of leaves trained whole beside the pairs (a head, biases).
       use_rslora: Scale by alpha / sqrt(rank), which keeps large ranks learning.
-      use_dora: Only False so far: training a magnitude beside the pair is refused by name.
+      use_dora: Train the norm of every output's weights beside the pair, which then changes
+        directions alone.
       dropout: Share of the adapter's inputs set to zero in training; `jl.dropout` switches it on.
       init: How `a` starts; `"gaussian"` has deviation 1 / sqrt(in). `b` starts at zero.
       dtype: Type of a and b, whatever the base's.
@@ -84,6 +85,7 @@ class LoraConfig:
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), section 4.1: h = W0 x + (alpha / r) B A x.
       Kalajdzievski, rsLoRA (arXiv:2312.03732), equation 2: alpha / sqrt(r).
+      Liu et al., DoRA (arXiv:2402.09353), equation 5: magnitude and direction.
 
     Example:
       >>> config = LoraConfig(rank=8, alpha=16.0, targets=["q_proj", "v_proj"])
@@ -120,7 +122,7 @@ class LoraConfig:
         set_field("alpha_pattern", _patterns("alpha_pattern", self.alpha_pattern, _alpha))
         set_field("layers", _layers(self.layers))
         set_field("use_rslora", _flag("use_rslora", self.use_rslora))
-        set_field("use_dora", _without_dora(self.use_dora))
+        set_field("use_dora", _flag("use_dora", self.use_dora))
         set_field("allow_unused", _flag("allow_unused", self.allow_unused))
         set_field("dropout", _dropout(self.dropout))
         set_field("init", _init(self.init))
@@ -263,12 +265,6 @@ def _flag(where: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise _refuse(where, value, "True or False", "Pass a bool.")
     return bool(value)
-
-
-def _without_dora(value: Any) -> bool:
-    if _flag("use_dora", value):
-        raise _refuse("use_dora", value, "False: there are no magnitudes yet", "Train plain LoRA.")
-    return False
 
 
 def _dropout(value: Any) -> float:

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.adapter import Adapter, LoraPair
+from jax_lora.adapter import Adapter
 from jax_lora.config import LoraConfig
 from jax_lora.errors import CheckpointError, ConfigError, explain
 from jax_lora.fingerprint import LeafPrint
 from jax_lora.json_files import digest, read_json
+from jax_lora.pair import VECTORS, LoraPair
 
 FORMAT = "jax_lora adapter"
 VERSION = 2
@@ -87,7 +88,7 @@ class Manifest:
 
 def array_tree(adapter: Adapter) -> dict[str, dict[str, Any]]:
     """Lay an adapter's leaves out under the short names that they are stored by."""
-    pairs = [{"a": pair.a, "b": pair.b} for _, pair in sorted(adapter.pairs.items())]
+    pairs = [pair.arrays for _, pair in sorted(adapter.pairs.items())]
     whole = [{"value": leaf} for _, leaf in sorted(adapter.whole.items())]
     return {f"{index:04d}": leaves for index, leaves in enumerate([*pairs, *whole])}
 
@@ -114,7 +115,7 @@ def named_leaves(adapter: Adapter) -> dict[str, Any]:
     """Name every leaf of an adapter for messages: `path: a`, `path: b`, `path`."""
     leaves = {}
     for path, pair in adapter.pairs.items():
-        leaves |= {f"{path}: a": pair.a, f"{path}: b": pair.b}
+        leaves |= {f"{path}: {name}": array for name, array in pair.arrays.items()}
     return leaves | dict(adapter.whole)
 
 
@@ -187,8 +188,7 @@ def _inside(name: str) -> str:
 
 def _pair_to_dict(pair: LoraPair) -> dict[str, Any]:
     return {
-        "a": dataclasses.asdict(pair.a),
-        "b": dataclasses.asdict(pair.b),
+        **{name: dataclasses.asdict(array) for name, array in pair.arrays.items()},
         "in_axes": list(pair.in_axes),
         "out_axes": list(pair.out_axes),
         "stack_axes": list(pair.stack_axes),
@@ -210,7 +210,12 @@ def _pair_from_dict(item: dict[str, Any]) -> LoraPair:
     scale, ranks = _nested(item["scale"], a[:stack], "scale"), item.get("ranks")
     if ranks is not None:
         ranks = _ranks(ranks, a[:stack], a[-1])
-    return dataclasses.replace(pair, scale=scale, ranks=ranks)
+    pair = dataclasses.replace(pair, scale=scale, ranks=ranks)
+    vectors = {name: _leaf_from_dict(item[name]) for name in VECTORS if name in item}
+    for name, leaf in vectors.items():
+        if leaf.shape != (*a[:stack], *b[stack + 1 :]):
+            raise ValueError(f"a {name} of shape {leaf.shape} beside {a} and {b}")
+    return dataclasses.replace(pair, **vectors)
 
 
 def _nested(value: Any, stack: tuple[int, ...], what: str) -> Any:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_lora.adapter import Adapter, LoraPair, LoraWeight, WholeWeight, not_combined
+from jax_lora.adapter import Adapter, LoraWeight, WholeWeight, not_combined
 from jax_lora.errors import ConfigError, explain
+from jax_lora.pair import LoraPair
 
 # -----------------------------------------------------------------------------------------------
 # The mask
@@ -25,7 +26,7 @@ from jax_lora.errors import ConfigError, explain
 
 
 def trainable_mask(lora_tree: Any) -> Any:
-    """Mark the leaves that training changes: True at a, b and whole leaves, False elsewhere.
+    """Mark the leaves that training changes: True at pairs and whole leaves, False elsewhere.
 
     Use it with `optax.masked`, `optax.multi_transform`, or to count and clip by hand.
     `masked_optimizer` does the usual thing with it.

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_lora.adapter import Adapter, LoraPair, combine, partition
+from jax_lora.adapter import Adapter, combine, partition
+from jax_lora.pair import LoraPair
 
 _PATH_WIDTH = 48  # with the other columns, a line fits 100 characters
 
@@ -21,7 +22,7 @@ class SummaryRow:
 
     Args:
       path: Its path.
-      kind: `"lora"`, or `"whole"` for a leaf trained whole.
+      kind: `"lora"`, `"dora"` for a pair with a magnitude, or `"whole"` for a leaf trained whole.
       shape: Its shape in the base.
       rank: Rank of the pair (the largest of a stack), or None.
       scale: Scale of the pair (the range of a stack's, smallest first), or None.
@@ -124,7 +125,7 @@ def _pair_row(path: str, pair: LoraPair) -> SummaryRow:
         scales = scales[ranks > 0]  # a layer left out has no scale
     return SummaryRow(
         path=path,
-        kind="lora",
+        kind="lora" if pair.magnitude is None else "dora",
         shape=pair.kernel_shape,
         rank=pair.rank,
         scale=(float(scales.min()), float(scales.max())),

@@ -162,12 +162,8 @@ def _stacked(value: Value, inputs: Sequence[Value]) -> Value:
     label = next(each for n in itertools.count() if (each := ("scan", n)) not in taken)
     # The keys of the steps were stacked as well; each step's is folded in again where it is used.
     keys = (each.key for each in inputs if _has_key(each) and each.path == value.path)
-    return value.replace(
-        key=next(keys, None),
-        w_labels=(label, *value.w_labels),
-        a_labels=(label, *value.a_labels),
-        b_labels=(label, *value.b_labels),
-    )
+    stacked = value.on_factors(lambda factor, labels: (factor, (label, *labels)))
+    return stacked.replace(key=next(keys, None), w_labels=(label, *value.w_labels))
 
 
 def _invariant(body: Any, carry: Sequence[Value], n_consts: int) -> list[bool]:
@@ -208,29 +204,30 @@ class _StackSlices:
             return cls(value, value)
         label = value.w_labels[0]
 
-        def leading(factor: jax.Array, labels: tuple[Any, ...]) -> jax.Array | None:
+        def leading(factor: Any, labels: tuple[Any, ...]) -> Any:
             return jnp.moveaxis(factor, labels.index(label), 0) if label in labels else None
 
-        return cls(
-            value, (value.w, leading(value.a, value.a_labels), leading(value.b, value.b_labels))
+        factors = (
+            leading(value.a, value.a_labels),
+            leading(value.b, value.b_labels),
+            leading(value.gain, value.gain_labels),
         )
+        return cls(value, (value.w, *factors))
 
     def at(self, arrays: Any) -> Value:
         """Build the value of one step from its slices."""
         value = self._value
         if not is_lowrank(value):
             return arrays
-        w, a, b = arrays
-        label = value.w_labels[0]
-        without = lambda labels: tuple(each for each in labels if each != label)  # noqa: E731
-        return value.replace(
-            w=w,
-            a=value.a if a is None else a,
-            b=value.b if b is None else b,
-            w_labels=value.w_labels[1:],
-            a_labels=value.a_labels if a is None else without(value.a_labels),
-            b_labels=value.b_labels if b is None else without(value.b_labels),
-        )
+        w, *sliced = arrays
+        label, slices = value.w_labels[0], iter(sliced)
+
+        def layer(factor: jax.Array, labels: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+            mine = next(slices)
+            without = tuple(each for each in labels if each != label)
+            return (factor, labels) if mine is None else (mine, without)
+
+        return value.on_factors(layer).replace(w=w, w_labels=value.w_labels[1:])
 
 
 # -----------------------------------------------------------------------------------------------
@@ -337,4 +334,5 @@ def _spec_of(value: LowRank, spec: PartitionSpec) -> LowRank:
     by_label = dict(zip(value.w_labels, [*spec, *[None] * len(value.shape)], strict=False))
     along = lambda labels: PartitionSpec(*(by_label.get(label) for label in labels))  # noqa: E731
     key = None if value.key is None else PartitionSpec()
-    return value.replace(w=spec, a=along(value.a_labels), b=along(value.b_labels), key=key)
+    specs = value.on_factors(lambda _, labels: (along(labels), labels))
+    return specs.replace(w=spec, key=key)

@@ -54,13 +54,12 @@ def _sharding_constraint(interpreter: Interpreter, eqn: Any, inputs: list[Value]
         return [value]  # only W0 is constrained; the factors go where the compiler wants them
     by_label = dict(zip(value.w_labels, [*sharding.spec, *[None] * len(value.shape)], strict=False))
 
-    def constrain(factor: jax.Array, labels: tuple[Any, ...]) -> jax.Array:
+    def constrain(factor: jax.Array, labels: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         spec = jax.sharding.PartitionSpec(*(by_label.get(label) for label in labels))
-        return lax.with_sharding_constraint(factor, jax.sharding.NamedSharding(sharding.mesh, spec))
+        named = jax.sharding.NamedSharding(sharding.mesh, spec)
+        return lax.with_sharding_constraint(factor, named), labels
 
-    return [
-        value.replace(a=constrain(value.a, value.a_labels), b=constrain(value.b, value.b_labels))
-    ]
+    return [value.on_factors(constrain)]
 
 
 # -----------------------------------------------------------------------------------------------
@@ -209,8 +208,8 @@ def _add(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     if all(map(is_lowrank, inputs)):
         return None
     value = inputs[0] if is_lowrank(inputs[0]) else inputs[1]
-    if eqn.outvars[0].aval.shape != value.shape:
-        return None
+    if eqn.outvars[0].aval.shape != value.shape or value.gain is not None:
+        return None  # what is added is not multiplied by the gain
     w = bind(eqn, *(each.w if is_lowrank(each) else each for each in inputs))[0]
     subtracted = eqn.primitive.name == "sub" and is_lowrank(inputs[1])
     return [value.replace(w=w, scale=-value.scale if subtracted else value.scale)]
