@@ -24,7 +24,7 @@ from jax_lora.summary import summary
 from jax_lora.transform import explain, find_kernels, lora_apply
 
 if TYPE_CHECKING:
-    from jax_lora import models
+    from jax_lora import models, peft
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ __all__ = (
     "models",
     "partition",
     "paths",
+    "peft",
     "save_adapter",
     "summary",
     "trainable_mask",
@@ -56,6 +57,7 @@ __all__ = (
 
 
 def __getattr__(name: str) -> Any:
-    if name == "models":  # imports Flax's modules, which the library itself does not need
-        return importlib.import_module("jax_lora.models")
+    # Models import Flax's modules, which the library itself does not need; the files of others too.
+    if name in ("models", "peft"):
+        return importlib.import_module(f"jax_lora.{name}")
     raise AttributeError(f"module 'jax_lora' has no attribute {name!r}")

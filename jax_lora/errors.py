@@ -47,6 +47,10 @@ class ModelError(LoraError, ValueError):
     """A model folder cannot be read, or asks for something that is not implemented."""
 
 
+class AdapterFileError(LoraError, ValueError):
+    """A file of another library's adapter is broken, or asks for what is not implemented."""
+
+
 class DataError(LoraError, ValueError):
     """A row of a data file cannot be used; the message carries `file:line`."""
 
@@ -57,6 +61,10 @@ class MergeWarning(UserWarning):
 
 class CheckpointWarning(UserWarning):
     """A saved adapter was loaded although a check that guards it was switched off."""
+
+
+class AdapterFileWarning(UserWarning):
+    """A file of another library's adapter says something that could not be understood."""
 
 
 class MaterializeWarning(UserWarning):
