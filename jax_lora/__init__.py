@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_lora import errors, paths
-from jax_lora.adapter import Adapter, LoraWeight, WholeWeight, combine, partition
+from jax_lora.adapter import Adapter, LoraWeight, RowsWeight, WholeWeight, combine, partition
 from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.config import LoraConfig
 from jax_lora.dropout import dropout
@@ -21,6 +21,7 @@ from jax_lora.merge import merge, unmerge
 from jax_lora.optimizers import masked_optimizer, trainable_mask
 from jax_lora.pair import LoraPair
 from jax_lora.summary import summary
+from jax_lora.token_rows import TokenRows
 from jax_lora.transform import explain, find_kernels, lora_apply
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = (
     "LoraConfig",
     "LoraPair",
     "LoraWeight",
+    "RowsWeight",
+    "TokenRows",
     "WholeWeight",
     "combine",
     "dropout",

@@ -28,7 +28,10 @@ class StructureError(LoraError, ValueError):
 
 
 class MaterializeError(LoraError, RuntimeError):
-    """An operation without a low-rank rule met a `LoraWeight` under `on_materialize="error"`."""
+    """An operation without a low-rank rule met a `LoraWeight` under `on_materialize="error"`.
+
+    Also, whatever the policy, one whose pair has a bias: no weight could stand for it.
+    """
 
 
 class MergeError(LoraError, ValueError):

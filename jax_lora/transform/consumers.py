@@ -58,6 +58,8 @@ def _gather(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     found = value.on_factors(look_up).replace(w=rows, w_labels=tuple(out_labels))
     if value.side(label) == (True, True):
         return [found]  # some layers or experts of a stack: still kernels
+    if value.bias is not None:
+        return None
     interpreter.factored(eqn, value, math.prod(indices.shape[:-1]))
     return [_joined_rows(found, _rows_delta(found, rows.dtype))]
 
@@ -119,6 +121,8 @@ def _rows_delta(found: LowRank, dtype: Any) -> jax.Array:
 def _ragged_dot(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     x, value, sizes, *rest = inputs
     if rest or is_lowrank(x) or not is_lowrank(value) or not _is_plain_ragged(eqn, x, value):
+        return None
+    if value.bias is not None:
         return None
     expert, inside, outside = value.w_labels
     if value.a_labels != (expert, inside, RANK) or value.b_labels != (expert, RANK, outside):
@@ -197,7 +201,8 @@ def _convolution(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Out
     added = _mix_channels(_thin_convolution(eqn, dropped, value, numbers), value, eqn, base)
     again = bind(eqn, dropped, value.w)[0] if _is_gained_and_dropped(value) else None
     labels = [out_label if axis == numbers.out_spec[1] else None for axis in range(base.ndim)]
-    return [lowrank.joined(value, base, added, labels, again)]
+    joined = lowrank.joined(value, base, added, labels, again)
+    return [lowrank.biased(value, joined, labels)]
 
 
 def _thin_convolution(eqn: Any, x: jax.Array, value: LowRank, numbers: Any) -> jax.Array:
