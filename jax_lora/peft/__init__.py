@@ -1,7 +1,7 @@
 """Adapters in the files of others: Hugging Face PEFT, mlx-lm and loralib.
 
-`names` says what each of our kernels is called there; `jax_lora.models` gives it for its own models as
-`model.hf_names`, and anybody can write it down for a model of their own.
+`names` says what each of our kernels is called there; `jax_lora.models` gives it for its own models
+as `model.hf_names`, and anybody can write it down for a model of their own.
 """
 
 from jax_lora.peft.load import load

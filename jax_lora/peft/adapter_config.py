@@ -1,8 +1,8 @@
 """`adapter_config.json`: every field that PEFT writes, read strictly and written in full.
 
-A field is one that is understood here, one that only informs, or one that would change what the adapter
-computes in a way that is not implemented: that is refused by name. A field that is not known at all
-was written by a newer PEFT; it is dropped with a warning, as PEFT itself does.
+A field is one that is understood here, one that only informs, or one that would change what the
+adapter computes in a way that is not implemented: that is refused by name. A field that is not
+known at all was written by a newer PEFT; it is dropped with a warning, as PEFT itself does.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     unknown = sorted(set(raw) - set(DEFAULTS) - {"runtime_config"})
     if unknown:
         warnings.warn(
-            f"{folder / CONFIG}: {', '.join(unknown)}: written by another version of PEFT, not known "
-            "here and left out",
+            f"{folder / CONFIG}: {', '.join(unknown)}: written by another version of PEFT, "
+            "not known here and left out",
             AdapterFileWarning,
             stacklevel=3,  # the caller of load
         )

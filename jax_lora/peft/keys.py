@@ -7,8 +7,8 @@
     base_model.model.<module>.lora_embedding_B     (out, r)         b.T
     base_model.model.<module>.lora_magnitude_vector  (out,)
 
-Experts share a module: A is (experts * r, in), one expert behind the other, and B is (out, r * experts),
-the experts side by side within each column of the rank. A module with several adapted
+Experts share a module: A is (experts * r, in), one expert behind the other, and B is (out, r *
+experts), the experts side by side within each column of the rank. A module with several adapted
 parameters holds them one inside the other, the first of them behind the most `.base_layer`s.
 """
 

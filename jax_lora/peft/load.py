@@ -3,8 +3,9 @@
     adapter_config.json        -> which scale each module has
     adapter_model.safetensors  -> factors by module -> pairs by path
 
-Every tensor of the file has its place in the parameters, and every module that the configuration names
-has its tensors: whatever does not fit is an error, all of it in one message, and nothing is loaded.
+Every tensor of the file has its place in the parameters, and every module that the configuration
+names has its tensors: whatever does not fit is an error, all of it in one message, and nothing is
+loaded.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def load(
 ) -> Adapter:
     """Load an adapter from a folder that PEFT's `save_pretrained` wrote.
 
-    Nothing in the folder is run: a pickle is refused unopened, and a pattern from the file that could
-    take for ever is not matched. The ranks are those of the tensors.
+    Nothing in the folder is run: a pickle is refused unopened, and a pattern from the file that
+    could take for ever is not matched. The ranks are those of the tensors.
 
     Args:
       path: Folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -58,7 +59,8 @@ def load(
       The adapter, for `combine`, `merge`, and `save_adapter`.
 
     Raises:
-      AdapterFileError: The files are broken, ask for what is not implemented, or do not fit the base.
+      AdapterFileError: The files are broken, ask for what is not implemented, or do not fit the
+        base.
       StructureError: A path of `names` is none of the parameters'.
       AmbiguousKernelError: A kernel's axes only `kernels` could tell.
 
@@ -85,7 +87,7 @@ def load(
     leaves = find_leaves(variables, names, kernels)
     sites = sites_of(leaves)
     grouped, rest = _grouped(tensors, sites)
-    rest, tied = settle(grouped, rest, tied_table(leaves), config)
+    rest, tied = settle(grouped, rest, tied_table(names), config)
     whole, rows, others = whole_tensors.read(rest, variables, sites, config)
     problems = [
         *_replication_problems(config, leaves),
@@ -195,8 +197,8 @@ def _replication_problems(config: Mapping[str, Any], leaves: Mapping[str, Leaf])
     depths = {leaf.shape[0] for leaf in leaves.values() if leaf.depth}
     if ranges and depths != {sum(stop - start for start, stop in ranges)}:
         yield (
-            f"layer_replication {ranges}: the base has {max(depths, default=0)} layers; repeat them "
-            f"first: model, params = jax_lora.models.replicate_layers(model, params, {ranges})"
+            f"layer_replication {ranges}: the base has {max(depths, default=0)} layers; repeat "
+            f"them first: model, params = jax_lora.models.replicate_layers(model, params, {ranges})"
         )
 
 

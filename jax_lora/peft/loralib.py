@@ -53,7 +53,8 @@ def load_loralib(
       The adapter.
 
     Raises:
-      AdapterFileError: The file is broken or does not fit the base; all that is wrong in one message.
+      AdapterFileError: The file is broken or does not fit the base; all that is wrong in one
+        message.
     """
     file = Path(path)
     sites = sites_of(find_leaves(variables, names, kernels))

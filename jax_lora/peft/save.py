@@ -25,7 +25,7 @@ from jax_lora.peft.load import WEIGHTS
 from jax_lora.peft.sites import Leaf, describe, sites_of
 from jax_lora.peft.tensor_file import write_files
 from jax_lora.peft.their_config import their_config
-from jax_lora.peft.tied import HEAD, mirror
+from jax_lora.peft.tied import HEAD, mirror, tied_table
 
 TARGETS = (None, "vllm")
 _TABLES = ("embed_tokens", HEAD)  # PEFT writes the base's own beside their factors
@@ -51,8 +51,8 @@ def save(
       adapter: The adapter.
       names: Path of each kernel -> its module's name in torch: `model.hf_names`.
       base_model: Name or path of the base, for those who load it; None keeps what was loaded.
-      base: The base's parameters. PEFT writes the base's own weight beside factors of `embed_tokens`
-        or `lm_head`; it is left out without them, and PEFT loads such files too.
+      base: The base's parameters. PEFT writes the base's own weight beside factors of
+        `embed_tokens` or `lm_head`; it is left out without them, and PEFT loads such files too.
       target: "vllm" writes what vLLM accepts: scales folded into B, one rank for all.
 
     Raises:
@@ -79,7 +79,7 @@ def save(
     for p, each in adapter.rows.items():
         tensors[keys.PREFIX + leaves[p].template + keys.ROWS] = np.asarray(each.values)
     every = [module for leaf in _all_leaves(names, leaves) for module in leaf]
-    config = their_config(adapter, found, sites, every, whole, rows)
+    config = their_config(adapter, found, sites, every, whole, rows, tied_table(names))
     if base_model is not None:
         config["base_model_name_or_path"] = base_model
     _add_tied(tensors, config)
@@ -154,10 +154,7 @@ def _whole(
 def _all_leaves(names: Mapping[str, str], leaves: Mapping[str, Leaf]) -> list[list[str]]:
     """Every module that `names` knows: those of leaves without an adapter by any index at hand."""
     depth = max((leaf.shape[0] for leaf in leaves.values() if leaf.depth), default=1)
-    expanded = []
-    for template in names.values():
-        expanded.append([template.format(layer=i, expert=0) for i in range(depth)])
-    return expanded
+    return [[name.format(layer=i, expert=0) for i in range(depth)] for name in names.values()]
 
 
 def _add_tied(tensors: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Sites: every module that an adapter's file may name, and where its kernel lies in our parameters.
+"""Sites: every module that an adapter's file may name, and where its kernel lies here.
 
-`names` maps a kernel's path to the module's name, with "{layer}" for the position in a stack; here it
-is written out, one `Site` for each module.
+`names` maps a kernel's path to the module's name, with "{layer}" for the position in a stack; here
+it is written out, one `Site` for each module.
 """
 
 from __future__ import annotations

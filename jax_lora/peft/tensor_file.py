@@ -103,4 +103,5 @@ def write_files(
         raise _refusal(folder, f"{error}", "a folder that can be written to", fix) from error
     finally:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            if part.exists():
+                part.unlink()

@@ -1,9 +1,9 @@
 """PEFT's configuration for an adapter: the one that it was loaded with, or a new one.
 
-A configuration that was loaded is kept as long as it still says the same as the pairs: then what PEFT
-wrote is written again. A new one names modules by their last segment where all such modules are
-adapted, and in full elsewhere, so that no two patterns ever match one module: PEFT writes patterns in
-alphabetical order and goes by the first that matches.
+A configuration that was loaded is kept as long as it still says the same as the pairs: then what
+PEFT wrote is written again. A new one names modules by their last segment where all such modules
+are adapted, and in full elsewhere, so that no two patterns ever match one module: PEFT writes
+patterns in alphabetical order and goes by the first that matches.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jax_lora.peft.factors import Factors
 from jax_lora.peft.scaling import scale_of, value_of
 from jax_lora.peft.sites import Site
 from jax_lora.peft.targets import matches
+from jax_lora.peft.tied import HEAD
 
 
 def their_config(
@@ -29,6 +30,7 @@ def their_config(
     every: Iterable[str],
     whole: Mapping[str, bool],
     rows: Mapping[str, tuple[int, ...]],
+    tied: str | None,
 ) -> dict[str, Any]:
     """Make the configuration.
 
@@ -39,6 +41,7 @@ def their_config(
       every: Names of all modules that `names` knows.
       whole: Names of modules with leaves trained whole -> whether only their bias is.
       rows: Trained tokens by the table's module.
+      tied: The table that is the output head too, if there is one.
 
     Returns:
       Every field of PEFT's configuration.
@@ -55,7 +58,9 @@ def their_config(
     parameters = [name for name in found if sites[name].leaf.is_parameter]
     saved = [name for name, only_bias in whole.items() if not only_bias]
     biased = [name for name, only_bias in whole.items() if only_bias]
-    config["target_modules"] = _named(modules, every) or None
+    targets = _named(modules, every) + [HEAD] * (tied in found)  # its pair changes both ends
+    config["target_modules"] = sorted(targets) or None
+    config["ensure_weight_tying"] = tied in found
     config["target_parameters"] = _named(parameters, every, segments=2) or None
     config["modules_to_save"] = _named(saved, every) or None
     if biased:
@@ -125,7 +130,7 @@ def _tidy(number: float) -> int | float:
 
 
 def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """Values that differ from the usual one: by last segment where all of it agree, else in full."""
+    """Values that differ from the usual: by last segment where all of it agree, else in full."""
     of_segment: dict[str, set[Any]] = {}
     for module, value in values.items():
         of_segment.setdefault(_last(module), set()).add(value)

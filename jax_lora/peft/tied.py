@@ -1,8 +1,8 @@
 """Adapters of a model whose embedding is its output head too.
 
-In PEFT the two ends have factors of their own, even where the table is one. Here a tied table is one
-leaf, and its pair changes both ends. So an adapter fits a tied model only if it means both ends alike
-(`ensure_weight_tying`); any other is for the untied model.
+In PEFT the two ends have factors of their own, even where the table is one. Here a tied table is
+one leaf, and its pair changes both ends. So an adapter fits a tied model only if it means both ends
+alike (`ensure_weight_tying`); any other is for the untied model.
 """
 
 from __future__ import annotations
@@ -13,19 +13,26 @@ from typing import Any
 import numpy as np
 
 from jax_lora.peft import keys
-from jax_lora.peft.sites import Leaf
+from jax_lora.peft.sites import braces
 
 HEAD = "lm_head"
-_UNTIE = "untie the model first: model, params = jax_lora.models.untie(model, params)"
+_UNTIE = (
+    "the model is tied, so untie it first: model, params = jax_lora.models.untie(model, params)"
+)
 _NO_TOKENS = ("wpe", "position_embeddings", "token_type_embeddings")
 
 
-def tied_table(leaves: Mapping[str, Leaf]) -> str | None:
-    """The module of the table that is the output head too: no kernel stands outside the layers."""
-    outside = [leaf for leaf in leaves.values() if leaf.depth == 0]
-    if any(leaf.kernel.in_axes and not leaf.is_table for leaf in outside):
+def tied_table(names: Mapping[str, str]) -> str | None:
+    """The module of the table that is the output head too: no kernel stands outside the layers.
+
+    Example:
+      >>> tied_table({"embed/embedding": "model.embed", "layers/q/kernel": "model.{layer}.q"})
+      'model.embed'
+    """
+    outside = {path: module for path, module in names.items() if not braces(module)}
+    if any(path.split("/")[-1] == "kernel" for path in outside):
         return None
-    tables = [leaf.template for leaf in outside if leaf.is_table]
+    tables = [module for path, module in outside.items() if path.split("/")[-1] == "embedding"]
     return next((name for name in tables if name.split(".")[-1] not in _NO_TOKENS), None)
 
 

@@ -5,9 +5,9 @@
     torch-env/bin/python tests/make_fixtures/adapters.py               # all of them
     torch-env/bin/python tests/make_fixtures/adapters.py dora biases   # some
 
-Each folder is what `save_pretrained` writes for one of the small models beside it, with factors that
-are not zero; `expected.safetensors` holds a batch, the logits, and for one of them a few steps of
-training. `base.json` says which model it is for, and how that is changed first.
+Each folder is what `save_pretrained` writes for one of the small models beside it, with factors
+that are not zero; `expected.safetensors` holds a batch, the logits, and for one of them a few steps
+of training. `base.json` says which model it is for, and how that is changed first.
 """
 
 import json
@@ -114,7 +114,9 @@ def make(name: str, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft_model.save_pretrained(folder)
+        # PEFT sees a changed vocabulary only beside the base's own files.
+        tables = True if resize else "auto"
+        peft_model.save_pretrained(folder, save_embedding_layers=tables)
     (folder / "README.md").unlink(missing_ok=True)
     if dtype:
         for parameter in peft_model.parameters():

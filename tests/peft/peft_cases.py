@@ -31,7 +31,11 @@ def base_of(case: str):
 def load_case(case: str, **options):
     """A case's model, variables and adapter."""
     model, variables = base_of(case)
-    return model, variables, jl.peft.load(FOLDERS / case, variables, names=model.hf_names, **options)
+    return (
+        model,
+        variables,
+        jl.peft.load(FOLDERS / case, variables, names=model.hf_names, **options),
+    )
 
 
 def expected_of(case: str):

@@ -3,10 +3,8 @@
 import dataclasses
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import jax_lora as jl
 
@@ -43,9 +41,6 @@ def test_a_new_configuration_means_the_same_as_the_one_that_was_read(case, tmp_p
     model, variables, adapter = load_case(case)
     config = dataclasses.replace(adapter.config, peft_config="")
     fresh = dataclasses.replace(adapter, config=config)
-    tied = case == "tied_both"  # a table alone does not say whether its other end is meant
-    if tied:
-        pytest.skip("a tied table's pair has no name for the head")
     jl.peft.save(tmp_path, fresh, names=model.hf_names, base=variables)
     again = jl.peft.load(tmp_path, variables, names=model.hf_names)
     assert again.pairs.keys() == adapter.pairs.keys()
