@@ -29,14 +29,14 @@ class Progress(NamedTuple):
     """Where a batch stands.
 
     Attributes:
-      count: int32 scalar, how many columns of `tokens` are written.
+      written: int32 scalar, how many columns of `tokens` hold a token.
       done: (rows,) booleans, whether a row has ended.
       lengths: (rows,) int32, how many tokens of a row count, its end token among them.
       tokens: (rows, most) int32, the new tokens; the padding token behind a row's end.
       cache: What the model has seen: prompts and new tokens but the last.
     """
 
-    count: jax.Array
+    written: jax.Array
     done: jax.Array
     lengths: jax.Array
     tokens: jax.Array
@@ -177,24 +177,24 @@ def advance(
         if choice is None:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # (rows,)
         else:
-            token = draw(logits, choice, now.count)
+            token = draw(logits, choice, now.written)
         token = jnp.where(now.done, padding, token)
         return Progress(
-            now.count + 1,
+            now.written + 1,
             now.done | ends[token],
             now.lengths + (~now.done).astype(jnp.int32),
-            jax.lax.dynamic_update_slice(now.tokens, token[:, None], (jnp.int32(0), now.count)),
+            jax.lax.dynamic_update_slice(now.tokens, token[:, None], (jnp.int32(0), now.written)),
             cache,
         )
 
     def running(now: Progress) -> jax.Array:
-        return (now.count < until) & ~now.done.all()
+        return (now.written < until) & ~now.done.all()
 
     def add(now: Progress) -> Progress:
-        return step(jax.lax.dynamic_slice_in_dim(now.tokens, now.count - 1, 1, axis=1), now)
+        return step(jax.lax.dynamic_slice_in_dim(now.tokens, now.written - 1, 1, axis=1), now)
 
     # One program for the first call and the later ones: the prompts go in only once.
-    first = progress.count == 0
+    first = progress.written == 0
     progress = jax.lax.cond(first, functools.partial(step, ids), lambda now: now, progress)
     return jax.lax.while_loop(running, add, progress)
 
@@ -232,14 +232,18 @@ def make_choice(
         return None
     if key is None:
         _refuse("key", None, "a key, as temperature is above 0", "pass key=jax.random.key(0).")
+    p = 1.0 if top_p is None else top_p
+    return Choice(_row_keys(key, rows), jnp.float32(temperature), jnp.int32(k), jnp.float32(p))
+
+
+def _row_keys(key: jax.Array, rows: int) -> jax.Array:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
         key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     if key.shape != (rows,):
         _refuse("key", f"keys {key.shape}", f"one key, or {rows} of them", "give each row one.")
-    p = 1.0 if top_p is None else top_p
-    return Choice(key, jnp.float32(temperature), jnp.int32(k), jnp.float32(p))
+    return key
 
 
 def end_mask(model: Any, ids: Iterable[int]) -> np.ndarray:
