@@ -11,89 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jax_lora import lowrank, paths
+from jax_lora import dora, paths
 from jax_lora.config import LoraConfig
 from jax_lora.errors import StructureError, explain
-from jax_lora.kernel import Kernel
-from jax_lora.labels import RANK, Label
 from jax_lora.lowrank import LowRank
-
-Scale = float | tuple[Any, ...]
-
-
-def _static(**options: Any) -> Any:
-    return dataclasses.field(metadata={"static": True}, **options)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoraPair:
-    """The factors of one kernel's update, scale * a @ b.
-
-    Args:
-      a: `(*stack, *in, rank)`; the paper's A transposed.
-      b: `(*stack, rank, *out)`; the paper's B transposed.
-      in_axes: Axes of the kernel that are inputs.
-      out_axes: Axes of the kernel that are outputs.
-      stack_axes: Axes of the kernel that hold several kernels.
-      scale: alpha / rank; for layers that differ, nested tuples in the stack's shape.
-      ranks: Rank of each kernel of a stack, as nested tuples in its shape, or None where all have
-        the factors' own. A kernel of a lower rank has zeros beyond it in both factors, which have
-        zero gradients and so stay zero; one of rank 0 has no update.
-
-    Reference:
-      Hu et al., LoRA (arXiv:2106.09685), equation 3.
-    """
-
-    a: Any
-    b: Any
-    in_axes: tuple[int, ...] = _static(default=(0,))
-    out_axes: tuple[int, ...] = _static(default=(1,))
-    stack_axes: tuple[int, ...] = _static(default=())
-    scale: Scale = _static(default=1.0)
-    ranks: tuple[Any, ...] | None = _static(default=None)
-
-    @property
-    def size(self) -> int:
-        """Count the trainable numbers: all but the zeros beyond a kernel's own rank."""
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((self.a, self.b)))
-        if self.ranks is None:
-            return count
-        ranks = np.asarray(self.ranks)
-        return count * int(ranks.sum()) // (ranks.size * self.rank)
-
-    @property
-    def rank(self) -> int:
-        """Rank of the factors; in a stack whose layers differ, the largest."""
-        return self.a.shape[-1]
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of the kernel that the pair belongs to."""
-        sizes = dict(zip((*self.stack_axes, *self.in_axes), self.a.shape, strict=False))
-        sizes |= dict(zip(self.out_axes, self.b.shape[len(self.stack_axes) + 1 :], strict=True))
-        return tuple(sizes[axis] for axis in sorted(sizes))
-
-    @property
-    def a_labels(self) -> tuple[Label, ...]:
-        """The kernel's axis behind every axis of `a`."""
-        return (*self.stack_axes, *self.in_axes, RANK)
-
-    @property
-    def b_labels(self) -> tuple[Label, ...]:
-        """The kernel's axis behind every axis of `b`."""
-        return (*self.stack_axes, RANK, *self.out_axes)
-
-    def scaled_b(self) -> tuple[Any, float]:
-        """Return b and one number for the scale: scales that differ by layer go into b."""
-        if isinstance(self.scale, tuple):
-            scales = np.asarray(self.scale, self.b.dtype)  # (*stack,)
-            spread = scales.reshape(scales.shape + (1,) * (self.b.ndim - scales.ndim))
-            return self.b * spread, 1.0
-        return self.b, self.scale
+from jax_lora.pair import LoraPair, static
+from jax_lora.token_rows import TokenRows
 
 
 @jax.tree_util.register_dataclass
@@ -112,8 +36,8 @@ class LoraWeight:
     base: Any
     pair: LoraPair
     dropout_key: Any
-    config: LoraConfig = _static()
-    path: str = _static()
+    config: LoraConfig = static()
+    path: str = static()
 
 
 @jax.tree_util.register_dataclass
@@ -130,35 +54,55 @@ class WholeWeight:
 
     base: Any
     value: Any
-    config: LoraConfig = _static()
-    path: str = _static()
+    config: LoraConfig = static()
+    path: str = static()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowsWeight:
+    """A table of which some rows are trained: `rows` stand in for those of `base`.
+
+    Args:
+      base: The frozen table, `(vocab, dim)`.
+      rows: The trainable rows.
+      config: The adapter's configuration.
+      path: The leaf's own path.
+    """
+
+    base: Any
+    rows: TokenRows
+    config: LoraConfig = static()
+    path: str = static()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """All that training changes: pairs by path, whole leaves by path, and the configuration.
+    """All that training changes: pairs, whole leaves and rows by path, and the configuration.
 
     Args:
       pairs: `{"params/layers/attn/q_proj/kernel": LoraPair, ...}`.
       whole: Leaves trained whole (`modules_to_save`) by path.
       config: What the adapter was made from.
+      rows: Rows trained in place of a table's own by path.
     """
 
     pairs: dict[str, LoraPair]
     whole: dict[str, Any]
-    config: LoraConfig = _static()
+    config: LoraConfig = static()
+    rows: dict[str, TokenRows] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Count the trainable numbers."""
-        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.whole))
+        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((self.whole, self.rows)))
         return whole + sum(pair.size for pair in self.pairs.values())
 
 
 def is_adapted(node: Any) -> bool:
-    """Tell whether a node is a `LoraWeight` or a `WholeWeight`: `is_leaf` for tree functions."""
-    return isinstance(node, (LoraWeight, WholeWeight))
+    """Tell whether a node is a leaf with an adapter: `is_leaf` for tree functions."""
+    return isinstance(node, (LoraWeight, WholeWeight, RowsWeight))
 
 
 def not_combined(
@@ -226,20 +170,37 @@ def _adapted(path: str, leaf: Any, adapter: Adapter) -> Any:
         return LoraWeight(leaf, adapter.pairs[path], None, adapter.config, path)
     if path in adapter.whole:
         return WholeWeight(leaf, adapter.whole[path], adapter.config, path)
+    if path in adapter.rows:
+        return RowsWeight(leaf, adapter.rows[path], adapter.config, path)
     return leaf
 
 
 def _combine_problems(leaves: Mapping[str, Any], adapter: Adapter) -> list[str]:
-    problems = []
-    for path, part in (*adapter.pairs.items(), *adapter.whole.items()):
+    problems = _own_problems(adapter)
+    for path, part in (*adapter.pairs.items(), *adapter.whole.items(), *adapter.rows.items()):
         if path not in leaves:
             near = ", ".join(paths.nearest(path, leaves, 3))
             problems.append(f"{path}: not in the tree; the nearest are {near}")
         elif is_adapted(leaves[path]):
             problems.append(f"{path}: has an adapter already")
+        elif isinstance(part, TokenRows):
+            shaped = all(hasattr(each, "shape") for each in (leaves[path], part.values))
+            if shaped and (why := part.problem(leaves[path].shape)) is not None:
+                problems.append(f"{path}: {why}")
         elif (want := _shape_wanted(part)) != (have := getattr(leaves[path], "shape", want)):
             problems.append(f"{path}: the tree has shape {have}, the adapter is for {want}")
     return problems
+
+
+def _own_problems(adapter: Adapter) -> list[str]:
+    """Say what in an adapter does not go together, whatever the tree."""
+    parts = [*adapter.pairs, *adapter.whole, *adapter.rows]
+    twice = dict.fromkeys(path for path in parts if parts.count(path) > 1)
+    both = [path for path, pair in adapter.pairs.items() if {"magnitude", "bias"} <= {*pair.arrays}]
+    return [
+        *(f"{path}: is more than one of a pair, a whole leaf and rows" for path in twice),
+        *(f"{path}: has a magnitude and a bias, which do not go together" for path in both),
+    ]
 
 
 def _shape_wanted(part: Any) -> tuple[int, ...] | None:
@@ -276,7 +237,8 @@ def partition(lora_tree: Any) -> tuple[Any, Adapter]:
     base = [leaf.base if is_adapted(leaf) else leaf for _, leaf in leaves]
     pairs = {leaf.path: leaf.pair for leaf in adapted if isinstance(leaf, LoraWeight)}
     whole = {leaf.path: leaf.value for leaf in adapted if isinstance(leaf, WholeWeight)}
-    return jax.tree.unflatten(treedef, base), Adapter(pairs, whole, adapted[0].config)
+    rows = {leaf.path: leaf.rows for leaf in adapted if isinstance(leaf, RowsWeight)}
+    return jax.tree.unflatten(treedef, base), Adapter(pairs, whole, adapted[0].config, rows)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -288,6 +250,7 @@ def to_lowrank(weight: LoraWeight) -> LowRank:
     """View a leaf as the low-rank value that `lora_apply` computes with."""
     pair = weight.pair
     b, scale = pair.scaled_b()
+    gain = None if pair.magnitude is None else dora.gain(weight.base, pair)
     return LowRank(
         w=jax.lax.stop_gradient(weight.base),
         a=pair.a,
@@ -299,47 +262,8 @@ def to_lowrank(weight: LoraWeight) -> LowRank:
         scale=scale,
         rate=weight.config.dropout if weight.dropout_key is not None else 0.0,
         path=weight.path,
-    )
-
-
-def dense_delta(pair: LoraPair, dtype: Any = jnp.float32) -> jax.Array:
-    """Form a pair's whole update, scale * a @ b, in the kernel's own layout.
-
-    Args:
-      pair: The factors.
-      dtype: Type to compute in and return.
-
-    Returns:
-      An array of the kernel's shape.
-    """
-    b, scale = pair.scaled_b()
-    stand_in = jax.ShapeDtypeStruct(pair.kernel_shape, jnp.dtype(dtype))
-    labels = tuple(range(len(pair.kernel_shape)))
-    args = (None, labels, pair.a_labels, pair.b_labels, scale, 0.0, "")
-    return lowrank.delta(LowRank(stand_in, pair.a, b, *args), dtype)  # type: ignore[arg-type] # only its shape is read
-
-
-def empty_pair(
-    kernel: Kernel, rank: int, scale: Scale, dtype: Any, ranks: tuple[Any, ...] | None = None
-) -> LoraPair:
-    """Describe a pair for a kernel without allocating it.
-
-    Args:
-      kernel: The kernel to be adapted.
-      rank: Rank of the pair.
-      scale: Scale of the pair.
-      dtype: Type of the factors.
-      ranks: Rank of each kernel of a stack, where they differ.
-
-    Returns:
-      A `LoraPair` of `jax.ShapeDtypeStruct`s.
-    """
-    return LoraPair(
-        a=jax.ShapeDtypeStruct((*kernel.stack_shape, *kernel.in_shape, rank), dtype),
-        b=jax.ShapeDtypeStruct((*kernel.stack_shape, rank, *kernel.out_shape), dtype),
-        in_axes=kernel.in_axes,
-        out_axes=kernel.out_axes,
-        stack_axes=kernel.stack_axes,
-        scale=scale,
-        ranks=ranks,
+        gain=gain,
+        gain_labels=() if gain is None else pair.vector_labels,
+        bias=None if pair.bias is None else pair.scaled_bias(),
+        bias_labels=() if pair.bias is None else pair.vector_labels,
     )

@@ -72,11 +72,14 @@ class LoraConfig:
       layers: The only layers of every stack that get an adapter, counted from 0; None for all.
       modules_to_save: Names and globs of leaves trained whole beside the pairs (a head, biases).
       use_rslora: Scale by alpha / sqrt(rank), which keeps large ranks learning.
-      use_dora: Only False so far: training a magnitude beside the pair is refused by name.
+      use_dora: Train the norm of every output's weights beside the pair, which then changes
+        directions alone.
       dropout: Share of the adapter's inputs set to zero in training; `jl.dropout` switches it on.
       init: How `a` starts; `"gaussian"` has deviation 1 / sqrt(in). `b` starts at zero.
       dtype: Type of a and b, whatever the base's.
       allow_unused: Warn instead of raising when one pattern of several matches nothing.
+      peft_config: The text of the `adapter_config.json` that the adapter was loaded from, so that
+        saving it unchanged writes the same again. Two configurations that differ in it are equal.
 
     Raises:
       ConfigError: A value that cannot mean anything.
@@ -84,6 +87,7 @@ class LoraConfig:
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), section 4.1: h = W0 x + (alpha / r) B A x.
       Kalajdzievski, rsLoRA (arXiv:2312.03732), equation 2: alpha / sqrt(r).
+      Liu et al., DoRA (arXiv:2402.09353), equation 5: magnitude and direction.
 
     Example:
       >>> config = LoraConfig(rank=8, alpha=16.0, targets=["q_proj", "v_proj"])
@@ -107,6 +111,7 @@ class LoraConfig:
     init: str = "gaussian"
     dtype: np.dtype = np.dtype("float32")
     allow_unused: bool = False
+    peft_config: str = dataclasses.field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Normalise what has several spellings, then check every value."""
@@ -120,7 +125,7 @@ class LoraConfig:
         set_field("alpha_pattern", _patterns("alpha_pattern", self.alpha_pattern, _alpha))
         set_field("layers", _layers(self.layers))
         set_field("use_rslora", _flag("use_rslora", self.use_rslora))
-        set_field("use_dora", _without_dora(self.use_dora))
+        set_field("use_dora", _flag("use_dora", self.use_dora))
         set_field("allow_unused", _flag("allow_unused", self.allow_unused))
         set_field("dropout", _dropout(self.dropout))
         set_field("init", _init(self.init))
@@ -263,12 +268,6 @@ def _flag(where: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise _refuse(where, value, "True or False", "Pass a bool.")
     return bool(value)
-
-
-def _without_dora(value: Any) -> bool:
-    if _flag("use_dora", value):
-        raise _refuse("use_dora", value, "False: there are no magnitudes yet", "Train plain LoRA.")
-    return False
 
 
 def _dropout(value: Any) -> float:

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_lora import paths
-from jax_lora.adapter import Adapter, LoraPair, empty_pair, is_adapted
+from jax_lora import dora, paths
+from jax_lora.adapter import Adapter, is_adapted
 from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError, StructureError, explain
 from jax_lora.kernel import Kernel
 from jax_lora.layers import extent, rank_mask
+from jax_lora.pair import LoraPair, empty_pair
 from jax_lora.targets import select, select_whole
 
 _ALWAYS_ALLOWED_RANK = 256  # larger ranks must be below the kernel's own size
@@ -40,7 +41,8 @@ def lora_init(
         `kernel` are taken as (in, out), and any other target is refused.
 
     Returns:
-      An `Adapter` with `a` of deviation 1 / sqrt(in) and `b` zero.
+      An `Adapter` with `a` of deviation 1 / sqrt(in) and `b` zero. With `use_dora`, also the norms
+      of the leaves, which are shapes alone where the leaf is a `jax.ShapeDtypeStruct`.
 
     Raises:
       NoMatchError: A pattern that matches no kernel.
@@ -62,6 +64,8 @@ def lora_init(
     leaves = _plain_leaves(tree)
     selected = select(leaves, config, kernels)
     pairs = _pairs(key, selected, config)
+    if config.use_dora:
+        pairs = {path: _with_magnitude(leaves[path], pair) for path, pair in pairs.items()}
     whole = {path: _own_copy(leaves[path]) for path in select_whole(leaves, config)}
     return Adapter(pairs, whole, config)
 
@@ -108,6 +112,13 @@ def _empty(kernel: Kernel, config: LoraConfig) -> LoraPair:
     reach = extent(kernel, config)
     _check_rank(reach.rank, kernel)
     return empty_pair(kernel, reach.rank, reach.scale, config.dtype, reach.ranks)
+
+
+def _with_magnitude(base: Any, pair: LoraPair) -> LoraPair:
+    make = lambda base: dora.magnitude(base, pair, pair.a.dtype)  # noqa: E731
+    shape_only = isinstance(base, jax.ShapeDtypeStruct)
+    magnitude = jax.eval_shape(make, base) if shape_only else make(base)
+    return dataclasses.replace(pair, magnitude=magnitude)
 
 
 def _padded(a: jax.Array, pair: LoraPair) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Low-rank values: W0 + scale * a @ b, carried through array operations without being formed.
+"""Low-rank values: gain * (W0 + scale * a @ b), carried through array operations unformed.
 
 Every axis of W0 has a label (labels.py). An axis is an input axis if `a` has its label, an output
 axis if `b` has it, and a stack axis (layers, experts) if both have. Structural operations change
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +21,14 @@ from jax_lora import labels as labelling
 from jax_lora.labels import Label
 
 Array = jax.Array
+Labels = tuple[Label, ...]
+FACTORS = ("a", "b", "gain", "bias")  # what goes along with W0; each has its labels beside it
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """W0 + scale * sum over rank of a and b, with labelled axes.
+    """W0 + scale * sum over rank of a and b, times a gain if there is one, with labelled axes.
 
     Args:
       w: W0, frozen, in its present shape.
@@ -39,6 +41,11 @@ class LowRank:
       scale: Factor in front of the product.
       rate: Dropout rate; 0 without a key.
       path: Name of the leaf, for messages.
+      gain: What all is multiplied by along stack and output axes (DoRA), or None.
+      gain_labels: A label per axis of `gain`.
+      bias: What is added to a product with all inputs, or None. It is no part of the value that
+        this stands for.
+      bias_labels: A label per axis of `bias`.
     """
 
     w: Array
@@ -51,6 +58,10 @@ class LowRank:
     scale: float = dataclasses.field(metadata={"static": True})
     rate: float = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
+    gain: Array | None = None
+    gain_labels: tuple[Label, ...] = dataclasses.field(default=(), metadata={"static": True})
+    bias: Array | None = None
+    bias_labels: tuple[Label, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,6 +87,15 @@ class LowRank:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def on_factors(self, change: Callable[[Any, Labels], tuple[Any, Labels]]) -> LowRank:
+        """Change `a`, `b`, gain and bias, each with its labels, and leave W0 to the caller."""
+        changes = {}
+        for name in FACTORS:
+            if (factor := getattr(self, name)) is not None:
+                changed = change(factor, getattr(self, f"{name}_labels"))
+                changes[name], changes[f"{name}_labels"] = changed
+        return self.replace(**changes)
+
 
 def accumulation_dtype(dtype: Any) -> Any:
     """Return the type to add products in: float64 for float64, float32 for all that is narrower."""
@@ -88,7 +108,7 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 
 def delta(value: LowRank, dtype: Any = jnp.float32) -> Array:
-    """Form scale * a @ b in the shape of W0.
+    """Form scale * a @ b in the shape of W0, without the gain.
 
     Args:
       value: The low-rank value.
@@ -105,7 +125,7 @@ def delta(value: LowRank, dtype: Any = jnp.float32) -> Array:
 
 
 def materialize(value: LowRank) -> Array:
-    """Form W0 + scale * a @ b, computed in float32 or wider and rounded once to W0's type.
+    """Form the whole value, computed in float32 or wider and rounded once to W0's type.
 
     Args:
       value: The low-rank value.
@@ -114,7 +134,86 @@ def materialize(value: LowRank) -> Array:
       An array of W0's shape and type.
     """
     wide = accumulation_dtype(value.dtype)
-    return (value.w.astype(wide) + delta(value, wide)).astype(value.dtype)
+    formed = value.w.astype(wide) + delta(value, wide)
+    return gained(value, formed, value.w_labels).astype(value.dtype)
+
+
+# -----------------------------------------------------------------------------------------------
+# The gain
+# -----------------------------------------------------------------------------------------------
+
+
+def gained(
+    value: LowRank, array: Array, labels: Sequence[Label | None], less: float = 0.0
+) -> Array:
+    """Multiply an array that has all of the gain's axes by the gain.
+
+    Args:
+      value: The low-rank value; without a gain, the array stays as it is.
+      array: What is to be multiplied.
+      labels: A label per axis of it.
+      less: What to take off the gain before.
+
+    Returns:
+      An array of the same shape and type; the product is formed in float32 or wider.
+    """
+    if value.gain is None:
+        return array
+    wide = jnp.promote_types(value.gain.dtype, accumulation_dtype(array.dtype))
+    gain = labelled.spread(value.gain.astype(wide) - less, value.gain_labels, labels)
+    return (array.astype(wide) * gain).astype(array.dtype)
+
+
+def sums_all_inputs(value: LowRank, summed: Collection[Label | None]) -> bool:
+    """Tell whether a product over these labels is the one that a bias belongs to."""
+    return set(summed) == {*value.a_labels} - {*value.b_labels} and all(
+        label in value.w_labels for label in value.bias_labels
+    )
+
+
+def biased(value: LowRank, array: Array, labels: Sequence[Label | None]) -> Array:
+    """Add the bias, if there is one, to a product with all inputs.
+
+    Args:
+      value: The low-rank value.
+      array: The product.
+      labels: A label per axis of it.
+
+    Returns:
+      An array of the same shape and type.
+    """
+    if value.bias is None:
+        return array
+    wide = accumulation_dtype(array.dtype)
+    bias = labelled.spread(value.bias.astype(wide), value.bias_labels, labels)
+    return (array.astype(wide) + bias).astype(array.dtype)
+
+
+def joined(
+    value: LowRank,
+    base: Array,
+    added: Array,
+    labels: Sequence[Label | None],
+    again: Array | None = None,
+) -> Array:
+    """Put together what W0 and what the factors make of some data, and apply the gain.
+
+    Args:
+      value: The low-rank value.
+      base: What W0 makes of the data.
+      added: What the factors make of it.
+      labels: A label per axis of both.
+      again: What W0 makes of the data that the factors saw, where dropout changed them: only that
+        is rescaled, as only the branch that is trained sees dropout.
+
+    Returns:
+      gain * (base + added), or base + (gain - 1) * again + gain * added.
+    """
+    if value.gain is None:
+        return lax.add(base, added)
+    if again is None:
+        return gained(value, lax.add(base, added), labels)
+    return base + gained(value, again, labels, less=1.0) + gained(value, added, labels)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -154,9 +253,7 @@ def _reshape_factors(
 ) -> LowRank:
     if list(olds) == list(news):
         return value
-    a, a_labels = _reshape_factor(value.a, value.a_labels, olds, news, sizes)
-    b, b_labels = _reshape_factor(value.b, value.b_labels, olds, news, sizes)
-    return value.replace(a=a, b=b, a_labels=a_labels, b_labels=b_labels)
+    return value.on_factors(lambda factor, have: _reshape_factor(factor, have, olds, news, sizes))
 
 
 def _reshape_factor(
@@ -181,15 +278,11 @@ def squeeze(value: LowRank, axes: Sequence[int]) -> LowRank:
     gone = [value.w_labels[axis] for axis in axes if value.w_labels[axis] is not None]
     kept = tuple(label for axis, label in enumerate(value.w_labels) if axis not in axes)
 
-    def drop(factor: Array, have: tuple[Label, ...]) -> tuple[Array, tuple[Label, ...]]:
+    def drop(factor: Array, have: Labels) -> tuple[Array, Labels]:
         out = [axis for axis, label in enumerate(have) if label in gone]
         return lax.squeeze(factor, out), tuple(label for label in have if label not in gone)
 
-    a, a_labels = drop(value.a, value.a_labels)
-    b, b_labels = drop(value.b, value.b_labels)
-    return value.replace(
-        w=lax.squeeze(value.w, axes), w_labels=kept, a=a, b=b, a_labels=a_labels, b_labels=b_labels
-    )
+    return value.on_factors(drop).replace(w=lax.squeeze(value.w, axes), w_labels=kept)
 
 
 def expand(value: LowRank, shape: Sequence[int], kept_axes: Sequence[int]) -> LowRank | None:
@@ -214,18 +307,17 @@ def along_axis(
       operation: `operation(array, axis)`, which acts on every position along the axis alike.
 
     Returns:
-      The value with the operation done, or None if no factor has the axis.
+      The value with the operation done, or None if no factor has the axis, or if a bias would be
+      left beside some of the inputs.
     """
     label = value.w_labels[axis]
-    if label is None:
+    if label is None or (value.bias is not None and label not in value.bias_labels):
         return None
 
-    def on(factor: Array, have: tuple[Label, ...]) -> Array:
-        return operation(factor, have.index(label)) if label in have else factor
+    def on(factor: Array, have: Labels) -> tuple[Array, Labels]:
+        return (operation(factor, have.index(label)) if label in have else factor), have
 
-    return value.replace(
-        w=operation(value.w, axis), a=on(value.a, value.a_labels), b=on(value.b, value.b_labels)
-    )
+    return value.on_factors(on).replace(w=operation(value.w, axis))
 
 
 def multiply(value: LowRank, w: Array, other: Array, axes: Sequence[int]) -> LowRank | None:

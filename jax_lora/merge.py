@@ -12,25 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jax_lora import paths
-from jax_lora.adapter import (
-    Adapter,
-    LoraPair,
-    LoraWeight,
-    WholeWeight,
-    combine,
-    dense_delta,
-    is_adapted,
-)
+from jax_lora import dora, paths
+from jax_lora.adapter import Adapter, LoraWeight, RowsWeight, WholeWeight, combine, is_adapted
 from jax_lora.errors import MergeError, MergeWarning, explain
+from jax_lora.folded_bias import fold_biases
 from jax_lora.lowrank import accumulation_dtype
+from jax_lora.pair import LoraPair, dense_delta
 
 # A hundredth of W0, a usual update, loses a quarter of its entries in bfloat16, the smallest ones.
 _LOST_SHARE_WORTH_A_WARNING = 0.5
 
 
 def merge(variables: Any, adapter: Adapter) -> Any:
-    """Add an adapter to its base: plain parameters, W0 + scale * a @ b.
+    """Add an adapter to its base: plain parameters, W0 + scale * a @ b, with magnitudes applied.
 
     Use it to run or export a trained model without `lora_apply`: same shapes, same speed as the
     base. `variables` stay as they are. Each weight is computed in float32 (float64 for a float64
@@ -45,8 +39,8 @@ def merge(variables: Any, adapter: Adapter) -> Any:
       The same tree, with the same treedef, shapes and types, and other values.
 
     Raises:
-      MergeError: A factor is not finite, or a sum is beyond the range of W0's type; the message
-        names every such leaf.
+      MergeError: A factor is not finite, a sum is beyond the range of W0's type, or a pair has a
+        bias and its layer none to add it to; the message names every such leaf.
       StructureError: The adapter does not fit the tree.
 
     Warns:
@@ -82,8 +76,8 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
       The base, up to rounding.
 
     Raises:
-      MergeError: A factor is not finite, or the adapter has leaves trained whole, whose base
-        values no merged tree holds.
+      MergeError: A factor is not finite, or the adapter has leaves trained whole or magnitudes:
+        no merged tree holds the base values of the first, or the norms that the second replaced.
       StructureError: The adapter does not fit the tree.
 
     Example:
@@ -95,12 +89,22 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
       >>> bool(jnp.abs(again["kernel"] - params["kernel"]).max() < 2e-7)
       True
     """
-    if adapter.whole:
+    if adapter.whole or adapter.rows:
         raise MergeError(
             explain(
-                f"unmerge: {', '.join(adapter.whole)}",
-                got="leaves that were trained whole, so that merging replaced them",
+                f"unmerge: {', '.join((*adapter.whole, *adapter.rows))}",
+                got="leaves or rows that were trained whole, so that merging replaced them",
                 expected="an adapter of pairs only",
+                fix="Use the base variables themselves: merge left them as they were.",
+            )
+        )
+    rescaled = [path for path, pair in adapter.pairs.items() if pair.magnitude is not None]
+    if rescaled:
+        raise MergeError(
+            explain(
+                f"unmerge: {', '.join(rescaled)}",
+                got="magnitudes, which took the place of the norms of W0 + scale * a @ b",
+                expected="an adapter without magnitudes; the norms are in no merged tree",
                 fix="Use the base variables themselves: merge left them as they were.",
             )
         )
@@ -117,8 +121,7 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
 class _Report:
     """What the numbers of one merged leaf say, as scalars that are read only outside jit."""
 
-    bad_a: Any
-    bad_b: Any
+    bad: dict[str, Any]
     overflown: Any
     changed: Any
     lost: Any
@@ -128,12 +131,14 @@ class _Report:
 def _merged_leaf(base: jax.Array, pair: LoraPair, sign: int) -> tuple[jax.Array, _Report]:
     wide = accumulation_dtype(base.dtype)
     delta = dense_delta(pair, wide)  # (*kernel)
-    merged = (base.astype(wide) + sign * delta).astype(base.dtype)  # (*kernel)
-    changed = delta != 0
+    formed, changed = base.astype(wide) + sign * delta, delta != 0  # (*kernel)
+    if pair.magnitude is not None:
+        formed = dora.rescaled(formed, base, pair)
+        changed = formed != base.astype(wide)
+    merged = formed.astype(base.dtype)  # (*kernel)
     overflown = ~jnp.isfinite(merged) & jnp.isfinite(base)
     report = _Report(
-        bad_a=jnp.sum(~jnp.isfinite(pair.a)),
-        bad_b=jnp.sum(~jnp.isfinite(pair.b)),
+        bad={name: jnp.sum(~jnp.isfinite(array)) for name, array in pair.arrays.items()},
         overflown=jnp.mean(overflown.astype(jnp.float32)),
         changed=jnp.mean(changed.astype(jnp.float32)),
         lost=jnp.mean((changed & (merged == base)).astype(jnp.float32)),
@@ -155,18 +160,21 @@ def _like(array: jax.Array, base: Any) -> jax.Array:
 
 def _with_update(tree: Any, adapter: Adapter, sign: int) -> Any:
     nodes, treedef = paths.flatten_with_paths(combine(tree, adapter), is_leaf=is_adapted)
-    leaves, reports = [], {}
+    leaves, reports = {}, {}
     for path, node in nodes:
         if isinstance(node, LoraWeight):
             merged, reports[path] = _merged_leaf(node.base, node.pair, sign)
             node = _like(merged, node.base)
         elif isinstance(node, WholeWeight):
             node = node.value.astype(node.base.dtype)
-        leaves.append(node)
+        elif isinstance(node, RowsWeight):
+            node = _like(node.rows.put(node.base), node.base)
+        leaves[path] = node
     verb = "merge" if sign > 0 else "unmerge"
+    leaves |= fold_biases(verb, leaves, adapter.pairs, sign)
     _check_whole(verb, adapter)
     _check(verb, {path: report for path, report in reports.items() if _is_concrete(report)})
-    return jax.tree.unflatten(treedef, leaves)
+    return jax.tree.unflatten(treedef, list(leaves.values()))
 
 
 def _is_concrete(tree: Any) -> bool:
@@ -175,8 +183,11 @@ def _is_concrete(tree: Any) -> bool:
 
 def _check_whole(verb: str, adapter: Adapter) -> None:
     problems = [
-        f"{path}: {bad} entries of the leaf trained whole are NaN or Inf"
-        for path, leaf in adapter.whole.items()
+        f"{path}: {bad} entries of {what} are NaN or Inf"
+        for what, path, leaf in (
+            *(("the leaf trained whole", path, leaf) for path, leaf in adapter.whole.items()),
+            *(("the trained rows", path, rows.values) for path, rows in adapter.rows.items()),
+        )
         if _is_concrete(leaf) and (bad := int(jnp.sum(~jnp.isfinite(leaf))))
     ]
     _refuse(verb, problems)
@@ -185,10 +196,10 @@ def _check_whole(verb: str, adapter: Adapter) -> None:
 def _check(verb: str, reports: dict[str, _Report]) -> None:
     problems, lost = [], []
     for path, report in reports.items():
-        for name, bad in (("a", report.bad_a), ("b", report.bad_b)):
+        for name, bad in report.bad.items():
             if int(bad):
                 problems.append(f"{path}: {int(bad)} entries of {name} are NaN or Inf")
-        if float(report.overflown) and not int(report.bad_a) + int(report.bad_b):
+        if float(report.overflown) and not any(map(int, report.bad.values())):
             problems.append(
                 f"{path}: {float(report.overflown):.2%} of the sums are beyond the base's type"
             )

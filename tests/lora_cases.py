@@ -11,8 +11,8 @@ import numpy as np
 from jax.extend import core as jex_core
 
 import jax_lora as jl
-from jax_lora.adapter import dense_delta
 from jax_lora.lowrank import accumulation_dtype
+from jax_lora.pair import dense_delta
 
 
 def randomized(adapter: Any, seed: int = 0, size: float = 0.3) -> Any:
@@ -27,17 +27,30 @@ def randomized(adapter: Any, seed: int = 0, size: float = 0.3) -> Any:
 
 
 def merged_tree(tree: Any, adapter: Any) -> Any:
-    """W0 + scale * a @ b by `dense_delta` alone: the reference that everything is held against."""
+    """The merged weights by plain formulas: the reference that everything is held against."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves = []
     for key_path, leaf in flat:
         path = jl.paths.format_path(key_path)
         if path in adapter.pairs:
             wide = accumulation_dtype(leaf.dtype)
-            delta = dense_delta(adapter.pairs[path], wide)
-            leaf = (leaf.astype(wide) + delta).astype(leaf.dtype)
+            pair = adapter.pairs[path]
+            formed = leaf.astype(wide) + dense_delta(pair, wide)
+            if pair.magnitude is not None:
+                formed = rescaled(formed, pair)
+            leaf = formed.astype(leaf.dtype)
         leaves.append(adapter.whole.get(path, leaf))
     return jax.tree.unflatten(treedef, leaves)
+
+
+def rescaled(formed: Any, pair: Any) -> Any:
+    """m * V / ||V|| by NumPy's own words: the reference for magnitudes."""
+    squares = jnp.sum(formed**2, axis=pair.in_axes, keepdims=True)
+    norms = jax.lax.stop_gradient(jnp.sqrt(squares))
+    kept = [axis for axis in range(formed.ndim) if axis not in pair.in_axes]
+    order = [(*pair.stack_axes, *pair.out_axes).index(axis) for axis in kept]
+    magnitude = pair.magnitude.astype(formed.dtype).transpose(order)
+    return magnitude.reshape(norms.shape) / norms * formed
 
 
 def random_tree(shapes: Any, seed: int = 1, dtype: Any = jnp.float32) -> Any:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jax_lora as jl
-from jax_lora.adapter import dense_delta
+from jax_lora.pair import dense_delta
 from tests.lora_cases import assert_bitwise, assert_close, random_tree, randomized
 
 

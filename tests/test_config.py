@@ -64,7 +64,7 @@ def test_the_order_of_patterns_counts():
         ({"rank_pattern": {"q": 0}}, "rank_pattern\\['q'\\]", "at least 1"),
         ({"rank_pattern": ["q"]}, "rank_pattern", "a mapping"),
         ({"use_rslora": "yes"}, "use_rslora", "True or False"),
-        ({"use_dora": True}, "use_dora", "False"),
+        ({"use_dora": 1}, "use_dora", "True or False"),
     ],
 )
 def test_a_value_that_means_nothing_is_refused(settings, where, expected):

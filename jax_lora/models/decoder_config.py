@@ -116,8 +116,9 @@ class DecoderConfig(ModelConfig):
                 "let each key-value head serve equally many query heads.",
             )
         if self.rotary_dim % 2:
+            where = "head_dim" if self.rotary_dim == self.head_dim else "rotated part of head_dim"
             fix = "rotary embedding turns channel pairs."
-            self.refuse("head_dim", self.rotary_dim, "an even number", fix)
+            self.refuse(where, self.rotary_dim, "an even number", fix)
 
     def _check_rope(self) -> None:
         scaling, kind = self.rope_scaling or {}, self.rope_type

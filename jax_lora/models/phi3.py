@@ -15,6 +15,7 @@ from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
 from jax_lora.models.joins import PreNormLayer
 from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
 from jax_lora.models.mlp import GatedMLP
+from jax_lora.models.model_config import is_positive
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import WindowConfig
 
@@ -46,7 +47,10 @@ class Phi3Config(WindowConfig):
         if self.rope_scaling is not None:
             self._settle_scaling(dict(self.rope_scaling))
         self.check_sizes(("original_max_position_embeddings",))
-        self.check_positive(("partial_rotary_factor",))
+        if not is_positive(self.partial_rotary_factor) or self.partial_rotary_factor > 1:
+            got, expected = self.partial_rotary_factor, "a number above 0, at most 1"
+            self.refuse("partial_rotary_factor", got, expected, "1.0 rotates all channels.")
+        self.check_choice("rope_type", ("default", "longrope"))
         super().__post_init__()
 
     def _settle_scaling(self, scaling: dict[str, Any]) -> None:

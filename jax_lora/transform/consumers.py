@@ -17,8 +17,15 @@ from jax_lora.transform.interpreter import Interpreter, Value, bind, is_lowrank,
 Outputs = list[Value] | None
 
 
+_TOKEN: Label = "token"
+
+
 def _floating(*arrays: Any) -> bool:
     return all(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays)
+
+
+def _is_gained_and_dropped(value: LowRank) -> bool:
+    return value.gain is not None and value.key is not None
 
 
 # -----------------------------------------------------------------------------------------------
@@ -48,15 +55,13 @@ def _gather(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
         taken = _take(eqn, factor, labels.index(label), indices)
         return taken, (*looked_up, *(other for other in labels if other != label))
 
-    a, a_labels = look_up(value.a, value.a_labels)
-    b, b_labels = look_up(value.b, value.b_labels)
-    found = value.replace(
-        w=rows, a=a, b=b, w_labels=tuple(out_labels), a_labels=a_labels, b_labels=b_labels
-    )
+    found = value.on_factors(look_up).replace(w=rows, w_labels=tuple(out_labels))
     if value.side(label) == (True, True):
         return [found]  # some layers or experts of a stack: still kernels
+    if value.bias is not None:
+        return None
     interpreter.factored(eqn, value, math.prod(indices.shape[:-1]))
-    return [rows + _rows_delta(found, rows.dtype)]
+    return [_joined_rows(found, _rows_delta(found, rows.dtype))]
 
 
 def _looked_up_axis(eqn: Any, value: LowRank) -> int | None:
@@ -84,6 +89,16 @@ def _take(eqn: Any, factor: jax.Array, axis: int, indices: jax.Array) -> jax.Arr
     return lax.gather(rows, indices, numbers, (1, *rows.shape[1:]), mode=mode, fill_value=0)
 
 
+def _joined_rows(found: LowRank, added: jax.Array) -> jax.Array:
+    """Add to rows of W0, and apply the gain to them."""
+    if found.gain is None:
+        return found.w + added
+    # An id out of range may have given NaN, of which the gain's derivative is to know nothing.
+    known = ~jnp.isnan(found.w)
+    rows = jnp.where(known, found.w, jnp.zeros((), found.dtype))
+    return jnp.where(known, lowrank.joined(found, rows, added, found.w_labels), found.w)
+
+
 def _rows_delta(found: LowRank, dtype: Any) -> jax.Array:
     """Contract the rows' factors over the rank: (*ids, r) · (r, out) -> (*ids, out)."""
     ids_in_a = len(found.a_labels) > 1 and isinstance(found.a_labels[0], tuple)
@@ -106,6 +121,8 @@ def _rows_delta(found: LowRank, dtype: Any) -> jax.Array:
 def _ragged_dot(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     x, value, sizes, *rest = inputs
     if rest or is_lowrank(x) or not is_lowrank(value) or not _is_plain_ragged(eqn, x, value):
+        return None
+    if value.bias is not None:
         return None
     expert, inside, outside = value.w_labels
     if value.a_labels != (expert, inside, RANK) or value.b_labels != (expert, RANK, outside):
@@ -131,7 +148,20 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outp
         precision=precision,
         preferred_element_type=base.dtype,
     )
-    return [base + added]
+    again = bind(eqn, dropped, value.w, sizes)[0] if _is_gained_and_dropped(value) else None
+    value = value.on_factors(lambda factor, labels: _by_token(factor, labels, value, x, sizes))
+    return [lowrank.joined(value, base, added, (_TOKEN, outside), again)]
+
+
+def _by_token(
+    factor: jax.Array, labels: tuple[Label, ...], value: LowRank, x: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, tuple[Label, ...]]:
+    """Give every token its expert's gain: (experts, out) -> (tokens, out)."""
+    if factor is not value.gain:
+        return factor, labels
+    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+    gain = jnp.take(factor, expert, axis=labels.index(value.w_labels[0]), mode="clip")
+    return gain, tuple(_TOKEN if label == value.w_labels[0] else label for label in labels)
 
 
 def _is_plain_ragged(eqn: Any, x: jax.Array, value: LowRank) -> bool:
@@ -167,8 +197,12 @@ def _convolution(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Out
     value = interpreter.fresh(value)
     (base,) = bind(eqn, x, value.w)
     interpreter.factored(eqn, value, base.size // base.shape[numbers.out_spec[1]])
-    thin = _thin_convolution(eqn, lowrank.dropped(value, x), value, numbers)
-    return [base + _mix_channels(thin, value, eqn, base)]
+    dropped = lowrank.dropped(value, x)
+    added = _mix_channels(_thin_convolution(eqn, dropped, value, numbers), value, eqn, base)
+    again = bind(eqn, dropped, value.w)[0] if _is_gained_and_dropped(value) else None
+    labels = [out_label if axis == numbers.out_spec[1] else None for axis in range(base.ndim)]
+    joined = lowrank.joined(value, base, added, labels, again)
+    return [lowrank.biased(value, joined, labels)]
 
 
 def _thin_convolution(eqn: Any, x: jax.Array, value: LowRank, numbers: Any) -> jax.Array:

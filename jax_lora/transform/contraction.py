@@ -35,8 +35,9 @@ def _dot_general(
     for form, compute in _FORMS.items():
         those = [i for i, each in enumerate(contractions) if each and each.choice.form == form]
         together = [each for i in those if (each := contractions[i])]
-        for index, result in zip(those, compute(together) if together else [], strict=True):
-            outputs[index] = [result]
+        results = compute(together) if together else []
+        for index, each, result in zip(those, together, results, strict=True):
+            outputs[index] = [lowrank.biased(each.value, result, each.meeting.out_labels)]
         for each in together:
             interpreter.settings.note(_site(interpreter, each, together))
     return outputs
@@ -50,6 +51,7 @@ class _Contraction:
     value: LowRank
     x: Array
     meeting: Meeting
+    gain_first: bool  # whether the gain is applied to x, not to the result
     product: merged.Product | None
     sizes: forms.Sizes
     choice: forms.Choice
@@ -66,11 +68,18 @@ def _read(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> _Contracti
     how = _meeting(eqn, value, x, weight_first)
     if how is None:
         return None
+    gain_first = not set(value.gain_labels) <= set(how.out_labels)
+    if gain_first and not set(value.gain_labels) <= set(how.x_labels):
+        return None  # the gain varies along an axis that is summed away and one that is not
+    if value.bias is not None:
+        met = set(how.x_labels) & set(value.w_labels) - set(how.out_labels)
+        if not lowrank.sums_all_inputs(value, met):
+            return None
     product, sizes = merged.Product.of(eqn, weight_first), _sizes(how, value, x)
     choice = forms.choose(interpreter.settings.form, sizes, jax.default_backend())
     if product is None:
         choice = forms.Choice(forms.FACTORED, "this JAX has a dot_general with unknown options")
-    return _Contraction(eqn, interpreter.fresh(value), x, how, product, sizes, choice)
+    return _Contraction(eqn, interpreter.fresh(value), x, how, gain_first, product, sizes, choice)
 
 
 def _meeting(eqn: Any, value: LowRank, x: Array, weight_first: bool) -> Meeting | None:
@@ -135,32 +144,72 @@ def _sizes(how: Meeting, value: LowRank, x: Array) -> forms.Sizes:
 
 def _factored(those: Sequence[_Contraction]) -> list[Array]:
     """Compute x · W0 + scale * (x · a) · b."""
-    bases = [bind(each.eqn, *_operands(each))[0] for each in those]
-    added = []
-    for group in [[each] for each in those] if _has_dropout(those) else [those]:
-        x = lowrank.dropped(group[0].value, group[0].x)
+    if any(each.value.key is not None for each in those):
+        return [_with_dropout(each) for each in those]
+    results = []
+    for group in _of_same_data(those):
+        x = _data(group[0])
+        bases = [_base(each, x) for each in group]
         factors = [(each.value.a, each.value.b) for each in group]
-        added += meeting.add([each.meeting for each in group], x, factors)
-    return [lax.add(base, delta) for base, delta in zip(bases, added, strict=True)]
+        added = meeting.add([each.meeting for each in group], x, factors)
+        results += map(_joined, group, bases, added)
+    return results
 
 
-def _has_dropout(those: Sequence[_Contraction]) -> bool:
-    return any(each.value.key is not None for each in those)
-
-
-def _operands(each: _Contraction) -> tuple[Array, Array]:
-    return (each.x, each.value.w) if each.meeting.x_first else (each.value.w, each.x)
+def _with_dropout(each: _Contraction) -> Array:
+    """Compute the factored form where the factors see other data than W0 does."""
+    value, how = each.value, each.meeting
+    seen = lowrank.dropped(value, each.x)
+    base = _base(each, each.x)
+    factors = [(value.a, value.b)]
+    if not each.gain_first:
+        (added,) = meeting.add([how], seen, factors)
+        again = None if value.gain is None else _base(each, seen)
+        return lowrank.joined(value, base, added, how.out_labels, again)
+    (added,) = meeting.add([how], lowrank.gained(value, seen, how.x_labels), factors)
+    return base + _base(each, lowrank.gained(value, seen, how.x_labels, less=1.0)) + added
 
 
 def _merged(those: Sequence[_Contraction]) -> list[Array]:
     """Compute x · (W0 + scale * a · b)."""
-    members = [
-        merged.Member(each.product, each.meeting, each.value.w_labels)
-        for each in those
-        if each.product is not None
-    ]
-    weights = tuple((each.value.w, each.value.a, each.value.b) for each in those)
-    return merged.multiply(members, those[0].x, weights)
+    results = []
+    for group in _of_same_data(those):
+        members = [
+            merged.Member(each.product, each.meeting, each.value.w_labels)
+            for each in group
+            if each.product is not None
+        ]
+        weights = tuple((each.value.w, each.value.a, each.value.b) for each in group)
+        products = merged.multiply(members, _data(group[0]), weights)
+        results += map(_gained, group, products)
+    return results
+
+
+def _of_same_data(those: Sequence[_Contraction]) -> list[Sequence[_Contraction]]:
+    """Split off, in order, what is contracted with data of its own: x times its gain."""
+    if any(each.gain_first for each in those):
+        return [[each] for each in those]
+    return [those]
+
+
+def _data(each: _Contraction) -> Array:
+    return lowrank.gained(each.value, each.x, each.meeting.x_labels) if each.gain_first else each.x
+
+
+def _base(each: _Contraction, x: Array) -> Array:
+    """Contract W0: the model's own equation."""
+    operands = (x, each.value.w) if each.meeting.x_first else (each.value.w, x)
+    return bind(each.eqn, *operands)[0]
+
+
+def _joined(each: _Contraction, base: Array, added: Array) -> Array:
+    return _gained(each, lax.add(base, added))
+
+
+def _gained(each: _Contraction, result: Array) -> Array:
+    if each.gain_first:
+        return result  # x was multiplied
+    return lowrank.gained(each.value, result, each.meeting.out_labels)
 
 
 _FORMS = {forms.FACTORED: _factored, forms.MERGED: _merged}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_lora.lowrank import LowRank
+from jax_lora.lowrank import FACTORS, LowRank
 from jax_lora.transform import varying
 from jax_lora.transform.interpreter import Interpreter, Rule, Value, is_lowrank, opened, rule
 from jax_lora.transform.layout import scan_layout
@@ -124,6 +124,7 @@ def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     moving = interpreter.dense(
         [value for value, fixed in zip(carry, still, strict=True) if not fixed], eqn, "scan carry"
     )
+    xs = [value if _is_sliceable(value) else interpreter.dense([value], eqn)[0] for value in xs]
     slices = [_StackSlices.of(value) for value in xs]
 
     def step(moving: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
@@ -162,12 +163,8 @@ def _stacked(value: Value, inputs: Sequence[Value]) -> Value:
     label = next(each for n in itertools.count() if (each := ("scan", n)) not in taken)
     # The keys of the steps were stacked as well; each step's is folded in again where it is used.
     keys = (each.key for each in inputs if _has_key(each) and each.path == value.path)
-    return value.replace(
-        key=next(keys, None),
-        w_labels=(label, *value.w_labels),
-        a_labels=(label, *value.a_labels),
-        b_labels=(label, *value.b_labels),
-    )
+    stacked = value.on_factors(lambda factor, labels: (factor, (label, *labels)))
+    return stacked.replace(key=next(keys, None), w_labels=(label, *value.w_labels))
 
 
 def _invariant(body: Any, carry: Sequence[Value], n_consts: int) -> list[bool]:
@@ -181,6 +178,11 @@ def _invariant(body: Any, carry: Sequence[Value], n_consts: int) -> list[bool]:
 def _interleave(carry: Sequence[Value], moving: Sequence[Any], still: Sequence[bool]) -> list:
     moved = iter(moving)
     return [value if fixed else next(moved) for value, fixed in zip(carry, still, strict=True)]
+
+
+def _is_sliceable(value: Value) -> bool:
+    """Tell whether a scan may take a value apart: not along the inputs that a bias is beside."""
+    return not is_lowrank(value) or value.bias is None or value.w_labels[0] in value.bias_labels
 
 
 def _has_key(value: Value) -> bool:
@@ -208,29 +210,29 @@ class _StackSlices:
             return cls(value, value)
         label = value.w_labels[0]
 
-        def leading(factor: jax.Array, labels: tuple[Any, ...]) -> jax.Array | None:
+        def leading(factor: Any, labels: tuple[Any, ...]) -> Any:
             return jnp.moveaxis(factor, labels.index(label), 0) if label in labels else None
 
-        return cls(
-            value, (value.w, leading(value.a, value.a_labels), leading(value.b, value.b_labels))
-        )
+        factors = [
+            leading(getattr(value, each), getattr(value, f"{each}_labels")) for each in FACTORS
+        ]
+        return cls(value, (value.w, *factors))
 
     def at(self, arrays: Any) -> Value:
         """Build the value of one step from its slices."""
         value = self._value
         if not is_lowrank(value):
             return arrays
-        w, a, b = arrays
-        label = value.w_labels[0]
-        without = lambda labels: tuple(each for each in labels if each != label)  # noqa: E731
-        return value.replace(
-            w=w,
-            a=value.a if a is None else a,
-            b=value.b if b is None else b,
-            w_labels=value.w_labels[1:],
-            a_labels=value.a_labels if a is None else without(value.a_labels),
-            b_labels=value.b_labels if b is None else without(value.b_labels),
-        )
+        w, *sliced = arrays
+        held = [getattr(value, name) is not None for name in FACTORS]
+        label, slices = value.w_labels[0], itertools.compress(sliced, held)
+
+        def layer(factor: jax.Array, labels: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+            mine = next(slices)
+            without = tuple(each for each in labels if each != label)
+            return (factor, labels) if mine is None else (mine, without)
+
+        return value.on_factors(layer).replace(w=w, w_labels=value.w_labels[1:])
 
 
 # -----------------------------------------------------------------------------------------------
@@ -310,6 +312,10 @@ def _shard_map(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outpu
         outputs = interpreter.inner().evaluate(body, consts, values)
         return tuple(interpreter.dense(outputs, eqn, "shard_map output"))
 
+    inputs = [
+        interpreter.dense([value], eqn)[0] if _splits_bias(value, spec) else value
+        for value, spec in zip(inputs, params["in_specs"], strict=True)
+    ]
     in_specs = tuple(
         _spec_of(value, spec) if is_lowrank(value) else spec
         for value, spec in zip(inputs, params["in_specs"], strict=True)
@@ -332,9 +338,18 @@ def _keyed_by_shard(value: Value, axes: Collection[str]) -> Value:
     return value
 
 
+def _splits_bias(value: Value, spec: PartitionSpec) -> bool:
+    """Tell whether shards would each add the bias to a sum over some of the inputs."""
+    if not is_lowrank(value) or value.bias is None:
+        return False
+    axes = zip(spec, value.w_labels, strict=False)
+    return any(names and label not in value.bias_labels for names, label in axes)
+
+
 def _spec_of(value: LowRank, spec: PartitionSpec) -> LowRank:
     """Shard every factor's axis as W0's axis of the same label is sharded."""
     by_label = dict(zip(value.w_labels, [*spec, *[None] * len(value.shape)], strict=False))
     along = lambda labels: PartitionSpec(*(by_label.get(label) for label in labels))  # noqa: E731
     key = None if value.key is None else PartitionSpec()
-    return value.replace(w=spec, a=along(value.a_labels), b=along(value.b_labels), key=key)
+    specs = value.on_factors(lambda _, labels: (along(labels), labels))
+    return specs.replace(w=spec, key=key)

@@ -54,13 +54,12 @@ def _sharding_constraint(interpreter: Interpreter, eqn: Any, inputs: list[Value]
         return [value]  # only W0 is constrained; the factors go where the compiler wants them
     by_label = dict(zip(value.w_labels, [*sharding.spec, *[None] * len(value.shape)], strict=False))
 
-    def constrain(factor: jax.Array, labels: tuple[Any, ...]) -> jax.Array:
+    def constrain(factor: jax.Array, labels: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         spec = jax.sharding.PartitionSpec(*(by_label.get(label) for label in labels))
-        return lax.with_sharding_constraint(factor, jax.sharding.NamedSharding(sharding.mesh, spec))
+        named = jax.sharding.NamedSharding(sharding.mesh, spec)
+        return lax.with_sharding_constraint(factor, named), labels
 
-    return [
-        value.replace(a=constrain(value.a, value.a_labels), b=constrain(value.b, value.b_labels))
-    ]
+    return [value.on_factors(constrain)]
 
 
 # -----------------------------------------------------------------------------------------------
@@ -163,6 +162,8 @@ def _reverse(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs
 
 @structural_rule("neg")
 def _negate(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    if inputs[0].bias is not None:
+        return None
     return [inputs[0].replace(w=bind(eqn, inputs[0].w)[0], scale=-inputs[0].scale)]
 
 
@@ -183,8 +184,8 @@ def _divide(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
 
 
 def _scaled(eqn: Any, value: LowRank, other: Any, inputs: list[Value], *, inverse: bool) -> Outputs:
-    if eqn.outvars[0].aval.shape != value.shape:
-        return None  # the multiplication repeats the weight
+    if eqn.outvars[0].aval.shape != value.shape or value.bias is not None:
+        return None  # the multiplication repeats the weight, or is none of the layer's own
     w = bind(eqn, *(each.w if is_lowrank(each) else each for each in inputs))[0]
     constant = _constant(eqn, other)
     if constant is not None:
@@ -209,8 +210,9 @@ def _add(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     if all(map(is_lowrank, inputs)):
         return None
     value = inputs[0] if is_lowrank(inputs[0]) else inputs[1]
-    if eqn.outvars[0].aval.shape != value.shape:
-        return None
+    beside = value.gain is not None or value.bias is not None
+    if eqn.outvars[0].aval.shape != value.shape or beside:
+        return None  # what is added is not multiplied by the gain
     w = bind(eqn, *(each.w if is_lowrank(each) else each for each in inputs))[0]
     subtracted = eqn.primitive.name == "sub" and is_lowrank(inputs[1])
     return [value.replace(w=w, scale=-value.scale if subtracted else value.scale)]

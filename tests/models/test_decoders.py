@@ -181,7 +181,7 @@ def test_models_are_equal_and_hash_alike_when_their_configurations_are(family, v
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters\n  got:"),
         ("gemma3_text", {"model_type": "gemma3"}, "model_type 'gemma3'"),
         ("phi3", {"attention_bias": True}, "attention_bias = True"),
-        ("phi3", {"partial_rotary_factor": 0.5}, "head_dim"),
+        ("phi3", {"partial_rotary_factor": 0.5}, "rotated part of head_dim\n  got:      3"),
         (
             "phi3",
             {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4}},

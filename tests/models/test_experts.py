@@ -1,14 +1,20 @@
 """Experts: each token's own few, whatever the load; frozen and adapted expert by expert."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 import jax_lora as jl
-from jax_lora.models import Mixtral, MixtralConfig, Qwen3MoEConfig
+from jax_lora.models import MixtralConfig, load
 from jax_lora.models.experts import SparseMLP, route
 
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "qwen3_moe" / "tied"
 CONFIG = MixtralConfig(
     hidden_size=8, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5
 )
@@ -85,7 +91,18 @@ def test_each_expert_has_factors_of_its_own_and_the_router_can_be_left_alone(par
     }
 
 
-def test_defaults_are_those_of_the_published_models():
-    assert (MixtralConfig().num_local_experts, MixtralConfig().window) == (8, None)
-    assert (Qwen3MoEConfig().num_experts, Qwen3MoEConfig().window) == (128, None)
-    assert Mixtral(CONFIG).hf_names["layers/mlp/gate/kernel"].endswith("mlp.gate.weight")
+def test_experts_that_lie_on_different_devices_give_the_same_logits():
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,))
+
+    def place(path, shape):
+        spec = P(None, "expert") if "/experts/" in path else P()
+        return NamedSharding(mesh, spec)
+
+    model, params = load(FIXTURE, sharding=place)
+    down = params["layers"]["mlp"]["experts"]["down_proj"]
+    assert down.addressable_shards[0].data.shape == (2, 1, 12, 16)
+    stored = load_file(FIXTURE / "expected.safetensors")
+    logits = jax.jit(model.apply)(
+        {"params": params}, jnp.asarray(stored["input_ids"][:1], jnp.int32)
+    )
+    np.testing.assert_allclose(logits, stored["logits"][:1], atol=1e-4)

@@ -20,7 +20,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import jax_lora as jl
-from jax_lora.adapter import Adapter, LoraPair
+from jax_lora.adapter import Adapter
+from jax_lora.pair import LoraPair
 
 Shape = tuple[int, ...]
 Scale = float | tuple[Any, ...]

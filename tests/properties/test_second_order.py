@@ -10,7 +10,8 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jax_lora as jl
-from jax_lora.adapter import Adapter, LoraPair
+from jax_lora.adapter import Adapter
+from jax_lora.pair import LoraPair
 from jax_lora.transform.forms import FACTORED, MERGED
 
 # name -> (shape of the kernel, its in, out and stack axes, shape of x, the function)

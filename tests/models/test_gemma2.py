@@ -1,0 +1,44 @@
+"""Gemma 2: soft caps are felt, and can be left out."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_lora.models import load
+from jax_lora.models.attention import attend
+from jax_lora.models.gemma2 import soft_cap
+
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "gemma2" / "capped"
+
+
+def test_a_cap_squeezes_and_keeps_the_dtype():
+    x = jnp.array([0.01, -1e4, 30.0], jnp.bfloat16)
+    capped = soft_cap(x, 30.0)
+    assert capped.dtype == jnp.bfloat16
+    np.testing.assert_allclose(capped.astype(jnp.float32), [0.01, -30, 22.8476], rtol=5e-3)
+    assert soft_cap(x, None) is x
+
+
+@pytest.mark.parametrize("field", ["final_logit_softcapping", "attn_logit_softcapping"])
+def test_each_cap_changes_the_logits(field):
+    model, params = load(FIXTURE)
+    ids = jnp.arange(12, dtype=jnp.int32)[None]
+    uncapped = model.clone(config=dataclasses.replace(model.config, **{field: None}))
+    run = jax.jit(lambda p: [m.apply({"params": p}, ids) for m in (model, uncapped)])
+    capped, free = run(params)
+    assert np.abs(capped).max() < 3.0
+    assert np.abs(capped - free).max() > 0.05
+
+
+def test_a_cap_too_high_to_be_felt_leaves_attention_as_it_is():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 5, 4, 8))
+    k, v = (jax.random.normal(key, (2, 5, 2, 8)) for key in keys[1:])
+    seen = jnp.tril(jnp.ones((5, 5), bool))[None, None]
+    for mask in (None, seen):
+        capped = attend(q, k, v, mask, scale=0.3, soft_cap=1e5)
+        np.testing.assert_allclose(capped, attend(q, k, v, mask, scale=0.3), atol=1e-5)
