@@ -12,6 +12,8 @@ from jax_lora.models import Llama, LlamaConfig, save
 
 from ..finetune.conftest import TINY, write_tokenizer
 
+VERBS = ("train", "eval", "generate", "fuse", "export", "import")
+
 
 def test_train_eval_and_generate_follow_one_another(train, tmp_path, capsys):
     assert train() == 0
@@ -143,7 +145,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, data_f
     assert "at most the model's vocabulary of 20" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["eval"], ["generate"]])
+@pytest.mark.parametrize("verb", [[], *([v] for v in VERBS)])
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*verb, "--help"])
