@@ -4,6 +4,7 @@ from jax_lora.models.decoder_inputs import KVCache
 from jax_lora.models.gemma import Gemma, GemmaConfig
 from jax_lora.models.gemma2 import Gemma2, Gemma2Config
 from jax_lora.models.gemma3 import Gemma3, Gemma3Config
+from jax_lora.models.gpt2 import GPT2, GPT2Config
 from jax_lora.models.llama import Llama, LlamaConfig
 from jax_lora.models.load_checkpoint import load
 from jax_lora.models.mistral import Mistral, MistralConfig
@@ -16,6 +17,8 @@ from jax_lora.models.save_checkpoint import save
 from jax_lora.models.variants import replicate_layers, resize_vocab, untie
 
 __all__ = [
+    "GPT2",
+    "GPT2Config",
     "Gemma",
     "Gemma2",
     "Gemma2Config",

@@ -1,4 +1,4 @@
-"""Make tests/fixtures/gpt2: tiny random GPT-2s and the logits PyTorch gives for them.
+"""Make tests/fixtures/gpt2 (and headless/gpt2): tiny random GPT-2s and PyTorch's logits.
 
     python -m venv torch-env
     torch-env/bin/pip install torch transformers
@@ -16,7 +16,7 @@ from llama import batch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-HERE = Path(__file__).parent.parent / "fixtures" / "gpt2"
+HERE = Path(__file__).parent.parent / "fixtures"
 SMALL = {
     "vocab_size": 32,
     "n_positions": 16,
@@ -33,12 +33,11 @@ VARIANTS = {
     "untied": {"tie_word_embeddings": False, "n_inner": 24, "activation_function": "relu"},
     "scaled": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
     "unscaled": {"scale_attn_weights": False, "reorder_and_upcast_attn": True},
-    "headless": {},  # what saving the model without its head writes: names without a prefix
 }
 
 
-def make(name: str, changes: dict) -> None:
-    """Write one folder."""
+def make(folder: Path, changes: dict, headless: bool = False) -> None:
+    """Write one folder; without its head, a model's tensors have names without a prefix."""
     torch.manual_seed(0)
     config = GPT2Config(**{**SMALL, **changes})
     config._attn_implementation = "eager"
@@ -50,10 +49,9 @@ def make(name: str, changes: dict) -> None:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    folder = HERE / name
     shutil.rmtree(folder, ignore_errors=True)
-    saved = model.transformer if name == "headless" else model
-    saved.save_pretrained(folder, max_shard_size="6KB" if name == "tied" else "1GB")
+    saved = model.transformer if headless else model
+    saved.save_pretrained(folder, max_shard_size="6KB" if folder.name == "tied" else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
     expected = {"input_ids": ids, "attention_mask": mask, "logits": logits}
     save_file({k: v.contiguous() for k, v in expected.items()}, folder / "expected.safetensors")
@@ -61,4 +59,5 @@ def make(name: str, changes: dict) -> None:
 
 if __name__ == "__main__":
     for variant, changes in VARIANTS.items():
-        make(variant, changes)
+        make(HERE / "gpt2" / variant, changes)
+    make(HERE / "headless" / "gpt2", {}, headless=True)
