@@ -5,6 +5,7 @@ from jax_lora.models.gemma import Gemma, GemmaConfig
 from jax_lora.models.gemma2 import Gemma2, Gemma2Config
 from jax_lora.models.gemma3 import Gemma3, Gemma3Config
 from jax_lora.models.generate import generate
+from jax_lora.models.gpt2 import GPT2, GPT2Config
 from jax_lora.models.llama import Llama, LlamaConfig
 from jax_lora.models.load_checkpoint import load
 from jax_lora.models.mistral import Mistral, MistralConfig
@@ -17,6 +18,8 @@ from jax_lora.models.save_checkpoint import save
 from jax_lora.models.variants import replicate_layers, resize_vocab, untie
 
 __all__ = [
+    "GPT2",
+    "GPT2Config",
     "Gemma",
     "Gemma2",
     "Gemma2Config",

@@ -36,6 +36,7 @@ class Family:
       head: Path of the output head of an untied model, (hidden, vocabulary); None if the head
         cannot be untied.
       head_bias: Path of the head's bias, if it has one.
+      depth: The configuration's field with the number of layers; None if there are two stacks.
     """
 
     model_type: str
@@ -53,6 +54,7 @@ class Family:
     embedding: str = "embed_tokens/embedding"
     head: str | None = "lm_head/kernel"
     head_bias: str | None = None
+    depth: str | None = "num_hidden_layers"
 
 
 def nullable(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -97,7 +97,8 @@ def _config_text(family: Family, config: Any, dtype: str) -> str:
         "dtype": dtype,
     }
     stored = raw.get("dtype") or raw.get("torch_dtype")
-    if raw and stored == dtype and _reads_as(raw, family, config):
+    same_model = raw.get("architectures") in (None, governed["architectures"])
+    if raw and stored == dtype and same_model and _reads_as(raw, family, config):
         return config.source
     return json.dumps({**raw, **governed}, indent=2, sort_keys=True) + "\n"
 

@@ -78,7 +78,7 @@ def replicate_layers(
       be merged with it, on its own.
 
     Raises:
-      ModelError: if a range is none of the model's layers.
+      ModelError: if a range is none of the model's layers, or the model is no single stack.
 
     Example:
       >>> import jax_lora as jl
@@ -88,7 +88,11 @@ def replicate_layers(
       >>> params["layers"]["attn"]["q_proj"]["kernel"].shape[0]
       6
     """
-    depth = model.config.num_hidden_layers
+    name = family_of(model).depth
+    if name is None:
+        got = f"a {type(model).__name__}, whose layers are two stacks"
+        raise _refusal("replicate_layers", got, "a model with one stack of layers")
+    depth = getattr(model.config, name)
     for each in ranges:
         if len(each) != 2 or not 0 <= each[0] < each[1] <= depth:
             got, expected = f"the range {list(each)}", f"[start, stop) within the {depth} layers"
@@ -96,9 +100,8 @@ def replicate_layers(
     order = [layer for start, stop in ranges for layer in range(start, stop)]
     if not order:
         raise _refusal("replicate_layers", "no range", "at least one [start, stop)")
-    config = dataclasses.replace(
-        model.config, num_hidden_layers=len(order), **_per_layer(model.config, order)
-    )
+    changes = {name: len(order), **_per_layer(model.config, order)}
+    config = dataclasses.replace(model.config, **changes)
     layers = jax.tree.map(lambda leaf: leaf[jnp.array(order, jnp.int32)], params["layers"])
     return model.clone(config=config), {**params, "layers": layers}
 

@@ -159,7 +159,8 @@ def _by_token(
     """Give every token its expert's gain: (experts, out) -> (tokens, out)."""
     if factor is not value.gain:
         return factor, labels
-    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+    ends = jnp.cumsum(sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
     gain = jnp.take(factor, expert, axis=labels.index(value.w_labels[0]), mode="clip")
     return gain, tuple(_TOKEN if label == value.w_labels[0] else label for label in labels)
 

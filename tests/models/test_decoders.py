@@ -23,6 +23,7 @@ FAMILIES = {
     "gemma": ("tied", 7),
     "gemma2": ("capped", 7),
     "gemma3_text": ("mixed", 7),
+    "gpt2": ("scaled", 4),
     "mistral": ("window", 7),
     "mixtral": ("tied", 7),  # four of attention, the router, two of the experts
     "phi3": ("window", 4),
@@ -180,6 +181,9 @@ def test_models_are_equal_and_hash_alike_when_their_configurations_are(family, v
         ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping = 5.0"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters\n  got:"),
         ("gemma3_text", {"model_type": "gemma3"}, "model_type 'gemma3'"),
+        ("gpt2", {"activation_function": "mish"}, "activation_function\n  got:      'mish'"),
+        ("gpt2", {"n_head": 3}, "n_head\n  got:      3\n  expected: a divisor of n_embd, 16"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
         ("phi3", {"attention_bias": True}, "attention_bias = True"),
         ("phi3", {"partial_rotary_factor": 0.5}, "rotated part of head_dim\n  got:      3"),
         (
