@@ -81,8 +81,8 @@ def generate(
       many new tokens each row has, its end token among them.
 
     Raises:
-      ConfigError: A number is out of its range, sampling has no key, or a row is padded on the
-        right.
+      ConfigError: A number is out of its range, sampling has no key, a row is padded on the right,
+        or the model is no decoder.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -125,7 +125,13 @@ def begin(model: Any, variables: Any, shape: tuple[int, ...], most: int) -> Prog
 
     Returns:
       Nothing written yet.
+
+    Raises:
+      ConfigError: The model has no cache.
     """
+    if not hasattr(model, "init_cache"):
+        got, fix = type(model).__name__, "load a model whose class ends in ForCausalLM."
+        _refuse("model", got, "a decoder, which has a cache", fix)
     rows, length = shape
     leaves = jax.tree.leaves(variables, is_leaf=is_adapted)
     dtypes = [(leaf.base if is_adapted(leaf) else leaf).dtype for leaf in leaves]
