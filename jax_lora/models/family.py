@@ -32,6 +32,7 @@ class Family:
       redundant: Patterns of tensors that files may hold although nothing needs them.
       tied_copies: The same, where the embedding is tied to the output head.
       prefix: What files of the model without its head leave off the tensors' names.
+      renames: Patterns in tensors' names and what stands in their place today.
       embedding: Path of the table of tokens, (vocabulary, hidden).
       head: Path of the output head of an untied model, (hidden, vocabulary); None if the head
         cannot be untied.
@@ -51,6 +52,7 @@ class Family:
     redundant: tuple[str, ...] = ()
     tied_copies: tuple[str, ...] = (r"lm_head\.weight",)
     prefix: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
     embedding: str = "embed_tokens/embedding"
     head: str | None = "lm_head/kernel"
     head_bias: str | None = None

@@ -232,7 +232,8 @@ class _Visit:
         """Tell whether the other inputs are biases, masks or numbers, not another stream."""
         size = math.prod(self.out_shape)
         for var, value in zip(self.eqn.invars, self.values, strict=True):
-            if isinstance(value, _Product) or isinstance(var, jex_core.Literal):
+            # A parameter is no stream, even where a single row is no larger than its bias.
+            if isinstance(value, _Product | _Leaf) or isinstance(var, jex_core.Literal):
                 continue
             while (
                 not isinstance(var, jex_core.Literal)
