@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_lora import errors, paths
-from jax_lora.adapter import Adapter, LoraWeight, WholeWeight, combine, partition
+from jax_lora.adapter import Adapter, LoraWeight, RowsWeight, WholeWeight, combine, partition
 from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.config import LoraConfig
 from jax_lora.dropout import dropout
@@ -21,10 +21,11 @@ from jax_lora.merge import merge, unmerge
 from jax_lora.optimizers import masked_optimizer, trainable_mask
 from jax_lora.pair import LoraPair
 from jax_lora.summary import summary
+from jax_lora.token_rows import TokenRows
 from jax_lora.transform import explain, find_kernels, lora_apply
 
 if TYPE_CHECKING:
-    from jax_lora import models
+    from jax_lora import models, peft
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,8 @@ __all__ = (
     "LoraConfig",
     "LoraPair",
     "LoraWeight",
+    "RowsWeight",
+    "TokenRows",
     "WholeWeight",
     "combine",
     "dropout",
@@ -48,6 +51,7 @@ __all__ = (
     "models",
     "partition",
     "paths",
+    "peft",
     "save_adapter",
     "summary",
     "trainable_mask",
@@ -56,6 +60,7 @@ __all__ = (
 
 
 def __getattr__(name: str) -> Any:
-    if name == "models":  # imports Flax's modules, which the library itself does not need
-        return importlib.import_module("jax_lora.models")
+    # Models import Flax's modules, which the library itself does not need; the files of others too.
+    if name in ("models", "peft"):
+        return importlib.import_module(f"jax_lora.{name}")
     raise AttributeError(f"module 'jax_lora' has no attribute {name!r}")

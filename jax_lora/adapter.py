@@ -17,6 +17,7 @@ from jax_lora.config import LoraConfig
 from jax_lora.errors import StructureError, explain
 from jax_lora.lowrank import LowRank
 from jax_lora.pair import LoraPair, static
+from jax_lora.token_rows import TokenRows
 
 
 @jax.tree_util.register_dataclass
@@ -59,29 +60,49 @@ class WholeWeight:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RowsWeight:
+    """A table of which some rows are trained: `rows` stand in for those of `base`.
+
+    Args:
+      base: The frozen table, `(vocab, dim)`.
+      rows: The trainable rows.
+      config: The adapter's configuration.
+      path: The leaf's own path.
+    """
+
+    base: Any
+    rows: TokenRows
+    config: LoraConfig = static()
+    path: str = static()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Adapter:
-    """All that training changes: pairs by path, whole leaves by path, and the configuration.
+    """All that training changes: pairs, whole leaves and rows by path, and the configuration.
 
     Args:
       pairs: `{"params/layers/attn/q_proj/kernel": LoraPair, ...}`.
       whole: Leaves trained whole (`modules_to_save`) by path.
       config: What the adapter was made from.
+      rows: Rows trained in place of a table's own by path.
     """
 
     pairs: dict[str, LoraPair]
     whole: dict[str, Any]
     config: LoraConfig = static()
+    rows: dict[str, TokenRows] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
         """Count the trainable numbers."""
-        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.whole))
+        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((self.whole, self.rows)))
         return whole + sum(pair.size for pair in self.pairs.values())
 
 
 def is_adapted(node: Any) -> bool:
-    """Tell whether a node is a `LoraWeight` or a `WholeWeight`: `is_leaf` for tree functions."""
-    return isinstance(node, (LoraWeight, WholeWeight))
+    """Tell whether a node is a leaf with an adapter: `is_leaf` for tree functions."""
+    return isinstance(node, (LoraWeight, WholeWeight, RowsWeight))
 
 
 def not_combined(
@@ -149,20 +170,37 @@ def _adapted(path: str, leaf: Any, adapter: Adapter) -> Any:
         return LoraWeight(leaf, adapter.pairs[path], None, adapter.config, path)
     if path in adapter.whole:
         return WholeWeight(leaf, adapter.whole[path], adapter.config, path)
+    if path in adapter.rows:
+        return RowsWeight(leaf, adapter.rows[path], adapter.config, path)
     return leaf
 
 
 def _combine_problems(leaves: Mapping[str, Any], adapter: Adapter) -> list[str]:
-    problems = []
-    for path, part in (*adapter.pairs.items(), *adapter.whole.items()):
+    problems = _own_problems(adapter)
+    for path, part in (*adapter.pairs.items(), *adapter.whole.items(), *adapter.rows.items()):
         if path not in leaves:
             near = ", ".join(paths.nearest(path, leaves, 3))
             problems.append(f"{path}: not in the tree; the nearest are {near}")
         elif is_adapted(leaves[path]):
             problems.append(f"{path}: has an adapter already")
+        elif isinstance(part, TokenRows):
+            shaped = all(hasattr(each, "shape") for each in (leaves[path], part.values))
+            if shaped and (why := part.problem(leaves[path].shape)) is not None:
+                problems.append(f"{path}: {why}")
         elif (want := _shape_wanted(part)) != (have := getattr(leaves[path], "shape", want)):
             problems.append(f"{path}: the tree has shape {have}, the adapter is for {want}")
     return problems
+
+
+def _own_problems(adapter: Adapter) -> list[str]:
+    """Say what in an adapter does not go together, whatever the tree."""
+    parts = [*adapter.pairs, *adapter.whole, *adapter.rows]
+    twice = dict.fromkeys(path for path in parts if parts.count(path) > 1)
+    both = [path for path, pair in adapter.pairs.items() if {"magnitude", "bias"} <= {*pair.arrays}]
+    return [
+        *(f"{path}: is more than one of a pair, a whole leaf and rows" for path in twice),
+        *(f"{path}: has a magnitude and a bias, which do not go together" for path in both),
+    ]
 
 
 def _shape_wanted(part: Any) -> tuple[int, ...] | None:
@@ -199,7 +237,8 @@ def partition(lora_tree: Any) -> tuple[Any, Adapter]:
     base = [leaf.base if is_adapted(leaf) else leaf for _, leaf in leaves]
     pairs = {leaf.path: leaf.pair for leaf in adapted if isinstance(leaf, LoraWeight)}
     whole = {leaf.path: leaf.value for leaf in adapted if isinstance(leaf, WholeWeight)}
-    return jax.tree.unflatten(treedef, base), Adapter(pairs, whole, adapted[0].config)
+    rows = {leaf.path: leaf.rows for leaf in adapted if isinstance(leaf, RowsWeight)}
+    return jax.tree.unflatten(treedef, base), Adapter(pairs, whole, adapted[0].config, rows)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -225,4 +264,6 @@ def to_lowrank(weight: LoraWeight) -> LowRank:
         path=weight.path,
         gain=gain,
         gain_labels=() if gain is None else pair.vector_labels,
+        bias=None if pair.bias is None else pair.scaled_bias(),
+        bias_labels=() if pair.bias is None else pair.vector_labels,
     )

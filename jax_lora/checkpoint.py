@@ -29,6 +29,7 @@ from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarnin
 from jax_lora.fingerprint import differences, fingerprint
 from jax_lora.manifest import Manifest
 from jax_lora.pair import LoraPair
+from jax_lora.token_rows import TokenRows
 
 _MANIFEST = "adapter.json"
 _SHOWN_VALUES = 10  # another base of the same shape differs in every leaf; this many are named
@@ -270,13 +271,17 @@ def _unfit(adapter: Adapter, base: Any) -> dict[str, str]:
     """Say where the base has no place for an adapter's leaf."""
     leaves = dict(paths.flatten_with_paths(base, is_leaf=is_adapted)[0])
     problems = {}
-    for path, part in (*adapter.pairs.items(), *adapter.whole.items()):
-        want = part.kernel_shape if isinstance(part, LoraPair) else part.shape
+    for path, part in (*adapter.pairs.items(), *adapter.whole.items(), *adapter.rows.items()):
         if path not in leaves:
             near = ", ".join(paths.nearest(path, leaves, 3))
             problems[path] = f"{path}: not in this base; the nearest are {near}"
             continue
         leaf = leaves[path].base if is_adapted(leaves[path]) else leaves[path]
+        if isinstance(part, TokenRows):
+            if (why := part.problem(leaf.shape)) is not None:
+                problems[path] = f"{path}: {why}"
+            continue
+        want = part.kernel_shape if isinstance(part, LoraPair) else part.shape
         if tuple(leaf.shape) != want:
             problems[path] = f"{path}: the base has shape {tuple(leaf.shape)}, trained for {want}"
     return problems

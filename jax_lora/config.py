@@ -78,6 +78,8 @@ class LoraConfig:
       init: How `a` starts; `"gaussian"` has deviation 1 / sqrt(in). `b` starts at zero.
       dtype: Type of a and b, whatever the base's.
       allow_unused: Warn instead of raising when one pattern of several matches nothing.
+      peft_config: The text of the `adapter_config.json` that the adapter was loaded from, so that
+        saving it unchanged writes the same again. Two configurations that differ in it are equal.
 
     Raises:
       ConfigError: A value that cannot mean anything.
@@ -109,6 +111,7 @@ class LoraConfig:
     init: str = "gaussian"
     dtype: np.dtype = np.dtype("float32")
     allow_unused: bool = False
+    peft_config: str = dataclasses.field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Normalise what has several spellings, then check every value."""

@@ -28,7 +28,10 @@ class StructureError(LoraError, ValueError):
 
 
 class MaterializeError(LoraError, RuntimeError):
-    """An operation without a low-rank rule met a `LoraWeight` under `on_materialize="error"`."""
+    """An operation without a low-rank rule met a `LoraWeight` under `on_materialize="error"`.
+
+    Also, whatever the policy, one whose pair has a bias: no weight could stand for it.
+    """
 
 
 class MergeError(LoraError, ValueError):
@@ -47,6 +50,10 @@ class ModelError(LoraError, ValueError):
     """A model folder cannot be read, or asks for something that is not implemented."""
 
 
+class AdapterFileError(LoraError, ValueError):
+    """A file of another library's adapter is broken, or asks for what is not implemented."""
+
+
 class DataError(LoraError, ValueError):
     """A row of a data file cannot be used; the message carries `file:line`."""
 
@@ -57,6 +64,10 @@ class MergeWarning(UserWarning):
 
 class CheckpointWarning(UserWarning):
     """A saved adapter was loaded although a check that guards it was switched off."""
+
+
+class AdapterFileWarning(UserWarning):
+    """A file of another library's adapter says something that could not be understood."""
 
 
 class MaterializeWarning(UserWarning):

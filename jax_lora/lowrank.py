@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax_lora.labels import Label
 
 Array = jax.Array
 Labels = tuple[Label, ...]
+FACTORS = ("a", "b", "gain", "bias")  # what goes along with W0; each has its labels beside it
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +43,9 @@ class LowRank:
       path: Name of the leaf, for messages.
       gain: What all is multiplied by along stack and output axes (DoRA), or None.
       gain_labels: A label per axis of `gain`.
+      bias: What is added to a product with all inputs, or None. It is no part of the value that
+        this stands for.
+      bias_labels: A label per axis of `bias`.
     """
 
     w: Array
@@ -56,6 +60,8 @@ class LowRank:
     path: str = dataclasses.field(metadata={"static": True})
     gain: Array | None = None
     gain_labels: tuple[Label, ...] = dataclasses.field(default=(), metadata={"static": True})
+    bias: Array | None = None
+    bias_labels: tuple[Label, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,14 +88,13 @@ class LowRank:
         return dataclasses.replace(self, **changes)
 
     def on_factors(self, change: Callable[[Any, Labels], tuple[Any, Labels]]) -> LowRank:
-        """Change `a`, `b` and the gain, each with its labels, and leave W0 to the caller."""
-        a, a_labels = change(self.a, self.a_labels)
-        b, b_labels = change(self.b, self.b_labels)
-        changed = self.replace(a=a, b=b, a_labels=a_labels, b_labels=b_labels)
-        if self.gain is None:
-            return changed
-        gain, gain_labels = change(self.gain, self.gain_labels)
-        return changed.replace(gain=gain, gain_labels=gain_labels)
+        """Change `a`, `b`, gain and bias, each with its labels, and leave W0 to the caller."""
+        changes = {}
+        for name in FACTORS:
+            if (factor := getattr(self, name)) is not None:
+                changed = change(factor, getattr(self, f"{name}_labels"))
+                changes[name], changes[f"{name}_labels"] = changed
+        return self.replace(**changes)
 
 
 def accumulation_dtype(dtype: Any) -> Any:
@@ -157,6 +162,31 @@ def gained(
     wide = jnp.promote_types(value.gain.dtype, accumulation_dtype(array.dtype))
     gain = labelled.spread(value.gain.astype(wide) - less, value.gain_labels, labels)
     return (array.astype(wide) * gain).astype(array.dtype)
+
+
+def sums_all_inputs(value: LowRank, summed: Collection[Label | None]) -> bool:
+    """Tell whether a product over these labels is the one that a bias belongs to."""
+    return set(summed) == {*value.a_labels} - {*value.b_labels} and all(
+        label in value.w_labels for label in value.bias_labels
+    )
+
+
+def biased(value: LowRank, array: Array, labels: Sequence[Label | None]) -> Array:
+    """Add the bias, if there is one, to a product with all inputs.
+
+    Args:
+      value: The low-rank value.
+      array: The product.
+      labels: A label per axis of it.
+
+    Returns:
+      An array of the same shape and type.
+    """
+    if value.bias is None:
+        return array
+    wide = accumulation_dtype(array.dtype)
+    bias = labelled.spread(value.bias.astype(wide), value.bias_labels, labels)
+    return (array.astype(wide) + bias).astype(array.dtype)
 
 
 def joined(
@@ -277,10 +307,11 @@ def along_axis(
       operation: `operation(array, axis)`, which acts on every position along the axis alike.
 
     Returns:
-      The value with the operation done, or None if no factor has the axis.
+      The value with the operation done, or None if no factor has the axis, or if a bias would be
+      left beside some of the inputs.
     """
     label = value.w_labels[axis]
-    if label is None:
+    if label is None or (value.bias is not None and label not in value.bias_labels):
         return None
 
     def on(factor: Array, have: Labels) -> tuple[Array, Labels]:

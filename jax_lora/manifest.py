@@ -23,6 +23,7 @@ from jax_lora.errors import CheckpointError, ConfigError, explain
 from jax_lora.fingerprint import LeafPrint
 from jax_lora.json_files import digest, read_json
 from jax_lora.pair import VECTORS, LoraPair
+from jax_lora.token_rows import TokenRows
 
 FORMAT = "jax_lora adapter"
 VERSION = 2
@@ -78,6 +79,7 @@ class Manifest:
             "config": self.config.to_dict(),
             "pairs": {path: _pair_to_dict(pair) for path, pair in self.adapter.pairs.items()},
             "whole": {path: dataclasses.asdict(leaf) for path, leaf in self.adapter.whole.items()},
+            "rows": {path: _rows_to_dict(rows) for path, rows in self.adapter.rows.items()},
             "arrays": self.arrays,
             "files": dict(self.files),
             "base": self.base
@@ -90,7 +92,8 @@ def array_tree(adapter: Adapter) -> dict[str, dict[str, Any]]:
     """Lay an adapter's leaves out under the short names that they are stored by."""
     pairs = [pair.arrays for _, pair in sorted(adapter.pairs.items())]
     whole = [{"value": leaf} for _, leaf in sorted(adapter.whole.items())]
-    return {f"{index:04d}": leaves for index, leaves in enumerate([*pairs, *whole])}
+    rows = [{"values": rows.values} for _, rows in sorted(adapter.rows.items())]
+    return {f"{index:04d}": leaves for index, leaves in enumerate([*pairs, *whole, *rows])}
 
 
 def from_array_tree(adapter: Adapter, arrays: Mapping[str, Mapping[str, Any]]) -> Adapter:
@@ -101,7 +104,11 @@ def from_array_tree(adapter: Adapter, arrays: Mapping[str, Mapping[str, Any]]) -
         for path, pair in sorted(adapter.pairs.items())
     }
     whole = {path: next(items)["value"] for path in sorted(adapter.whole)}
-    return Adapter(pairs, whole, adapter.config)
+    rows = {
+        path: dataclasses.replace(rows, **next(items))
+        for path, rows in sorted(adapter.rows.items())
+    }
+    return Adapter(pairs, whole, adapter.config, rows)
 
 
 def record(array: np.ndarray) -> LeafRecord:
@@ -116,7 +123,8 @@ def named_leaves(adapter: Adapter) -> dict[str, Any]:
     leaves = {}
     for path, pair in adapter.pairs.items():
         leaves |= {f"{path}: {name}": array for name, array in pair.arrays.items()}
-    return leaves | dict(adapter.whole)
+    rows = {f"{path}: rows": rows.values for path, rows in adapter.rows.items()}
+    return leaves | dict(adapter.whole) | rows
 
 
 # -----------------------------------------------------------------------------------------------
@@ -166,7 +174,8 @@ def _from_dict(values: dict[str, Any]) -> Manifest:
     config = LoraConfig.from_dict(values["config"])
     pairs = {path: _pair_from_dict(item) for path, item in values["pairs"].items()}
     whole = {path: _leaf_from_dict(item) for path, item in values["whole"].items()}
-    adapter = Adapter(pairs, whole, config)
+    rows = {path: _rows_from_dict(item) for path, item in values.get("rows", {}).items()}
+    adapter = Adapter(pairs, whole, config, rows)
     if sum(leaf.nbytes for leaf in named_leaves(adapter).values()) > _MOST_BYTES:
         raise ValueError("more bytes than any adapter has")
     if not _ARRAYS_NAME.fullmatch(values["arrays"]):
@@ -216,6 +225,18 @@ def _pair_from_dict(item: dict[str, Any]) -> LoraPair:
         if leaf.shape != (*a[:stack], *b[stack + 1 :]):
             raise ValueError(f"a {name} of shape {leaf.shape} beside {a} and {b}")
     return dataclasses.replace(pair, **vectors)
+
+
+def _rows_to_dict(rows: TokenRows) -> dict[str, Any]:
+    return {"values": dataclasses.asdict(rows.values), "indices": list(rows.indices)}
+
+
+def _rows_from_dict(item: dict[str, Any]) -> TokenRows:
+    rows = TokenRows(_leaf_from_dict(item["values"]), _ints(item["indices"]))
+    vocab = max(rows.indices, default=-1) + 1  # how many the table has is for the base to say
+    if (why := rows.problem((vocab, *rows.values.shape[1:]))) is not None:
+        raise ValueError(why)
+    return rows
 
 
 def _nested(value: Any, stack: tuple[int, ...], what: str) -> Any:

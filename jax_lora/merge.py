@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jax_lora import dora, paths
-from jax_lora.adapter import Adapter, LoraWeight, WholeWeight, combine, is_adapted
+from jax_lora.adapter import Adapter, LoraWeight, RowsWeight, WholeWeight, combine, is_adapted
 from jax_lora.errors import MergeError, MergeWarning, explain
+from jax_lora.folded_bias import fold_biases
 from jax_lora.lowrank import accumulation_dtype
 from jax_lora.pair import LoraPair, dense_delta
 
@@ -38,8 +39,8 @@ def merge(variables: Any, adapter: Adapter) -> Any:
       The same tree, with the same treedef, shapes and types, and other values.
 
     Raises:
-      MergeError: A factor is not finite, or a sum is beyond the range of W0's type; the message
-        names every such leaf.
+      MergeError: A factor is not finite, a sum is beyond the range of W0's type, or a pair has a
+        bias and its layer none to add it to; the message names every such leaf.
       StructureError: The adapter does not fit the tree.
 
     Warns:
@@ -88,11 +89,11 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
       >>> bool(jnp.abs(again["kernel"] - params["kernel"]).max() < 2e-7)
       True
     """
-    if adapter.whole:
+    if adapter.whole or adapter.rows:
         raise MergeError(
             explain(
-                f"unmerge: {', '.join(adapter.whole)}",
-                got="leaves that were trained whole, so that merging replaced them",
+                f"unmerge: {', '.join((*adapter.whole, *adapter.rows))}",
+                got="leaves or rows that were trained whole, so that merging replaced them",
                 expected="an adapter of pairs only",
                 fix="Use the base variables themselves: merge left them as they were.",
             )
@@ -159,18 +160,21 @@ def _like(array: jax.Array, base: Any) -> jax.Array:
 
 def _with_update(tree: Any, adapter: Adapter, sign: int) -> Any:
     nodes, treedef = paths.flatten_with_paths(combine(tree, adapter), is_leaf=is_adapted)
-    leaves, reports = [], {}
+    leaves, reports = {}, {}
     for path, node in nodes:
         if isinstance(node, LoraWeight):
             merged, reports[path] = _merged_leaf(node.base, node.pair, sign)
             node = _like(merged, node.base)
         elif isinstance(node, WholeWeight):
             node = node.value.astype(node.base.dtype)
-        leaves.append(node)
+        elif isinstance(node, RowsWeight):
+            node = _like(node.rows.put(node.base), node.base)
+        leaves[path] = node
     verb = "merge" if sign > 0 else "unmerge"
+    leaves |= fold_biases(verb, leaves, adapter.pairs, sign)
     _check_whole(verb, adapter)
     _check(verb, {path: report for path, report in reports.items() if _is_concrete(report)})
-    return jax.tree.unflatten(treedef, leaves)
+    return jax.tree.unflatten(treedef, list(leaves.values()))
 
 
 def _is_concrete(tree: Any) -> bool:
@@ -179,8 +183,11 @@ def _is_concrete(tree: Any) -> bool:
 
 def _check_whole(verb: str, adapter: Adapter) -> None:
     problems = [
-        f"{path}: {bad} entries of the leaf trained whole are NaN or Inf"
-        for path, leaf in adapter.whole.items()
+        f"{path}: {bad} entries of {what} are NaN or Inf"
+        for what, path, leaf in (
+            *(("the leaf trained whole", path, leaf) for path, leaf in adapter.whole.items()),
+            *(("the trained rows", path, rows.values) for path, rows in adapter.rows.items()),
+        )
         if _is_concrete(leaf) and (bad := int(jnp.sum(~jnp.isfinite(leaf))))
     ]
     _refuse(verb, problems)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_lora.adapter import Adapter, LoraWeight, WholeWeight, not_combined
+from jax_lora.adapter import Adapter, LoraWeight, RowsWeight, WholeWeight, not_combined
 from jax_lora.errors import ConfigError, explain
 from jax_lora.pair import LoraPair
+from jax_lora.token_rows import TokenRows
 
 # -----------------------------------------------------------------------------------------------
 # The mask
@@ -26,7 +27,7 @@ from jax_lora.pair import LoraPair
 
 
 def trainable_mask(lora_tree: Any) -> Any:
-    """Mark the leaves that training changes: True at pairs and whole leaves, False elsewhere.
+    """Mark the leaves that training changes: True at pairs, rows and whole leaves, else False.
 
     Use it with `optax.masked`, `optax.multi_transform`, or to count and clip by hand.
     `masked_optimizer` does the usual thing with it.
@@ -56,7 +57,7 @@ def trainable_mask(lora_tree: Any) -> Any:
 
 
 def _is_part(node: Any) -> bool:
-    return isinstance(node, (LoraWeight, WholeWeight, LoraPair, Adapter))
+    return isinstance(node, (LoraWeight, WholeWeight, RowsWeight, LoraPair, TokenRows, Adapter))
 
 
 def _node_mask(node: Any) -> Any:
@@ -64,6 +65,8 @@ def _node_mask(node: Any) -> Any:
         return dataclasses.replace(_filled(node, False), pair=_filled(node.pair, True))
     if isinstance(node, WholeWeight):
         return dataclasses.replace(_filled(node, False), value=_filled(node.value, True))
+    if isinstance(node, RowsWeight):
+        return dataclasses.replace(_filled(node, False), rows=_filled(node.rows, True))
     return _filled(node, _is_part(node))  # an adapter on its own is trained in full
 
 

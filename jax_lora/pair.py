@@ -15,7 +15,7 @@ from jax_lora.kernel import Kernel
 from jax_lora.labels import RANK, Label
 from jax_lora.lowrank import LowRank
 
-VECTORS = ("magnitude",)  # what a pair may hold beside its factors, (*stack, *out) each
+VECTORS = ("magnitude", "bias")  # what a pair may hold beside its factors, (*stack, *out) each
 Scale = float | tuple[Any, ...]
 
 
@@ -41,6 +41,9 @@ class LoraPair:
         zero gradients and so stay zero; one of rank 0 has no update.
       magnitude: DoRA's m, `(*stack, *out)`: the norm of every output's weights, or None. The leaf
         then stands for m * (W0 + scale * a @ b) / its norms.
+      bias: A bias of B, `(*stack, *out)`, or None: where data x are multiplied by the leaf, the
+        result is x W0 + scale * (x a b + bias). It is no part of any weight, so all else that a
+        model might do with the leaf is an error. Not beside a magnitude.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), equation 3.
@@ -55,6 +58,7 @@ class LoraPair:
     scale: Scale = static(default=1.0)
     ranks: tuple[Any, ...] | None = static(default=None)
     magnitude: Any = None
+    bias: Any = None
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -97,7 +101,7 @@ class LoraPair:
 
     @property
     def vector_labels(self) -> tuple[Label, ...]:
-        """The kernel's axis behind every axis of `magnitude`."""
+        """The kernel's axis behind every axis of `magnitude` and `bias`."""
         return (*self.stack_axes, *self.out_axes)
 
     def scaled_b(self) -> tuple[Any, float]:
@@ -107,6 +111,14 @@ class LoraPair:
             spread = scales.reshape(scales.shape + (1,) * (self.b.ndim - scales.ndim))
             return self.b * spread, 1.0
         return self.b, self.scale
+
+    def scaled_bias(self) -> Any:
+        """Return scale * bias: what is added to a product. Layers that are left out have none."""
+        scales = np.asarray(self.scale, self.bias.dtype)
+        if self.ranks is not None:
+            scales = np.where(np.asarray(self.ranks) > 0, scales, np.zeros_like(scales))
+        inner = self.bias.ndim - scales.ndim if scales.ndim else 0
+        return self.bias * scales.reshape(scales.shape + (1,) * inner)
 
 
 def dense_delta(pair: LoraPair, dtype: Any = jnp.float32) -> jax.Array:

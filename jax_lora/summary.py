@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_lora.adapter import Adapter, combine, partition
 from jax_lora.pair import LoraPair
+from jax_lora.paths import flatten_with_paths
 
 _PATH_WIDTH = 48  # with the other columns, a line fits 100 characters
 
@@ -22,7 +23,8 @@ class SummaryRow:
 
     Args:
       path: Its path.
-      kind: `"lora"`, `"dora"` for a pair with a magnitude, or `"whole"` for a leaf trained whole.
+      kind: `"lora"`, `"dora"` for a pair with a magnitude, `"whole"` for a leaf trained whole, or
+        `"rows"` for a table of which some rows are.
       shape: Its shape in the base.
       rank: Rank of the pair (the largest of a stack), or None.
       scale: Scale of the pair (the range of a stack's, smallest first), or None.
@@ -108,9 +110,16 @@ def summary(variables: Any, adapter: Adapter | None = None) -> Summary:
         SummaryRow(path, "whole", tuple(leaf.shape), None, None, math.prod(leaf.shape))
         for path, leaf in adapter.whole.items()
     ]
+    tables = dict(flatten_with_paths(base)[0])
+    rows = [
+        SummaryRow(
+            path, "rows", tuple(tables[path].shape), None, None, math.prod(each.values.shape)
+        )
+        for path, each in adapter.rows.items()
+    ]
     return Summary(
-        rows=(*pairs, *whole),
-        trainable=sum(row.trainable for row in (*pairs, *whole)),
+        rows=(*pairs, *whole, *rows),
+        trainable=sum(row.trainable for row in (*pairs, *whole, *rows)),
         # A leaf trained whole takes the place of one of the base's; factors come on top.
         total=sum(map(_count, leaves)) + sum(row.trainable for row in pairs),
         adapter_bytes=sum(map(_bytes, jax.tree.leaves(adapter))),
@@ -144,7 +153,7 @@ def _bytes(leaf: Any) -> int:
 
 
 def _cells(row: SummaryRow) -> tuple[str, ...]:
-    rank = "whole" if row.ranks is None else _range(row.ranks)
+    rank = row.kind if row.ranks is None else _range(row.ranks)
     return (_short(row.path), str(row.shape), rank, _range(row.scale), f"{row.trainable:,}")
 
 

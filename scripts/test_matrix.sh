@@ -16,7 +16,7 @@ JAXES=${MATRIX_JAXES:-0.10 0.11 0.12}
 TOOLS="pytest hypothesis chex"
 # What needs more than the library's own dependencies stays out: commands, models, their training.
 TESTS="tests --ignore=tests/finetune --ignore=tests/models --ignore=tests/examples
-  --ignore=tests/foreign --ignore=tests/test_cli.py --ignore=tests/test_text_to_sql.py
+  --ignore=tests/foreign --ignore=tests/cli --ignore=tests/test_text_to_sql.py
   --ignore=tests/test_readme.py"
 
 find_python() {

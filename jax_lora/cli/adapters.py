@@ -1,14 +1,32 @@
-"""Finds what an adapter was trained on, and merges it into its base."""
+"""Finds what an adapter was trained on, and puts the two together."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+from jax_lora.adapter import Adapter
 from jax_lora.checkpoint import load_adapter
-from jax_lora.cli.base_model import BaseModel
+from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base
 from jax_lora.finetune.run_folder import find_checkpoint, read_run_config
 from jax_lora.merge import merge
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """An adapter and the model that it was trained on.
+
+    Args:
+      base: The model.
+      adapter: The adapter.
+      checkpoint: The folder that it was read from.
+    """
+
+    base: BaseModel
+    adapter: Adapter
+    checkpoint: Path
 
 
 def checkpoint_of(path: str) -> tuple[Path, dict[str, Any]]:
@@ -22,6 +40,28 @@ def checkpoint_of(path: str) -> tuple[Path, dict[str, Any]]:
     """
     checkpoint = find_checkpoint(path)
     return checkpoint, read_run_config(checkpoint)
+
+
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_trained` reads."""
+    add = parser.add_argument
+    add("--adapter-path", default="adapters", metavar="DIR", help="run or checkpoint (adapters)")
+    add("--model", metavar="PATH", help="Hugging Face folder of the base (the run's own)")
+
+
+def load_trained(options: argparse.Namespace) -> Trained:
+    """Load an adapter and its base.
+
+    Args:
+      options: Those of `add_adapter_options`.
+
+    Returns:
+      Both, the base in the type that it had in training.
+    """
+    checkpoint, settings = checkpoint_of(options.adapter_path)
+    name = options.model or settings.get("model", BUNDLED)
+    base = load_base(name, settings.get("dtype", "auto"))
+    return Trained(base, load_adapter(checkpoint, base=base.variables), checkpoint)
 
 
 def merged(base: BaseModel, checkpoint: Path) -> Any:

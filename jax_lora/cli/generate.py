@@ -1,16 +1,20 @@
-"""Answer a prompt, with an adapter or, without --adapter-path, with the base model."""
+"""Answer prompts, with an adapter or, without --adapter-path, with the base model."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 
 from jax_lora.cli.adapters import checkpoint_of, merged
 from jax_lora.cli.base_model import BUNDLED, load_base
 from jax_lora.cli.options import at_least_one
+from jax_lora.errors import DataError, explain
 from jax_lora.finetune.generation import Generator
 
-HELP = "answer a prompt"
+HELP = "answer a prompt, or several"
+MOST_ROWS = 8  # prompts that are answered together
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,14 +22,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder (the run's own)")
     add("--model", metavar="PATH", help="the same as MODEL")
-    add("--prompt", required=True, metavar="TEXT", help=r"the prompt; \n is a new line")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    text = r"a prompt; \n is a new line, and - alone reads standard input; may be repeated"
+    asked.add_argument("--prompt", action="append", metavar="TEXT", help=text)
+    text = r"file with a prompt on each line; \n is a new line"
+    asked.add_argument("--prompts", metavar="FILE", help=text)
     add("--adapter-path", metavar="DIR", help="run or checkpoint (none: the base model)")
-    add("--max-tokens", type=at_least_one, default=256, metavar="N", help="of the answer (256)")
-    add("--stop-at-newline", action="store_true", help="end with the answer's first line")
+    add("--max-tokens", type=at_least_one, default=256, metavar="N", help="of an answer (256)")
+    text = "0 takes the likeliest token every time (0; 1 with --top-k or --top-p)"
+    add("--temperature", "--temp", type=float, metavar="X", help=text)
+    text = "draw among the N likeliest tokens; 0 among all (0)"
+    add("--top-k", type=int, default=0, metavar="N", help=text)
+    text = "draw among the fewest tokens that together are this likely; 1 among all (1)"
+    add("--top-p", type=float, default=1.0, metavar="P", help=text)
+    add("--seed", type=int, default=0, metavar="N", help="chooses what is drawn (0)")
+    text = r"end an answer before this text; \n is a new line; may be repeated"
+    add("--stop", action="append", default=[], metavar="TEXT", help=text)
+    add("--stop-at-newline", action="store_true", help=r"the same as --stop '\n'")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the prompt's answer, and return the exit code."""
+    """Print the answers, and return the exit code."""
+    prompts = _prompts(options)
     checkpoint, settings = None, {}
     if options.adapter_path is not None:
         checkpoint, settings = checkpoint_of(options.adapter_path)
@@ -36,13 +54,60 @@ def run(options: argparse.Namespace) -> int:
         base.variables if checkpoint is None else merged(base, checkpoint),
         base.tokenizer,
         max_tokens=options.max_tokens,
-        stop_at_newline=options.stop_at_newline,
+        rows=min(len(prompts), MOST_ROWS),
+        stop=_stops(options),
+        temperature=_temperature(options),
+        top_k=options.top_k or None,
+        top_p=options.top_p,
+        seed=options.seed,
     )
-    # A shell leaves \n as two characters, and nobody types a real new line into a command.
-    prompt = base.tokenizer.encode(options.prompt.replace("\\n", "\n"))
+    ids = [base.tokenizer.encode(prompt) for prompt in prompts]
     began = time.perf_counter()
-    (answer,) = generator.answer([prompt])
-    tokens = len(base.tokenizer.encode(answer))
-    print(answer)
-    print(f"[{len(prompt)} + {tokens} tokens, {time.perf_counter() - began:.1f} s with compiling]")
+    answers = generator.answer(ids)
+    seconds = time.perf_counter() - began
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if len(prompts) > 1:
+            print(f"==> {prompt}")
+        print(answer)
+    asked = sum(map(len, ids))
+    tokens = sum(len(base.tokenizer.encode(answer)) for answer in answers)
+    print(f"[{asked} + {tokens} tokens, {seconds:.1f} s with compiling]")
     return 0
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompts is None:
+        return [sys.stdin.read() if text == "-" else _unescaped(text) for text in options.prompt]
+    try:
+        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise _bad_file(options.prompts, str(error)) from error
+    prompts = [_unescaped(line) for line in lines if line.strip()]
+    if not prompts:
+        raise _bad_file(options.prompts, "no prompt: the file is empty")
+    return prompts
+
+
+def _bad_file(path: str, got: str) -> DataError:
+    fix = "Check the path, or give the prompts with --prompt."
+    where = f"--prompts {path}"
+    return DataError(
+        explain(where, got=got, expected="a text file, a prompt on each line", fix=fix)
+    )
+
+
+def _unescaped(text: str) -> str:
+    # A shell leaves \n as two characters, and nobody types a real new line into a command.
+    return text.replace("\\n", "\n")
+
+
+def _stops(options: argparse.Namespace) -> tuple[str, ...]:
+    stops = [_unescaped(text) for text in options.stop]
+    return (*stops, "\n") if options.stop_at_newline else tuple(stops)
+
+
+def _temperature(options: argparse.Namespace) -> float:
+    """Who cuts the choice down wants a choice."""
+    if options.temperature is not None:
+        return options.temperature
+    return 1.0 if options.top_k or options.top_p != 1 else 0.0

@@ -17,6 +17,8 @@ examples:
   jax-lora eval --compare-base                       base and adapter side by side
   jax-lora generate --prompt "Once upon a time"
   jax-lora train path/to/model --data path/to/data   your own model and rows
+  jax-lora export --to peft served                   the adapter, for PEFT and what serves its files
+  jax-lora fuse --save-path fused --check            one Hugging Face folder, adapter and all
 """
 
 
@@ -61,16 +63,25 @@ def _explained(error: Exception, debug: bool) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from jax_lora.cli import eval as evaluate
-    from jax_lora.cli import generate, train
+    from jax_lora.cli import export, fuse, generate, import_adapter, train
+
+    named = {
+        "train": train,
+        "eval": evaluate,
+        "generate": generate,
+        "fuse": fuse,
+        "export": export,
+        "import": import_adapter,
+    }
 
     parser = argparse.ArgumentParser(
         prog="jax-lora",
-        description="Fine-tune Llama-family models with LoRA in JAX.",
+        description="Fine-tune Hugging Face models with LoRA in JAX.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for name, verb in (("train", train), ("eval", evaluate), ("generate", generate)):
+    for name, verb in named.items():
         of_verb = verbs.add_parser(name, help=verb.HELP, description=verb.__doc__)
         verb.add_options(of_verb)
         of_verb.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,4 +1,4 @@
-"""Fine-tune a Llama-family model with LoRA. Without arguments: the bundled model and task."""
+"""Fine-tune a Hugging Face model with LoRA. Without arguments: the bundled model and task."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Evaluation:
             self.tokenizer,
             max_tokens=self.max_tokens,
             rows=min(self.rows, max(1, len(rows))),
-            stop_at_newline=one_line,
+            stop=("\n",) if one_line else (),
         )
         answers: dict[int, str] = {}
         for start in range(0, len(rows), generator.rows):

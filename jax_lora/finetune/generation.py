@@ -1,4 +1,4 @@
-"""Greedy generation for many prompts at once, with a cache of keys and values."""
+"""Texts for prompts: many at once, padded to few lengths, cut exactly at stop strings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ import numpy as np
 
 from jax_lora.errors import ConfigError, explain
 from jax_lora.finetune.tokenizer import Tokenizer
+from jax_lora.models.generate import Progress, advance, begin, end_mask, make_choice
 
 # Prompts are padded to a multiple of this: few programs, and not much padding.
 PROMPT_MULTIPLE = 64
+# With stop strings, the answers' texts are looked at after so many tokens.
+SEGMENT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Generator:
     """A model ready to answer; merge an adapter into `variables` first.
 
     Merged weights are the quickest way to run one adapter: no more work than the base itself.
+    Leaves that carry an adapter, as `combine` gives them, work too.
 
     Args:
       model: A decoder of `jax_lora.models`.
@@ -30,7 +34,14 @@ class Generator:
       tokenizer: The model's tokenizer.
       max_tokens: Most tokens of an answer.
       rows: Prompts that are answered together; fewer are filled up, so that one program serves.
-      stop_at_newline: End an answer at its first line.
+      stop: Texts at which an answer ends; it is cut before the first of them.
+      temperature: Divides the logits; 0 takes the likeliest token.
+      top_k: Draw among the k likeliest tokens only.
+      top_p: Draw among the fewest tokens only that together are this likely.
+      seed: Chooses what is drawn: one sequence for each place in the list of prompts.
+
+    Raises:
+      ConfigError: A number is out of its range, or a stop text is empty.
     """
 
     model: Any
@@ -38,16 +49,33 @@ class Generator:
     tokenizer: Tokenizer
     max_tokens: int = 256
     rows: int = 1
-    stop_at_newline: bool = False
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        """Refuse settings before any work is done."""
+        self._choice([0])
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ConfigError(
+                explain(
+                    "stop",
+                    got=f"{self.stop!r}",
+                    expected="a tuple of texts, none of them empty",
+                    fix='Write stop=("\\n",), say; every answer ends at an end token anyway.',
+                )
+            )
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Answer prompts, the most likely token at a time.
+        """Answer prompts.
 
         Args:
           prompts: Ids of each prompt, of any lengths.
 
         Returns:
-          The answers' texts, in the prompts' order, without the end token.
+          The answers' texts, in the prompts' order, without the end token or the stop text.
 
         Raises:
           ConfigError: A prompt is empty, or leaves the model's positions no room for an answer.
@@ -59,7 +87,9 @@ class Generator:
         answers = [""] * len(prompts)
         for start in range(0, len(order), self.rows):
             chosen = order[start : start + self.rows]
-            for index, text in zip(chosen, self._batch([prompts[i] for i in chosen]), strict=False):
+            filled = chosen + chosen[-1:] * (self.rows - len(chosen))
+            texts = self._batch([prompts[index] for index in filled], filled)
+            for index, text in zip(chosen, texts, strict=False):
                 answers[index] = text
         return answers
 
@@ -75,66 +105,76 @@ class Generator:
                 )
             )
 
-    def _batch(self, prompts: list[Sequence[int]]) -> list[str]:
+    def _batch(self, prompts: list[Sequence[int]], places: list[int]) -> list[str]:
         length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         ids = np.zeros((self.rows, length), np.int32)
         mask = np.zeros((self.rows, length), np.int32)
-        for row in range(self.rows):
-            prompt = prompts[min(row, len(prompts) - 1)]
+        for row, prompt in enumerate(prompts):
             # On the left, so that every answer begins in the same column.
             ids[row, length - len(prompt) :] = prompt
             mask[row, length - len(prompt) :] = 1
-        out, counts = _greedy(
-            self.model, self.max_tokens, self.variables, ids, mask, self._stop_mask
-        )
-        rows = zip(np.asarray(out).tolist(), np.asarray(counts).tolist(), strict=True)
-        return [self._text(tokens[:count]) for tokens, count in rows]
+        choice, padding = self._choice(places), np.int32(self.tokenizer.eos_id)
+        halts, texts = self._ends | self._stops, []
+        progress = begin(self.model, self.variables, ids.shape, self.max_tokens)
+        for until in self._pauses:
+            progress = advance(
+                self.model, self.variables, ids, mask, progress, until, halts, padding, choice
+            )
+            texts, stopped = self._texts(progress)
+            # A row that has reached a stop text need not be gone on with.
+            done = np.asarray(progress.done) | stopped
+            if done.all():
+                break
+            progress = progress._replace(done=jnp.asarray(done))
+        return texts
 
-    def _text(self, tokens: list[int]) -> str:
+    @property
+    def _pauses(self) -> list[np.int32]:
+        """After how many tokens to look: without stop texts the device itself sees the end."""
+        most = self.max_tokens
+        step = SEGMENT if self.stop else most
+        return [np.int32(min(end, most)) for end in range(step, most + step, step)]
+
+    def _texts(self, progress: Progress) -> tuple[list[str], np.ndarray]:
+        """The rows' texts so far, cut; and which of them have reached a stop text."""
+        cut = [
+            self._cut(tokens[:length])
+            for tokens, length in zip(
+                np.array(progress.tokens).tolist(), progress.lengths.tolist(), strict=True
+            )
+        ]
+        return [text for text, _ in cut], np.array([stopped for _, stopped in cut])
+
+    def _cut(self, tokens: list[int]) -> tuple[str, bool]:
+        if tokens and self._ends[tokens[-1]]:
+            tokens = tokens[:-1]
         text = self.tokenizer.decode(tokens)
-        return text.split("\n")[0] if self.stop_at_newline else text
+        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
+        return (text[: min(places)], True) if places else (text, False)
+
+    def _choice(self, places: Sequence[int]) -> Any:
+        """How the prompts at these places draw: each has a key of its own."""
+        keys = None
+        if self.temperature:
+            numbers = np.array(places, np.uint32)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers)
+        return make_choice(
+            keys,
+            len(places),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
 
     @functools.cached_property
-    def _stop_mask(self) -> np.ndarray:
-        """(vocabulary,) booleans: the tokens after which an answer is over."""
-        stops = np.zeros(self.model.config.vocab_size, bool)
+    def _ends(self) -> np.ndarray:
+        """(vocabulary,) booleans: the tokens that end an answer and are no part of it."""
         ends = self.model.config.eos_token_id
         ends = ends if isinstance(ends, tuple) else () if ends is None else (ends,)
-        newlines = self.tokenizer.ids_containing("\n") if self.stop_at_newline else ()
-        stops[[self.tokenizer.eos_id, *ends, *newlines]] = True
-        return stops
+        return end_mask(self.model, (self.tokenizer.eos_id, *ends))
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _greedy(
-    model: Any, most: int, variables: Any, ids: jax.Array, mask: jax.Array, stops: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return the tokens, (rows, most), and how many of each row count."""
-    rows, length = ids.shape
-    dtype = jax.tree.leaves(variables)[0].dtype
-    mask = jnp.concatenate([mask, jnp.ones((rows, most), mask.dtype)], axis=1)
-
-    def next_token(tokens: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        hidden, cache = model.apply(
-            variables, tokens, attention_mask=mask, cache=cache, return_hidden=True
-        )
-        logits = model.apply(variables, hidden[:, -1], method="unembed")  # (rows, vocabulary)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
-
-    def running(state: Any) -> jax.Array:
-        count, _, done, _, _, _ = state
-        return (count < most) & ~done.all()
-
-    def write(state: Any) -> Any:
-        count, token, done, lengths, out, cache = state
-        out = jax.lax.dynamic_update_slice(out, token[:, None], (jnp.int32(0), count))
-        done = done | stops[token]
-        lengths = lengths + (~done).astype(jnp.int32)
-        token, cache = next_token(token[:, None], cache)
-        return count + 1, token, done, lengths, out, cache
-
-    token, cache = next_token(ids, model.init_cache(rows, length + most, dtype))
-    zeros = jnp.zeros((rows,), jnp.int32)
-    state = (jnp.int32(0), token, zeros > 0, zeros, jnp.zeros((rows, most), jnp.int32), cache)
-    _, _, _, lengths, out, _ = jax.lax.while_loop(running, write, state)
-    return out, lengths
+    @functools.cached_property
+    def _stops(self) -> np.ndarray:
+        """(vocabulary,) booleans: the tokens that hold a stop text all by themselves."""
+        found = {index for stop in self.stop for index in self.tokenizer.ids_containing(stop)}
+        return end_mask(self.model, found)

@@ -64,10 +64,16 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         return cls(path, keep=keep), moved
 
-    def write_config(self, settings: dict[str, Any]) -> None:
-        """Write the settings such that `-c` reads them."""
+    def write_config(self, settings: dict[str, Any], note: str = "") -> None:
+        """Write the settings such that `-c` reads them.
+
+        Args:
+          settings: Values by name.
+          note: A line that says where the run came from, if not from training.
+        """
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        (self.path / "config.yaml").write_text(HEADER + text, encoding="utf-8")
+        comment = f"# {' '.join(note.split())}\n" if note else ""
+        (self.path / "config.yaml").write_text(HEADER + comment + text, encoding="utf-8")
 
     def log(self, values: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""

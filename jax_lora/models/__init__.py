@@ -5,6 +5,7 @@ from jax_lora.models.decoder_inputs import KVCache
 from jax_lora.models.gemma import Gemma, GemmaConfig
 from jax_lora.models.gemma2 import Gemma2, Gemma2Config
 from jax_lora.models.gemma3 import Gemma3, Gemma3Config
+from jax_lora.models.generate import generate
 from jax_lora.models.gpt2 import GPT2, GPT2Config
 from jax_lora.models.llama import Llama, LlamaConfig
 from jax_lora.models.load_checkpoint import load
@@ -46,6 +47,7 @@ __all__ = [
     "Qwen3MoEConfig",
     "Roberta",
     "RobertaConfig",
+    "generate",
     "load",
     "replicate_layers",
     "resize_vocab",

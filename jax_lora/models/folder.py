@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jax_lora.contained_files import contained
 from jax_lora.errors import ModelError, explain
 
 __all__ = ["member", "read_json", "read_text", "weight_files"]
@@ -23,38 +24,7 @@ def member(folder: Path, name: str) -> Path:
     Raises:
       ModelError: if the name is no plain file name, or is a link that leaves the folder.
     """
-    if not _is_plain(name):
-        raise ModelError(
-            explain(
-                str(folder),
-                got=f"the file name {name!r}",
-                expected="a plain file name in the folder itself",
-                fix="do not trust this folder: its index points outside it.",
-            )
-        )
-    path = folder / name
-    target, root = path.resolve(), folder.resolve()
-    if target.parent != root and not _is_hub_blob(target, root):
-        raise ModelError(
-            explain(
-                str(path),
-                got=f"a link to {target}",
-                expected="a file that lies in the folder",
-                fix="copy the file into the folder if you trust it.",
-            )
-        )
-    return path
-
-
-def _is_plain(name: Any) -> bool:
-    if not isinstance(name, str) or name in ("", ".", ".."):
-        return False
-    return not any(c in '/\\:"' or ord(c) < 32 for c in name)
-
-
-def _is_hub_blob(target: Path, root: Path) -> bool:
-    """A Hugging Face cache holds `snapshots/<commit>/` full of links into `blobs/` beside it."""
-    return root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    return contained(folder, name, ModelError)
 
 
 def read_json(folder: Path, name: str, limit: int = 1 << 20) -> dict[str, Any]:

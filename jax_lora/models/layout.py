@@ -106,12 +106,16 @@ def dense(path: str, module: str, *, bias: bool = False, transposed: bool = True
 
 
 def vector(path: str, tensor: str) -> Layout:
-    """Place a parameter that stands in the file as it is and that no adapter names."""
-    return {path: Placement((tensor,))}
+    """Place a parameter that stands in the file as it is, such as a norm's scale or a bias.
+
+    A module's weight can be trained whole beside an adapter, so it has the module's name.
+    """
+    module, _, what = tensor.rpartition(".")
+    return {path: Placement((tensor,), module=module if what == "weight" else None)}
 
 
 def kernel_modules(layout: Layout) -> dict[str, str]:
-    """Path of every kernel and embedding -> what an adapter calls it.
+    """Path of every kernel, embedding and norm -> what an adapter calls it.
 
     Example:
       >>> kernel_modules(dense("head", "lm_head", bias=True))

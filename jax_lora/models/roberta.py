@@ -61,7 +61,7 @@ class RobertaConfig(EncoderConfig):
         super().__post_init__()
         token = self.pad_token_id
         known = isinstance(token, int) and not isinstance(token, bool)
-        if not known or not 0 <= token < self.vocab_size:
+        if not known or token not in range(self.vocab_size):
             expected = f"a token, from 0 to {self.vocab_size - 1}"
             fix = "positions are counted from it; give the one that rows are padded with."
             self.refuse("pad_token_id", token, expected, fix)

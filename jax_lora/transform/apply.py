@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jax_lora.adapter import LoraWeight, WholeWeight, is_adapted, to_lowrank
+from jax_lora.adapter import LoraWeight, RowsWeight, WholeWeight, is_adapted, to_lowrank
 from jax_lora.transform import consumers, contraction, control_flow, structural  # noqa: F401 - the rules
 from jax_lora.transform.interpreter import Interpreter
 from jax_lora.transform.sites import Settings
@@ -128,4 +128,6 @@ def _value(leaf: Any) -> Any:
         return to_lowrank(leaf)
     if isinstance(leaf, WholeWeight):
         return leaf.value.astype(leaf.base.dtype)
+    if isinstance(leaf, RowsWeight):
+        return leaf.rows.put(leaf.base)
     return leaf

@@ -58,6 +58,8 @@ def _gather(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     found = value.on_factors(look_up).replace(w=rows, w_labels=tuple(out_labels))
     if value.side(label) == (True, True):
         return [found]  # some layers or experts of a stack: still kernels
+    if value.bias is not None:
+        return None
     interpreter.factored(eqn, value, math.prod(indices.shape[:-1]))
     return [_joined_rows(found, _rows_delta(found, rows.dtype))]
 
@@ -120,6 +122,8 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outp
     x, value, sizes, *rest = inputs
     if rest or is_lowrank(x) or not is_lowrank(value) or not _is_plain_ragged(eqn, x, value):
         return None
+    if value.bias is not None:
+        return None
     expert, inside, outside = value.w_labels
     if value.a_labels != (expert, inside, RANK) or value.b_labels != (expert, RANK, outside):
         return None
@@ -155,7 +159,8 @@ def _by_token(
     """Give every token its expert's gain: (experts, out) -> (tokens, out)."""
     if factor is not value.gain:
         return factor, labels
-    expert = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+    ends = jnp.cumsum(sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
     gain = jnp.take(factor, expert, axis=labels.index(value.w_labels[0]), mode="clip")
     return gain, tuple(_TOKEN if label == value.w_labels[0] else label for label in labels)
 
@@ -197,7 +202,8 @@ def _convolution(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Out
     added = _mix_channels(_thin_convolution(eqn, dropped, value, numbers), value, eqn, base)
     again = bind(eqn, dropped, value.w)[0] if _is_gained_and_dropped(value) else None
     labels = [out_label if axis == numbers.out_spec[1] else None for axis in range(base.ndim)]
-    return [lowrank.joined(value, base, added, labels, again)]
+    joined = lowrank.joined(value, base, added, labels, again)
+    return [lowrank.biased(value, joined, labels)]
 
 
 def _thin_convolution(eqn: Any, x: jax.Array, value: LowRank, numbers: Any) -> jax.Array:

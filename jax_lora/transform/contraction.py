@@ -35,8 +35,9 @@ def _dot_general(
     for form, compute in _FORMS.items():
         those = [i for i, each in enumerate(contractions) if each and each.choice.form == form]
         together = [each for i in those if (each := contractions[i])]
-        for index, result in zip(those, compute(together) if together else [], strict=True):
-            outputs[index] = [result]
+        results = compute(together) if together else []
+        for index, each, result in zip(those, together, results, strict=True):
+            outputs[index] = [lowrank.biased(each.value, result, each.meeting.out_labels)]
         for each in together:
             interpreter.settings.note(_site(interpreter, each, together))
     return outputs
@@ -70,6 +71,10 @@ def _read(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> _Contracti
     gain_first = not set(value.gain_labels) <= set(how.out_labels)
     if gain_first and not set(value.gain_labels) <= set(how.x_labels):
         return None  # the gain varies along an axis that is summed away and one that is not
+    if value.bias is not None:
+        met = set(how.x_labels) & set(value.w_labels) - set(how.out_labels)
+        if not lowrank.sums_all_inputs(value, met):
+            return None
     product, sizes = merged.Product.of(eqn, weight_first), _sizes(how, value, x)
     choice = forms.choose(interpreter.settings.form, sizes, jax.default_backend())
     if product is None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_lora.lowrank import LowRank
+from jax_lora.lowrank import FACTORS, LowRank
 from jax_lora.transform import varying
 from jax_lora.transform.interpreter import Interpreter, Rule, Value, is_lowrank, opened, rule
 from jax_lora.transform.layout import scan_layout
@@ -124,6 +124,7 @@ def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     moving = interpreter.dense(
         [value for value, fixed in zip(carry, still, strict=True) if not fixed], eqn, "scan carry"
     )
+    xs = [value if _is_sliceable(value) else interpreter.dense([value], eqn)[0] for value in xs]
     slices = [_StackSlices.of(value) for value in xs]
 
     def step(moving: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
@@ -179,6 +180,11 @@ def _interleave(carry: Sequence[Value], moving: Sequence[Any], still: Sequence[b
     return [value if fixed else next(moved) for value, fixed in zip(carry, still, strict=True)]
 
 
+def _is_sliceable(value: Value) -> bool:
+    """Tell whether a scan may take a value apart: not along the inputs that a bias is beside."""
+    return not is_lowrank(value) or value.bias is None or value.w_labels[0] in value.bias_labels
+
+
 def _has_key(value: Value) -> bool:
     return is_lowrank(value) and value.key is not None
 
@@ -207,11 +213,9 @@ class _StackSlices:
         def leading(factor: Any, labels: tuple[Any, ...]) -> Any:
             return jnp.moveaxis(factor, labels.index(label), 0) if label in labels else None
 
-        factors = (
-            leading(value.a, value.a_labels),
-            leading(value.b, value.b_labels),
-            leading(value.gain, value.gain_labels),
-        )
+        factors = [
+            leading(getattr(value, each), getattr(value, f"{each}_labels")) for each in FACTORS
+        ]
         return cls(value, (value.w, *factors))
 
     def at(self, arrays: Any) -> Value:
@@ -220,7 +224,8 @@ class _StackSlices:
         if not is_lowrank(value):
             return arrays
         w, *sliced = arrays
-        label, slices = value.w_labels[0], iter(sliced)
+        held = [getattr(value, name) is not None for name in FACTORS]
+        label, slices = value.w_labels[0], itertools.compress(sliced, held)
 
         def layer(factor: jax.Array, labels: tuple[Any, ...]) -> tuple[jax.Array, Any]:
             mine = next(slices)
@@ -307,6 +312,10 @@ def _shard_map(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outpu
         outputs = interpreter.inner().evaluate(body, consts, values)
         return tuple(interpreter.dense(outputs, eqn, "shard_map output"))
 
+    inputs = [
+        interpreter.dense([value], eqn)[0] if _splits_bias(value, spec) else value
+        for value, spec in zip(inputs, params["in_specs"], strict=True)
+    ]
     in_specs = tuple(
         _spec_of(value, spec) if is_lowrank(value) else spec
         for value, spec in zip(inputs, params["in_specs"], strict=True)
@@ -327,6 +336,14 @@ def _keyed_by_shard(value: Value, axes: Collection[str]) -> Value:
     for axis in sorted(axes):
         value = value.replace(key=jax.random.fold_in(value.key, lax.axis_index(axis)))
     return value
+
+
+def _splits_bias(value: Value, spec: PartitionSpec) -> bool:
+    """Tell whether shards would each add the bias to a sum over some of the inputs."""
+    if not is_lowrank(value) or value.bias is None:
+        return False
+    axes = zip(spec, value.w_labels, strict=False)
+    return any(names and label not in value.bias_labels for names, label in axes)
 
 
 def _spec_of(value: LowRank, spec: PartitionSpec) -> LowRank:

@@ -18,7 +18,7 @@ from jax_lora import lowrank
 from jax_lora.lowrank import LowRank
 from jax_lora.transform import sharing
 from jax_lora.transform.forms import FACTORED
-from jax_lora.transform.sites import UNKNOWN, Settings, location, site_of
+from jax_lora.transform.sites import UNKNOWN, Settings, bias_error, location, site_of
 
 Value = Any  # an array or a LowRank
 Rule = Callable[["Interpreter", Any, list[Value]], "list[Value] | None"]
@@ -149,11 +149,16 @@ class Interpreter:
 
         Returns:
           Arrays only.
+
+        Raises:
+          MaterializeError: A value cannot be formed, as it has a bias; or the policy is "error".
         """
         result = []
         for value in values:
             if is_lowrank(value):
                 name = operation or eqn.primitive.name
+                if value.bias is not None:
+                    raise bias_error(value.path, name, self.locate(eqn))
                 if value.is_matrix:
                     self.settings.materialized(value, name, self.locate(eqn), self.times)
                 value = lowrank.materialize(value)

@@ -65,6 +65,28 @@ def check_policy(policy: str) -> str:
     return policy
 
 
+def bias_error(path: str, operation: str, where: str) -> MaterializeError:
+    """Build the error for a use of a kernel with a bias that the bias has no meaning in.
+
+    Args:
+      path: Path of the leaf.
+      operation: Name of the operation.
+      where: `file:line` of the operation.
+
+    Returns:
+      The error.
+    """
+    return MaterializeError(
+        explain(
+            f"lora_apply: {path} at {where}",
+            got=f"the operation {operation}, on a kernel whose pair has a bias",
+            expected="data times the kernel, summed over all of its inputs and over nothing else",
+            fix="The bias belongs to that product's result and is no part of any weight. Leave "
+            "this kernel out, or drop its bias.",
+        )
+    )
+
+
 class Materializations:
     """Says once per site that a weight was formed, in the way that the policy asks for."""
 

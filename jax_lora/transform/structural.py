@@ -162,6 +162,8 @@ def _reverse(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs
 
 @structural_rule("neg")
 def _negate(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+    if inputs[0].bias is not None:
+        return None
     return [inputs[0].replace(w=bind(eqn, inputs[0].w)[0], scale=-inputs[0].scale)]
 
 
@@ -182,8 +184,8 @@ def _divide(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
 
 
 def _scaled(eqn: Any, value: LowRank, other: Any, inputs: list[Value], *, inverse: bool) -> Outputs:
-    if eqn.outvars[0].aval.shape != value.shape:
-        return None  # the multiplication repeats the weight
+    if eqn.outvars[0].aval.shape != value.shape or value.bias is not None:
+        return None  # the multiplication repeats the weight, or is none of the layer's own
     w = bind(eqn, *(each.w if is_lowrank(each) else each for each in inputs))[0]
     constant = _constant(eqn, other)
     if constant is not None:
@@ -208,7 +210,8 @@ def _add(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     if all(map(is_lowrank, inputs)):
         return None
     value = inputs[0] if is_lowrank(inputs[0]) else inputs[1]
-    if eqn.outvars[0].aval.shape != value.shape or value.gain is not None:
+    beside = value.gain is not None or value.bias is not None
+    if eqn.outvars[0].aval.shape != value.shape or beside:
         return None  # what is added is not multiplied by the gain
     w = bind(eqn, *(each.w if is_lowrank(each) else each for each in inputs))[0]
     subtracted = eqn.primitive.name == "sub" and is_lowrank(inputs[1])

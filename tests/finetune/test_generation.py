@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jax_lora.errors import ConfigError
+from jax_lora.finetune import generation
 from jax_lora.finetune.generation import Generator
+from jax_lora.models.generate import advance
 
 PROMPTS = [[5, 9, 7], [200, 3], [8, 2, 6, 4, 1, 90, 17, 33, 250]]
 
@@ -55,11 +57,84 @@ def test_an_answer_ends_at_any_end_token_of_the_model(tiny, tokenizer, generator
     assert stopped.answer(PROMPTS[:1]) == [tokenizer.decode(answer[:first])]
 
 
-def test_an_answer_of_one_line_ends_before_the_new_line(tokenizer, generator):
-    line = dataclasses.replace(generator, stop_at_newline=True)
-    assert line._stop_mask[tokenizer.encode("\n")[0]]
-    assert not generator._stop_mask[tokenizer.encode("\n")[0]]
-    assert all("\n" not in answer for answer in line.answer(PROMPTS))
+def test_an_answer_is_cut_before_a_stop_text_that_spans_tokens(tiny, tokenizer, generator):
+    longer = dataclasses.replace(generator, max_tokens=40)
+    whole = longer.answer(PROMPTS)
+    for place in (1, 5, 17):  # in the first piece that is looked at, and in a later one
+        stops = tuple(text[place : place + 3] for text in whole)
+        assert any(len(tokenizer.encode(stop)) > 1 for stop in stops)
+        expected = [text[: min(map(text.find, filter(text.__contains__, stops)))] for text in whole]
+        assert dataclasses.replace(longer, stop=stops).answer(PROMPTS) == expected
+
+
+def test_text_before_a_stop_text_in_the_same_token_stays(tokenizer, generator):
+    prompts = [[number] for number in range(1, 25)]
+    pieces = [tokenizer.decode([index]) for index in range(256, tokenizer.size)]
+    prompt, text, piece = next(
+        (prompt, text, piece)
+        for prompt, text in zip(prompts, generator.answer(prompts), strict=True)
+        for piece in pieces
+        if piece in text and piece[1:]
+    )
+    stopped = dataclasses.replace(generator, stop=(piece[1:],)).answer([prompt])
+    assert stopped == [text[: text.index(piece[1:])]]
+    assert stopped[0].endswith(piece[0])
+
+
+def test_a_stop_text_ends_the_work_early(generator, monkeypatch):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return advance(*arguments)
+
+    monkeypatch.setattr(generation, "advance", counted)
+    longer = dataclasses.replace(generator, max_tokens=80)
+    whole = longer.answer(PROMPTS[:1])[0]
+    assert len(calls) == 1
+    stopped = dataclasses.replace(longer, stop=(whole[2:6],))
+    assert stopped.answer(PROMPTS[:1]) == [whole[: whole.index(whole[2:6])]]
+    assert len(calls) == 2, "one segment of five"
+
+
+def test_all_lengths_of_a_bucket_and_all_segments_share_one_program(generator):
+    longer = dataclasses.replace(generator, max_tokens=40, stop=("never",))
+    longer.answer(PROMPTS)
+    before = advance._cache_size()
+    longer.answer([[3], list(range(1, 60))])
+    dataclasses.replace(longer, stop=("something", "else")).answer([[5] * 30])
+    assert advance._cache_size() == before
+    longer.answer([[3] * 65])
+    assert advance._cache_size() == before + 1
+    for settings in ({"temperature": 0.5}, {"temperature": 2.0, "top_k": 3, "top_p": 0.5}):
+        dataclasses.replace(longer, **settings, seed=3).answer(PROMPTS)
+    assert advance._cache_size() == before + 2
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_place_alone(generator):
+    drawn = dataclasses.replace(generator, temperature=2.0)
+    answers = drawn.answer(PROMPTS)
+    assert drawn.answer(PROMPTS) == answers
+    assert dataclasses.replace(drawn, seed=1).answer(PROMPTS) != answers
+    assert len(set(drawn.answer(PROMPTS[:1] * 4))) == 4
+    # Another prompt beside it, another bucket and fewer rows change nothing.
+    assert drawn.answer([[7] * 70, *PROMPTS[1:]])[1:] == answers[1:]
+    assert dataclasses.replace(drawn, rows=1).answer(PROMPTS) == answers
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -0.5}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"stop": ("",)}, "none of them empty"),
+        ({"stop": "end"}, "a tuple of texts"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(generator, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(generator, **changes)
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * 123])

@@ -19,10 +19,13 @@ SCRIPTS = sorted(script.stem for script in (TESTS / "make_fixtures").glob("*.py"
 
 
 def remake(script: str, folder: Path) -> list[Path]:
-    """Run a copy of the script, which writes beside the copy, and list what it made."""
-    shutil.copytree(TESTS / "make_fixtures", folder / "make_fixtures")
+    """Run a copy of the script, which reads and writes beside the copy, and list what it made."""
+    for name in ("make_fixtures", "fixtures"):
+        shutil.copytree(TESTS / name, folder / name)
+    written = {file: file.stat().st_mtime_ns for file in (folder / "fixtures").rglob("*")}
     subprocess.run([sys.executable, folder / "make_fixtures" / f"{script}.py"], check=True)
-    return sorted((folder / "fixtures").rglob("*.safetensors"))
+    found = sorted((folder / "fixtures").rglob("*.safetensors"))
+    return [file for file in found if file.stat().st_mtime_ns != written.get(file)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

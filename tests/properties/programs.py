@@ -143,6 +143,7 @@ class Program:
     found: bool = False
     forward: bool = True
     reverse: bool = True
+    magnitudes: bool = False  # whether the pairs are DoRA's
 
     def source(self) -> str:
         """The program as it is written."""
@@ -197,6 +198,9 @@ class Program:
                     out_axes=spec.out_axes,
                     stack_axes=spec.stack_axes,
                     scale=spec.scale,
+                    magnitude=array(f"{name} m", (*stack, *size(spec.out_axes)), "factor")
+                    if self.magnitudes
+                    else None,
                 )
             elif spec.whole:
                 whole[name] = array(f"{name} whole", (*copies, *spec.shape), "kernel")
@@ -227,7 +231,15 @@ def merged(tree: Any, adapter: Adapter) -> Any:
             delta = jnp.einsum(f"{terms},{stack}->{letters(axes)}", a, b, each)
         else:
             delta = jnp.einsum(f"{terms}->{letters(axes)}", a, b) * jnp.asarray(pair.scale, wide)
-        leaves[name] = (leaves[name].astype(wide) + delta).astype(leaves[name].dtype)
+        formed = leaves[name].astype(wide) + delta
+        if pair.magnitude is not None:
+            squares = jnp.sum(formed**2, axis=pair.in_axes, keepdims=True)
+            norms = jax.lax.stop_gradient(jnp.sqrt(squares))
+            vector = f"{stack}{letters(pair.out_axes)}"  # each once, whatever their order
+            magnitude = jnp.einsum(f"{vector},{letters(axes)}->{letters(axes)}",
+                pair.magnitude.astype(wide), jnp.ones_like(formed))  # fmt: skip
+            formed = magnitude / norms * formed
+        leaves[name] = formed.astype(leaves[name].dtype)
     return {**leaves, **{name: value for name, value in adapter.whole.items()}}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures
 import dataclasses
 import multiprocessing
 import sys
@@ -145,11 +144,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run_all(ranges: list[Any], jobs: int) -> Any:
     if jobs == 1:
-        return (run_range(*each) for each in ranges)
-    workers = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=10
-    )
-    return (each.result() for each in [workers.submit(run_range, *each) for each in ranges])
+        yield from (run_range(*each) for each in ranges)
+        return
+    # Processes are replaced now and then, as the caches of compiled programs never shrink.
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=10) as pool:
+        yield from pool.imap(_run_one, ranges)
+
+
+def _run_one(arguments: tuple[Any, ...]) -> Tally:
+    return run_range(*arguments)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Each program is drawn from its number, run on low-rank weights and on merged one
 values, forward and reverse derivatives. `python -m tests.properties.run` runs as many as you like.
 """
 
+import dataclasses
+
 import pytest
 
 from jax_lora.transform.forms import FORMS
@@ -31,6 +33,23 @@ def test_random_programs_equal_their_merged_selves(start):
     # What is tested are the rules: most weights are never formed, and the adapters do matter.
     assert tally.counts["no weight formed"] > 0.5 * tally.counts["programs"], summary(tally, 0)
     assert tally.counts["adapter has no bearing"] < 0.2 * tally.counts["programs"]
+
+
+def _hold_with_magnitudes(start, stop):
+    for number in range(start, stop):
+        program = dataclasses.replace(draw_program(0, number, FORMS), magnitudes=True)
+        verdict = judge(program)
+        assert verdict.failure is None, report(program, verdict)
+
+
+def test_the_first_programs_equal_their_merged_selves_with_magnitudes():
+    _hold_with_magnitudes(0, QUICK // 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(QUICK // 2, FULL // 2, EACH))
+def test_random_programs_equal_their_merged_selves_with_magnitudes(start):
+    _hold_with_magnitudes(start, start + EACH)
 
 
 def test_a_program_is_drawn_again_from_its_number():

@@ -1,6 +1,5 @@
 """The command, run in this process on a model and data of a few kilobytes."""
 
-import json
 import shutil
 import sys
 
@@ -11,47 +10,9 @@ import pytest
 from jax_lora.cli import main
 from jax_lora.models import Llama, LlamaConfig, save
 
-from .finetune.conftest import TINY, write_tokenizer
+from ..finetune.conftest import TINY, write_tokenizer
 
-ROWS = [
-    {"prompt": f"how many rows {n}?", "completion": f" count {n}", "seen": n % 2 == 0}
-    for n in range(8)
-]
-
-
-@pytest.fixture(autouse=True)
-def promotion():
-    # Optax raises floats to its integer step count, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = write_tokenizer(tmp_path_factory.mktemp("model"))
-    model = Llama(TINY)
-    save(folder, model, model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for split in ("train", "valid", "test"):
-        lines = "".join(json.dumps(row) + "\n" for row in ROWS)
-        (folder / f"{split}.jsonl").write_text(lines)
-    return folder
-
-
-@pytest.fixture
-def train(model_folder, data_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*options, data=data_folder):
-        command = ["train", str(model_folder), "--data", str(data), "--iters", "2", "--rank", "2"]
-        return main([*command, *options])
-
-    return run
+VERBS = ("train", "eval", "generate", "fuse", "export", "import")
 
 
 def test_train_eval_and_generate_follow_one_another(train, tmp_path, capsys):
@@ -184,7 +145,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, data_f
     assert "at most the model's vocabulary of 20" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["eval"], ["generate"]])
+@pytest.mark.parametrize("verb", [[], *([v] for v in VERBS)])
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*verb, "--help"])

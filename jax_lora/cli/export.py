@@ -1,0 +1,67 @@
+"""Write an adapter for others: PEFT (and what serves its files), mlx-lm, or an Orbax folder."""
+
+from __future__ import annotations
+
+import argparse
+
+from jax_lora import peft
+from jax_lora.checkpoint import save_adapter
+from jax_lora.cli.adapters import add_adapter_options, load_trained
+from jax_lora.cli.base_model import model_folder
+from jax_lora.errors import ConfigError, explain
+
+HELP = "write an adapter for PEFT, vLLM or mlx-lm"
+FORMATS = ("peft", "mlx", "orbax")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="where the files go")
+    add_adapter_options(parser)
+    add("--to", default="peft", choices=FORMATS, help="format of the files (peft)")
+    text = "write what vLLM accepts, or say what it cannot take (only with --to peft)"
+    add("--for", dest="server", choices=("vllm",), help=text)
+    text = "what adapter_config.json calls the base, a name on a hub, say (its folder)"
+    add("--base-model", metavar="NAME", help=text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the files, and return the exit code."""
+    _check(options)
+    trained = load_trained(options)
+    adapter, base = trained.adapter, trained.base
+    names = base.model.hf_names
+    if options.to == "peft":
+        peft.save(
+            options.folder,
+            adapter,
+            names=names,
+            base_model=options.base_model or str(model_folder(base.name)),
+            base=base.variables,
+            target=options.server,
+        )
+    elif options.to == "mlx":
+        peft.save_mlx(options.folder, adapter, names=names)
+    else:
+        save_adapter(options.folder, adapter, base=base.variables)
+    print(f"{options.folder}: {trained.checkpoint} of {base.name}, for {_reader(options)}")
+    return 0
+
+
+def _reader(options: argparse.Namespace) -> str:
+    readers = {"peft": "PEFT", "mlx": "mlx-lm", "orbax": "jl.load_adapter"}
+    return "vLLM" if options.server else readers[options.to]
+
+
+def _check(options: argparse.Namespace) -> None:
+    for flag, value in (("--for", options.server), ("--base-model", options.base_model)):
+        if value is not None and options.to != "peft":
+            raise ConfigError(
+                explain(
+                    f"{flag} {value}",
+                    got=f"--to {options.to}, which has no place for it",
+                    expected="--to peft",
+                    fix=f"Leave {flag} out, or write PEFT's format.",
+                )
+            )

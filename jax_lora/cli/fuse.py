@@ -1,0 +1,103 @@
+"""Write a Hugging Face folder with the adapter merged into the weights."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora.adapter import combine
+from jax_lora.cli.adapters import Trained, add_adapter_options, load_trained
+from jax_lora.cli.base_model import model_folder
+from jax_lora.errors import ConfigError, explain
+from jax_lora.finetune.settings import DTYPES
+from jax_lora.merge import merge
+from jax_lora.models import load, save
+from jax_lora.transform import lora_apply
+
+HELP = "write a Hugging Face folder with the adapter merged"
+# What belongs to a model beside its weights and config.json, in all the forms there are.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add = parser.add_argument
+    add_adapter_options(parser)
+    add("--save-path", default="fused_model", metavar="DIR", help="the new folder (fused_model)")
+    text = "of the weights; auto: that in which the adapter was trained (auto)"
+    add("--dtype", default="auto", choices=DTYPES, help=text)
+    add("--overwrite", action="store_true", help="write into a folder that is not empty")
+    text = "load the folder again and show how far its logits are from base + adapter"
+    add("--check", action="store_true", help=text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the folder, and return the exit code."""
+    target = Path(options.save_path)
+    _check_free(target, options.overwrite)
+    trained = load_trained(options)
+    base, source = trained.base, model_folder(trained.base.name)
+    if target.resolve() == source.resolve():
+        raise _not_free(target, "the folder of the base itself")
+    params = merge(base.variables, trained.adapter)["params"]
+    if options.dtype != "auto":
+        # Once, after the sum: the update is not rounded by itself.
+        params = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
+    save(target, base.model, params)
+    for pattern in COMPANIONS:
+        for file in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(file, target / file.name)
+    dtype = jax.tree.leaves(params)[0].dtype
+    print(f"{target}: {base.name} with {trained.checkpoint}, {base.size:,} parameters in {dtype}")
+    if options.check:
+        difference, largest = logit_difference(trained, target)
+        print(f"check: largest logit difference {difference:.3g}, of logits up to {largest:.3g}")
+    return 0
+
+
+def logit_difference(trained: Trained, folder: Path) -> tuple[float, float]:
+    """Compare a fused folder with what it was made of.
+
+    Args:
+      trained: The base and the adapter, which run side by side.
+      folder: The fused folder, which is loaded again.
+
+    Returns:
+      The largest difference of two logits on fixed random tokens, and the largest logit.
+    """
+    config = trained.base.model.config
+    tokens = min(64, config.max_position_embeddings)
+    drawn = np.random.default_rng(0).integers(config.vocab_size, size=(2, tokens))
+    ids = jnp.asarray(drawn, jnp.int32)
+    # The factors apart from the weights, or a fault of merging would be on both sides.
+    apart = jax.jit(lora_apply(trained.base.model.apply, form="factored"))
+    ours = apart(combine(trained.base.variables, trained.adapter), ids).astype(jnp.float32)
+    model, params = load(folder)
+    theirs = jax.jit(model.apply)({"params": params}, ids).astype(jnp.float32)
+    return float(jnp.abs(ours - theirs).max()), float(jnp.abs(ours).max())
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise _not_free(target, "a file")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise _not_free(target, "a folder with something in it")
+
+
+def _not_free(target: Path, got: str) -> ConfigError:
+    fix = "Give another --save-path, or --overwrite a model that was fused before."
+    expected = "a new or empty folder"
+    return ConfigError(explain(f"--save-path {target}", got=got, expected=expected, fix=fix))

@@ -1,0 +1,95 @@
+"""Make a run of an adapter of PEFT, mlx-lm or Orbax, for eval, generate and fuse to take."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from jax_lora import peft
+from jax_lora.adapter import Adapter
+from jax_lora.checkpoint import load_adapter
+from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base
+from jax_lora.errors import ConfigError, explain
+from jax_lora.finetune.run_folder import RunFolder
+from jax_lora.finetune.settings import DTYPES
+
+HELP = "read an adapter of PEFT or mlx-lm"
+# The file by which each format is known.
+MARKS = {
+    "peft": "adapter_model.safetensors",
+    "mlx": "adapters.safetensors",
+    "orbax": "adapter.json",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="the adapter's folder")
+    text = "Hugging Face folder of the base; bundled for the one in the package"
+    add("--model", required=True, metavar="PATH", help=text)
+    add("--adapter-path", default="adapters", metavar="RUN", help="run that is made (adapters)")
+    text = "format of the files (as their names say)"
+    add("--from", dest="source", choices=tuple(MARKS), help=text)
+    text = "of the base; auto: float32 on a CPU (auto)"
+    add("--dtype", default="auto", choices=DTYPES, help=text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make the run, and return the exit code."""
+    source = Path(options.folder)
+    kind = options.source or _recognise(source)
+    base = load_base(options.model, options.dtype)
+    adapter = _read(kind, source, base)
+    folder, moved = RunFolder.prepare(options.adapter_path)
+    folder.write_config(_settings(base, adapter), note=f"Made of the adapter in {source}.")
+    folder.save(0, adapter, base.variables)
+    if moved is not None:
+        print(f"the run that was in {folder.path} is now in {moved}")
+    count = len(adapter.pairs) + len(adapter.whole) + len(adapter.rows)
+    print(f"{folder.path}: {count} adapted leaves, {adapter.size:,} parameters, from {source}")
+    print(f"Next: jax-lora generate --adapter-path {folder.path} --prompt TEXT")
+    return 0
+
+
+def _recognise(folder: Path) -> str:
+    found = [kind for kind, mark in MARKS.items() if (folder / mark).is_file()]
+    if len(found) == 1:
+        return found[0]
+    if folder.is_dir():
+        inside = ", ".join(sorted(each.name for each in folder.iterdir())[:8])
+        got = f"a folder that holds {inside or 'nothing'}"
+    else:
+        got = "no such folder"
+    raise ConfigError(
+        explain(
+            f"import {folder}",
+            got=got,
+            expected=f"a folder with one of {', '.join(MARKS.values())}",
+            fix=f"Check the path, or say the format with --from {'|'.join(MARKS)}.",
+        )
+    )
+
+
+def _read(kind: str, folder: Path, base: BaseModel) -> Adapter:
+    if kind == "orbax":
+        return load_adapter(folder, base=base.variables)
+    load = peft.load if kind == "peft" else peft.load_mlx
+    return load(folder, base.variables, names=base.model.hf_names)
+
+
+def _settings(base: BaseModel, adapter: Adapter) -> dict[str, Any]:
+    """What the other verbs look up, and what would train such an adapter anew."""
+    config = adapter.config
+    name = base.name if base.name == BUNDLED else str(Path(base.name).resolve())
+    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    return {
+        "model": name,
+        "dtype": base.dtype,
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "rslora": config.use_rslora,
+        "dropout": config.dropout,
+        "targets": targets,
+    }

@@ -1,0 +1,177 @@
+"""`adapter_config.json`: every field that PEFT writes, read strictly and written in full.
+
+A field is one that is understood here, one that only informs, or one that would change what the
+adapter computes in a way that is not implemented: that is refused by name. A field that is not
+known at all was written by a newer PEFT; it is dropped with a warning, as PEFT itself does.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_lora.errors import AdapterFileError, AdapterFileWarning, explain
+from jax_lora.json_files import read_json
+
+CONFIG = "adapter_config.json"
+_MOST_BYTES = 2**20
+_MOST_RANK = 2**16
+
+# Every field that PEFT 0.21.2 writes for LoRA, and its default.
+DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "target_parameters": None,
+    "task_type": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+# Fields of what is not implemented -> the values with which they ask for nothing.
+_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (None, False),
+    "velora_config": (None,),
+}
+# Initialisations that change the base model too: the file alone is not the whole update.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a folder's `adapter_config.json`.
+
+    Args:
+      folder: The folder.
+
+    Returns:
+      Every field of `DEFAULTS`, from the file where it has it.
+
+    Raises:
+      AdapterFileError: The file cannot be read, or asks for something that is not implemented; all
+        that is wrong stands in one message.
+
+    Warns:
+      AdapterFileWarning: Fields that are not known here.
+    """
+    raw = read_json(folder / CONFIG, AdapterFileError, _MOST_BYTES)
+    problems = list(_problems(raw))
+    if problems:
+        raise AdapterFileError(
+            explain(
+                str(folder / CONFIG),
+                got="".join(f"\n    {problem}" for problem in problems),
+                expected="the configuration of a LoRA adapter that this library can run",
+                fix="Save the adapter in PEFT without these, or merge it there.",
+            )
+        )
+    unknown = sorted(set(raw) - set(DEFAULTS) - {"runtime_config"})
+    if unknown:
+        warnings.warn(
+            f"{folder / CONFIG}: {', '.join(unknown)}: written by another version of PEFT, "
+            "not known here and left out",
+            AdapterFileWarning,
+            stacklevel=3,  # the caller of load
+        )
+    return {**DEFAULTS, **{name: raw[name] for name in raw if name in DEFAULTS}}
+
+
+def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    if raw.get("peft_type") != "LORA":
+        yield f"peft_type {raw.get('peft_type')!r}: only 'LORA' is implemented"
+    for name, neutral in _NOT_IMPLEMENTED.items():
+        if raw.get(name) not in neutral:
+            yield f"{name} = {_short(raw[name])}: not implemented"
+    start = raw.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        yield (
+            f"init_lora_weights {start!r}: it changes the base model too; convert it in PEFT with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    yield from _type_problems(raw)
+
+
+def _type_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    ranks = {"r": raw.get("r", 8), **_dict(raw.get("rank_pattern"))}
+    for name, rank in ranks.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MOST_RANK:
+            yield f"rank {name} = {_short(rank)}: no whole number from 1 to {_MOST_RANK}"
+    alphas = {"lora_alpha": raw.get("lora_alpha", 8), **_dict(raw.get("alpha_pattern"))}
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            yield f"alpha {name} = {_short(alpha)}: no number"
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(raw.get(name) or {}, dict):
+            yield f"{name} = {_short(raw[name])}: no object"
+    for name in ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"):
+        if not isinstance(raw.get(name) or False, bool):
+            yield f"{name} = {_short(raw[name])}: neither true nor false"
+    dropout = raw.get("lora_dropout") or 0.0
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        yield f"lora_dropout = {_short(dropout)}: no number from 0 to 1"
+    if raw.get("bias", "none") not in ("none", "all", "lora_only"):
+        yield f"bias = {_short(raw['bias'])}: not 'none', 'all' or 'lora_only'"
+    for name in ("target_modules", "modules_to_save", "target_parameters"):
+        if not _is_names(raw.get(name)):
+            yield f"{name} = {_short(raw[name])}: no list of names"
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_names(value: Any) -> bool:
+    if value is None or isinstance(value, str):
+        return True
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """Write a configuration down as PEFT does, with every field and its names in order."""
+    return json.dumps({**DEFAULTS, **config}, indent=2, sort_keys=True)

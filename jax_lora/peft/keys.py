@@ -1,0 +1,176 @@
+"""What PEFT calls each tensor, and how its axes lie.
+
+    base_model.model.<module>.lora_A.weight        (r, in)          a.T
+    base_model.model.<module>.lora_B.weight        (out, r)         b.T
+    base_model.model.<module>.lora_B.bias          (out,)
+    base_model.model.<module>.lora_embedding_A     (r, vocabulary)  a.T
+    base_model.model.<module>.lora_embedding_B     (out, r)         b.T
+    base_model.model.<module>.lora_magnitude_vector  (out,)
+
+Experts share a module: A is (experts * r, in), one expert behind the other, and B is (out, r *
+experts), the experts side by side within each column of the rank. A module with several adapted
+parameters holds them one inside the other, the first of them behind the most `.base_layer`s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from jax_lora.peft.factors import Factors
+from jax_lora.peft.sites import Site
+
+PREFIX = "base_model.model."
+A, B, B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+TABLE_A, TABLE_B = ".lora_embedding_A", ".lora_embedding_B"
+MAGNITUDE = ".lora_magnitude_vector"
+ROWS = ".token_adapter.trainable_tokens_delta"
+_PARTS = re.compile(
+    r"(?P<module>.*?)(?P<nested>(\.base_layer)*)"
+    r"(?P<part>\.lora_A\.weight|\.lora_B\.weight|\.lora_B\.bias|\.lora_embedding_A"
+    r"|\.lora_embedding_B|\.lora_magnitude_vector)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """The name of one tensor of factors, taken apart.
+
+    Args:
+      module: The module, without prefix and nesting.
+      depth: How many `.base_layer`s stand between.
+      part: What it holds, such as `A`.
+    """
+
+    module: str
+    depth: int
+    part: str
+
+
+def parse(name: str) -> Key | None:
+    """Take a tensor's name apart; None if it is not one of factors.
+
+    Example:
+      >>> parse("base_model.model.h.0.attn.lora_A.weight")
+      Key(module='h.0.attn', depth=0, part='.lora_A.weight')
+    """
+    match = _PARTS.fullmatch(name.removeprefix(PREFIX))
+    if match is None or not name.startswith(PREFIX):
+        return None
+    return Key(match["module"], match["nested"].count(".base_layer"), match["part"])
+
+
+def owner(site: Site) -> str:
+    """The module whose tensors a site's factors are: a parameter's are its module's.
+
+    Example: the parameter `mlp.experts.down_proj` is the module `mlp.experts`'s.
+    """
+    return site.module.rpartition(".")[0] if site.leaf.is_parameter else site.module
+
+
+# -----------------------------------------------------------------------------------------------
+# Writing
+# -----------------------------------------------------------------------------------------------
+
+
+def encode(found: Mapping[str, Factors], sites: Mapping[str, Site]) -> dict[str, np.ndarray]:
+    """Write factors down as PEFT's tensors, in their own types.
+
+    Args:
+      found: Factors by the module's or parameter's name.
+      sites: Every site by its name.
+
+    Returns:
+      Arrays by PEFT's names.
+    """
+    sharing: dict[str, list[str]] = {}
+    for module in found:
+        sharing.setdefault(owner(sites[module]), []).append(module)
+    tensors = {}
+    for place, modules in sharing.items():
+        for depth, module in zip(reversed(range(len(modules))), modules, strict=True):
+            stem = PREFIX + place + ".base_layer" * depth
+            tensors |= _encode_one(stem, found[module], sites[module])
+    return tensors
+
+
+def _encode_one(stem: str, factors: Factors, site: Site) -> dict[str, np.ndarray]:
+    if factors.a.ndim == 3:  # (experts, in, r), (experts, r, out)
+        a = factors.a.swapaxes(1, 2).reshape(-1, factors.a.shape[1])  # (experts * r, in)
+        b = factors.b.transpose(2, 1, 0).reshape(factors.b.shape[2], -1)  # (out, r * experts)
+    else:
+        a, b = factors.a.T, factors.b.T
+    names = (TABLE_A, TABLE_B) if site.leaf.is_table else (A, B)
+    tensors = {stem + names[0]: a, stem + names[1]: b}
+    if factors.bias is not None:
+        tensors[stem + B_BIAS] = factors.bias
+    if factors.magnitude is not None:
+        tensors[stem + MAGNITUDE] = factors.magnitude
+    return tensors
+
+
+# -----------------------------------------------------------------------------------------------
+# Reading
+# -----------------------------------------------------------------------------------------------
+
+
+def shapes_of(site: Site, part: str, rank: int) -> tuple[int, ...]:
+    """The shape that a tensor has to have.
+
+    Args:
+      site: What it belongs to.
+      part: What it holds.
+      rank: The rank of the pair.
+
+    Returns:
+      The shape.
+    """
+    kernel = site.leaf.kernel
+    experts = 1
+    for axis in kernel.stack_axes[site.leaf.depth :]:
+        experts *= kernel.shape[axis]
+    if part in (A, TABLE_A):
+        return (experts * rank, kernel.in_size)
+    if part in (B, TABLE_B):
+        return (kernel.out_size, experts * rank)
+    return (kernel.out_size,)
+
+
+def decode(
+    parts: Mapping[str, np.ndarray], site: Site, scale_of_rank: Callable[[int], float]
+) -> Factors:
+    """Read PEFT's tensors of one site, whose shapes were checked before.
+
+    Args:
+      parts: Arrays by what they hold.
+      site: What they belong to.
+      scale_of_rank: From the rank to the scale.
+
+    Returns:
+      The factors.
+    """
+    a = parts[TABLE_A if TABLE_A in parts else A]
+    b = parts[TABLE_B if TABLE_B in parts else B]
+    stack = site.leaf.kernel.stack_shape[site.leaf.depth :]
+    if stack:
+        experts = stack[0]
+        rank = a.shape[0] // experts
+        a = a.reshape(experts, rank, -1).swapaxes(1, 2)  # (experts, in, r)
+        b = b.reshape(-1, rank, experts).transpose(2, 1, 0)  # (experts, r, out)
+    else:
+        a, b = a.T, b.T
+    rank = a.shape[-1]
+    return Factors(a, b, scale_of_rank(rank), parts.get(MAGNITUDE), parts.get(B_BIAS))
+
+
+def rank_in(parts: Mapping[str, np.ndarray], site: Site) -> int | None:
+    """The rank that A's shape gives, or None if it gives none."""
+    a = parts.get(A, parts.get(TABLE_A))
+    stack = site.leaf.kernel.stack_shape[site.leaf.depth :]
+    experts = stack[0] if stack else 1
+    if a is None or a.ndim != 2 or a.shape[0] % experts or not a.shape[0]:
+        return None
+    return a.shape[0] // experts

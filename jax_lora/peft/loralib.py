@@ -1,0 +1,91 @@
+"""Checkpoints of loralib, the paper's own library, in safetensors.
+
+    <module>.lora_A   (r, in)
+    <module>.lora_B   (out, r)
+
+The files hold no alpha, so the caller has to know it.
+
+Reference:
+    Hu et al., LoRA (arXiv:2106.09685).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora.adapter import Adapter
+from jax_lora.errors import AdapterFileError, explain
+from jax_lora.kernel import Kernel
+from jax_lora.peft.adapter_config import DEFAULTS
+from jax_lora.peft.mlx import assembled
+from jax_lora.peft.sites import Site, find_leaves, sites_of
+from jax_lora.peft.tensor_file import read_tensors
+
+_PARTS = {"lora_A": "lora_a", "lora_B": "lora_b"}
+
+
+def load_loralib(
+    path: str | os.PathLike[str],
+    variables: Any,
+    *,
+    names: Mapping[str, str],
+    alpha: float,
+    kernels: Mapping[str, Kernel] | None = None,
+    dtype: Any = jnp.float32,
+) -> Adapter:
+    """Load the factors of a checkpoint that `loralib.lora_state_dict` gave and safetensors saved.
+
+    Args:
+      path: The safetensors file.
+      variables: The base: parameters, or `{"params": parameters}`.
+      names: Path of each kernel -> its module's name in that checkpoint.
+      alpha: `lora_alpha` of the layers; the scale is alpha / r.
+      kernels: What `find_kernels` found, for kernels of more than (in, out) behind the stack.
+      dtype: Type of the factors; None keeps the file's.
+
+    Returns:
+      The adapter.
+
+    Raises:
+      AdapterFileError: The file is broken or does not fit the base; all that is wrong in one
+        message.
+    """
+    file = Path(path)
+    sites = sites_of(find_leaves(variables, names, kernels))
+    problems: list[str] = []
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in read_tensors(file.parent, file.name).items():
+        module, _, what = name.rpartition(".")
+        if module not in sites or what not in _PARTS or tensor.ndim != 2:
+            problems.append(f"extra: {name} {tensor.shape}")
+        else:
+            parts.setdefault(module, {})[_PARTS[what]] = tensor.T
+    for module, each in parts.items():
+        problems += _problems(module, each, sites[module])
+    if problems:
+        raise AdapterFileError(
+            explain(
+                str(file),
+                got="".join(f"\n    {problem}" for problem in problems),
+                expected="lora_A (r, in) and lora_B (out, r) of modules that names has",
+                fix="Save lora_state_dict(model) alone, and pass the names that its modules have.",
+            )
+        )
+    config = {**DEFAULTS, "lora_alpha": alpha}
+    return assembled(parts, sites, lambda rank: alpha / rank, config, dtype)
+
+
+def _problems(module: str, parts: Mapping[str, np.ndarray], site: Site) -> list[str]:
+    if len(parts) < 2:
+        return [f"missing: the other factor of {module}"]
+    a, b, kernel = parts["lora_a"], parts["lora_b"], site.leaf.kernel
+    if a.shape[1] == b.shape[0] and (a.shape[0], b.shape[1]) == (kernel.in_size, kernel.out_size):
+        return []
+    want = f"(r, {kernel.in_size}) and ({kernel.out_size}, r)"
+    return [f"wrong shape: {module} has {a.T.shape} and {b.T.shape}, expected {want}"]

@@ -1,0 +1,206 @@
+"""Adapters of mlx-lm, both ways.
+
+    adapter_config.json    {"fine_tune_type": "lora", "num_layers": N, "lora_parameters": {...}}
+    adapters.safetensors   <module>.lora_a (in, r), <module>.lora_b (r, out)
+
+The update is `scale * (x @ lora_a) @ lora_b`, with one scale for the whole adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora.adapter import Adapter
+from jax_lora.errors import AdapterFileError, explain
+from jax_lora.json_files import read_json
+from jax_lora.kernel import Kernel
+from jax_lora.peft.adapter_config import CONFIG, DEFAULTS
+from jax_lora.peft.factors import Factors, join, split
+from jax_lora.peft.our_config import our_config
+from jax_lora.peft.save import adapted_leaves
+from jax_lora.peft.sites import Site, find_leaves, sites_of
+from jax_lora.peft.tensor_file import read_tensors, write_files
+
+WEIGHTS = "adapters.safetensors"
+_LAYER = re.compile(r"layers\.\d+\.(.*)")
+
+
+def save_mlx(path: str | os.PathLike[str], adapter: Adapter, *, names: Mapping[str, str]) -> None:
+    """Write an adapter to a folder that mlx-lm takes as `--adapter-path`.
+
+    Scales that differ are folded into `lora_b`, as mlx-lm has one for all.
+
+    Args:
+      path: The folder, made if it is not there.
+      adapter: The adapter.
+      names: Path of each kernel -> its module's name: `model.hf_names`.
+
+    Raises:
+      AdapterFileError: It has leaves trained whole, magnitudes, biases, experts or layers left out,
+        which mlx-lm's files do not hold in a way that is written here; or the file system refuses.
+      StructureError: `names` has no name for a leaf of the adapter.
+    """
+    adapter = jax.tree.map(np.asarray, adapter)
+    leaves = adapted_leaves(adapter, names)
+    sites = sites_of(leaves)
+    found: dict[str, Factors] = {}
+    for leaf in leaves.values():
+        if leaf.path in adapter.pairs:
+            found |= split(adapter.pairs[leaf.path], leaf)
+    problems = list(_not_for_mlx(adapter, found, sites))
+    if problems:
+        fix = "Fuse it into the model instead, or export it for PEFT."
+        raise _refusal("save_mlx", problems, "plain factors of every layer's modules", fix)
+    scales = {each.scale for each in found.values()}
+    scale = max(scales)
+    tensors = {}
+    for module, each in found.items():
+        b = each.b if len(scales) == 1 else each.b * np.float32(each.scale / scale)
+        tensors |= {f"{module}.lora_a": each.a, f"{module}.lora_b": b.astype(each.b.dtype)}
+    text = json.dumps(_config(adapter, found, scale), indent=4, sort_keys=True)
+    write_files(Path(path), WEIGHTS, tensors, CONFIG, text)
+
+
+def _not_for_mlx(
+    adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Site]
+) -> Iterator[str]:
+    yield from (f"{path}: trained whole" for path in adapter.whole)
+    yield from (f"{path}: trained rows" for path in adapter.rows)
+    for module, each in found.items():
+        for what in ("magnitude", "bias"):
+            if getattr(each, what) is not None:
+                yield f"{module}: a {what}"
+        if sites[module].leaf.is_parameter:
+            yield f"{module}: a parameter of a module with several"
+    yield from (f"{module}: no update in this layer" for module in sites if module not in found)
+    ranks = {each.rank for each in found.values()}
+    if len(ranks) > 1:
+        yield f"ranks {sorted(ranks)}: mlx-lm has one for all"
+
+
+def _config(adapter: Adapter, found: Mapping[str, Factors], scale: float) -> dict[str, Any]:
+    within = [match[1] for module in found if (match := _LAYER.search(module))]
+    depth = {module for module in found if module.endswith(within[0])} if within else set()
+    return {
+        "fine_tune_type": "lora",
+        "num_layers": len(depth),
+        "lora_parameters": {
+            "rank": next(iter(found.values())).rank,
+            "scale": scale,
+            "dropout": adapter.config.dropout,
+            "keys": sorted(set(within)),
+        },
+    }
+
+
+def load_mlx(
+    path: str | os.PathLike[str],
+    variables: Any,
+    *,
+    names: Mapping[str, str],
+    kernels: Mapping[str, Kernel] | None = None,
+    dtype: Any = jnp.float32,
+) -> Adapter:
+    """Load an adapter that mlx-lm trained.
+
+    Args:
+      path: Folder with `adapter_config.json` and `adapters.safetensors`.
+      variables: The base: parameters, or `{"params": parameters}`.
+      names: Path of each kernel -> its module's name: `model.hf_names`.
+      kernels: What `find_kernels` found, for kernels of more than (in, out) behind the stack.
+      dtype: Type of the factors; None keeps the file's.
+
+    Returns:
+      The adapter.
+
+    Raises:
+      AdapterFileError: The files are broken, not of plain LoRA, or do not fit the base; all that is
+        wrong in one message.
+    """
+    folder = Path(path)
+    tensors = read_tensors(folder, WEIGHTS)
+    settings = read_json(folder / CONFIG, AdapterFileError)
+    sites = sites_of(find_leaves(variables, names, kernels))
+    problems = list(_config_problems(settings))
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        module, _, what = name.rpartition(".")
+        if module not in sites or what not in ("lora_a", "lora_b"):
+            problems.append(f"extra: {name} {tensor.shape}")
+        else:
+            parts.setdefault(module, {})[what] = tensor
+    for module, each in parts.items():
+        problems += _shape_problems(module, each, sites[module])
+    if problems:
+        fix = "Load it for the base that it was trained on, with that model's names."
+        raise _refusal(str(folder), problems, "an adapter of plain LoRA for this base", fix)
+    parameters = settings["lora_parameters"]
+    config = {
+        **DEFAULTS,
+        "r": parameters.get("rank", 8),
+        "lora_dropout": parameters.get("dropout", 0.0),
+    }
+    return assembled(parts, sites, lambda rank: float(parameters.get("scale", 20.0)), config, dtype)
+
+
+def assembled(
+    parts: Mapping[str, Mapping[str, np.ndarray]],
+    sites: Mapping[str, Site],
+    scale_of_rank: Any,
+    config: Mapping[str, Any],
+    dtype: Any,
+) -> Adapter:
+    """Build an adapter from plain pairs `lora_a` (in, r) and `lora_b` (r, out) by module."""
+    by_path: dict[str, dict[tuple[int, ...], Factors]] = {}
+    for module, each in parts.items():
+        rank = each["lora_a"].shape[1]
+        factors = Factors(each["lora_a"], each["lora_b"], scale_of_rank(rank))
+        by_path.setdefault(sites[module].leaf.path, {})[sites[module].position] = factors
+    leaves = {site.leaf.path: site.leaf for site in sites.values()}
+    pairs = {path: join(leaves[path], found, dtype) for path, found in sorted(by_path.items())}
+    return Adapter(pairs, {}, our_config(config, pairs, (), dtype, ""))
+
+
+def _config_problems(settings: Mapping[str, Any]) -> Iterator[str]:
+    kind = settings.get("fine_tune_type", "lora")
+    if kind != "lora":
+        yield f"fine_tune_type {kind!r}: only 'lora' is read here"
+    parameters = settings.get("lora_parameters")
+    if not isinstance(parameters, dict):
+        yield f"lora_parameters {parameters!r}: no object"
+        return
+    for name in ("scale", "dropout"):
+        value = parameters.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            yield f"lora_parameters: {name} {value!r}: no number"
+    rank = parameters.get("rank", 8)
+    if type(rank) is not int or rank < 1:
+        yield f"lora_parameters: rank {rank!r}: no whole number above 0"
+
+
+def _shape_problems(module: str, parts: Mapping[str, np.ndarray], site: Site) -> Iterator[str]:
+    kernel = site.leaf.kernel
+    a, b = parts.get("lora_a"), parts.get("lora_b")
+    yield from (f"missing: {module}.{w}" for w in ("lora_a", "lora_b") if w not in parts)
+    if a is not None and b is not None:
+        rank = a.shape[-1]
+        want = ((kernel.in_size, rank), (rank, kernel.out_size))
+        if (a.shape, b.shape) != want or not rank:
+            yield f"wrong shape: {module} has {a.shape} and {b.shape}, expected {want}"
+
+
+def _refusal(where: str, problems: list[str], expected: str, fix: str) -> AdapterFileError:
+    got = "".join(f"\n    {problem}" for problem in problems)
+    return AdapterFileError(explain(where, got=got, expected=expected, fix=fix))
+
+
+__all__ = ["assembled", "load_mlx", "save_mlx"]

@@ -1,0 +1,184 @@
+"""Write an adapter as PEFT would.
+
+pairs by path -> factors by module -> tensors by PEFT's keys -> adapter_model.safetensors
+and the configuration that gives every module its rank and scale.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_lora import paths
+from jax_lora.adapter import Adapter
+from jax_lora.errors import ConfigError, StructureError, explain
+from jax_lora.kernel import Kernel
+from jax_lora.peft import keys, vllm, whole_tensors
+from jax_lora.peft.adapter_config import CONFIG, config_text
+from jax_lora.peft.factors import Factors, split
+from jax_lora.peft.load import WEIGHTS
+from jax_lora.peft.sites import Leaf, describe, sites_of
+from jax_lora.peft.tensor_file import write_files
+from jax_lora.peft.their_config import their_config
+from jax_lora.peft.tied import HEAD, mirror, tied_table
+
+TARGETS = (None, "vllm")
+_TABLES = ("embed_tokens", HEAD)  # PEFT writes the base's own beside their factors
+
+
+def save(
+    path: str | os.PathLike[str],
+    adapter: Adapter,
+    *,
+    names: Mapping[str, str],
+    base_model: str | None = None,
+    base: Any = None,
+    target: str | None = None,
+) -> None:
+    """Write an adapter to a folder that PEFT's `from_pretrained` loads.
+
+    An adapter that was loaded from PEFT and not changed is written byte for byte, with the names of
+    its modules in alphabetical order.
+
+    Args:
+      path: The folder, made if it is not there; an adapter in it is replaced once the new one is
+        whole.
+      adapter: The adapter.
+      names: Path of each kernel -> its module's name in torch: `model.hf_names`.
+      base_model: Name or path of the base, for those who load it; None keeps what was loaded.
+      base: The base's parameters. PEFT writes the base's own weight beside factors of
+        `embed_tokens` or `lm_head`; it is left out without them, and PEFT loads such files too.
+      target: "vllm" writes what vLLM accepts: scales folded into B, one rank for all.
+
+    Raises:
+      AdapterFileError: A factor is not finite, the file system refuses, or vLLM would.
+      StructureError: `names` has no name for a leaf of the adapter.
+      ConfigError: Another `target`.
+    """
+    if target not in TARGETS:
+        expected, fix = "None or 'vllm'", "Leave it out for PEFT itself."
+        raise ConfigError(explain("target", got=repr(target), expected=expected, fix=fix))
+    adapter = jax.tree.map(np.asarray, adapter)
+    leaves = adapted_leaves(adapter, names)
+    sites = sites_of(leaves)
+    found: dict[str, Factors] = {}
+    for leaf in leaves.values():
+        if leaf.path in adapter.pairs:
+            found |= split(adapter.pairs[leaf.path], leaf)
+    if target == "vllm":
+        vllm.check(adapter, found, sites)
+        adapter, found = vllm.uniform(adapter, found)
+    tensors = keys.encode(found, sites)
+    whole = _whole(adapter, leaves, set(found), tensors)
+    rows = {leaves[p].template: each.indices for p, each in adapter.rows.items()}
+    for p, each in adapter.rows.items():
+        tensors[keys.PREFIX + leaves[p].template + keys.ROWS] = np.asarray(each.values)
+    every = [module for leaf in _all_leaves(names, leaves) for module in leaf]
+    config = their_config(adapter, found, sites, every, whole, rows, tied_table(names))
+    if base_model is not None:
+        config["base_model_name_or_path"] = base_model
+    _add_tied(tensors, config)
+    _add_tables(tensors, config, sites, base)
+    write_files(Path(path), WEIGHTS, tensors, CONFIG, config_text(config))
+
+
+def adapted_leaves(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Leaf]:
+    """The leaves that the adapter changes or stands beside, in the order of `names`."""
+    templates = {p.removeprefix("params/"): name for p, name in names.items()}
+    found, problems = {}, []
+    for path in (*adapter.pairs, *adapter.whole, *adapter.rows):
+        bare = path.removeprefix("params/")
+        own = bare if bare in templates else _kernel_beside(bare, templates)
+        if own is None:
+            near = ", ".join(paths.nearest(bare, templates, 3))
+            problems.append(f"{path}: no name; the nearest that have one are {near}")
+            continue
+        prefix = path.removesuffix(bare)
+        found[prefix + own] = _describe(prefix + own, templates[own], path, adapter)
+    if problems:
+        raise StructureError(
+            explain(
+                "names",
+                got="".join(f"\n    {problem}" for problem in problems),
+                expected="a module's name for every leaf of the adapter",
+                fix="Pass the names of the model that the adapter is for: names=model.hf_names.",
+            )
+        )
+    order = {name: place for place, name in enumerate(templates)}
+    return dict(sorted(found.items(), key=lambda item: order[item[0].removeprefix("params/")]))
+
+
+def _kernel_beside(path: str, templates: Mapping[str, str]) -> str | None:
+    """The kernel or scale beside a bias."""
+    stem = path.rpartition("/")[0]
+    return next(
+        (p for p in templates if p.rpartition("/")[0] == stem and path.endswith("bias")), None
+    )
+
+
+def _describe(own: str, template: str, path: str, adapter: Adapter) -> Leaf:
+    if own in adapter.pairs:
+        pair = adapter.pairs[own]
+        axes = (pair.in_axes, pair.out_axes, pair.stack_axes)
+        kind = "embedding" if own.split("/")[-1] == "embedding" else "dense"
+        return describe(
+            own, template, pair.kernel_shape, Kernel(own, pair.kernel_shape, None, kind, *axes)
+        )
+    if own in adapter.whole:
+        return describe(own, template, adapter.whole[own].shape)
+    if own in adapter.rows:
+        size = max(adapter.rows[own].indices) + 1
+        return describe(own, template, (size, adapter.rows[own].values.shape[1]))
+    return describe(own, template, adapter.whole[path].shape)  # a bias alone: its stack will do
+
+
+def _whole(
+    adapter: Adapter, leaves: Mapping[str, Leaf], adapted: set[str], tensors: dict[str, np.ndarray]
+) -> dict[str, bool]:
+    """Add the leaves trained whole to the tensors; say which modules they are of."""
+    only_bias: dict[str, bool] = {}
+    for path, array in adapter.whole.items():
+        stem = path.rpartition("/")[0]
+        own = path if path in leaves else next(p for p in leaves if p.rpartition("/")[0] == stem)
+        tensors |= whole_tensors.write(array, leaves[own], path, adapted)
+        for module, _ in leaves[own].modules():
+            only_bias[module] = only_bias.get(module, True) and own != path
+    return only_bias
+
+
+def _all_leaves(names: Mapping[str, str], leaves: Mapping[str, Leaf]) -> list[list[str]]:
+    """Every module that `names` knows: those of leaves without an adapter by any index at hand."""
+    depth = max((leaf.shape[0] for leaf in leaves.values() if leaf.depth), default=1)
+    return [[name.format(layer=i, expert=0) for i in range(depth)] for name in names.values()]
+
+
+def _add_tied(tensors: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
+    if config["ensure_weight_tying"]:
+        tables = [name for name in tensors if name.endswith(keys.TABLE_A)]
+        for name in tables:
+            table = name.removeprefix(keys.PREFIX).removesuffix(keys.TABLE_A)
+            tensors |= mirror(tensors, table)
+
+
+def _add_tables(
+    tensors: dict[str, np.ndarray], config: Mapping[str, Any], sites: Mapping[str, Any], base: Any
+) -> None:
+    """Add the base's own table and head where PEFT does: where its list names them as they are."""
+    if base is None or not isinstance(config["target_modules"], list):
+        return
+    have = {p.removeprefix("params/"): leaf for p, leaf in paths.flatten_with_paths(base)[0]}
+    if not any(name in config["target_modules"] for name in _TABLES):
+        return
+    for module, site in sites.items():
+        last = module.split(".")[-1]
+        if last in _TABLES and (keys.PREFIX + module + keys.ROWS) not in tensors:
+            array = np.asarray(have[site.leaf.path.removeprefix("params/")])
+            array = array if site.leaf.is_table else array.T
+            tensors[f"{keys.PREFIX}{module}.base_layer.weight"] = array
+            if config["ensure_weight_tying"]:
+                tensors[f"{keys.PREFIX}{HEAD}.base_layer.weight"] = array

@@ -1,0 +1,107 @@
+"""A safetensors file of an adapter: read with every doubt, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jax_lora.contained_files import contained
+from jax_lora.errors import AdapterFileError, explain
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.npz")
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """Read all tensors of a folder's safetensors file.
+
+    Nothing else in the folder is opened; a pickle, which could run code, never is.
+
+    Args:
+      folder: The folder.
+      name: The file's name.
+
+    Returns:
+      Arrays by name.
+
+    Raises:
+      AdapterFileError: There is no such file, it is broken, or tensors are of integers or not
+        finite; all of them in one message.
+    """
+    path = contained(folder, name, AdapterFileError)
+    if not path.is_file():
+        raise _absent(folder, name)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            wrong = [f"{k}: numbers of type {v}" for k, v in kinds.items() if v not in _FLOATS]
+            found = {} if wrong else {key: file.get_tensor(key) for key in kinds}
+    except (SafetensorError, OSError) as error:
+        fix = "Copy the file again."
+        raise _refusal(path, f"a broken file: {error}", "a safetensors file", fix) from error
+    for key, tensor in found.items():
+        bad = int(np.sum(~np.isfinite(tensor.astype(np.float32))))
+        if bad:
+            wrong.append(f"{key}: {bad} entries are NaN or Inf")
+    if wrong:
+        got = "".join(f"\n    {each}" for each in wrong)
+        raise _refusal(path, got, "finite floating-point numbers", "Take an earlier checkpoint.")
+    return found
+
+
+def _absent(folder: Path, name: str) -> AdapterFileError:
+    if not folder.is_dir():
+        return _refusal(folder, "no such folder", f"a folder with {name}", "Check the path.")
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        got = f"only pickle files, {', '.join(pickles)}, which can run code"
+        return _refusal(folder, got, name, "Save the adapter in the safetensors format.")
+    return _refusal(folder, f"no {name}", f"a folder with {name}", "Check the path.")
+
+
+def _refusal(where: Path, got: str, expected: str, fix: str) -> AdapterFileError:
+    return AdapterFileError(explain(str(where), got=got, expected=expected, fix=fix))
+
+
+def write_files(
+    folder: Path, weights: str, tensors: Mapping[str, np.ndarray], config: str, text: str
+) -> None:
+    """Write an adapter's two files; what was there stays until both are whole.
+
+    Args:
+      folder: The folder, made if it is not there.
+      weights: Name of the file of tensors.
+      tensors: Arrays by name.
+      config: Name of the configuration's file.
+      text: The configuration.
+
+    Raises:
+      AdapterFileError: An array is not finite, or the file system refuses.
+    """
+    bad = [key for key, each in tensors.items() if not np.isfinite(each.astype(np.float32)).all()]
+    if bad:
+        got = f"NaN or Inf in {', '.join(bad)}"
+        fix = "Export an adapter from before the loss broke. Nothing was written."
+        raise _refusal(folder, got, "finite numbers", fix)
+    parts = {weights: folder / f".{weights}.part", config: folder / f".{config}.part"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        contiguous = {key: np.ascontiguousarray(each) for key, each in tensors.items()}
+        save_file(contiguous, parts[weights], metadata={"format": "pt"})
+        parts[weights].chmod(0o644)  # the writer makes a private file
+        parts[config].write_text(text, encoding="utf-8")
+        for name, part in parts.items():
+            os.replace(part, folder / name)
+    except OSError as error:
+        fix = "Free some space or save elsewhere."
+        raise _refusal(folder, f"{error}", "a folder that can be written to", fix) from error
+    finally:
+        for part in parts.values():
+            if part.exists():
+                part.unlink()

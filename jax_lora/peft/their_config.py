@@ -1,0 +1,155 @@
+"""PEFT's configuration for an adapter: the one that it was loaded with, or a new one.
+
+A configuration that was loaded is kept as long as it still says the same as the pairs: then what
+PEFT wrote is written again. A new one names modules by their last segment where all such modules
+are adapted, and in full elsewhere, so that no two patterns ever match one module: PEFT writes
+patterns in alphabetical order and goes by the first that matches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jax_lora.adapter import Adapter
+from jax_lora.peft.adapter_config import DEFAULTS
+from jax_lora.peft.factors import Factors
+from jax_lora.peft.scaling import scale_of, value_of
+from jax_lora.peft.sites import Site
+from jax_lora.peft.targets import matches
+from jax_lora.peft.tied import HEAD
+
+
+def their_config(
+    adapter: Adapter,
+    found: Mapping[str, Factors],
+    sites: Mapping[str, Site],
+    every: Iterable[str],
+    whole: Mapping[str, bool],
+    rows: Mapping[str, tuple[int, ...]],
+    tied: str | None,
+) -> dict[str, Any]:
+    """Make the configuration.
+
+    Args:
+      adapter: The adapter.
+      found: Factors by module.
+      sites: Their sites.
+      every: Names of all modules that `names` knows.
+      whole: Names of modules with leaves trained whole -> whether only their bias is.
+      rows: Trained tokens by the table's module.
+      tied: The table that is the output head too, if there is one.
+
+    Returns:
+      Every field of PEFT's configuration.
+    """
+    loaded = _loaded(adapter.config.peft_config)
+    if loaded is not None and _still_true(loaded, adapter, found, sites):
+        for field in ("target_modules", "target_parameters", "modules_to_save"):
+            if isinstance(loaded[field], list):
+                loaded[field] = sorted(loaded[field])
+        return loaded
+    config = _informative(loaded) | _numbers(adapter, found)
+    every = set(every)
+    modules = [name for name in found if not sites[name].leaf.is_parameter]
+    parameters = [name for name in found if sites[name].leaf.is_parameter]
+    saved = [name for name, only_bias in whole.items() if not only_bias]
+    biased = [name for name, only_bias in whole.items() if only_bias]
+    targets = _named(modules, every) + [HEAD] * (tied in found)  # its pair changes both ends
+    config["target_modules"] = sorted(targets) or None
+    config["ensure_weight_tying"] = tied in found
+    config["target_parameters"] = _named(parameters, every, segments=2) or None
+    config["modules_to_save"] = _named(saved, every) or None
+    if biased:
+        config["bias"] = "lora_only" if set(biased) <= set(modules) else "all"
+    if rows:
+        config["trainable_token_indices"] = {name: list(tokens) for name, tokens in rows.items()}
+    return config
+
+
+def _loaded(text: str) -> dict[str, Any] | None:
+    try:
+        return {**DEFAULTS, **json.loads(text)}
+    except ValueError:
+        return None
+
+
+def _informative(loaded: Mapping[str, Any] | None) -> dict[str, Any]:
+    kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
+    return {**DEFAULTS, **{name: loaded[name] for name in kept if loaded}}
+
+
+def _still_true(
+    loaded: Mapping[str, Any],
+    adapter: Adapter,
+    found: Mapping[str, Factors],
+    sites: Mapping[str, Site],
+) -> bool:
+    """Tell whether a configuration gives every module its rank and scale, and names them all."""
+    for module, factors in found.items():
+        site = sites[module]
+        names = loaded["target_parameters" if site.leaf.is_parameter else "target_modules"]
+        if isinstance(names, list) and not any(matches(name, module) for name in names):
+            return False
+        rank = value_of(loaded["rank_pattern"] or {}, module, loaded["r"])
+        if rank != factors.rank or scale_of(loaded, module, factors.rank) != factors.scale:
+            return False
+    dora = any(each.magnitude is not None for each in found.values())
+    bias = any(each.bias is not None for each in found.values())
+    same_extras = (bool(loaded["use_dora"]), bool(loaded["lora_bias"])) == (dora, bias)
+    return same_extras and (loaded["lora_dropout"] or 0.0) == adapter.config.dropout
+
+
+def _numbers(adapter: Adapter, found: Mapping[str, Factors]) -> dict[str, Any]:
+    rooted = adapter.config.use_rslora
+    ranks = {module: each.rank for module, each in found.items()}
+    alphas = {
+        module: _tidy(each.scale * (math.sqrt(each.rank) if rooted else each.rank))
+        for module, each in found.items()
+    }
+    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else adapter.config.rank
+    alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else _tidy(adapter.config.alpha)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "use_rslora": rooted,
+        "use_dora": any(each.magnitude is not None for each in found.values()),
+        "lora_bias": any(each.bias is not None for each in found.values()),
+        "lora_dropout": adapter.config.dropout,
+    }
+
+
+def _tidy(number: float) -> int | float:
+    """A whole number where only rounding kept it from being one."""
+    return round(number) if abs(number - round(number)) < 1e-9 * max(1.0, abs(number)) else number
+
+
+def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """Values that differ from the usual: by last segment where all of it agree, else in full."""
+    of_segment: dict[str, set[Any]] = {}
+    for module, value in values.items():
+        of_segment.setdefault(_last(module), set()).add(value)
+    return {
+        _last(module) if len(of_segment[_last(module)]) == 1 else module: value
+        for module, value in values.items()
+        if value != usual
+    }
+
+
+def _named(modules: Iterable[str], every: set[str], segments: int = 1) -> list[str]:
+    """Names that mean exactly these modules: last segments where those mean no others."""
+    modules = set(modules)
+    names = set()
+    for module in modules:
+        short = _last(module, segments)
+        names.add(short if all(m in modules for m in every if matches(short, m)) else module)
+    return sorted(names)
+
+
+def _last(module: str, segments: int = 1) -> str:
+    return ".".join(module.split(".")[-segments:])

@@ -1,0 +1,183 @@
+"""Tensors of an adapter's file that are no factors: leaves trained whole, biases, rows, copies.
+
+<module>.weight, <module>.bias                 modules_to_save, biases, a resized vocabulary
+<module>.base_layer.bias                       the bias of an adapted module
+<module>.base_layer.weight                     a copy of the base's own table or head
+<module>.token_adapter.trainable_tokens_delta  rows of a table that were trained
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora import paths
+from jax_lora.peft import keys
+from jax_lora.peft.sites import Leaf, Site
+from jax_lora.token_rows import TokenRows
+
+_COPIES = (".original_module.", ".modules_to_save.")  # PEFT writes a trained bias up to three times
+
+
+def read(
+    rest: Mapping[str, np.ndarray],
+    variables: Any,
+    sites: Mapping[str, Site],
+    config: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, TokenRows], list[str]]:
+    """Give every tensor that is no factor its place.
+
+    Args:
+      rest: The tensors by name.
+      variables: The base.
+      sites: Every site by name.
+      config: The configuration.
+
+    Returns:
+      Leaves trained whole by path, rows by path, and what is wrong.
+    """
+    base = dict(paths.flatten_with_paths(variables)[0])
+    whole: dict[str, Any] = {}
+    rows: dict[str, TokenRows] = {}
+    problems: list[str] = []
+    for name, tensor in rest.items():
+        bare = name.removeprefix(keys.PREFIX)
+        if any(copy in bare for copy in _COPIES):
+            continue
+        module, what = _taken_apart(bare)
+        site = sites.get(module)
+        if site is None or not name.startswith(keys.PREFIX):
+            problems.append(_extra(bare, tensor, sites))
+        elif what == keys.ROWS:
+            problems += _read_rows(rows, tensor, site, config)
+        elif what == ".base_layer.weight":
+            problems += _compare_copy(bare, tensor, site, base)
+        else:
+            path = site.leaf.path if what == ".weight" else bias_path(site.leaf.path)
+            problems += _read_whole(whole, bare, tensor, path, site, base)
+    return whole, rows, problems
+
+
+def bias_path(path: str) -> str:
+    """The path of the bias beside a kernel or a scale."""
+    return "/".join([*path.split("/")[:-1], "bias"])
+
+
+def _taken_apart(name: str) -> tuple[str, str]:
+    for what in (keys.ROWS, ".base_layer.weight", ".base_layer.bias", ".weight", ".bias"):
+        if name.endswith(what):
+            return name.removesuffix(what), what
+    return name, ""
+
+
+def _extra(name: str, tensor: np.ndarray, sites: Mapping[str, Site]) -> str:
+    near = ", ".join(paths.nearest(_taken_apart(name)[0], sites, 3))
+    return f"extra: {name} {tensor.shape}; the nearest modules are {near}"
+
+
+def _read_rows(
+    rows: dict[str, TokenRows], tensor: np.ndarray, site: Site, config: Mapping[str, Any]
+) -> Iterator[str]:
+    indices = config["trainable_token_indices"]
+    if isinstance(indices, dict):
+        named = [v for k, v in indices.items() if site.module == k or site.module.endswith(f".{k}")]
+        indices = named[0] if named else None
+    size, width = site.leaf.kernel.in_size, site.leaf.kernel.out_size
+    if not isinstance(indices, list) or not all(type(i) is int and 0 <= i < size for i in indices):
+        yield f"trainable_token_indices = {indices!r}: no list of tokens below {size}"
+    elif not site.leaf.is_table or tensor.shape != (len(indices), width):
+        want = (len(indices), width)
+        yield f"wrong shape: {site.module}{keys.ROWS} is {tensor.shape}, expected {want}"
+    else:
+        rows[site.leaf.path] = TokenRows(jnp.asarray(tensor, jnp.float32), tuple(indices))
+
+
+def _compare_copy(
+    name: str, tensor: np.ndarray, site: Site, base: Mapping[str, Any]
+) -> Iterator[str]:
+    """A copy of the base's own weight has to be the base's: else the adapter is for another one."""
+    leaf = base[site.leaf.path]
+    want = leaf.shape if site.leaf.is_table else leaf.shape[::-1]
+    if tensor.shape != want:
+        yield f"{name}: the base has shape {want}, the file {tensor.shape}{_resize(tensor, want)}"
+    elif not isinstance(leaf, jax.ShapeDtypeStruct):
+        have = np.asarray(leaf if site.leaf.is_table else leaf.T)
+        if not np.array_equal(have, tensor.astype(have.dtype)):
+            yield f"{name}: other numbers than the base's: the adapter is for another base"
+
+
+def _resize(tensor: np.ndarray, want: tuple[int, ...]) -> str:
+    if tensor.ndim != 2 or tensor.shape[1] != want[1]:
+        return ""
+    return f"; model, params = jax_lora.models.resize_vocab(model, params, {tensor.shape[0]}) first"
+
+
+def _read_whole(
+    whole: dict[str, Any],
+    name: str,
+    tensor: np.ndarray,
+    path: str,
+    site: Site,
+    base: Mapping[str, Any],
+) -> Iterator[str]:
+    if path not in base:
+        yield f"extra: {name} {tensor.shape}; the base has no {path}"
+        return
+    leaf, depth = base[path], len(site.position)
+    want = tuple(leaf.shape[depth:])
+    oriented = _oriented(tensor, want, site.leaf, path)
+    if oriented is None:
+        have = want if site.leaf.is_table or len(want) < 2 else want[::-1]
+        yield f"wrong shape: {name} is {tensor.shape}, expected {have}{_resize(tensor, have)}"
+        return
+    if not depth:
+        whole[path] = oriented
+    elif isinstance(leaf, jax.ShapeDtypeStruct) and path not in whole:
+        whole[path] = np.zeros(leaf.shape, oriented.dtype)
+        whole[path][site.position] = oriented
+    else:
+        if path not in whole:  # layers that the file leaves out stay as they are in the base
+            whole[path] = np.array(leaf, oriented.dtype)
+        whole[path][site.position] = oriented
+
+
+def _oriented(
+    tensor: np.ndarray, want: tuple[int, ...], leaf: Leaf, path: str
+) -> np.ndarray | None:
+    """Turn torch's (out, in) to (in, out); tables and vectors stand as they are."""
+    if tensor.ndim == 2 and not leaf.is_table and path == leaf.path and tensor.shape[::-1] == want:
+        return tensor.T
+    return tensor if tensor.shape == want else None
+
+
+# -----------------------------------------------------------------------------------------------
+# Writing
+# -----------------------------------------------------------------------------------------------
+
+
+def write(array: Any, leaf: Leaf, path: str, adapted: set[str]) -> dict[str, np.ndarray]:
+    """Write a leaf that was trained whole down as PEFT's tensors.
+
+    Args:
+      array: The leaf.
+      leaf: The kernel or scale that names it: its own, or the one that a bias stands beside.
+      path: The leaf's path.
+      adapted: Modules with factors: their own bias is one level down.
+
+    Returns:
+      Arrays by PEFT's names.
+    """
+    array = np.asarray(array)
+    is_bias = path != leaf.path
+    tensors = {}
+    for module, position in leaf.modules():
+        part = array[position]
+        inner = ".base_layer" if is_bias and module in adapted else ""
+        name = f"{keys.PREFIX}{module}{inner}.{'bias' if is_bias else 'weight'}"
+        matrix = part.ndim == 2 and not leaf.is_table
+        tensors[name] = part.T if matrix and not is_bias else part
+    return tensors

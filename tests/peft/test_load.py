@@ -1,0 +1,20 @@
+"""Adapters that PEFT wrote give PyTorch's logits here, combined and merged."""
+
+import numpy as np
+import pytest
+
+import jax_lora as jl
+
+from .peft_cases import CASES, expected_of, load_case, logits_of
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_pytorchs_with_the_adapter_beside_the_base_and_merged_into_it(case):
+    model, variables, adapter = load_case(case)
+    ids, expected = expected_of(case)
+    base = logits_of(model, variables, ids)
+    assert np.abs(base - expected["logits"]).max() > 1e-2, "the adapter has to matter"
+    combined = logits_of(model, jl.combine(variables, adapter), ids)
+    np.testing.assert_allclose(combined, expected["logits"], atol=1e-4)
+    merged = logits_of(model, jl.merge(variables, adapter), ids)
+    np.testing.assert_allclose(merged, expected["logits"], atol=1e-4)

@@ -1,0 +1,59 @@
+"""Models of one's own export too: any kernels, with names written down by hand."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import jax_lora as jl
+from jax_lora.errors import AmbiguousKernelError
+
+
+class Block(nn.Module):
+    """Kernels of three axes and of two, not stacked."""
+
+    @nn.compact
+    def __call__(self, x):
+        heads = nn.DenseGeneral((2, 4), name="query")(x)  # kernel (6, 2, 4)
+        y = nn.DenseGeneral(6, axis=(-2, -1), name="out")(heads)  # kernel (2, 4, 6)
+        return nn.Dense(5, name="up")(y)
+
+
+NAMES = {
+    "query/kernel": "encoder.attention.query",
+    "out/kernel": "encoder.attention.out",
+    "up/kernel": "encoder.up",
+}
+
+
+@pytest.fixture
+def trained():
+    model, x = Block(), jnp.ones((3, 6))
+    variables = model.init(jax.random.key(0), x)
+    kernels = jl.find_kernels(model.apply, variables, x)
+    config = jl.LoraConfig(rank=2, targets=["query", "out", "up"])
+    adapter = jl.lora_init(jax.random.key(1), variables, config, kernels=kernels)
+    noise = lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape)  # noqa: E731
+    return model, variables, kernels, jax.tree.map(noise, adapter), x
+
+
+def test_kernels_of_several_axes_are_matrices_in_the_file(trained, tmp_path):
+    model, variables, kernels, adapter, x = trained
+    jl.peft.save(tmp_path, adapter, names=NAMES, base_model="mine")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    stem = "base_model.model.encoder.attention"
+    assert tensors[f"{stem}.query.lora_B.weight"].shape == (8, 2)
+    assert tensors[f"{stem}.out.lora_A.weight"].shape == (2, 8)
+    again = jl.peft.load(tmp_path, variables, names=NAMES, kernels=kernels)
+    jax.tree.map(np.testing.assert_array_equal, again.pairs, adapter.pairs)
+    y = jl.lora_apply(model.apply)(jl.combine(variables, again), x)
+    np.testing.assert_allclose(y, model.apply(jl.merge(variables, adapter), x), rtol=1e-4)
+
+
+def test_axes_that_the_name_does_not_tell_are_asked_for(trained, tmp_path):
+    _, variables, _, adapter, _ = trained
+    jl.peft.save(tmp_path, adapter, names=NAMES)
+    with pytest.raises(AmbiguousKernelError, match="kernels=jl.find_kernels"):
+        jl.peft.load(tmp_path, variables, names=NAMES)

@@ -1,0 +1,249 @@
+"""What does not fit is refused in one message that lists it all; nothing is half-loaded."""
+
+import json
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jax_lora as jl
+from jax_lora.errors import AdapterFileError, AdapterFileWarning, ConfigError, StructureError
+
+from .peft_cases import FOLDERS, base_of, load_case
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return base_of("plain")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of an adapter that a test may spoil."""
+    return shutil.copytree(FOLDERS / "plain", tmp_path / "adapter")
+
+
+def refusal(base, folder) -> str:
+    model, variables = base
+    with pytest.raises(AdapterFileError) as caught:
+        jl.peft.load(folder, variables, names=model.hf_names)
+    return str(caught.value)
+
+
+def spoil(folder, **tensors):
+    """Replace tensors; None removes one."""
+    have = load_file(folder / WEIGHTS) | tensors
+    kept = {name: tensor for name, tensor in have.items() if tensor is not None}
+    save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def change(folder, **fields):
+    config = json.loads((folder / CONFIG).read_text()) | fields
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def test_everything_wrong_with_the_tensors_stands_in_one_message(base, folder):
+    spoil(
+        folder,
+        **{
+            f"{Q0}.lora_A.weight": None,
+            f"{Q0}.lora_B.weight": np.zeros((3, 4), np.float32),
+            "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": np.ones(
+                (4, 16), np.float32
+            ),
+            "base_model.model.model.layers.0.self_attn.q_prj.weight": np.ones((2,), np.float32),
+            "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight": None,
+            "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight": None,
+        },
+    )
+    message = refusal(base, folder)
+    assert "missing: model.layers.0.self_attn.q_proj.lora_A.weight" in message
+    assert "extra: model.layers.7.self_attn.q_proj.lora_A.weight (4, 16)" in message
+    assert "extra: model.layers.0.self_attn.q_prj.weight (2,); the nearest modules are" in message
+    assert "model.layers.0.self_attn.q_proj" in message
+    assert "missing: model.layers.1.self_attn.v_proj.lora_A.weight, although" in message
+
+
+def test_a_wrong_shape_says_what_was_expected(base, folder):
+    spoil(folder, **{f"{Q0}.lora_B.weight": np.zeros((31, 4), np.float32)})
+    wrong = "wrong shape: model.layers.0.self_attn.q_proj.lora_B.weight is (31, 4)"
+    assert f"{wrong}, expected (32, 4)" in refusal(base, folder)
+
+
+def test_numbers_that_are_not_finite_are_named(base, folder):
+    spoil(folder, **{f"{Q0}.lora_A.weight": np.full((4, 16), np.nan, np.float32)})
+    assert f"{Q0}.lora_A.weight: 64 entries are NaN or Inf" in refusal(base, folder)
+
+
+def test_integers_are_no_factors(base, folder):
+    spoil(folder, **{f"{Q0}.lora_A.weight": np.ones((4, 16), np.int8)})
+    assert f"{Q0}.lora_A.weight: numbers of type I8" in refusal(base, folder)
+
+
+def test_a_pickle_alone_is_refused_unopened(base, folder):
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    (folder / "adapter_model.bin").chmod(0)
+    message = refusal(base, folder)
+    assert "only pickle files, adapter_model.bin, which can run code" in message
+
+
+def test_an_absent_folder_and_an_empty_one_say_so(base, tmp_path):
+    assert "no such folder" in refusal(base, tmp_path / "nowhere")
+    assert f"no {WEIGHTS}" in refusal(base, tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 100, 1000])
+def test_a_file_cut_short_is_one_clear_error(base, folder, size):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:size])
+    assert "a broken file" in refusal(base, folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (1 << 63).to_bytes(8, "little") + b"{}",
+        (100 << 20).to_bytes(8, "little") + b"{}",
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+        b' "b": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}}',
+    ],
+)
+def test_a_header_that_lies_is_one_clear_error(base, folder, header):
+    sized = header if header[:1] != b"{" else len(header).to_bytes(8, "little") + header + b"\0" * 8
+    (folder / WEIGHTS).write_bytes(sized)
+    assert "a broken file" in refusal(base, folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(base, folder, tmp_path):
+    (folder / WEIGHTS).rename(tmp_path / "outside.safetensors")
+    (folder / WEIGHTS).symlink_to(tmp_path / "outside.safetensors")
+    assert "a link to" in refusal(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type 'IA3': only 'LORA'"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens = [1]: not implemented"),
+        ({"use_qalora": True}, "use_qalora = True: not implemented"),
+        ({"velora_config": {"x": 1}}, "velora_config = {'x': 1}: not implemented"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "it changes the base model too"),
+        ({"r": 10**9}, "rank r = 1000000000: no whole number from 1 to 65536"),
+        ({"r": 0}, "rank r = 0"),
+        ({"rank_pattern": {"q_proj": "four"}}, "rank q_proj = 'four'"),
+        ({"lora_alpha": "x"}, "alpha lora_alpha = 'x': no number"),
+        ({"lora_dropout": 2}, "lora_dropout = 2: no number from 0 to 1"),
+        ({"bias": "some"}, "bias = 'some'"),
+        ({"use_dora": "yes"}, "use_dora = 'yes': neither true nor false"),
+        ({"target_modules": [1]}, "target_modules = [1]: no list of names"),
+    ],
+)
+def test_a_configuration_that_asks_for_what_is_not_there_is_refused_by_name(
+    base, folder, fields, message
+):
+    change(folder, **fields)
+    assert message in refusal(base, folder)
+
+
+def test_all_that_a_configuration_asks_for_is_listed_at_once(base, folder):
+    change(folder, peft_type="X", use_qalora=True, r=-1)
+    message = refusal(base, folder)
+    assert all(part in message for part in ("peft_type", "use_qalora", "rank r"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"r": NaN}', '{"a": 1, "a": 2}', "[" * 100_000])
+def test_a_hostile_configuration_is_one_clear_error(base, folder, text):
+    (folder / CONFIG).write_text(text)
+    assert "expected: a JSON object" in refusal(base, folder)
+
+
+def test_fields_of_another_version_are_left_out_with_a_warning(base, folder):
+    change(folder, shiny_new_setting=1)
+    model, variables = base
+    with pytest.warns(AdapterFileWarning, match="shiny_new_setting"):
+        jl.peft.load(folder, variables, names=model.hf_names)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", ".*.*.*.*.*q", "a" * 400, "(?:a|a)+", "["])
+def test_a_pattern_that_could_take_for_ever_is_never_matched(base, folder, pattern):
+    change(folder, alpha_pattern={pattern: 3})
+    start = time.monotonic()
+    assert "alpha_pattern" in refusal(base, folder)
+    assert time.monotonic() - start < 5  # seconds; matching "(a+)+$" takes years
+
+
+def test_a_regular_expression_of_targets_is_never_compiled(base, folder):
+    change(folder, target_modules="(a+)+$")
+    model, variables = base
+    adapter = jl.peft.load(folder, variables, names=model.hf_names)
+    assert sorted(adapter.pairs) == [
+        f"params/layers/attn/{name}/kernel" for name in ("q_proj", "v_proj")
+    ]
+
+
+def test_an_adapter_of_one_end_of_a_tied_table_asks_for_an_untied_model():
+    model, params = jl.models.load(FOLDERS.parent / "llama" / "tied")
+    with pytest.raises(AdapterFileError, match="untie it first"):
+        jl.peft.load(FOLDERS / "tied_embedding", params, names=model.hf_names)
+    with pytest.raises(AdapterFileError, match="of the head alone"):
+        jl.peft.load(FOLDERS / "head", params, names=model.hf_names)
+
+
+def test_a_resized_vocabulary_asks_for_a_resized_model(base):
+    message = refusal(base, FOLDERS / "resized")
+    assert "resize_vocab(model, params, 35) first" in message
+
+
+def test_repeated_layers_ask_for_a_model_that_repeats_them(base):
+    message = refusal(base, FOLDERS / "replication")
+    assert "replicate_layers(model, params, [[0, 2], [1, 2]])" in message
+
+
+def test_a_copy_of_the_base_that_is_not_the_base_is_noticed():
+    model, variables = base_of("embedding")
+    table = variables["params"]["embed_tokens"]["embedding"]
+    params = {**variables["params"], "embed_tokens": {"embedding": table + 1}}
+    message = refusal((model, params), FOLDERS / "embedding")
+    assert "other numbers than the base's: the adapter is for another base" in message
+
+
+def test_names_of_another_model_are_refused(base):
+    model, variables = base
+    with pytest.raises(StructureError, match="no such leaf in the parameters"):
+        jl.peft.load(FOLDERS / "plain", variables, names={"layers/attn/q_prj/kernel": "x"})
+    _, _, adapter = load_case("plain")
+    with pytest.raises(StructureError, match="no name; the nearest that have one are"):
+        jl.peft.save("unused", adapter, names={"layers/attn/k_proj/kernel": "k"})
+
+
+def test_saving_what_is_not_finite_writes_nothing(base, tmp_path):
+    model, _ = base
+    _, _, adapter = load_case("plain")
+    broken = jax.tree.map(lambda leaf: leaf * np.float32("nan"), adapter)
+    with pytest.raises(AdapterFileError, match="NaN or Inf in base_model.model"):
+        jl.peft.save(tmp_path / "out", broken, names=model.hf_names)
+    assert not (tmp_path / "out").exists()
+
+
+def test_saving_where_nothing_can_be_written_says_so(base, tmp_path):
+    model, _ = base
+    _, _, adapter = load_case("plain")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdapterFileError, match="a folder that can be written to"):
+        jl.peft.save(tmp_path / "file", adapter, names=model.hf_names)
+
+
+def test_an_unknown_target_is_refused(base, tmp_path):
+    model, _ = base
+    _, _, adapter = load_case("plain")
+    with pytest.raises(ConfigError, match="None or 'vllm'"):
+        jl.peft.save(tmp_path, adapter, names=model.hf_names, target="vlm")
