@@ -17,10 +17,12 @@ from jax_lora.models.qwen3 import Qwen3, Qwen3Config
 from jax_lora.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
 from jax_lora.models.roberta import Roberta, RobertaConfig
 from jax_lora.models.save_checkpoint import save
+from jax_lora.models.t5 import T5, T5Cache, T5Config
 from jax_lora.models.variants import replicate_layers, resize_vocab, untie
 
 __all__ = [
     "GPT2",
+    "T5",
     "Bert",
     "BertConfig",
     "GPT2Config",
@@ -47,6 +49,8 @@ __all__ = [
     "Qwen3MoEConfig",
     "Roberta",
     "RobertaConfig",
+    "T5Cache",
+    "T5Config",
     "generate",
     "load",
     "replicate_layers",

@@ -68,8 +68,8 @@ class Bert(Encoder):
       >>> config = BertConfig(vocab_size=16, hidden_size=8, intermediate_size=16,
       ...                     num_hidden_layers=2, num_attention_heads=2)
       >>> model, ids = Bert(config), jnp.array([[3, 1, 4]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
-      >>> model.apply({"params": params}, ids).shape
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+      >>> jax.jit(model.apply)({"params": params}, ids).shape
       (1, 3, 16)
     """
 

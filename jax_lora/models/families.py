@@ -19,6 +19,7 @@ from jax_lora.models import (
     qwen3,
     qwen3_moe,
     roberta,
+    t5,
 )
 from jax_lora.models.family import Family
 
@@ -38,6 +39,7 @@ _ARCHITECTURES = (
     qwen3,
     qwen3_moe,
     roberta,
+    t5,
 )
 FAMILIES: dict[str, Family] = {each.FAMILY.model_type: each.FAMILY for each in _ARCHITECTURES}
 

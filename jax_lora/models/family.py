@@ -27,6 +27,8 @@ class Family:
       to_json: From a configuration to the fields of `config.json` that it governs.
       fields: From `config.json` to further arguments of the configuration, beyond those that
         have the same name there.
+      settle: Completes a configuration by what the files hold; it is given a function from a
+        tensor's name to its numbers, or None if there is none.
       neutral: Field of `config.json` -> the values with which it changes nothing here.
       harmless: Fields that change nothing whatever their value.
       redundant: Patterns of tensors that files may hold although nothing needs them.
@@ -47,6 +49,7 @@ class Family:
     layout: Callable[[Any], Layout]
     to_json: Callable[[Any], dict[str, Any]]
     fields: Callable[[dict[str, Any]], dict[str, Any]] = lambda raw: {}
+    settle: Callable[[Any, Callable[[str], Any]], Any] = lambda config, read: config
     neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     harmless: tuple[str, ...] = ()
     redundant: tuple[str, ...] = ()

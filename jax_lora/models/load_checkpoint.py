@@ -86,6 +86,9 @@ def load(
         tensors = open_tensors(folder, stack)
         family = family_of_config(config)
         tensors = _by_todays_names(tensors, family)
+        config = family.settle(
+            config, lambda name: tensors[name].read() if name in tensors else None
+        )
         # Without 64-bit mode there is no float64 to load into.
         dtype = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(tensors))
         model = family.module(config, remat=remat, param_dtype=dtype)
@@ -96,6 +99,10 @@ def load(
             where = _sharding_of(sharding, name, shape)
             flat[name] = _read_leaf(layout[name], shape, tensors, dtype, where)
     return model, unflatten_dict(flat, sep="/")
+
+
+def _read_if_there(tensors: Mapping[str, Tensor], name: str) -> np.ndarray | None:
+    return tensors[name].read() if name in tensors else None
 
 
 def _by_todays_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:

@@ -104,8 +104,8 @@ class Roberta(Encoder):
       ...                        num_hidden_layers=2, num_attention_heads=2,
       ...                        head="sequence_classification")
       >>> model, ids = Roberta(config), jnp.array([[3, 5, 4]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
-      >>> model.apply({"params": params}, ids).shape
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+      >>> jax.jit(model.apply)({"params": params}, ids).shape
       (1, 2)
     """
 
