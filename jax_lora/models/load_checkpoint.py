@@ -86,9 +86,7 @@ def load(
         tensors = open_tensors(folder, stack)
         family = family_of_config(config)
         tensors = _by_todays_names(tensors, family)
-        config = family.settle(
-            config, lambda name: tensors[name].read() if name in tensors else None
-        )
+        config = family.settle(config, partial(_read_if_there, tensors))
         # Without 64-bit mode there is no float64 to load into.
         dtype = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(tensors))
         model = family.module(config, remat=remat, param_dtype=dtype)
