@@ -137,10 +137,8 @@ def test_it_learns_reviews_and_writes_what_peft_reads(script, tmp_path, capsys):
     prefix = "base_model.model."
     assert written[f"{prefix}classifier.out_proj.weight"].shape == (2, 32)
     assert f"{prefix}roberta.encoder.layer.0.attention.self.query.lora_A.weight" in written
-    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
-        "modules_to_save"
-    ]
-    assert saved
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["modules_to_save"] == ["classifier.dense", "out_proj"]
 
 
 def test_a_folder_brings_its_own_tokenizer(script, tmp_path):
