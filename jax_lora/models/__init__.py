@@ -1,6 +1,7 @@
 """Flax Transformers that read and write Hugging Face checkpoints."""
 
 from jax_lora.models.bert import Bert, BertConfig
+from jax_lora.models.classifier import add_classifier
 from jax_lora.models.decoder_inputs import KVCache
 from jax_lora.models.gemma import Gemma, GemmaConfig
 from jax_lora.models.gemma2 import Gemma2, Gemma2Config
@@ -51,6 +52,7 @@ __all__ = [
     "RobertaConfig",
     "T5Cache",
     "T5Config",
+    "add_classifier",
     "generate",
     "load",
     "replicate_layers",

@@ -144,7 +144,7 @@ class _Shared(NamedTuple):
     bias: jax.Array  # (1, heads, queries, keys)
     mask: jax.Array | None  # (batch or 1, 1, queries or 1, keys) booleans
     filled: jax.Array | None = None  # int32 scalar; None without a cache
-    text: jax.Array | None = None  # (batch, text tokens, d_model), the encoder's output
+    text: Any = None  # (batch, text tokens, d_model), the encoder's output; None in the encoder
     text_mask: jax.Array | None = None  # (batch, 1, 1, text tokens) booleans
 
 
