@@ -142,4 +142,5 @@ FAMILY = Family(
     embedding="embeddings/word_embeddings/embedding",
     head=None,
     head_bias="lm_head/bias",
+    decodes=False,
 )

@@ -170,4 +170,5 @@ FAMILY = Family(
     embedding="embeddings/word_embeddings/embedding",
     head=None,
     head_bias="lm_head/bias",
+    decodes=False,
 )
