@@ -16,6 +16,7 @@ from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import linear
 from jax_lora.models.encoder import (
     CLASSIFICATION,
+    DROPOUTS,
     MASKED_LM,
     NO_HEAD,
     Encoder,
@@ -123,8 +124,10 @@ FAMILY = Family(
     fields=encoder_fields(_HEADS),
     neutral={"position_embedding_type": (None, "absolute")},
     harmless=(
-        *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
-        "num_labels",
+        *DROPOUTS,
+        # Of the first implementation, whose pooler could be another.
+        *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"),
+        *("pooler_size_per_head", "pooler_type"),
     ),
     # Buffers, and what other heads have.
     redundant=(
@@ -139,4 +142,5 @@ FAMILY = Family(
     embedding="embeddings/word_embeddings/embedding",
     head=None,
     head_bias="lm_head/bias",
+    decodes=False,
 )

@@ -33,6 +33,7 @@ from jax_lora.models.norms import LayerNorm
 
 __all__ = [
     "CLASSIFICATION",
+    "DROPOUTS",
     "MASKED_LM",
     "NO_HEAD",
     "Encoder",
@@ -47,6 +48,9 @@ __all__ = [
 
 # The heads, as `EncoderConfig.head` names them.
 CLASSIFICATION, MASKED_LM, NO_HEAD = "sequence_classification", "masked_lm", "none"
+
+# Fields of `config.json` that change nothing here.
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -346,11 +350,11 @@ def encoder_fields(heads: Mapping[str, str]) -> Callable[[dict[str, Any]], dict[
     def read(raw: dict[str, Any]) -> dict[str, Any]:
         named = [name for name in raw.get("architectures") or () if name in heads]
         found: dict[str, Any] = {"head": heads[named[0]]} if named else {}
-        names, count = raw.get("id2label"), raw.get("num_labels")
+        names, count = raw.get("id2label"), raw.get("num_labels", raw.get("_num_labels"))
         if names is not None:
             numbers = [str(i) for i in range(len(names))]
             ordered = isinstance(names, dict) and set(names) == set(numbers)
-            found["labels"] = tuple(names[i] for i in numbers) if ordered else names
+            found["labels"] = tuple(str(names[i]) for i in numbers) if ordered else names
         elif isinstance(count, int):
             found["labels"] = tuple(f"LABEL_{i}" for i in range(count))
         return found

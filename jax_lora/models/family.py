@@ -39,6 +39,7 @@ class Family:
       head: Path of the output head of an untied model, (hidden, vocabulary); None if the head
         cannot be untied.
       head_bias: Path of the head's bias, if it has one.
+      decodes: Whether it goes on from a prompt by itself, token by token.
       depth: The configuration's field with the number of layers; None if there are two stacks.
     """
 
@@ -59,6 +60,7 @@ class Family:
     embedding: str = "embed_tokens/embedding"
     head: str | None = "lm_head/kernel"
     head_bias: str | None = None
+    decodes: bool = True
     depth: str | None = "num_hidden_layers"
 
 

@@ -125,6 +125,7 @@ def _compare(
 ) -> None:
     """Refuse a folder whose tensors are not exactly those of its configuration."""
     problems = list(_differences(model, shapes, tensors))
+    problems += [] if problems else _false_copies(model, tensors)
     if problems:
         raise ModelError(
             explain(
@@ -151,6 +152,23 @@ def _differences(
     for name in sorted(set(tensors) - known):
         if not any(re.fullmatch(pattern, name) for pattern in redundant):
             yield f"extra: {name} {tensors[name].shape}"
+
+
+def _false_copies(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What a tied model's files call a copy, and is none."""
+    family = family_of(model)
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    layout = family.layout(model.config)
+    originals = [layout[p].tensors[0] for p in (family.embedding, family.head_bias) if p in layout]
+    for name in sorted(set(tensors) - set(originals)):
+        if any(re.fullmatch(pattern, name) for pattern in family.tied_copies):
+            if not any(_are_equal(tensors[each], tensors[name]) for each in originals):
+                yield f"no copy: {name} is not {originals[0]}, though tie_word_embeddings says so"
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and np.array_equal(one.read(), other.read())
 
 
 def _difference(name: str, want: tuple[int, ...], tensor: Tensor | None) -> Iterator[str]:

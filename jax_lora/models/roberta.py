@@ -17,6 +17,7 @@ from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import linear
 from jax_lora.models.encoder import (
     CLASSIFICATION,
+    DROPOUTS,
     MASKED_LM,
     NO_HEAD,
     Encoder,
@@ -161,10 +162,7 @@ FAMILY = Family(
     to_json=_to_json,
     fields=encoder_fields(_HEADS),
     neutral={"position_embedding_type": (None, "absolute")},
-    harmless=(
-        *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
-        "num_labels",
-    ),
+    harmless=DROPOUTS,
     # A buffer, and a part that none of the heads uses.
     redundant=(r"roberta\.embeddings\.position_ids", r"roberta\.pooler\..*"),
     tied_copies=(r"lm_head\.decoder\.(weight|bias)",),
@@ -172,4 +170,5 @@ FAMILY = Family(
     embedding="embeddings/word_embeddings/embedding",
     head=None,
     head_bias="lm_head/bias",
+    decodes=False,
 )

@@ -546,5 +546,6 @@ FAMILY = Family(
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     ),
     embedding="shared/embedding",
+    decodes=False,
     depth=None,
 )
