@@ -81,8 +81,8 @@ def generate(
       many new tokens each row has, its end token among them.
 
     Raises:
-      ConfigError: A number is out of its range, sampling has no key, or a row is padded on the
-        right.
+      ConfigError: A number is out of its range, sampling has no key, a row is padded on the right,
+        or the model is no decoder.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -125,6 +125,9 @@ def begin(model: Any, variables: Any, shape: tuple[int, ...], most: int) -> Prog
 
     Returns:
       Nothing written yet.
+
+    Raises:
+      ConfigError: The model has no cache, or one that reads texts apart from answers (T5).
     """
     rows, length = shape
     leaves = jax.tree.leaves(variables, is_leaf=is_adapted)
@@ -132,7 +135,11 @@ def begin(model: Any, variables: Any, shape: tuple[int, ...], most: int) -> Prog
     dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
     zeros = jnp.zeros((rows,), jnp.int32)
     tokens = jnp.zeros((rows, most), jnp.int32)
-    cache = model.init_cache(rows, length + most, dtype)
+    make = getattr(model, "init_cache", lambda *sizes: None)
+    cache = make(rows, length + most, dtype)
+    if not isinstance(cache, KVCache):
+        got, fix = type(model).__name__, "load a model whose class ends in ForCausalLM."
+        _refuse("model", got, "a decoder, which has a cache", fix)
     return Progress(jnp.int32(0), zeros > 0, zeros, tokens, cache)
 
 

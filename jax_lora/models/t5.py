@@ -237,8 +237,9 @@ class T5Layer(nn.Module):
         if memory is not None and shared.filled is not None:
             seen = memory = remember(memory, *seen, shared.filled)
         x = x + self.attn(normed, seen, shared.bias, shared.mask)
-        if self.decodes:
-            text = self.cross_attn.remembered(shared.text) if text is None else text
+        if text is None and shared.text is not None:
+            text = self.cross_attn.remembered(shared.text)
+        if text is not None:  # only a decoder's layer has one
             x = x + self.cross_attn(self.cross_attn_norm(x), text, None, shared.text_mask)
         x = x + self.mlp(self.mlp_norm(x))
         return x, None if memory is None else (memory, text)

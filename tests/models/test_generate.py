@@ -1,15 +1,18 @@
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 import jax_lora as jl
 from jax_lora.errors import ConfigError
-from jax_lora.models import generate
-from jax_lora.models.generate import advance
+from jax_lora.models import T5, T5Config, generate
+from jax_lora.models.generate import advance, begin
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GREEDY = load_file(FIXTURES / "generation/greedy.safetensors")
@@ -124,3 +127,30 @@ def test_what_cannot_be_meant_is_refused(llama, changes, message):
     given = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 2, **changes}
     with pytest.raises(ConfigError, match=message):
         generate(*llama, **given)
+
+
+@pytest.mark.parametrize("model", [nn.Dense(4), T5(T5Config(vocab_size=8, d_model=8))])
+def test_a_model_without_a_decoders_cache_is_refused(llama, model):
+    with pytest.raises(ConfigError, match="a decoder, which has a cache"):
+        begin(model, {"params": llama[1]}, (1, 2), 3)
+
+
+def test_parameters_that_lie_on_several_devices_give_the_same_tokens():
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def place(path, shape):
+        split = path.endswith(("q_proj/kernel", "up_proj/kernel"))
+        return NamedSharding(mesh, P(None, None, "tensor") if split else P())
+
+    model, params = jl.models.load(FIXTURES / "llama/tied", sharding=place)
+    end = int(GREEDY["llama/tied/eos"])
+    ids, _ = generate(model, params, IDS, MASK, max_new_tokens=12, eos_id=end)
+    np.testing.assert_array_equal(ids, GREEDY["llama/tied/ids"])
+
+
+def test_bfloat16_parameters_stay_bfloat16():
+    model, params = jl.models.load(FIXTURES / "llama/tied", dtype=jnp.bfloat16)
+    ids, _ = generate(model, params, IDS, MASK, max_new_tokens=2, eos_id=())
+    logits = model.apply({"params": params}, jnp.asarray(IDS), attention_mask=jnp.asarray(MASK))
+    np.testing.assert_array_equal(ids[:, IDS.shape[1]], logits[:, -1].argmax(-1))
+    assert begin(model, {"params": params}, (1, 2), 3).cache.keys.dtype == jnp.bfloat16
