@@ -127,18 +127,19 @@ def begin(model: Any, variables: Any, shape: tuple[int, ...], most: int) -> Prog
       Nothing written yet.
 
     Raises:
-      ConfigError: The model has no cache.
+      ConfigError: The model has no cache, or one that reads texts apart from answers (T5).
     """
-    if not hasattr(model, "init_cache"):
-        got, fix = type(model).__name__, "load a model whose class ends in ForCausalLM."
-        _refuse("model", got, "a decoder, which has a cache", fix)
     rows, length = shape
     leaves = jax.tree.leaves(variables, is_leaf=is_adapted)
     dtypes = [(leaf.base if is_adapted(leaf) else leaf).dtype for leaf in leaves]
     dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
     zeros = jnp.zeros((rows,), jnp.int32)
     tokens = jnp.zeros((rows, most), jnp.int32)
-    cache = model.init_cache(rows, length + most, dtype)
+    make = getattr(model, "init_cache", lambda *sizes: None)
+    cache = make(rows, length + most, dtype)
+    if not isinstance(cache, KVCache):
+        got, fix = type(model).__name__, "load a model whose class ends in ForCausalLM."
+        _refuse("model", got, "a decoder, which has a cache", fix)
     return Progress(jnp.int32(0), zeros > 0, zeros, tokens, cache)
 
 
