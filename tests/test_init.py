@@ -241,13 +241,14 @@ def test_groups_of_targets(tree):
         init({"head": {"kernel": jnp.zeros((3, 4))}}, targets="attention")
 
 
-def test_all_linear_leaves_the_output_head_out_by_its_use(tree):
+@pytest.mark.parametrize("rows", [1, 3])  # of one row, a head's product is as small as its bias
+def test_all_linear_leaves_the_output_head_out_by_its_use(tree, rows):
     def model(p, x):
         h = jnp.tanh(x @ p["attn"]["q_proj"]["kernel"])
         logits = h @ p["mlp2"]["kernel"] + p["norm"]["scale"][None]
         return 30.0 * jnp.tanh(logits / 30.0)
 
-    kernels = jl.find_kernels(model, tree, jnp.ones((3, 16)))
+    kernels = jl.find_kernels(model, tree, jnp.ones((rows, 16)))
     assert kernels["mlp2/kernel"].is_output_head
     assert not kernels["attn/q_proj/kernel"].is_output_head
     assert list(init(tree, kernels=kernels).pairs) == ["attn/q_proj/kernel"]

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora import bundled
-from jax_lora.errors import StructureError, explain
+from jax_lora.errors import ModelError, StructureError, explain
 from jax_lora.finetune.tokenizer import Tokenizer
 from jax_lora.models import load
+from jax_lora.models.families import family_of_config
+from jax_lora.models.read_config import read_config
 
 BUNDLED = "bundled"
 
@@ -66,7 +68,7 @@ def load_base(name: str | None, dtype: str = "auto") -> BaseModel:
       The model.
 
     Raises:
-      ModelError: The folder cannot be read.
+      ModelError: The folder cannot be read, or holds no decoder.
       StructureError: The tokenizer has tokens that the model has no embedding for.
     """
     folder = model_folder(name)
@@ -74,6 +76,7 @@ def load_base(name: str | None, dtype: str = "auto") -> BaseModel:
         chosen = jnp.float32 if jax.default_backend() == "cpu" else None
     else:
         chosen = jnp.dtype(dtype)
+    _check_decodes(folder)
     tokenizer = Tokenizer.load(folder)
     model, params = load(folder, dtype=chosen)
     if tokenizer.size > model.config.vocab_size:
@@ -87,3 +90,17 @@ def load_base(name: str | None, dtype: str = "auto") -> BaseModel:
         )
     shown = BUNDLED if name in (None, BUNDLED) else str(folder)
     return BaseModel(shown, model, {"params": params}, tokenizer)
+
+
+def _check_decodes(folder: Path) -> None:
+    """Refuse encoders, before their tokenizers are asked for what only decoders need."""
+    family = family_of_config(read_config(folder))
+    if not family.decodes:
+        raise ModelError(
+            explain(
+                str(folder),
+                got=f"a {family.module.__name__}",
+                expected="a decoder, which goes on from a prompt",
+                fix="fine-tune other models through the library; see examples/classify_reviews.py.",
+            )
+        )

@@ -1,5 +1,7 @@
 """Flax Transformers that read and write Hugging Face checkpoints."""
 
+from jax_lora.models.bert import Bert, BertConfig
+from jax_lora.models.classifier import add_classifier
 from jax_lora.models.decoder_inputs import KVCache
 from jax_lora.models.gemma import Gemma, GemmaConfig
 from jax_lora.models.gemma2 import Gemma2, Gemma2Config
@@ -14,11 +16,16 @@ from jax_lora.models.phi3 import Phi3, Phi3Config
 from jax_lora.models.qwen2 import Qwen2, Qwen2Config
 from jax_lora.models.qwen3 import Qwen3, Qwen3Config
 from jax_lora.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
+from jax_lora.models.roberta import Roberta, RobertaConfig
 from jax_lora.models.save_checkpoint import save
+from jax_lora.models.t5 import T5, T5Cache, T5Config
 from jax_lora.models.variants import replicate_layers, resize_vocab, untie
 
 __all__ = [
     "GPT2",
+    "T5",
+    "Bert",
+    "BertConfig",
     "GPT2Config",
     "Gemma",
     "Gemma2",
@@ -41,6 +48,11 @@ __all__ = [
     "Qwen3Config",
     "Qwen3MoE",
     "Qwen3MoEConfig",
+    "Roberta",
+    "RobertaConfig",
+    "T5Cache",
+    "T5Config",
+    "add_classifier",
     "generate",
     "load",
     "replicate_layers",

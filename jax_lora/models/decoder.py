@@ -63,7 +63,8 @@ class DecoderLayer(nn.Module):
         if kind is not None:
             filled = contexts.filled  # the same for every kind
             of_kind = contexts._replace(filled=None)
-            contexts = jax.tree.map(lambda each: each[kind], of_kind)._replace(filled=filled)
+            of_this: Context = jax.tree.map(lambda each: each[kind], of_kind)
+            contexts = of_this._replace(filled=filled)
         return self.block(x, contexts, memory)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from jax_lora.errors import ModelError, explain
 from jax_lora.models import (
+    bert,
     gemma,
     gemma2,
     gemma3,
@@ -17,12 +18,15 @@ from jax_lora.models import (
     qwen2,
     qwen3,
     qwen3_moe,
+    roberta,
+    t5,
 )
 from jax_lora.models.family import Family
 
 __all__ = ["FAMILIES", "family_of", "family_of_config"]
 
 _ARCHITECTURES = (
+    bert,
     gemma,
     gemma2,
     gemma3,
@@ -34,6 +38,8 @@ _ARCHITECTURES = (
     qwen2,
     qwen3,
     qwen3_moe,
+    roberta,
+    t5,
 )
 FAMILIES: dict[str, Family] = {each.FAMILY.model_type: each.FAMILY for each in _ARCHITECTURES}
 

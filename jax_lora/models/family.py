@@ -27,15 +27,19 @@ class Family:
       to_json: From a configuration to the fields of `config.json` that it governs.
       fields: From `config.json` to further arguments of the configuration, beyond those that
         have the same name there.
+      settle: Completes a configuration by what the files hold; it is given a function from a
+        tensor's name to its numbers, or None if there is none.
       neutral: Field of `config.json` -> the values with which it changes nothing here.
       harmless: Fields that change nothing whatever their value.
       redundant: Patterns of tensors that files may hold although nothing needs them.
       tied_copies: The same, where the embedding is tied to the output head.
       prefix: What files of the model without its head leave off the tensors' names.
+      renames: Patterns in tensors' names and what stands in their place today.
       embedding: Path of the table of tokens, (vocabulary, hidden).
       head: Path of the output head of an untied model, (hidden, vocabulary); None if the head
         cannot be untied.
       head_bias: Path of the head's bias, if it has one.
+      decodes: Whether it goes on from a prompt by itself, token by token.
       depth: The configuration's field with the number of layers; None if there are two stacks.
     """
 
@@ -46,14 +50,17 @@ class Family:
     layout: Callable[[Any], Layout]
     to_json: Callable[[Any], dict[str, Any]]
     fields: Callable[[dict[str, Any]], dict[str, Any]] = lambda raw: {}
+    settle: Callable[[Any, Callable[[str], Any]], Any] = lambda config, read: config
     neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     harmless: tuple[str, ...] = ()
     redundant: tuple[str, ...] = ()
     tied_copies: tuple[str, ...] = (r"lm_head\.weight",)
     prefix: str = ""
+    renames: tuple[tuple[str, str], ...] = ()
     embedding: str = "embed_tokens/embedding"
     head: str | None = "lm_head/kernel"
     head_bias: str | None = None
+    decodes: bool = True
     depth: str | None = "num_hidden_layers"
 
 

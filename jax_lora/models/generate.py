@@ -98,16 +98,17 @@ def generate(
     """
     ids, mask = _check_prompts(input_ids, attention_mask)
     most = _integer("max_new_tokens", max_new_tokens)
+    variables = params if "params" in params else {"params": params}
+    progress = begin(model, variables, ids.shape, most)  # only a decoder can
     _check_room(model, mask, most)
     ends = _end_ids(model.config.eos_token_id if eos_id is None else eos_id)
     choice = make_choice(key, len(ids), temperature=temperature, top_k=top_k, top_p=top_p)
-    variables = params if "params" in params else {"params": params}
     progress = advance(
         model,
         variables,
         ids,
         mask,
-        begin(model, variables, ids.shape, most),
+        progress,
         np.int32(most),
         end_mask(model, ends),
         _padding(model, ends),
@@ -129,18 +130,19 @@ def begin(model: Any, variables: Any, shape: tuple[int, ...], most: int) -> Prog
       Nothing written yet.
 
     Raises:
-      ConfigError: The model has no cache.
+      ConfigError: The model has no cache, or one that reads texts apart from answers (T5).
     """
-    if not hasattr(model, "init_cache"):
-        got, fix = type(model).__name__, "load a model whose class ends in ForCausalLM."
-        _refuse("model", got, "a decoder, which has a cache", fix)
     rows, length = shape
     leaves = jax.tree.leaves(variables, is_leaf=is_adapted)
     dtypes = [(leaf.base if is_adapted(leaf) else leaf).dtype for leaf in leaves]
     dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
     zeros = jnp.zeros((rows,), jnp.int32)
     tokens = jnp.zeros((rows, most), jnp.int32)
-    cache = model.init_cache(rows, length + most, dtype)
+    make = getattr(model, "init_cache", lambda *sizes: None)
+    cache = make(rows, length + most, dtype)
+    if not isinstance(cache, KVCache):
+        got, fix = type(model).__name__, "load a model whose class ends in ForCausalLM."
+        _refuse("model", got, "a decoder, which has a cache", fix)
     return Progress(jnp.int32(0), zeros > 0, zeros, tokens, cache)
 
 
@@ -304,7 +306,7 @@ def _check_prompts(ids: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_room(model: Any, mask: np.ndarray, most: int) -> None:
     """Rotation goes on for ever, for better or worse; a table of positions ends."""
-    if isinstance(model.config, DecoderConfig) or not hasattr(model, "init_cache"):
+    if isinstance(model.config, DecoderConfig):
         return
     length, table = int(mask.sum(axis=1).max()), model.config.max_position_embeddings
     if length + most - 1 > table:  # the last token is not gone on from

@@ -165,8 +165,8 @@ class GPT2(nn.Module):
       >>> import jax, jax.numpy as jnp
       >>> config = GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2)
       >>> model, ids = GPT2(config), jnp.array([[3, 1, 4]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
-      >>> model.apply({"params": params}, ids).shape
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
+      >>> jax.jit(model.apply)({"params": params}, ids).shape
       (1, 3, 16)
     """
 
@@ -206,12 +206,12 @@ class GPT2(nn.Module):
         Args:
           input_ids: (batch, tokens) integers.
           attention_mask: (batch, tokens), 1 at real tokens and 0 at padding, on either side; with a
-            cache (batch, cache length). None: no padding.
+            cache (batch, cache length). None: no padding. More real tokens than the model has
+            positions give NaN.
           positions: (batch, tokens); by default each real token counts the real ones before it.
           segment_ids: (batch, tokens); tokens see only their own segment (packed documents; give
             `positions` too, so that each document starts from 0). Not with a cache.
-          cache: from `init_cache` or an earlier call; the tokens are appended to it. More real
-            tokens than the model has positions give NaN.
+          cache: from `init_cache` or an earlier call; the tokens are appended to it.
           return_hidden: return the final normed hidden states (batch, tokens, hidden) in place of
             logits, for a loss that calls `unembed` on a part at a time.
 
@@ -226,7 +226,8 @@ class GPT2(nn.Module):
         check_inputs(input_ids, attention_mask, positions, segment_ids, cache)
         filled = None if cache is None else cache.filled
         if positions is None:
-            self._check_length(input_ids.shape[1])
+            if attention_mask is None and cache is None:  # else padding may take none
+                self._check_length(input_ids.shape[1])
             positions = count_positions(input_ids, attention_mask, filled)
         shared = self._shared(input_ids, attention_mask, segment_ids, cache)
         memory = None if cache is None else (cache.keys, cache.values)

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jax_lora.errors import ModelError, explain
 from jax_lora.models.families import family_of, family_of_config
+from jax_lora.models.family import Family
 from jax_lora.models.layout import Placement
 from jax_lora.models.parameters import parameter_shapes
 from jax_lora.models.read_config import read_config
@@ -84,7 +85,8 @@ def load(
     with ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         family = family_of_config(config)
-        tensors = _with_prefix(tensors, family.prefix)
+        tensors = _by_todays_names(tensors, family)
+        config = family.settle(config, partial(_read_if_there, tensors))
         # Without 64-bit mode there is no float64 to load into.
         dtype = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(tensors))
         model = family.module(config, remat=remat, param_dtype=dtype)
@@ -97,11 +99,17 @@ def load(
     return model, unflatten_dict(flat, sep="/")
 
 
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Give the tensors of a model without its head the names that they have under one."""
-    if not prefix or any(name.startswith(prefix) for name in tensors):
+def _read_if_there(tensors: Mapping[str, Tensor], name: str) -> np.ndarray | None:
+    return tensors[name].read() if name in tensors else None
+
+
+def _by_todays_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Give tensors the names that they have today in the files of a model with its head."""
+    for pattern, replacement in family.renames:
+        tensors = {re.sub(pattern, replacement, name): each for name, each in tensors.items()}
+    if not family.prefix or any(name.startswith(family.prefix) for name in tensors):
         return tensors
-    return {prefix + name: tensor for name, tensor in tensors.items()}
+    return {family.prefix + name: tensor for name, tensor in tensors.items()}
 
 
 # -----------------------------------------------------------------------------------------------
@@ -117,6 +125,7 @@ def _compare(
 ) -> None:
     """Refuse a folder whose tensors are not exactly those of its configuration."""
     problems = list(_differences(model, shapes, tensors))
+    problems += [] if problems else _false_copies(model, tensors)
     if problems:
         raise ModelError(
             explain(
@@ -143,6 +152,23 @@ def _differences(
     for name in sorted(set(tensors) - known):
         if not any(re.fullmatch(pattern, name) for pattern in redundant):
             yield f"extra: {name} {tensors[name].shape}"
+
+
+def _false_copies(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What a tied model's files call a copy, and is none."""
+    family = family_of(model)
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    layout = family.layout(model.config)
+    originals = [layout[p].tensors[0] for p in (family.embedding, family.head_bias) if p in layout]
+    for name in sorted(set(tensors) - set(originals)):
+        if any(re.fullmatch(pattern, name) for pattern in family.tied_copies):
+            if not any(_are_equal(tensors[each], tensors[name]) for each in originals):
+                yield f"no copy: {name} is not {originals[0]}, though tie_word_embeddings says so"
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and np.array_equal(one.read(), other.read())
 
 
 def _difference(name: str, want: tuple[int, ...], tensor: Tensor | None) -> Iterator[str]:

@@ -55,7 +55,7 @@ _HARMLESS = frozenset(
     "attn_implementation _attn_implementation_autoset unsloth_version unsloth_fixed _commit_hash "
     "attention_dropout hidden_dropout dropout router_aux_loss_coef router_jitter_noise "
     "initializer_range initializer_factor tokenizer_class finetuning_task problem_type id2label "
-    "label2id task_specific_params language license "
+    "label2id num_labels _num_labels task_specific_params language license "
     "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id "
     "decoder_start_token_id forced_bos_token_id forced_eos_token_id prefix suppress_tokens "
     "begin_suppress_tokens bad_words_ids max_length min_length do_sample early_stopping num_beams "

@@ -45,7 +45,7 @@ def save(path: str | os.PathLike[str], model: Any, params: Mapping[str, Any]) ->
     tensors = _tensors(family.layout(model.config), flat)
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    text = _config_text(family, model.config, dtype)
+    text = _config_text(family, model.config, dtype, tensors)
     (folder / "config.json").write_text(text, encoding="utf-8", newline="")
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -83,7 +83,7 @@ def _tensors(layout: Layout, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _config_text(family: Family, config: Any, dtype: str) -> str:
+def _config_text(family: Family, config: Any, dtype: str, tensors: Mapping[str, np.ndarray]) -> str:
     """The `config.json` of a model: the one that it was read from, where nothing has changed."""
     try:
         raw = json.loads(config.source)
@@ -98,13 +98,15 @@ def _config_text(family: Family, config: Any, dtype: str) -> str:
     }
     stored = raw.get("dtype") or raw.get("torch_dtype")
     same_model = raw.get("architectures") in (None, governed["architectures"])
-    if raw and stored == dtype and same_model and _reads_as(raw, family, config):
+    if raw and stored == dtype and same_model and _reads_as(raw, family, config, tensors):
         return config.source
     return json.dumps({**raw, **governed}, indent=2, sort_keys=True) + "\n"
 
 
-def _reads_as(raw: dict[str, Any], family: Family, config: Any) -> bool:
+def _reads_as(
+    raw: dict[str, Any], family: Family, config: Any, tensors: Mapping[str, np.ndarray]
+) -> bool:
     try:
-        return arguments_to_config(raw, family) == config
+        return family.settle(arguments_to_config(raw, family), tensors.get) == config
     except (ConfigError, ModelError):
         return False

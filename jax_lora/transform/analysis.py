@@ -89,6 +89,11 @@ class _Leaf:
     path: str
     labels: tuple[Label | None, ...]
 
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is no more than a bias or a scale."""
+        return sum(label is not None for label in self.labels) < 2
+
     def with_labels(self, labels: Sequence[Label | None]) -> _Leaf:
         return dataclasses.replace(self, labels=tuple(labels))
 
@@ -219,11 +224,12 @@ class _Visit:
         leaves = [
             each
             for i, each in enumerate(self.values)
-            if self.leaf(i) and self.shape(i) == self.out_shape
+            if isinstance(each, _Leaf) and self.shape(i) == self.out_shape
         ]
-        if leaves:
-            return leaves[:1]
         products = [each for each in self.values if isinstance(each, _Product)]
+        # Of one row, a product has the shape of its bias; the sum is the product's.
+        if leaves and not (products and all(each.is_vector for each in leaves)):
+            return leaves[:1]
         if products and self.eqn.primitive.name in _HEAD_PRESERVING and self._others_are_small():
             return [_Product(frozenset().union(*(each.paths for each in products)))]
         return None
@@ -232,7 +238,8 @@ class _Visit:
         """Tell whether the other inputs are biases, masks or numbers, not another stream."""
         size = math.prod(self.out_shape)
         for var, value in zip(self.eqn.invars, self.values, strict=True):
-            if isinstance(value, _Product) or isinstance(var, jex_core.Literal):
+            # A parameter is no stream, however small the product.
+            if isinstance(value, _Product | _Leaf) or isinstance(var, jex_core.Literal):
                 continue
             while (
                 not isinstance(var, jex_core.Literal)

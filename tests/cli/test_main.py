@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,16 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, data_f
     save(folder, model, model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
     assert main(["train", str(folder), "--data", str(data_folder)]) == 2
     assert "at most the model's vocabulary of 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["bert/masked_lm", "roberta/classifier", "t5/gated"])
+@pytest.mark.parametrize("verb", ["train", "generate"])
+def test_encoders_are_refused_by_name(family, verb, data_folder, capsys):
+    folder = Path(__file__).parent.parent / "fixtures" / family
+    rest = ["--data", str(data_folder)] if verb == "train" else ["--prompt", "a"]
+    assert main([verb, str(folder), *rest]) == 2
+    error = capsys.readouterr().err
+    assert "expected: a decoder" in error and str(folder) in error
 
 
 @pytest.mark.parametrize("verb", [[], *([v] for v in VERBS)])

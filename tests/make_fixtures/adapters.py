@@ -65,6 +65,10 @@ CASES = {
     "bfloat16": ("llama/untied", {**PLAIN, "file_dtype": torch.bfloat16}),
     "float16": ("llama/untied", {**PLAIN, "file_dtype": torch.float16}),
     "fused": ("phi3/window", ALL),
+    "conv1d": (
+        "gpt2/tied",
+        {**PLAIN, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
+    ),
     "experts": (
         "qwen3_moe/untied",
         {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"], "target_parameters": EXPERTS},

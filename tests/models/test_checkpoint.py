@@ -174,6 +174,16 @@ def test_redundant_tensors_are_let_pass(tmp_path):
     load(folder)
 
 
+def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path):
+    folder = Path(shutil.copytree(FIXTURES / "tied", tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] * 2
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+    message = refusal(folder)
+    assert "no copy: lm_head.weight is not model.embed_tokens.weight" in message
+    assert "tie_word_embeddings" in message
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

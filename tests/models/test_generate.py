@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import jax_lora as jl
 from jax_lora.errors import ConfigError
-from jax_lora.models import generate
+from jax_lora.models import T5, T5Config, generate
 from jax_lora.models.generate import advance, begin
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -138,8 +138,8 @@ def test_a_table_of_positions_is_used_to_its_end_and_no_further():
         generate(model, params, ids, max_new_tokens=5)
 
 
-def test_a_model_without_a_cache_is_refused(llama):
-    model = nn.Dense(4)
+@pytest.mark.parametrize("model", [nn.Dense(4), T5(T5Config(vocab_size=8, d_model=8))])
+def test_a_model_without_a_decoders_cache_is_refused(llama, model):
     with pytest.raises(ConfigError, match="a decoder, which has a cache"):
         begin(model, {"params": llama[1]}, (1, 2), 3)
 

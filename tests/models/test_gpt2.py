@@ -65,6 +65,15 @@ def test_rows_longer_than_the_positions_are_refused(headless):
     assert "at most n_positions = 16" in str(caught.value)
 
 
+def test_padding_takes_no_positions_and_tokens_past_them_are_no_numbers(headless):
+    model, params = headless
+    ids, apply = jnp.ones((1, 20), jnp.int32), jax.jit(model.apply)
+    for real, finite in ((16, True), (17, False)):
+        mask = (jnp.arange(20, dtype=jnp.int32) >= 20 - real).astype(jnp.int32)[None]
+        logits = apply({"params": params}, ids, attention_mask=mask)
+        assert bool(jnp.isfinite(logits[0, -1]).all()) is finite
+
+
 def test_packed_rows_may_be_longer_than_the_positions(headless):
     model, params = headless
     document = jnp.arange(9, dtype=jnp.int32)[None]  # (1, 9)

@@ -243,3 +243,144 @@ def test_published_patterns_of_layers(tmp_path):
         windows[name] = [kind.window for kind in read_config(tmp_path).layer_kinds[:7]]
     assert windows["gemma 2 27B"] == [4096, None] * 3 + [4096]
     assert windows["gemma 3 1B"] == [512] * 5 + [None, 512]
+
+
+BERT = {
+    "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+}
+ROBERTA = {
+    **BERT,
+    "model_type": "roberta",
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 514,
+    "pad_token_id": 1,
+    "type_vocab_size": 1,
+    "vocab_size": 50265,
+}
+T5 = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "d_ff": 2048,
+    "d_kv": 64,
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.1,
+    "eos_token_id": 1,
+    "initializer_factor": 1.0,
+    "is_encoder_decoder": True,
+    "layer_norm_epsilon": 1e-06,
+    "n_positions": 512,
+    "output_past": True,
+    "pad_token_id": 0,
+    "relative_attention_num_buckets": 32,
+    "vocab_size": 32128,
+}
+# Fields -> what is meant by them.
+OTHERS = {
+    "gpt 2": (
+        {
+            "activation_function": "gelu_new",
+            "architectures": ["GPT2LMHeadModel"],
+            "attn_pdrop": 0.1,
+            "bos_token_id": 50256,
+            "embd_pdrop": 0.1,
+            "eos_token_id": 50256,
+            "layer_norm_epsilon": 1e-05,
+            "model_type": "gpt2",
+            "n_ctx": 1024,
+            "n_embd": 768,
+            "n_head": 12,
+            "n_layer": 12,
+            "n_positions": 1024,
+            "resid_pdrop": 0.1,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+            "vocab_size": 50257,
+            "_num_labels": 1,
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+        },
+        {"n_inner": 3072, "head_dim": 64, "tie_word_embeddings": True},
+    ),
+    "bert base": (
+        {
+            **BERT,
+            "architectures": ["BertForMaskedLM"],
+            "model_type": "bert",
+            "directionality": "bidi",
+            "gradient_checkpointing": False,
+            "layer_norm_eps": 1e-12,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+            "pooler_fc_size": 768,
+            "pooler_num_attention_heads": 12,
+            "pooler_num_fc_layers": 3,
+            "pooler_size_per_head": 128,
+            "pooler_type": "first_token_transform",
+            "position_embedding_type": "absolute",
+            "type_vocab_size": 2,
+            "vocab_size": 30522,
+        },
+        {"head": "masked_lm", "hidden_act": "gelu"},
+    ),
+    "roberta base": (
+        {**ROBERTA, "architectures": ["RobertaForMaskedLM"]},
+        {"head": "masked_lm", "first_position": 2, "type_vocab_size": 1},
+    ),
+    "roberta for entailment": (
+        {
+            **ROBERTA,
+            "_num_labels": 3,
+            "architectures": ["RobertaForSequenceClassification"],
+            "id2label": {"0": "CONTRADICTION", "1": "NEUTRAL", "2": "ENTAILMENT"},
+            "label2id": {"CONTRADICTION": 0, "NEUTRAL": 1, "ENTAILMENT": 2},
+        },
+        {
+            "head": "sequence_classification",
+            "labels": ("CONTRADICTION", "NEUTRAL", "ENTAILMENT"),
+        },
+    ),
+    "t5 small": (
+        {
+            **T5,
+            "d_model": 512,
+            "num_heads": 8,
+            "num_layers": 6,
+            "task_specific_params": {"summarization": {"num_beams": 4, "prefix": "summarize: "}},
+        },
+        {"dense_act_fn": "relu", "scale_decoder_outputs": True, "num_decoder_layers": 6},
+    ),
+    "flan t5 base": (
+        {
+            **T5,
+            "d_model": 768,
+            "feed_forward_proj": "gated-gelu",
+            "num_decoder_layers": 12,
+            "num_heads": 12,
+            "num_layers": 12,
+            "relative_attention_max_distance": 128,
+            "tie_word_embeddings": False,
+        },
+        {"dense_act_fn": "gelu_new", "is_gated_act": True, "scale_decoder_outputs": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_published_configurations_without_rotation_are_read(name, tmp_path):
+    fields, meant = OTHERS[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = read_config(tmp_path)
+    assert {key: getattr(config, key) for key in meant} == meant

@@ -57,3 +57,25 @@ def test_axes_that_the_name_does_not_tell_are_asked_for(trained, tmp_path):
     jl.peft.save(tmp_path, adapter, names=NAMES)
     with pytest.raises(AmbiguousKernelError, match="kernels=jl.find_kernels"):
         jl.peft.load(tmp_path, variables, names=NAMES)
+
+
+def test_a_stack_of_layers_and_experts_is_a_module_each(tmp_path):
+    kernel = jnp.ones((2, 3, 4, 5))  # (layers, experts, in, out)
+    tree = {"blocks": {"up": {"kernel": kernel}}}
+    names = {"blocks/up/kernel": "model.layers.{layer}.mlp.experts.{expert}.up_proj"}
+    pair = jl.LoraPair(
+        a=jax.random.normal(jax.random.key(0), (2, 3, 4, 2)),
+        b=jax.random.normal(jax.random.key(1), (2, 3, 2, 5)),
+        in_axes=(2,),
+        out_axes=(3,),
+        stack_axes=(0, 1),
+        scale=((1.0, 2.0, 1.0), (1.0, 1.0, 0.5)),
+    )
+    adapter = jl.Adapter({"blocks/up/kernel": pair}, {}, jl.LoraConfig(rank=2, alpha=2.0))
+    jl.peft.save(tmp_path, adapter, names=names)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.experts.2.up_proj.lora_A.weight"
+    np.testing.assert_array_equal(tensors[name], pair.a[1, 2].T)
+    again = jl.peft.load(tmp_path, tree, names=names)
+    jax.tree.map(np.testing.assert_array_equal, again.pairs, adapter.pairs)
+    assert again.pairs["blocks/up/kernel"].scale == pair.scale
