@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_lora.adapter import is_adapted
 from jax_lora.errors import ConfigError, explain
+from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.decoder_inputs import KVCache
 from jax_lora.models.sampling import Choice, draw
 from jax_lora.transform import lora_apply
@@ -82,7 +83,7 @@ def generate(
 
     Raises:
       ConfigError: A number is out of its range, sampling has no key, a row is padded on the right,
-        or the model is no decoder.
+        the model is no decoder, or its table of positions is too short.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -97,15 +98,17 @@ def generate(
     """
     ids, mask = _check_prompts(input_ids, attention_mask)
     most = _integer("max_new_tokens", max_new_tokens)
+    variables = params if "params" in params else {"params": params}
+    progress = begin(model, variables, ids.shape, most)  # only a decoder can
+    _check_room(model, mask, most)
     ends = _end_ids(model.config.eos_token_id if eos_id is None else eos_id)
     choice = make_choice(key, len(ids), temperature=temperature, top_k=top_k, top_p=top_p)
-    variables = params if "params" in params else {"params": params}
     progress = advance(
         model,
         variables,
         ids,
         mask,
-        begin(model, variables, ids.shape, most),
+        progress,
         np.int32(most),
         end_mask(model, ends),
         _padding(model, ends),
@@ -299,6 +302,16 @@ def _check_prompts(ids: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         got, fix = f"padding behind the prompts of rows {rows}", "pad prompts on the left."
         _refuse("attention_mask", got, "real tokens in the last column", fix)
     return ids.astype(np.int32), mask.astype(np.int32)
+
+
+def _check_room(model: Any, mask: np.ndarray, most: int) -> None:
+    """Rotation goes on for ever, for better or worse; a table of positions ends."""
+    if isinstance(model.config, DecoderConfig):
+        return
+    length, table = int(mask.sum(axis=1).max()), model.config.max_position_embeddings
+    if length + most - 1 > table:  # the last token is not gone on from
+        got, fix = f"{length} + {most} tokens", "shorten the prompts, or add fewer tokens."
+        _refuse("max_new_tokens", got, f"no more than the model's {table} positions", fix)
 
 
 def _integer(where: str, value: Any) -> int:

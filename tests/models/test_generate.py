@@ -29,13 +29,13 @@ def llama():
 def test_greedy_ids_are_those_of_transformers(name):
     model, params = jl.models.load(FIXTURES / name)
     end = int(GREEDY[f"{name}/eos"])
-    ids, lengths = generate(model, params, IDS, MASK, max_new_tokens=12, eos_id=end)
+    ids, lengths = generate(model, params, IDS, MASK, max_new_tokens=8, eos_id=end)
     theirs = GREEDY[f"{name}/ids"]  # as wide as its longest row
     np.testing.assert_array_equal(ids[:, : theirs.shape[1]], theirs)
     answers = theirs[:, IDS.shape[1] :].tolist()
-    expected = [row.index(end) + 1 if end in row else 12 for row in answers]
+    expected = [row.index(end) + 1 if end in row else 8 for row in answers]
     assert lengths.tolist() == expected
-    assert min(expected) < 12, "the end token has to be met"
+    assert min(expected) < 8, "the end token has to be met"
 
 
 def test_an_adapter_answers_as_when_it_is_merged(llama):
@@ -129,6 +129,15 @@ def test_what_cannot_be_meant_is_refused(llama, changes, message):
         generate(*llama, **given)
 
 
+def test_a_table_of_positions_is_used_to_its_end_and_no_further():
+    model, params = jl.models.load(FIXTURES / "gpt2/tied")
+    ids = np.tile(IDS, (1, 2))[:1, : model.config.n_positions - 3]
+    _, lengths = generate(model, params, ids, max_new_tokens=4, eos_id=())
+    assert lengths.tolist() == [4]
+    with pytest.raises(ConfigError, match=r"13 \+ 5 tokens"):
+        generate(model, params, ids, max_new_tokens=5)
+
+
 @pytest.mark.parametrize("model", [nn.Dense(4), T5(T5Config(vocab_size=8, d_model=8))])
 def test_a_model_without_a_decoders_cache_is_refused(llama, model):
     with pytest.raises(ConfigError, match="a decoder, which has a cache"):
@@ -144,13 +153,13 @@ def test_parameters_that_lie_on_several_devices_give_the_same_tokens():
 
     model, params = jl.models.load(FIXTURES / "llama/tied", sharding=place)
     end = int(GREEDY["llama/tied/eos"])
-    ids, _ = generate(model, params, IDS, MASK, max_new_tokens=12, eos_id=end)
+    ids, _ = generate(model, params, IDS, MASK, max_new_tokens=8, eos_id=end)
     np.testing.assert_array_equal(ids, GREEDY["llama/tied/ids"])
 
 
 def test_bfloat16_parameters_stay_bfloat16():
     model, params = jl.models.load(FIXTURES / "llama/tied", dtype=jnp.bfloat16)
     ids, _ = generate(model, params, IDS, MASK, max_new_tokens=2, eos_id=())
-    logits = model.apply({"params": params}, jnp.asarray(IDS), attention_mask=jnp.asarray(MASK))
+    logits = jax.jit(model.apply)({"params": params}, IDS, MASK)
     np.testing.assert_array_equal(ids[:, IDS.shape[1]], logits[:, -1].argmax(-1))
     assert begin(model, {"params": params}, (1, 2), 3).cache.keys.dtype == jnp.bfloat16
