@@ -20,6 +20,8 @@ from jax_lora.models import Llama
 
 from ..finetune.conftest import TINY
 
+pytestmark = pytest.mark.slow  # each trains, writes, reads and answers
+
 
 @pytest.fixture(scope="module")
 def run_folder(model_folder, data_folder, tmp_path_factory):

@@ -45,6 +45,7 @@ def one_update(tiny, adapter, accumulation, wrap=None):
     return step(start(adapter, optimizer), variables, batch)
 
 
+@pytest.mark.slow
 def test_eight_parts_of_one_row_make_the_update_of_one_part_of_eight(tiny, adapter):
     whole, report = one_update(tiny, adapter, 1)
     for parts in (2, 8):
@@ -66,6 +67,7 @@ def test_only_the_adapter_changes_and_the_state_counts_the_steps(tiny, adapter):
     assert all(jax.tree.leaves(changed))
 
 
+@pytest.mark.slow
 def test_dropout_changes_the_step_and_the_step_number_the_dropout(tiny, adapter):
     key = jax.random.key(1)
     wrap = lambda combined, step: dropout(combined, jax.random.fold_in(key, step))  # noqa: E731

@@ -108,6 +108,7 @@ def test_step_zero_is_the_base_model_bit_by_bit(dtype, jitted):
     assert_bitwise(lora(jl.combine(variables, adapter), TOKENS), base(variables, TOKENS))
 
 
+@pytest.mark.slow
 def test_the_decoder_equals_its_merged_self_without_materialising():
     model, variables = decoder()
     kernels = jl.find_kernels(model.apply, variables, TOKENS)
