@@ -22,11 +22,12 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jax_lora import labelled, meeting
-from jax_lora.labels import RANK, Label
+from jax_lora.labels import Label
 from jax_lora.lowrank import accumulation_dtype
 from jax_lora.meeting import Meeting
 
 Array = jax.Array
+_ONE: Label = "one"  # the batch dimension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +73,24 @@ class Member:
     def form(self, w: Array, a: Array, b: Array) -> Array:
         """Form M = W0 + scale * a · b: (in, out).
 
-        The sum over the rank is written as multiply and reduce, not as a product: XLA fuses it
-        into the addition, so that W0 is read once and M written once, and in float32 throughout.
+        By a product with a batch dimension of 1, which rematerialization policies do not take for
+        one of the model's. Not by multiply and reduce, which XLA for CPU fuses into some of the
+        products that read M, and then gives wrong numbers.
         """
         wide = accumulation_dtype(w.dtype)
         a = a.astype(wide) * jnp.asarray(self.meeting.scale, wide)
-        labels = (*self.w_labels, RANK)
-        a = labelled.spread(a, self.meeting.a_labels, labels)
-        b = labelled.spread(b.astype(wide), self.meeting.b_labels, labels)
-        delta = lax.reduce_sum(a * b, [len(labels) - 1])  # (in, out, r) -> (in, out)
-        return w + delta.astype(w.dtype)
+        labels = [label for label in self.w_labels if label is not None]
+        product, have = labelled.product(  # (1, in, out) in some order
+            a[None],
+            (_ONE, *self.meeting.a_labels),
+            b.astype(wide)[None],
+            (_ONE, *self.meeting.b_labels),
+            (_ONE, *labels),
+            "highest",
+        )
+        delta = lax.squeeze(product, [have.index(_ONE)])
+        have = [label for label in have if label != _ONE]
+        return w + labelled.arrange(delta, have, self.w_labels, w.shape).astype(w.dtype)
 
 
 Weights = tuple[tuple[Array, Array, Array], ...]  # (W0, a, b) per member

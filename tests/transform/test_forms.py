@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -154,3 +155,19 @@ class TestEveryForm:
         ours = lambda gain: (with_lora(jl.combine(TREE, adapter), gain, X) ** 2).sum()  # noqa: E731
         theirs = lambda gain: (gained(jl.merge(TREE, adapter), gain, X) ** 2).sum()  # noqa: E731
         assert_close(*jax.jit(lambda: (jax.grad(ours)(gain), jax.grad(theirs)(gain)))(), 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (256, 448), (384, 1024)])
+@pytest.mark.parametrize("rank", [8, 32])
+def test_the_merged_form_is_right_at_the_sizes_of_real_kernels(shape, rank):
+    # XLA for CPU once fused the sum over the rank into the product, and gave wrong numbers.
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = ((1280, shape[0]), shape, (shape[0], rank), (rank, shape[1]))
+    x, w, a, b = (jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True))
+    pair = jl.LoraPair(a=a, b=b, scale=0.5)
+    lora = jl.combine({"kernel": w}, jl.Adapter({"kernel": pair}, {}, jl.LoraConfig(rank=rank)))
+    model = lambda params, x: x @ params["kernel"]  # noqa: E731
+    y = jax.jit(jl.lora_apply(model, form="merged"))(lora, x)
+    wide = [np.asarray(each, np.float64) for each in (x, w, a, b)]
+    right = wide[0] @ (wide[1] + 0.5 * wide[2] @ wide[3])
+    np.testing.assert_allclose(y, right, atol=2e-5 * np.abs(right).max())
