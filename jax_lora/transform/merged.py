@@ -22,12 +22,13 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jax_lora import labelled, meeting
-from jax_lora.labels import Label
+from jax_lora.labels import RANK, Label
 from jax_lora.lowrank import accumulation_dtype
 from jax_lora.meeting import Meeting
 
 Array = jax.Array
 _ONE: Label = "one"  # the batch dimension
+_FEW = 16  # outer products that are added up one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,24 +74,40 @@ class Member:
     def form(self, w: Array, a: Array, b: Array) -> Array:
         """Form M = W0 + scale * a · b: (in, out).
 
-        By a product with a batch dimension of 1, which rematerialization policies do not take for
-        one of the model's. Not by multiply and reduce, which XLA for CPU fuses into some of the
-        products that read M, and then gives wrong numbers.
+        Never by multiply and reduce, which XLA for CPU fuses into some of the products that read
+        M, and then gives wrong numbers.
         """
         wide = accumulation_dtype(w.dtype)
-        a = a.astype(wide) * jnp.asarray(self.meeting.scale, wide)
-        labels = [label for label in self.w_labels if label is not None]
+        a, b = a.astype(wide) * jnp.asarray(self.meeting.scale, wide), b.astype(wide)
+        rank = a.shape[self.meeting.a_labels.index(RANK)]
+        delta = self._outer_products(a, b) if rank <= _FEW else self._product(a, b)
+        return w + labelled.arrange(*delta, self.w_labels, w.shape).astype(w.dtype)
+
+    def _outer_products(self, a: Array, b: Array) -> tuple[Array, list[Label]]:
+        """Add up r outer products: fused, W0 is read once and M written once."""
+        labels = [*self._delta_labels, RANK]
+        terms = labelled.spread(a, self.meeting.a_labels, labels) * labelled.spread(
+            b, self.meeting.b_labels, labels
+        )  # (in, out, r)
+        each = [lax.index_in_dim(terms, i, -1, keepdims=False) for i in range(terms.shape[-1])]
+        return functools.reduce(lax.add, each), labels[:-1]
+
+    def _product(self, a: Array, b: Array) -> tuple[Array, list[Label]]:
+        """Multiply, in a batch of 1: rematerialization policies do not take it for the model's."""
         product, have = labelled.product(  # (1, in, out) in some order
             a[None],
             (_ONE, *self.meeting.a_labels),
-            b.astype(wide)[None],
+            b[None],
             (_ONE, *self.meeting.b_labels),
-            (_ONE, *labels),
+            (_ONE, *self._delta_labels),
             "highest",
         )
         delta = lax.squeeze(product, [have.index(_ONE)])
-        have = [label for label in have if label != _ONE]
-        return w + labelled.arrange(delta, have, self.w_labels, w.shape).astype(w.dtype)
+        return delta, [label for label in have if label != _ONE]
+
+    @property
+    def _delta_labels(self) -> list[Label]:
+        return [label for label in self.w_labels if label is not None]
 
 
 Weights = tuple[tuple[Array, Array, Array], ...]  # (W0, a, b) per member

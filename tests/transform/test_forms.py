@@ -157,8 +157,8 @@ class TestEveryForm:
         assert_close(*jax.jit(lambda: (jax.grad(ours)(gain), jax.grad(theirs)(gain)))(), 1e-4)
 
 
-@pytest.mark.parametrize("shape", [(256, 256), (256, 448), (384, 1024)])
-@pytest.mark.parametrize("rank", [8, 32])
+@pytest.mark.parametrize("shape", [(128, 128), (256, 256), (256, 448), (384, 1024), (512, 512)])
+@pytest.mark.parametrize("rank", [1, 8, 16, 17, 32])
 def test_the_merged_form_is_right_at_the_sizes_of_real_kernels(shape, rank):
     # XLA for CPU once fused the sum over the rank into the product, and gave wrong numbers.
     keys = jax.random.split(jax.random.key(0), 4)
