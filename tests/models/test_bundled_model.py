@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jax_lora as jl
 from jax_lora.bundled import data_path, model_path
 from jax_lora.models import load
+from tests.lora_cases import adapt
 
 tokenizers = pytest.importorskip("tokenizers")
 SENTENCE = "The builder of the city sets a new price for every window. The author is silent.\n"
@@ -86,3 +88,16 @@ def test_model_copies_a_sentence_it_has_just_read(answers):
 def test_paths_lead_to_what_is_bundled():
     assert (model_path() / "config.json").is_file()
     assert (data_path() / "train.jsonl").is_file()
+
+
+def test_a_batch_of_training_is_the_same_in_every_form():
+    # As many tokens and as high a rank as the bundled task has: sizes at which a kernel is merged.
+    model, params = load(model_path(), dtype="float32")
+    variables = {"params": params}
+    tokens = jax.random.randint(jax.random.key(0), (16, 80), 3, 2048)
+    adapter = adapt(model.apply, variables, tokens, rank=32, targets="all-linear")
+    merged = model.apply(jl.merge(variables, adapter), tokens)
+    for form in ("auto", "merged", "factored"):
+        with_lora = jl.lora_apply(model.apply, form=form, on_materialize="error")
+        logits = jax.jit(with_lora)(jl.combine(variables, adapter), tokens)
+        np.testing.assert_allclose(logits, merged, atol=1e-4 * np.abs(merged).max())
