@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora import bundled
+from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import ModelError, StructureError, explain
-from jax_lora.finetune.tokenizer import Tokenizer
 from jax_lora.models import load
 from jax_lora.models.families import family_of_config
 from jax_lora.models.read_config import read_config

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from jax_lora.cli.adapters import checkpoint_of, merged
 from jax_lora.cli.base_model import BUNDLED, data_folder, load_base
 from jax_lora.cli.options import at_least_one
-from jax_lora.finetune.data_folder import read_data
+from jax_lora.data.data_folder import read_data
 from jax_lora.finetune.evaluation import Evaluation, Score
 
 HELP = "loss, exact match and execution match on the test split"

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 from jax_lora.adapter import Adapter
 from jax_lora.cli.base_model import BUNDLED, BaseModel, data_folder, load_base
 from jax_lora.cli.options import DEFAULTS, given, make_settings, read_config_file
+from jax_lora.data.batches import Batches
+from jax_lora.data.data_folder import DataSet, read_data
+from jax_lora.data.examples import Examples, make_examples
 from jax_lora.finetune import recipe
-from jax_lora.finetune.batches import Batches
-from jax_lora.finetune.data_folder import DataSet, read_data
 from jax_lora.finetune.devices import use_all_cores
-from jax_lora.finetune.examples import Examples, make_examples
 from jax_lora.finetune.loop import TrainLoop
-from jax_lora.finetune.progress import RunPlan
 from jax_lora.finetune.run_folder import RunFolder
 from jax_lora.finetune.schedule import SHAPES
-from jax_lora.finetune.screen import KINDS, make_reporter
 from jax_lora.finetune.settings import DTYPES, TRUNCATIONS, TrainSettings
 from jax_lora.init import lora_init
+from jax_lora.report.progress import RunPlan
+from jax_lora.report.screen import KINDS, make_reporter
 from jax_lora.transform import find_kernels
 
 HELP = "fine-tune a model; with no arguments, the bundled one on the bundled task"

@@ -1,1 +1,1 @@
-"""Fine-tuning: data, loss, the loop, generation, and the judge of answers."""
+"""Fine-tuning: settings, loss, the step, the loop, generation, and the judge of answers."""

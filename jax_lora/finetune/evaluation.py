@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_lora.finetune.batches import Batches
-from jax_lora.finetune.examples import encode_prompt, make_examples
+from jax_lora.data.batches import Batches
+from jax_lora.data.examples import encode_prompt, make_examples
+from jax_lora.data.rows import Row, RowFile, boolean_field
+from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.finetune.generation import Generator
 from jax_lora.finetune.judge import exact_match, execution_match, load_database
 from jax_lora.finetune.loop import mean_loss
-from jax_lora.finetune.rows import Row, RowFile, boolean_field
 from jax_lora.finetune.step import make_validation
-from jax_lora.finetune.tokenizer import Tokenizer
 
 ALL = "all"
 

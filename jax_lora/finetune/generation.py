@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import ConfigError, explain
-from jax_lora.finetune.tokenizer import Tokenizer
 from jax_lora.models.generate import Progress, advance, begin, end_mask, make_choice
 
 # Prompts are padded to a multiple of this: few programs, and not much padding.

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from jax_lora.adapter import Adapter
+from jax_lora.data.batches import Batch, Batches
 from jax_lora.dropout import dropout
 from jax_lora.errors import DataError, LoraError, explain
-from jax_lora.finetune.batches import Batch, Batches
 from jax_lora.finetune.devices import data_mesh, replicate, split_rows
 from jax_lora.finetune.interrupts import Interrupts
 from jax_lora.finetune.memory import peak_memory
-from jax_lora.finetune.progress import Reporter, RunResult, TrainReport
 from jax_lora.finetune.run_folder import RunFolder
 from jax_lora.finetune.schedule import make_schedule
 from jax_lora.finetune.settings import TrainSettings
@@ -30,6 +29,7 @@ from jax_lora.finetune.step import (
     make_validation,
     start,
 )
+from jax_lora.report.progress import Reporter, RunResult, TrainReport
 
 
 class NonFiniteLossError(LoraError, FloatingPointError):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_lora.finetune.batches import Batch
+from jax_lora.data.batches import Batch
 
 
 def summed_loss(model: Any, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_lora.adapter import Adapter, combine
-from jax_lora.finetune.batches import Batch
+from jax_lora.data.batches import Batch
 from jax_lora.finetune.loss import summed_loss
 from jax_lora.transform import lora_apply
 

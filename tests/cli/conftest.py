@@ -8,8 +8,7 @@ import pytest
 
 from jax_lora.cli import main
 from jax_lora.models import Llama, save
-
-from ..finetune.conftest import TINY, write_tokenizer
+from tests.tiny_model import TINY, write_tokenizer
 
 ROWS = [
     {"prompt": f"how many rows {n}?", "completion": f" count {n}", "seen": n % 2 == 0}

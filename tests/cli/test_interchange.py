@@ -17,8 +17,7 @@ from jax_lora.cli.adapters import Trained
 from jax_lora.cli.base_model import load_base
 from jax_lora.cli.fuse import logit_difference
 from jax_lora.models import Llama
-
-from ..finetune.conftest import TINY
+from tests.tiny_model import TINY
 
 pytestmark = pytest.mark.slow  # each trains, writes, reads and answers
 

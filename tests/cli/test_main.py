@@ -10,8 +10,7 @@ import pytest
 
 from jax_lora.cli import main
 from jax_lora.models import Llama, LlamaConfig, save
-
-from ..finetune.conftest import TINY, write_tokenizer
+from tests.tiny_model import TINY, write_tokenizer
 
 VERBS = ("train", "eval", "generate", "fuse", "export", "import")
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from jax_lora.data.rows import read_rows
 from jax_lora.finetune.evaluation import Evaluation
 from jax_lora.finetune.generation import Generator
-from jax_lora.finetune.rows import read_rows
 
 QUERIES = ["select a from t", "select b from t", "select count(*) from t", "select a, b from t"]
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from jax_lora import LoraConfig, find_kernels, load_adapter, lora_init
+from jax_lora.data.batches import Batches
+from jax_lora.data.examples import Example
 from jax_lora.errors import DataError
-from jax_lora.finetune.batches import Batches
-from jax_lora.finetune.examples import Example
 from jax_lora.finetune.loop import NonFiniteLossError, TrainLoop
-from jax_lora.finetune.progress import SilentReporter
 from jax_lora.finetune.run_folder import RunFolder
 from jax_lora.finetune.settings import TrainSettings
+from jax_lora.report.progress import SilentReporter
 
 
 @pytest.fixture(autouse=True)

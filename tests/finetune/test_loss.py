@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_lora.finetune.batches import Batch, Batches
-from jax_lora.finetune.examples import Example
+from jax_lora.data.batches import Batch, Batches
+from jax_lora.data.examples import Example
 from jax_lora.finetune.loss import summed_loss
 
 

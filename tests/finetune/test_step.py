@@ -5,9 +5,9 @@ import optax
 import pytest
 
 from jax_lora import LoraConfig, find_kernels, lora_init
+from jax_lora.data.batches import Batches
+from jax_lora.data.examples import Example
 from jax_lora.dropout import dropout
-from jax_lora.finetune.batches import Batches
-from jax_lora.finetune.examples import Example
 from jax_lora.finetune.step import make_optimizer, make_step, make_validation, start
 
 

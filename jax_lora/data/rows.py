@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jax_lora.data.formats import Problem, check_fields
 from jax_lora.errors import DataError, explain
-from jax_lora.finetune.row_formats import Problem, check_fields
 
 SHOWN_PROBLEMS = 10
 SHOWN_CHARACTERS = 200

@@ -1,7 +1,7 @@
 import pytest
 
+from jax_lora.data.data_folder import read_data
 from jax_lora.errors import DataError
-from jax_lora.finetune.data_folder import read_data
 
 
 def write(path, rows):

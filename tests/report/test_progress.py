@@ -5,8 +5,8 @@ import pytest
 from rich.console import Console
 
 from jax_lora.errors import ConfigError
-from jax_lora.finetune.progress import PlainReporter, RunPlan, RunResult, TrainReport
-from jax_lora.finetune.screen import RichReporter, make_reporter
+from jax_lora.report.progress import PlainReporter, RunPlan, RunResult, TrainReport
+from jax_lora.report.screen import RichReporter, make_reporter
 
 PLAN = RunPlan("bundled, 4,000,000 parameters", "rank 8", "2000 train", 20, ("a note [x]",))
 REPORT = TrainReport(10, 2.164, 2e-5, 2.01, 4120.0, 20500, 3.7)

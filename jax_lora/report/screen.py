@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jax_lora.errors import ConfigError, explain
-from jax_lora.finetune.progress import (
+from jax_lora.report.progress import (
     PlainReporter,
     Reporter,
     RunPlan,

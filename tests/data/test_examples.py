@@ -2,12 +2,11 @@ from pathlib import Path
 
 import pytest
 
+from jax_lora.data.examples import encode_prompt, make_examples
+from jax_lora.data.rows import Row, RowFile
+from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import DataError
-from jax_lora.finetune.examples import encode_prompt, make_examples
-from jax_lora.finetune.rows import Row, RowFile
-from jax_lora.finetune.tokenizer import Tokenizer
-
-from .conftest import write_tokenizer
+from tests.tiny_model import write_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

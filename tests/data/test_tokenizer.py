@@ -2,10 +2,9 @@ import json
 
 import pytest
 
+from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import DataError, ModelError
-from jax_lora.finetune.tokenizer import Tokenizer
-
-from .conftest import write_tokenizer
+from tests.tiny_model import write_tokenizer
 
 
 def test_text_comes_back_as_it_was(tokenizer):

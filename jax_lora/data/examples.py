@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jax_lora.data.rows import Row, RowFile
+from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import DataError, explain
-from jax_lora.finetune.rows import Row, RowFile
-from jax_lora.finetune.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from jax_lora.data.rows import Row, boolean_field, read_rows
 from jax_lora.errors import DataError
-from jax_lora.finetune.rows import Row, boolean_field, read_rows
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from jax_lora.finetune.batches import Batches, choose_buckets
-from jax_lora.finetune.examples import Example
+from jax_lora.data.batches import Batches, choose_buckets
+from jax_lora.data.examples import Example
 
 
 def example(length, learned=2, line=1):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_lora.finetune.examples import Example
+from jax_lora.data.examples import Example
 
 # Every shape is a program to compile; every shape less is more padding. Three lose about a tenth.
 BUCKETS = 3

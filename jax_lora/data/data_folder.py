@@ -6,8 +6,8 @@ import dataclasses
 import random
 from pathlib import Path
 
+from jax_lora.data.rows import RowFile, read_rows
 from jax_lora.errors import DataError, explain
-from jax_lora.finetune.rows import RowFile, read_rows
 
 NAMES = {
     "train": ("train",),
