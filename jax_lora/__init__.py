@@ -18,7 +18,7 @@ from jax_lora.dropout import dropout
 from jax_lora.init import lora_init
 from jax_lora.kernel import Kernel
 from jax_lora.merge import merge, unmerge
-from jax_lora.optimizers import masked_optimizer, trainable_mask
+from jax_lora.optimizers import lora_plus, masked_optimizer, trainable_mask
 from jax_lora.pair import LoraPair
 from jax_lora.summary import summary
 from jax_lora.token_rows import TokenRows
@@ -46,6 +46,7 @@ __all__ = (
     "load_adapter",
     "lora_apply",
     "lora_init",
+    "lora_plus",
     "masked_optimizer",
     "merge",
     "models",

@@ -16,7 +16,7 @@ def write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
     import orbax.checkpoint as ocp  # takes seconds to import, so not before it is needed
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays))  # type: ignore[call-arg]
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))  # type: ignore[call-arg]
 
 
 def read_arrays(folder: Path, template: Mapping[str, Any]) -> Any:
@@ -37,7 +37,7 @@ def read_arrays(folder: Path, template: Mapping[str, Any]) -> Any:
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
     restore = ocp.args.PyTreeRestore(item=template, restore_args=as_numpy)  # type: ignore[call-arg]
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder, args=restore)
+        return checkpointer.restore(folder.absolute(), args=restore)
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -163,3 +163,56 @@ def _change_or_nothing(trainable: bool, change: Any, like: Any) -> Any:
     if jnp.issubdtype(like.dtype, jnp.complexfloating):
         return jnp.full_like(like, complex(-0.0, -0.0))
     return jnp.full_like(like, -0.0 if jnp.issubdtype(like.dtype, jnp.floating) else 0)
+
+
+# -----------------------------------------------------------------------------------------------
+# LoRA+
+# -----------------------------------------------------------------------------------------------
+
+
+def lora_plus(tx: optax.GradientTransformation, ratio: float) -> optax.GradientTransformation:
+    """Let the factors b learn faster than the factors a.
+
+    Use it around any optimizer whose learning rate is its last factor, as it is in AdamW, SGD or
+    Lion. In wide models b is best trained with a several times larger learning rate.
+
+    Args:
+      tx: An Optax transformation.
+      ratio: The learning rate of b over that of everything else; the paper advises 2 to 16.
+
+    Returns:
+      A transformation of an `Adapter`, or of a tree from `combine` within `masked_optimizer`.
+
+    Raises:
+      ConfigError: The ratio is no number above 0, or `tx` no Optax transformation.
+
+    Reference:
+      Hayou et al., LoRA+ (arXiv:2402.12354), section 4.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_lora as jl
+      >>> adapter = jl.lora_init(
+      ...     jax.random.key(0), {"kernel": jnp.ones((3, 4))}, jl.LoraConfig(rank=2)
+      ... )
+      >>> tx = lora_plus(optax.sgd(0.5), 8.0)
+      >>> ones = jax.tree.map(jnp.ones_like, adapter)
+      >>> updates, _ = tx.update(ones, tx.init(adapter))
+      >>> float(updates.pairs["kernel"].a[0, 0]), float(updates.pairs["kernel"].b[0, 0])
+      (-0.5, -4.0)
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < np.inf:
+        raise ConfigError(
+            explain(
+                "lora_plus: ratio",
+                got=repr(ratio),
+                expected="a finite number above 0",
+                fix="Pass 1 for equal rates, or something from 2 to 16.",
+            )
+        )
+    faster = optax.stateless(lambda updates, _: jax.tree.map_with_path(_faster(ratio), updates))
+    return optax.chain(_as_transformation(tx), faster)
+
+
+def _faster(ratio: float) -> Callable[[Any, Any], Any]:
+    is_b = lambda path: bool(path) and getattr(path[-1], "name", None) == "b"  # noqa: E731
+    return lambda path, leaf: leaf * jnp.asarray(ratio, leaf.dtype) if is_b(path) else leaf

@@ -56,13 +56,14 @@ def data_folder(name: str | None) -> Path:
     return bundled.data_path() if name in (None, BUNDLED) else Path(str(name))
 
 
-def load_base(name: str | None, dtype: str = "auto") -> BaseModel:
+def load_base(name: str | None, dtype: str = "auto", *, remat: bool = False) -> BaseModel:
     """Load a model and its tokenizer.
 
     Args:
       name: A Hugging Face folder, or None for the model in the package.
       dtype: `"float32"`, `"bfloat16"`, or `"auto"`: float32 on a CPU, which is slow at anything
         else, and the files' own type on other devices.
+      remat: Recompute activations in the backward pass, to save memory.
 
     Returns:
       The model.
@@ -78,7 +79,7 @@ def load_base(name: str | None, dtype: str = "auto") -> BaseModel:
         chosen = jnp.dtype(dtype)
     _check_decodes(folder)
     tokenizer = Tokenizer.load(folder)
-    model, params = load(folder, dtype=chosen)
+    model, params = load(folder, dtype=chosen, remat=remat)
     if tokenizer.size > model.config.vocab_size:
         raise StructureError(
             explain(

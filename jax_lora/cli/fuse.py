@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import jax
@@ -17,19 +16,10 @@ from jax_lora.errors import ConfigError, explain
 from jax_lora.finetune.settings import DTYPES
 from jax_lora.merge import merge
 from jax_lora.models import load, save
+from jax_lora.models.companions import copy_companions
 from jax_lora.transform import lora_apply
 
 HELP = "write a Hugging Face folder with the adapter merged"
-# What belongs to a model beside its weights and config.json, in all the forms there are.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +47,7 @@ def run(options: argparse.Namespace) -> int:
         # Once, after the sum: the update is not rounded by itself.
         params = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
     save(target, base.model, params)
-    for pattern in COMPANIONS:
-        for file in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(file, target / file.name)
+    copy_companions(source, target)
     dtype = jax.tree.leaves(params)[0].dtype
     print(f"{target}: {base.name} with {trained.checkpoint}, {base.size:,} parameters in {dtype}")
     if options.check:

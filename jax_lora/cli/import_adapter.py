@@ -8,7 +8,7 @@ from typing import Any
 
 from jax_lora import peft
 from jax_lora.adapter import Adapter
-from jax_lora.checkpoint import load_adapter
+from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base
 from jax_lora.errors import ConfigError, explain
 from jax_lora.finetune.run_folder import RunFolder
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     adapter = _read(kind, source, base)
     folder, moved = RunFolder.prepare(options.adapter_path)
     folder.write_config(_settings(base, adapter), note=f"Made of the adapter in {source}.")
-    folder.save(0, adapter, base.variables)
+    folder.save(0, lambda path: save_adapter(path, adapter, base=base.variables))
     if moved is not None:
         print(f"the run that was in {folder.path} is now in {moved}")
     count = len(adapter.pairs) + len(adapter.whole) + len(adapter.rows)
@@ -87,6 +87,7 @@ def _settings(base: BaseModel, adapter: Adapter) -> dict[str, Any]:
     return {
         "model": name,
         "dtype": base.dtype,
+        "fine_tune_type": "dora" if config.use_dora else "lora",
         "rank": config.rank,
         "alpha": config.alpha,
         "rslora": config.use_rslora,

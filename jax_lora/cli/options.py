@@ -18,6 +18,18 @@ DEFAULTS: dict[str, Any] = {
     field.name: field.default for field in dataclasses.fields(TrainSettings)
 }
 
+NUMBERS = (
+    "alpha",
+    "scale",
+    "dropout",
+    "epochs",
+    "learning_rate",
+    "warmup",
+    "weight_decay",
+    "max_grad_norm",
+    "lora_plus_ratio",
+)
+
 
 def read_config_file(path: str | Path, allowed: Iterable[str]) -> dict[str, Any]:
     """Read a YAML file of options.
@@ -102,10 +114,15 @@ def make_settings(values: Mapping[str, Any]) -> TrainSettings:
     values = dict(values)
     targets = values.get("targets")
     if isinstance(targets, str) and "," in targets:
-        targets = targets.split(",")
-    if isinstance(targets, list):
-        values["targets"] = tuple(str(name).strip() for name in targets)
-    for name in ("alpha", "dropout", "epochs", "learning_rate", "warmup"):
+        values["targets"] = targets.split(",")
+    if isinstance(values.get("log"), str):
+        values["log"] = values["log"].split(",")
+    if isinstance(values.get("sample_prompt"), str):
+        values["sample_prompt"] = [values["sample_prompt"]]
+    for name in ("targets", "log", "sample_prompt"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(str(each).strip() for each in values[name])
+    for name in NUMBERS:
         if isinstance(values.get(name), int) and not isinstance(values[name], bool):
             values[name] = float(values[name])
     return TrainSettings(**values)

@@ -4,150 +4,118 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from jax_lora.adapter import Adapter
-from jax_lora.cli.base_model import BUNDLED, BaseModel, data_folder, load_base
-from jax_lora.cli.options import DEFAULTS, given, make_settings, read_config_file
+from jax_lora.cli.base_model import BUNDLED, BaseModel, data_folder, load_base, model_folder
+from jax_lora.cli.choices import Choice, choose
+from jax_lora.cli.train_flags import add_options
 from jax_lora.data.batches import Batches
 from jax_lora.data.data_folder import DataSet, read_data
 from jax_lora.data.examples import Examples, make_examples
-from jax_lora.finetune import recipe
 from jax_lora.finetune.devices import use_all_cores
 from jax_lora.finetune.loop import TrainLoop
+from jax_lora.finetune.resume import refuse_changes, stretched
 from jax_lora.finetune.run_folder import RunFolder
-from jax_lora.finetune.schedule import SHAPES
-from jax_lora.finetune.settings import DTYPES, TRUNCATIONS, TrainSettings
-from jax_lora.init import lora_init
-from jax_lora.report.progress import RunPlan
-from jax_lora.report.screen import KINDS, make_reporter
-from jax_lora.transform import find_kernels
+from jax_lora.finetune.samples import Sampler
+from jax_lora.finetune.settings import TrainSettings
+from jax_lora.finetune.trainable import Trainable, make_trainable
+from jax_lora.finetune.training_state import read_record
+from jax_lora.report.progress import Reporter, RunPlan, RunResult
+from jax_lora.report.screen import make_reporter
 
+__all__ = ["HELP", "add_options", "run"]
+
+DONE, INTERRUPTED = 0, 130
 HELP = "fine-tune a model; with no arguments, the bundled one on the bundled task"
 
-# Flag, type, metavar or choices, and what it says in --help.
-FLAGS: tuple[tuple[str, Any, Any, str], ...] = (
-    ("rank", int, "N", "rank of the factors"),
-    ("alpha", float, "X", "the adapter's scale is alpha / rank"),
-    ("dropout", float, "P", "share of the adapter's inputs dropped in training"),
-    ("targets", str, "NAMES", "all-linear, attention, mlp, or names and globs with commas"),
-    ("epochs", float, "N", "passes over the data"),
-    ("iters", int, "N", "steps, instead of epochs"),
-    ("batch_size", int, "N", "rows in memory together"),
-    ("grad_accumulation_steps", int, "N", "batches to an update"),
-    ("max_seq_length", int, "N", "longest row in tokens"),
-    ("truncate", str, TRUNCATIONS, "what becomes of longer rows"),
-    ("learning_rate", float, "X", "its peak"),
-    ("lr_schedule", str, SHAPES, "shape after the warm-up"),
-    ("warmup", float, "P", "share of the steps in which the learning rate rises"),
-    ("weight_decay", float, "X", "weight decay of the factors"),
-    ("max_grad_norm", float, "X", "clip the gradient's norm; 0 does not"),
-    ("steps_per_report", int, "N", "steps between two lines"),
-    ("steps_per_eval", int, "N", "steps between two validations"),
-    ("val_batches", int, "N", "batches of a validation; -1 for all"),
-    ("save_every", int, "N", "steps between two checkpoints"),
-    ("keep", int, "N", "checkpoints that stay, beside the best"),
-    ("seed", int, "N", "chooses factors, order and dropout"),
-    ("dtype", str, DTYPES, "of the base; auto: float32 on a CPU"),
-)
-PLACES = ("model", "data", "adapter_path", "progress")
-SWITCHES = ("rslora", "mask_prompt")
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """All that a run works on, read and checked.
+
+    Args:
+      base: The model.
+      data: All rows.
+      train: The rows to learn.
+      valid: The rows to measure, or None.
+      trainable: What is trained.
+      settings: What to do; the length and the type are those that the model allows.
+      places: Where the model and the rows came from, for the next command.
+    """
+
+    base: BaseModel
+    data: DataSet
+    train: Examples
+    valid: Examples | None
+    trainable: Trainable
+    settings: TrainSettings
+    places: dict[str, str]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Name the content of the splits."""
+        return {name: self.data.split(name).digest for name in self.data.splits if name != "test"}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options; none has a default yet, so that a YAML file can come between."""
-    absent = argparse.SUPPRESS
-    add = parser.add_argument
-    add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder (bundled model)")
-    add("--model", default=absent, metavar="PATH", help="the same as MODEL")
-    add("--data", default=absent, metavar="PATH", help="folder with train.jsonl, or one file")
-    add("-c", "--config", metavar="FILE", help="YAML file of options; the command line wins")
-    add("--adapter-path", default=absent, metavar="DIR", help="folder of the run (adapters)")
-    add("--progress", default=absent, choices=KINDS, help="how the run is shown (auto)")
-    for name, kind, values, text in FLAGS:
-        flag = "--" + name.replace("_", "-")
-        choices = {"choices": values} if isinstance(values, tuple) else {"metavar": values}
-        shown = f"{text} {_default(name)}"
-        add(flag, type=kind, default=absent, help=shown.replace("%", "%%"), **choices)
-    boolean = argparse.BooleanOptionalAction
-    add("--rslora", action=boolean, default=absent, help="scale by alpha / sqrt(rank) (no)")
-    text = "learn answers only (yes for chat and completions, no for text)"
-    add("--mask-prompt", action=boolean, default=absent, help=text)
+Log = Callable[[dict[str, Any]], None]
 
 
-def _default(name: str) -> str:
-    """Show a default, and the bundled model's own."""
-    plain = DEFAULTS[name]
-    own = recipe.BUNDLED.get(name)
-    beside = f"; bundled model: {own:g}" if own is not None else ""
-    return f"({plain if plain is not None else 'as epochs say'}{beside})"
+def _silent(values: dict[str, Any]) -> None:
+    """Log nothing."""
 
 
 def run(options: argparse.Namespace) -> int:
     """Train, and return the exit code."""
-    places, settings = _choose(options)
+    choice = choose(options)
     use_all_cores()
-    reporter = make_reporter(places.get("progress", "auto"))
-    data = read_data(data_folder(places.get("data")))
-    train_rows = data.split("train")
-    base = load_base(places.get("model"), settings.dtype)
-    longest = min(settings.max_seq_length, base.model.config.max_position_embeddings)
-    # The adapter belongs to a base of this type, so the type is kept and not chosen again.
-    settings = dataclasses.replace(settings, max_seq_length=longest, dtype=base.dtype)
-    train = _examples(data, "train", base, settings)
-    valid = _examples(data, "valid", base, settings) if "valid" in data.splits else None
-    adapter = make_adapter(base, settings)
-    folder, moved = RunFolder.prepare(places.get("adapter_path", "adapters"), keep=settings.keep)
-    folder.write_config(_saved_config(places, settings))
-    rows = settings.batch_size * settings.grad_accumulation_steps
-    loop = TrainLoop(
-        base.model,
-        base.variables,
-        adapter,
-        settings,
-        batches=Batches.of(train.rows, rows, seed=settings.seed),
-        validation=Batches.of(valid.rows, rows) if valid is not None else None,
-        run=folder,
-        reporter=reporter,
-    )
-    notes = _notes(train, train_rows.blank, len(train_rows.rows))
-    if moved is not None:
-        notes.append(f"the run that was in {folder.path} is now in {moved}")
-    reporter.planned(
-        RunPlan(
-            model=f"{base.name}, {base.size:,} parameters",
-            adapter=_describe(adapter, settings, base.size),
-            data=f"{data.path}: {_counts(train, valid)}",
-            steps=loop.steps,
-            notes=tuple(notes),
-        )
-    )
+    reporter = make_reporter(choice.progress)
+    ready = _read(choice)
+    record = None if choice.checkpoint is None else read_record(choice.checkpoint)
+    if record is not None:
+        refuse_changes(record, ready.settings, ready.digests)
+    if options.dry_run:
+        return _rehearse(ready, reporter)
+    folder, notes = _folder(choice, ready)
+    loop = _loop(ready, folder, reporter)
+    if record is not None and choice.checkpoint is not None:
+        done = loop.resume(choice.checkpoint, record)
+        notes += _resumed(choice.checkpoint, done, loop.steps, stretched(record, ready.settings))
+    reporter.planned(_plan(ready, loop.steps, notes))
     result = loop.train()
     if result.interrupted:
         print(f"{result.interrupted}: stopped after {result.steps} steps; all of them are saved.")
-        print(f"Try what was learned: jax-lora eval --adapter-path {result.checkpoint}")
-        return 130
-    print(f"Next: jax-lora eval --adapter-path {folder.path} --compare-base")
-    return 0
+        print(f"Go on: jax-lora train --resume {folder.path}")
+        return INTERRUPTED
+    print(f"Next: {_next(ready, folder, result)}")
+    return DONE
 
 
-def _choose(options: argparse.Namespace) -> tuple[dict[str, Any], TrainSettings]:
-    """Put the values together: command line, YAML file, recipe of the bundled model, defaults."""
-    names = [*DEFAULTS, *PLACES]
-    values = read_config_file(options.config, names) if options.config else {}
-    values |= given(options, names)
-    if options.model_folder is not None:
-        values["model"] = options.model_folder
-    places = {name: values.pop(name) for name in PLACES if name in values}
-    if places.get("model", BUNDLED) in (None, BUNDLED):
-        values = recipe.BUNDLED | values
-    return places, make_settings(
-        {name: values[name] for name in values if values[name] is not None}
+def _read(choice: Choice) -> Ready:
+    data = read_data(data_folder(choice.data))
+    data.split("train")  # before a model is loaded
+    settings = choice.settings
+    base = load_base(choice.model, settings.dtype, remat=settings.grad_checkpoint)
+    longest = min(settings.max_seq_length, base.model.config.max_position_embeddings)
+    # What is trained belongs to a base of this type, so the type is kept and not chosen again.
+    settings = dataclasses.replace(settings, max_seq_length=longest, dtype=base.dtype)
+    folder = model_folder(choice.model)
+    return Ready(
+        base=base,
+        data=data,
+        train=_examples(data, "train", base, settings),
+        valid=_examples(data, "valid", base, settings) if "valid" in data.splits else None,
+        trainable=make_trainable(base.model, base.variables, settings, folder=folder),
+        settings=settings,
+        places={"model": _place(choice.model), "data": _place(choice.data)},
     )
+
+
+def _place(name: str | None) -> str:
+    """Name a place such that another command finds it from anywhere."""
+    return BUNDLED if name in (None, BUNDLED) else str(Path(name).resolve())
 
 
 def _examples(data: DataSet, split: str, base: BaseModel, settings: TrainSettings) -> Examples:
@@ -157,39 +125,71 @@ def _examples(data: DataSet, split: str, base: BaseModel, settings: TrainSetting
         max_length=settings.max_seq_length,
         truncate=settings.truncate,
         mask_prompt=settings.mask_prompt,
+        turns=settings.turns,
     )
 
 
-def make_adapter(base: BaseModel, settings: TrainSettings) -> Adapter:
-    """Make a fresh adapter for a model.
-
-    Args:
-      base: The model.
-      settings: Rank, scale, targets and seed.
-
-    Returns:
-      The adapter.
-    """
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    kernels = find_kernels(base.model.apply, base.variables, ids)
-    key = jax.random.key(settings.seed)
-    return lora_init(key, base.variables, settings.lora_config(), kernels=kernels)
+def _folder(choice: Choice, ready: Ready) -> tuple[RunFolder, list[str]]:
+    """Make the run's folder, or take an earlier run's up again."""
+    keep = ready.settings.keep
+    if choice.checkpoint is not None:
+        folder, moved = RunFolder.resume(choice.run, keep=keep, checkpoint=choice.checkpoint.name)
+        notes = [f"checkpoints after {choice.checkpoint.name} are now in {moved}"] if moved else []
+    else:
+        folder, moved = RunFolder.prepare(choice.run, keep=keep)
+        notes = [f"the run that was in {folder.path} is now in {moved}"] if moved else []
+    folder.write_config(ready.places | ready.settings.as_dict())
+    return folder, notes
 
 
-def _saved_config(places: dict[str, Any], settings: TrainSettings) -> dict[str, Any]:
-    """Name the places such that another command finds them from anywhere."""
-    saved: dict[str, Any] = {}
-    for name in ("model", "data"):
-        value = places.get(name) or BUNDLED
-        saved[name] = value if value == BUNDLED else str(Path(value).resolve())
-    return saved | settings.as_dict()
-
-
-def _describe(adapter: Adapter, settings: TrainSettings, size: int) -> str:
-    return (
-        f"rank {settings.rank}, alpha {settings.alpha:g}, {len(adapter.pairs)} kernels, "
-        f"{adapter.size:,} trainable parameters ({adapter.size / size:.2%})"
+def _loop(ready: Ready, folder: RunFolder, reporter: Reporter, log: Log = _silent) -> TrainLoop:
+    settings = ready.settings
+    rows = settings.batch_size * settings.grad_accumulation_steps
+    pack = settings.max_seq_length if settings.pack else None
+    valid = None if ready.valid is None else Batches.of(ready.valid.rows, rows, pack=pack)
+    return TrainLoop(
+        ready.base.model,
+        ready.trainable,
+        settings,
+        batches=Batches.of(ready.train.rows, rows, seed=settings.seed, pack=pack),
+        validation=valid,
+        run=folder,
+        reporter=reporter,
+        log=log,
+        sampler=Sampler(ready.base.model, ready.base.tokenizer, settings.sample_prompt),
+        facts={"data": ready.digests},
     )
+
+
+def _rehearse(ready: Ready, reporter: Reporter) -> int:
+    """Do everything but train, in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as scratch:
+        loop = _loop(ready, RunFolder(Path(scratch)), reporter)
+        reporter.planned(_plan(ready, loop.steps, ["a dry run: nothing is trained or written"]))
+        needed = loop.compile()
+    print(f"Dry run: the first step compiles, and needs {needed / 1e9:.2f} GB.")
+    return DONE
+
+
+def _plan(ready: Ready, steps: int, notes: list[str]) -> RunPlan:
+    return RunPlan(
+        model=f"{ready.base.name}, {ready.base.size:,} parameters",
+        adapter=_describe(ready),
+        data=f"{ready.data.path}: {_counts(ready.train, ready.valid)}",
+        steps=steps,
+        notes=(*notes, *_notes(ready)),
+    )
+
+
+def _describe(ready: Ready) -> str:
+    settings, trained, size = ready.settings, ready.trainable, ready.base.size
+    share = f"{trained.size:,} trainable parameters ({trained.size / size:.2%})"
+    if settings.fine_tune_type == "full":
+        return f"none, full fine-tuning: {share}"
+    config = trained.start.config
+    kind = "DoRA of rank" if config.use_dora else "rank"
+    kernels = len(trained.start.pairs)
+    return f"{kind} {config.rank}, alpha {config.alpha:g}, {kernels} kernels, {share}"
 
 
 def _counts(train: Examples, valid: Examples | None) -> str:
@@ -198,13 +198,28 @@ def _counts(train: Examples, valid: Examples | None) -> str:
     return f"{len(train.rows)} train{held_out}; {tokens:,} tokens an epoch"
 
 
-def _notes(train: Examples, blank: int, read: int) -> list[str]:
-    notes = []
-    if blank:
-        notes.append(f"{read} rows read + 0 refused + {blank} blank lines skipped")
+def _notes(ready: Ready) -> list[str]:
+    notes, train, rows = [], ready.train, ready.data.split("train")
+    if rows.blank:
+        notes.append(f"{len(rows.rows)} rows read + 0 refused + {rows.blank} blank lines skipped")
     if train.cut:
         notes.append(f"{train.cut} rows are cut at the longest length")
     if train.dropped:
         lines = ", ".join(map(str, train.dropped[:10]))
         notes.append(f"{len(train.dropped)} rows left out, nothing to learn: lines {lines}")
+    if ready.settings.early_stop is not None and ready.valid is None:
+        notes.append("--early-stop has no effect: there are no validation rows")
     return notes
+
+
+def _resumed(checkpoint: Path, done: int, steps: int, stretched: bool) -> list[str]:
+    notes = [f"resumed from {checkpoint}: {done} of {steps} steps are done"]
+    if stretched:
+        notes.append("the run has another length than before, and so another learning rate")
+    return notes
+
+
+def _next(ready: Ready, folder: RunFolder, result: RunResult) -> str:
+    if ready.settings.fine_tune_type == "full":
+        return f"jax-lora generate {result.checkpoint} --prompt TEXT"
+    return f"jax-lora eval --adapter-path {folder.path} --compare-base"

@@ -24,12 +24,16 @@ class Batch(NamedTuple):
       at: (rows, learned) int32, the positions whose next token is learned.
       labels: (rows, learned) int32, those next tokens.
       weights: (rows, learned) float32, 1 or, where a row has fewer, 0.
+      positions: (rows, length) int32, from 0 in every document of a packed row; else None.
+      segments: (rows, length) int32, the documents of a packed row; 0 is padding.
     """
 
     ids: np.ndarray
     at: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
+    positions: np.ndarray | None = None
+    segments: np.ndarray | None = None
 
 
 class Bucket(NamedTuple):
@@ -57,7 +61,13 @@ class Batches:
 
     @classmethod
     def of(
-        cls, examples: Sequence[Example], rows: int, *, seed: int = 0, buckets: int = BUCKETS
+        cls,
+        examples: Sequence[Example],
+        rows: int,
+        *,
+        seed: int = 0,
+        buckets: int = BUCKETS,
+        pack: int | None = None,
     ) -> Batches:
         """Choose the shapes that pad the least and put the examples into them.
 

@@ -50,6 +50,7 @@ def make_examples(
     max_length: int = 2048,
     truncate: str = "right",
     mask_prompt: bool | None = None,
+    turns: str = "all",
 ) -> Examples:
     """Encode every row of a file.
 

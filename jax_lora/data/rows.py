@@ -46,6 +46,7 @@ class RowFile:
     rows: tuple[Row, ...]
     lines: int
     blank: int
+    digest: str = ""
 
 
 def read_rows(path: str | Path) -> RowFile:

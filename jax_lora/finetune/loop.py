@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jax_lora.adapter import Adapter
 from jax_lora.data.batches import Batch, Batches
 from jax_lora.dropout import dropout
 from jax_lora.errors import DataError, LoraError, explain
 from jax_lora.finetune.devices import data_mesh, replicate, split_rows
 from jax_lora.finetune.interrupts import Interrupts
+from jax_lora.finetune.ledger import Ledger
 from jax_lora.finetune.memory import peak_memory
-from jax_lora.finetune.run_folder import RunFolder
+from jax_lora.finetune.optimizers import make_optimizer
+from jax_lora.finetune.programs import Programs
+from jax_lora.finetune.run_folder import RunFolder, checkpoint_name
+from jax_lora.finetune.samples import Sampler
 from jax_lora.finetune.schedule import make_schedule
 from jax_lora.finetune.settings import TrainSettings
-from jax_lora.finetune.step import (
-    StepReport,
-    TrainState,
-    make_optimizer,
-    make_step,
-    make_validation,
-    start,
-)
-from jax_lora.report.progress import Reporter, RunResult, TrainReport
+from jax_lora.finetune.step import StepReport, make_step, make_validation, start
+from jax_lora.finetune.trainable import Trainable
+from jax_lora.finetune.training_state import load_moments, save_state
+from jax_lora.report.progress import Reporter, RunResult
 
 
 class NonFiniteLossError(LoraError, FloatingPointError):
@@ -41,54 +40,97 @@ class TrainLoop:
 
     Args:
       model: A decoder of `jax_lora.models`.
-      variables: `{"params": params}`, the base; it is not changed.
-      adapter: A fresh adapter.
+      trainable: What is trained, and what is frozen.
       settings: What to do.
       batches: The training rows.
       validation: The validation rows, or None.
-      run: Where checkpoints and metrics go.
+      run: Where checkpoints go.
       reporter: Who is told.
+      log: Takes the numbers of every report and validation.
+      sampler: Answers prompts at every validation, or None.
+      facts: What else is written beside every checkpoint, to be compared when the run is resumed.
     """
 
     def __init__(
         self,
         model: Any,
-        variables: Any,
-        adapter: Adapter,
+        trainable: Trainable,
         settings: TrainSettings,
         *,
         batches: Batches,
         validation: Batches | None,
         run: RunFolder,
         reporter: Reporter,
+        log: Callable[[dict[str, Any]], None] = lambda values: None,
+        sampler: Sampler | None = None,
+        facts: dict[str, Any] | None = None,
     ):
         """Set up the optimizer and the state."""
-        self._mesh = data_mesh(settings.batch_size, variables)
-        self._variables, self._settings = replicate(variables, self._mesh), settings
+        self._mesh = data_mesh(settings.batch_size, (trainable.frozen, trainable.start))
+        self._trainable, self._settings = trainable, settings
+        self._frozen = replicate(trainable.frozen, self._mesh)
         self._batches, self._validation = batches, validation
-        self._run, self._reporter = run, reporter
+        self._run, self._reporter, self._sampler, self._log = run, reporter, sampler, log
+        self._facts = facts or {}
         self.steps = settings.iterations(batches.per_epoch)
         self._schedule = _schedule(settings, self.steps)
-        optimizer = make_optimizer(
+        self._optimizer = make_optimizer(
             self._schedule,
+            name=settings.optimizer,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
+            lora_plus_ratio=settings.lora_plus_ratio,
         )
-        self._state = replicate(start(adapter, optimizer), self._mesh)
+        self._state = replicate(start(trainable.start, self._optimizer), self._mesh)
         step = make_step(
             model,
-            optimizer,
+            self._optimizer,
             accumulation=settings.grad_accumulation_steps,
             wrap=_dropout(settings),
+            join=trainable.join,
+            chunk=settings.loss_chunk,
         )
-        self._programs = _Programs(step, reporter)
-        self._measure = make_validation(model)
-        self._window = _Window()
-        self._val_loss: float | None = None
-        self._padded = 0
+        self._programs = Programs(step, reporter.compiling)
+        self._measure = make_validation(model, join=trainable.join, chunk=settings.loss_chunk)
+        self._ledger = Ledger()
+
+    # -------------------------------------------------------------------------------------------
+    # From the first step to the last
+    # -------------------------------------------------------------------------------------------
+
+    def resume(self, checkpoint: Path, record: dict[str, Any]) -> int:
+        """Go on where a run was left.
+
+        Args:
+          checkpoint: One of the run's checkpoints.
+          record: What `read_record` found there.
+
+        Returns:
+          The steps that are done.
+
+        Raises:
+          CheckpointError: The checkpoint is damaged, or belongs to another base or optimizer.
+        """
+        self._ledger = Ledger.from_dict(record.get("ledger"), str(checkpoint))
+        state = self._state._replace(
+            trained=self._trainable.load(checkpoint),
+            moments=load_moments(checkpoint, record, self._state.moments),
+            step=jnp.int32(self._ledger.step),
+        )
+        self._state = replicate(state, self._mesh)
+        return self._ledger.step
+
+    def compile(self) -> int:
+        """Compile the first step and do nothing with it.
+
+        Returns:
+          The bytes that it needs.
+        """
+        self._programs.of(self._state, self._frozen, split_rows(self._batches.at(0), self._mesh))
+        return self._programs.planned_bytes
 
     def train(self) -> RunResult:
-        """Train until the steps are done, or a signal asks for an end.
+        """Train until the steps are done, patience ends, or a signal asks for an end.
 
         Returns:
           How it went.
@@ -97,45 +139,62 @@ class TrainLoop:
           NonFiniteLossError: A loss is not finite.
           DataError: No token of a whole epoch was learned.
         """
-        began = time.perf_counter()
-        done = 0
+        ledger, settings = self._ledger, self._settings
+        before, began = ledger.seconds, time.perf_counter()
+        batches = self._batches_from(ledger.step)
+        stop = False
         with Interrupts() as interrupts:
-            while done < self.steps and not interrupts.requested:
-                self._step(done)
-                done += 1
-                last = done == self.steps or bool(interrupts.requested)
-                if last or done % self._settings.steps_per_report == 0:
-                    self._report(done)
-                if last or done % self._settings.steps_per_eval == 0:
-                    self._validate(done)
-                if last or done % self._settings.save_every == 0:
-                    self._save(done)
+            while ledger.step < self.steps and not stop and not interrupts.requested:
+                self._step(next(batches))
+                ledger.seconds = before + time.perf_counter() - began
+                last = ledger.step == self.steps
+                if last or ledger.step % settings.steps_per_report == 0:
+                    self._report()
+                if last or ledger.step % settings.steps_per_eval == 0:
+                    stop = self._validate()
+                if last or ledger.step % settings.save_every == 0:
+                    self._save()
         result = RunResult(
-            steps=done,
-            tokens=self._window.tokens,
-            padded_tokens=self._padded,
-            seconds=time.perf_counter() - began,
+            steps=ledger.step,
+            tokens=ledger.tokens,
+            padded_tokens=ledger.padded,
+            seconds=ledger.seconds,
             compile_seconds=self._programs.seconds,
-            val_loss=self._val_loss,
-            best=self._run.best,
-            checkpoint=self._save(done),
+            val_loss=ledger.val_loss,
+            best=self._best and (self._best[0], checkpoint_name(self._best[1])),
+            checkpoint=self._save(),
             peak_memory=peak_memory(),
             interrupted=interrupts.requested,
         )
         self._reporter.finished(result)
         return result
 
-    def _step(self, index: int) -> None:
-        batch = split_rows(self._batches.at(index), self._mesh)
-        program = self._programs.of(self._state, self._variables, batch)
+    def _batches_from(self, step: int) -> Iterator[Batch]:
+        while True:
+            yield self._batches.at(step)
+            step += 1
+
+    @property
+    def _best(self) -> tuple[float, int] | None:
+        loss, step = self._ledger.best_loss, self._ledger.best_step
+        return None if loss is None or step is None else (loss, step)
+
+    # -------------------------------------------------------------------------------------------
+    # What happens at a step
+    # -------------------------------------------------------------------------------------------
+
+    def _step(self, batch: Batch) -> None:
+        index = self._ledger.step
+        placed = split_rows(batch, self._mesh)
+        program = self._programs.of(self._state, self._frozen, placed)
         began = time.perf_counter()
-        self._state, report = program(self._state, self._variables, batch)
+        self._state, report = program(self._state, self._frozen, placed)
         loss = float(report.loss)
         seconds = time.perf_counter() - began
         if not math.isfinite(loss) or not math.isfinite(float(report.gradient_norm)):
             raise NonFiniteLossError(self._non_finite(index, loss, report))
-        self._window.add(loss, float(report.tokens), self._batches.tokens(index), seconds)
-        self._padded += batch.ids.size
+        tokens = self._batches.tokens(index)
+        self._ledger.add_step(loss, float(report.tokens), tokens, batch.ids.size, seconds)
         self._reporter.stepped(index + 1, loss)
 
     def _non_finite(self, index: int, loss: float, report: StepReport) -> str:
@@ -148,21 +207,22 @@ class TrainLoop:
             "rows. Checkpoints saved before are untouched.",
         )
 
-    def _report(self, done: int) -> None:
-        report = self._window.close(done, float(jnp.asarray(self._schedule(done - 1))))
-        if report.loss == 0.0 and self._window.learned == 0 and done >= self._batches.per_epoch:
+    def _report(self) -> None:
+        ledger = self._ledger
+        report = ledger.close_window(float(jnp.asarray(self._schedule(ledger.step - 1))))
+        if ledger.learned == 0 and ledger.step >= self._batches.per_epoch:
             raise DataError(
                 explain(
-                    f"the training rows, after {done} steps",
+                    f"the training rows, after {ledger.step} steps",
                     got="not one token to learn",
                     expected="answers that are learned",
                     fix="Check the rows, or pass --no-mask-prompt.",
                 )
             )
         self._reporter.trained(report)
-        self._run.log(
+        self._log(
             {
-                "iter": done,
+                "iter": report.step,
                 "train_loss": report.loss,
                 "learning_rate": report.learning_rate,
                 "it_per_second": report.steps_per_second,
@@ -172,89 +232,54 @@ class TrainLoop:
             }
         )
 
-    def _validate(self, done: int) -> None:
+    def _validate(self) -> bool:
+        """Measure, and tell whether patience is at its end."""
         if self._validation is None:
-            return
+            return False
         began = time.perf_counter()
-        self._val_loss = mean_loss(
+        step, settings = self._ledger.step, self._settings
+        loss = mean_loss(
             self._measure,
-            self._state.adapter,
-            self._variables,
+            self._state.trained,
+            self._frozen,
             self._validation,
-            self._settings.val_batches,
+            settings.val_batches,
             place=lambda batch: split_rows(batch, self._mesh),
         )
         seconds = time.perf_counter() - began
-        self._reporter.validated(done, self._val_loss, seconds)
-        self._run.log({"iter": done, "val_loss": self._val_loss, "val_seconds": seconds})
-        if self._run.note_validation(done, self._val_loss):
-            self._save(done)
+        best = self._ledger.add_validation(loss)
+        self._reporter.validated(step, loss, seconds)
+        self._log({"iter": step, "val_loss": loss, "val_seconds": seconds})
+        if best and settings.save_best:
+            self._save()
+        return settings.early_stop is not None and self._ledger.unimproved >= settings.early_stop
 
-    def _save(self, done: int) -> Any:
-        path, new = self._run.save(done, self._state.adapter, self._variables)
+    def _samples(self) -> tuple[tuple[str, str], ...]:
+        if self._sampler is None:
+            return ()
+        return self._sampler.answers(self._trainable.join(self._frozen, self._state.trained))
+
+    def _save(self) -> Path:
+        record = {
+            "ledger": self._ledger.to_dict(),
+            "settings": self._settings.as_dict(),
+            **self._facts,
+        }
+
+        def write(folder: Path) -> None:
+            self._trainable.save(folder, self._state.trained)
+            save_state(folder, self._state.moments, record)
+
+        path, new = self._run.save(self._ledger.step, write, self._best)
         if new:
-            self._reporter.saved(done, path)
+            self._reporter.saved(self._ledger.step, path)
         return path
-
-
-class _Programs:
-    """The step, compiled once a shape, with the time of compiling kept apart."""
-
-    def __init__(self, step: Any, reporter: Reporter):
-        self._step, self._reporter = step, reporter
-        self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
-        self.seconds = 0.0
-
-    def of(self, state: TrainState, variables: Any, batch: Batch) -> Callable[..., Any]:
-        shape = batch.ids.shape
-        if shape not in self._compiled:
-            self._reporter.compiling(shape[1])
-            began = time.perf_counter()
-            self._compiled[shape] = self._step.lower(state, variables, batch).compile()
-            self.seconds += time.perf_counter() - began
-        return self._compiled[shape]
-
-
-class _Window:
-    """Sums over the steps since the last report, and over all."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.learned = 0.0
-        self._clear()
-
-    def _clear(self) -> None:
-        self._loss = self._learned = self._seconds = 0.0
-        self._steps = self._tokens = 0
-
-    def add(self, loss: float, learned: float, tokens: int, seconds: float) -> None:
-        self._loss += loss * learned
-        self._learned += learned
-        self._tokens += tokens
-        self._seconds += seconds
-        self._steps += 1
-
-    def close(self, step: int, learning_rate: float) -> TrainReport:
-        self.tokens += self._tokens
-        self.learned += self._learned
-        seconds = max(self._seconds, 1e-9)
-        report = TrainReport(
-            step=step,
-            loss=self._loss / max(self._learned, 1.0),
-            learning_rate=learning_rate,
-            steps_per_second=self._steps / seconds,
-            tokens_per_second=self._tokens / seconds,
-            tokens=self.tokens,
-            peak_memory=peak_memory(),
-        )
-        self._clear()
-        return report
 
 
 def mean_loss(
     measure: Callable[..., Any],
-    adapter: Adapter | None,
-    variables: Any,
+    trained: Any,
+    frozen: Any,
     batches: Batches,
     most: int = -1,
     *,
@@ -264,8 +289,8 @@ def mean_loss(
 
     Args:
       measure: From `make_validation`.
-      adapter: The adapter, or None for the base.
-      variables: The base.
+      trained: The adapter, or None for the base.
+      frozen: The base.
       batches: The rows.
       most: How many batches; -1 for all.
       place: Puts a batch on the devices.
@@ -277,7 +302,7 @@ def mean_loss(
     for number, batch in enumerate(batches.once()):
         if number == most:
             break
-        loss, learned = measure(adapter, variables, place(batch))
+        loss, learned = measure(trained, frozen, place(batch))
         total, tokens = total + float(loss), tokens + float(learned)
     return total / max(tokens, 1.0)
 
@@ -289,7 +314,7 @@ def _schedule(settings: TrainSettings, steps: int) -> optax.Schedule:
 
 
 def _dropout(settings: TrainSettings) -> Callable[[Any, jax.Array], Any] | None:
-    if settings.dropout == 0.0:
+    if settings.dropout == 0.0 or settings.fine_tune_type == "full":
         return None
     key = jax.random.key(settings.seed)
     return lambda combined, step: dropout(combined, jax.random.fold_in(key, step))

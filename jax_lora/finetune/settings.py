@@ -8,10 +8,14 @@ from typing import Any
 
 from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError, explain
+from jax_lora.finetune.optimizers import check_optimizer
 from jax_lora.finetune.schedule import SHAPES
 
+TYPES = ("lora", "dora", "full")
 TRUNCATIONS = ("right", "drop", "error")
+TURNS = ("all", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOGS = ("jsonl", "csv", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,28 +23,42 @@ class TrainSettings:
     """What `train` does; the names are those of the command's flags.
 
     Args:
+      fine_tune_type: `"lora"`, `"dora"` (LoRA that trains each output's norm too), or `"full"`
+        (every parameter; the checkpoints are whole models).
       rank: Rank of every pair of factors.
       alpha: The scale is alpha / rank.
+      scale: The scale itself, instead of alpha.
       rslora: Scale by alpha / sqrt(rank) instead.
       dropout: Share of the adapter's inputs set to zero in training.
       targets: Which kernels: `"all-linear"`, `"attention"`, `"mlp"`, or names and globs.
+      num_layers: How many layers are adapted, counted from the top; -1 for all.
       epochs: Passes over the data, if `iters` is None.
       iters: Steps.
       batch_size: Rows in a part of a batch, all of them in memory together.
       grad_accumulation_steps: Parts of a batch, one after the other.
       max_seq_length: Longest row in tokens.
       truncate: `"right"` cuts longer rows, `"drop"` leaves them out, `"error"` refuses them.
+      pack: Put several rows into one of the longest length; none sees another.
       mask_prompt: Learn answers only; None: yes, but for rows of plain text.
+      turns: Which of a chat's answers are learned: `"all"`, or the `"last"` one only.
+      optimizer: An optimizer of Optax by its name.
       learning_rate: Its peak.
       lr_schedule: `"cosine"`, `"linear"` or `"constant"`.
       warmup: Share of the steps in which the learning rate rises.
-      weight_decay: Decoupled weight decay of the factors.
+      weight_decay: Decoupled weight decay of what is trained.
       max_grad_norm: Largest norm of the gradient; 0 does not clip.
+      lora_plus_ratio: How many times the learning rate the factors b get (LoRA+); 1: the same.
+      grad_checkpoint: Recompute every layer in the backward pass, to save memory.
+      loss_chunk: Tokens whose logits are in memory together; None: as the vocabulary needs, 0: all.
       steps_per_report: Steps between two lines.
       steps_per_eval: Steps between two validations.
       val_batches: Batches of a validation; -1 for all of them.
       save_every: Steps between two checkpoints.
       keep: How many checkpoints stay, beside the best one.
+      save_best: Save whenever the validation loss is the lowest yet.
+      early_stop: End after so many validations without a lower loss; None: never.
+      sample_prompt: Prompts that are answered at every validation.
+      log: Which files of metrics: `"jsonl"`, `"csv"`, `"tensorboard"`.
       seed: Chooses the first factors, the order of the rows, and what dropout drops.
       dtype: Of the base's parameters; `"auto"` is float32 on a CPU and the files' own elsewhere.
 
@@ -52,56 +70,103 @@ class TrainSettings:
       2.0
     """
 
+    fine_tune_type: str = "lora"
     rank: int = 16
     alpha: float = 32.0
+    scale: float | None = None
     rslora: bool = False
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
+    num_layers: int = -1
     epochs: float = 1.0
     iters: int | None = None
     batch_size: int = 4
     grad_accumulation_steps: int = 1
     max_seq_length: int = 2048
     truncate: str = "right"
+    pack: bool = False
     mask_prompt: bool | None = None
+    turns: str = "all"
+    optimizer: str = "adamw"
     learning_rate: float = 2e-4
     lr_schedule: str = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    lora_plus_ratio: float = 1.0
+    grad_checkpoint: bool = False
+    loss_chunk: int | None = None
     steps_per_report: int = 10
     steps_per_eval: int = 200
     val_batches: int = 25
     save_every: int = 200
     keep: int = 3
+    save_best: bool = True
+    early_stop: int | None = None
+    sample_prompt: tuple[str, ...] = ()
+    log: tuple[str, ...] = ("jsonl", "csv")
     seed: int = 0
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Check every value; the factors' settings are checked by `LoraConfig`."""
-        for name in ("batch_size", "grad_accumulation_steps", "steps_per_report", "keep"):
+        self._check_counts()
+        self._check_numbers()
+        self._check_choices()
+        check_optimizer(self.optimizer)
+        self.lora_config()
+
+    def _check_counts(self) -> None:
+        for name in (
+            "batch_size",
+            "grad_accumulation_steps",
+            "steps_per_report",
+            "steps_per_eval",
+            "save_every",
+            "keep",
+        ):
             self._check(name, _is_count(getattr(self, name)), "an integer of at least 1")
-        for name in ("steps_per_eval", "save_every"):
-            self._check(name, _is_count(getattr(self, name)), "an integer of at least 1")
-        self._check("iters", self.iters is None or _is_count(self.iters), "at least 1, or nothing")
-        self._check("epochs", _is_number(self.epochs) and self.epochs > 0, "a number above 0")
-        longest = self.max_seq_length
+        for name in ("iters", "early_stop"):
+            value = getattr(self, name)
+            self._check(name, value is None or _is_count(value), "at least 1, or nothing")
+        longest, layers, chunk = self.max_seq_length, self.num_layers, self.loss_chunk
         self._check("max_seq_length", _is_count(longest) and longest > 1, "at least 2 tokens")
+        self._check("num_layers", _is_count(layers) or layers == -1, "at least 1; -1 for all")
+        right = chunk is None or (_is_integer(chunk) and chunk >= 0)
+        self._check("loss_chunk", right, "an integer from 0 on, or nothing")
         self._check("val_batches", _is_integer(self.val_batches), "an integer; -1 for all")
         self._check("seed", _is_integer(self.seed) and self.seed >= 0, "an integer from 0 on")
-        rate = self.learning_rate
-        self._check("learning_rate", _is_number(rate) and rate > 0, "a number above 0")
+
+    def _check_numbers(self) -> None:
+        self._check("epochs", _is_number(self.epochs) and self.epochs > 0, "a number above 0")
+        for name in ("learning_rate", "lora_plus_ratio"):
+            value = getattr(self, name)
+            self._check(name, _is_number(value) and value > 0, "a number above 0")
         self._check("warmup", _is_number(self.warmup) and 0 <= self.warmup < 1, "from 0 to below 1")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             self._check(name, _is_number(value) and value >= 0, "a number from 0 on")
+        right = self.scale is None or (_is_number(self.scale) and self.scale > 0)
+        self._check("scale", right, "a number above 0")
+
+    def _check_choices(self) -> None:
         for name, choices in (
+            ("fine_tune_type", TYPES),
             ("lr_schedule", SHAPES),
             ("truncate", TRUNCATIONS),
+            ("turns", TURNS),
             ("dtype", DTYPES),
         ):
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        self.lora_config()
+        self._check("log", set(self.log) <= set(LOGS), f"some of {', '.join(LOGS)}")
+        for name in ("rslora", "pack", "grad_checkpoint", "save_best"):
+            self._check(name, isinstance(getattr(self, name), bool), "true or false")
+        known = self.mask_prompt is None or isinstance(self.mask_prompt, bool)
+        self._check("mask_prompt", known, "true, false, or nothing")
+        texts = isinstance(self.sample_prompt, tuple) and all(
+            isinstance(text, str) and text for text in self.sample_prompt
+        )
+        self._check("sample_prompt", texts, "texts that are not empty")
 
     def _check(self, name: str, right: bool, expected: str) -> None:
         if not right:
@@ -114,13 +179,26 @@ class TrainSettings:
                 )
             )
 
-    def lora_config(self) -> LoraConfig:
-        """Return the part of the settings that describes the adapter."""
+    def lora_config(self, layers: int = 0) -> LoraConfig:
+        """Return the part of the settings that describes the adapter.
+
+        Args:
+          layers: How many layers the model has; needed where `num_layers` leaves some out.
+
+        Returns:
+          The configuration.
+        """
+        alpha = self.alpha
+        if self.scale is not None:
+            alpha = self.scale * (math.sqrt(self.rank) if self.rslora else self.rank)
+        first = max(0, layers - self.num_layers)
         return LoraConfig(
             rank=self.rank,
-            alpha=self.alpha,
+            alpha=alpha,
             targets=self.targets,
+            layers=tuple(range(first, layers)) if layers and self.num_layers > 0 else None,
             use_rslora=self.rslora,
+            use_dora=self.fine_tune_type == "dora",
             dropout=self.dropout,
         )
 
@@ -138,9 +216,9 @@ class TrainSettings:
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for config.yaml."""
         values = dataclasses.asdict(self)
-        if isinstance(self.targets, tuple):
-            values["targets"] = list(self.targets)
-        return values
+        if self.scale is not None:
+            del values["alpha"]  # which would contradict it
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def _is_integer(value: Any) -> bool:

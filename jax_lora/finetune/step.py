@@ -1,4 +1,4 @@
-"""One training step: the gradient of the adapter alone, and its update."""
+"""One training step: the gradient of what is trained alone, and its update."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_lora.adapter import Adapter, combine
+from jax_lora.adapter import combine
 from jax_lora.data.batches import Batch
 from jax_lora.finetune.loss import summed_loss
 from jax_lora.transform import lora_apply
@@ -19,12 +19,12 @@ class TrainState(NamedTuple):
     """All that changes in training.
 
     Attributes:
-      adapter: The factors.
-      moments: The optimizer's state, of the adapter's size.
+      trained: The adapter or, where the model is trained in full, its variables.
+      moments: The optimizer's state, as large as what is trained, or a few times that.
       step: int32 scalar, the number of updates made.
     """
 
-    adapter: Adapter
+    trained: Any
     moments: Any
     step: jax.Array
 
@@ -35,7 +35,7 @@ class StepReport(NamedTuple):
     Attributes:
       loss: Mean over the learned tokens, before the update.
       tokens: Number of learned tokens.
-      gradient_norm: Norm of the adapter's gradient, before clipping.
+      gradient_norm: Norm of the gradient, before clipping.
     """
 
     loss: jax.Array
@@ -43,37 +43,22 @@ class StepReport(NamedTuple):
     gradient_norm: jax.Array
 
 
-def make_optimizer(
-    schedule: optax.Schedule, *, weight_decay: float = 0.0, max_grad_norm: float = 1.0
-) -> optax.GradientTransformation:
-    """Make AdamW behind a clip by the adapter's own gradient norm.
-
-    Args:
-      schedule: The learning rate.
-      weight_decay: Decoupled weight decay.
-      max_grad_norm: Largest norm of the gradient; 0 does not clip.
-
-    Returns:
-      An Optax transformation for the adapter.
-    """
-    adamw = optax.adamw(schedule, weight_decay=weight_decay)
-    if max_grad_norm <= 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
-
-
-def start(adapter: Adapter, optimizer: optax.GradientTransformation) -> TrainState:
+def start(trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """Make the state before the first step.
 
     Args:
-      adapter: A fresh adapter. It is copied, as the step takes over the state that it is given.
+      trained: A fresh adapter, or the model's variables. They are copied, as the step takes over
+        the state that it is given.
       optimizer: The optimizer.
 
     Returns:
       The state.
     """
-    copied: Any = jax.tree.map(jnp.array, adapter)
+    copied: Any = jax.tree.map(jnp.array, trained)
     return TrainState(copied, optimizer.init(copied), jnp.int32(0))
+
+
+Join = Callable[[Any, Any], Any]  # (frozen, trained) -> what the model is applied to
 
 
 def make_step(
@@ -82,6 +67,8 @@ def make_step(
     *,
     accumulation: int = 1,
     wrap: Callable[[Any, jax.Array], Any] | None = None,
+    join: Join = combine,
+    chunk: int | None = None,
 ) -> Any:
     """Make the jitted update; it takes over the state's memory.
 
@@ -90,62 +77,67 @@ def make_step(
 
     Args:
       model: A decoder of `jax_lora.models`.
-      optimizer: Optimizer of the adapter.
+      optimizer: Optimizer of what is trained.
       accumulation: Parts that a batch is cut into, one after the other in memory. Sums of losses
         and token counts are added up, so the update is that of the whole batch.
-      wrap: Changes the combined variables of a step, given the step's number (dropout).
+      wrap: Changes the joined variables of a step, given the step's number (dropout).
+      join: Puts what is frozen and what is trained together.
+      chunk: As in `summed_loss`.
 
     Returns:
-      `step(state, variables, batch) -> (TrainState, StepReport)`, jitted, with its `lower`.
+      `step(state, frozen, batch) -> (TrainState, StepReport)`, jitted, with its `lower`.
     """
-    loss = lora_apply(lambda variables, part: summed_loss(model, variables, part))
+    loss = lora_apply(lambda variables, part: summed_loss(model, variables, part, chunk=chunk))
 
-    def of_part(adapter: Adapter, variables: Any, part: Batch, step: jax.Array) -> Any:
-        combined = combine(variables, adapter)
-        return loss(combined if wrap is None else wrap(combined, step), part)
+    def of_part(trained: Any, frozen: Any, part: Batch, step: jax.Array) -> Any:
+        joined = join(frozen, trained)
+        return loss(joined if wrap is None else wrap(joined, step), part)
 
     gradient = jax.value_and_grad(of_part, has_aux=True)
 
-    def whole(adapter: Adapter, variables: Any, batch: Batch, step: jax.Array) -> Any:
+    def whole(trained: Any, frozen: Any, batch: Batch, step: jax.Array) -> Any:
         if accumulation == 1:
-            return gradient(adapter, variables, batch, step)
+            return gradient(trained, frozen, batch, step)
         # Every part takes rows from all over, as neighbouring rows lie on one device.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
         )
 
         def add(sums: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(adapter, variables, part, step)), None
+            return jax.tree.map(jnp.add, sums, gradient(trained, frozen, part, step)), None
 
-        nothing = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, adapter)
+        nothing = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, trained)
         return jax.lax.scan(add, nothing, parts)[0]
 
-    def update(state: TrainState, variables: Any, batch: Batch) -> tuple[TrainState, StepReport]:
-        (total, tokens), sums = whole(state.adapter, variables, batch, state.step)
+    def update(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepReport]:
+        (total, tokens), sums = whole(state.trained, frozen, batch, state.step)
         count = jnp.maximum(tokens, 1.0)  # a batch with nothing to learn has loss 0, not 0 / 0
         gradients = jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), sums)
-        before: Any = state.adapter  # Optax's types know dicts and arrays, not dataclasses
-        updates, moments = optimizer.update(gradients, state.moments, before)
-        adapter: Any = optax.apply_updates(before, updates)
+        updates, moments = optimizer.update(gradients, state.moments, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
         report = StepReport(total / count, tokens, optax.tree.norm(gradients))
-        return TrainState(adapter, moments, state.step + 1), report
+        return TrainState(trained, moments, state.step + 1), report
 
     return jax.jit(update, donate_argnums=0)
 
 
-def make_validation(model: Any) -> Callable[[Adapter | None, Any, Batch], tuple[Any, Any]]:
-    """Compile the summed loss of a batch, with an adapter or, given None, of the base.
+def make_validation(
+    model: Any, *, join: Join = combine, chunk: int | None = None
+) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
+    """Compile the summed loss of a batch, of what is trained or, given None, of what is frozen.
 
     Args:
       model: A decoder of `jax_lora.models`.
+      join: Puts what is frozen and what is trained together.
+      chunk: As in `summed_loss`.
 
     Returns:
-      `measure(adapter, variables, batch) -> (sum of losses, learned tokens)`.
+      `measure(trained, frozen, batch) -> (sum of losses, learned tokens)`.
     """
-    loss = lora_apply(lambda variables, batch: summed_loss(model, variables, batch))
+    loss = lora_apply(lambda variables, batch: summed_loss(model, variables, batch, chunk=chunk))
 
     @jax.jit
-    def measure(adapter: Adapter | None, variables: Any, batch: Batch) -> Any:
-        return loss(variables if adapter is None else combine(variables, adapter), batch)
+    def measure(trained: Any, frozen: Any, batch: Batch) -> Any:
+        return loss(frozen if trained is None else join(frozen, trained), batch)
 
     return measure

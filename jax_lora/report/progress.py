@@ -84,7 +84,7 @@ class Reporter(Protocol):
     def planned(self, plan: RunPlan) -> None:
         """The run is about to begin."""
 
-    def compiling(self, length: int) -> None:
+    def compiling(self, what: str, number: int) -> None:
         """A program for rows of another length is being compiled."""
 
     def stepped(self, step: int, loss: float) -> None:
@@ -126,9 +126,9 @@ class PlainReporter:
             self._line(f"Note: {note}")
         self._line(f"Starting training..., iters: {plan.steps}")
 
-    def compiling(self, length: int) -> None:
+    def compiling(self, what: str, number: int) -> None:
         """Say why nothing happens for a while."""
-        self._line(f"Compiling for rows of up to {length} tokens")
+        self._line(f"Compiling program {number}: {what}")
 
     def stepped(self, step: int, loss: float) -> None:
         """Stay silent: steps are many."""
@@ -164,7 +164,7 @@ class SilentReporter:
     def planned(self, plan: RunPlan) -> None:
         """Say nothing."""
 
-    def compiling(self, length: int) -> None:
+    def compiling(self, what: str, number: int) -> None:
         """Say nothing."""
 
     def stepped(self, step: int, loss: float) -> None:

@@ -57,10 +57,10 @@ class RichReporter:
         self._progress.update(self._task, total=plan.steps)
         self._progress.start()
 
-    def compiling(self, length: int) -> None:
+    def compiling(self, what: str, number: int) -> None:
         """Say why nothing moves for a while."""
         self._progress.update(self._task, description="compiling")
-        self._say(f"compiling for rows of up to {length} tokens", "dim")
+        self._say(f"compiling program {number}: {what}", "dim")
 
     def stepped(self, step: int, loss: float) -> None:
         """Move the bar."""

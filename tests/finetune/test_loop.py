@@ -1,4 +1,3 @@
-import json
 import signal
 
 import jax
@@ -6,13 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_lora import LoraConfig, find_kernels, load_adapter, lora_init
+from jax_lora import load_adapter
 from jax_lora.data.batches import Batches
 from jax_lora.data.examples import Example
 from jax_lora.errors import DataError
 from jax_lora.finetune.loop import NonFiniteLossError, TrainLoop
+from jax_lora.finetune.resume import find_resumable
 from jax_lora.finetune.run_folder import RunFolder
 from jax_lora.finetune.settings import TrainSettings
+from jax_lora.finetune.trainable import make_trainable
+from jax_lora.finetune.training_state import read_record
+from jax_lora.models import load
 from jax_lora.report.progress import SilentReporter
 
 
@@ -35,62 +38,71 @@ class Recorder(SilentReporter):
         self.events, self.signal_at = [], signal_at
 
     def stepped(self, step, loss):
+        self.events.append(("stepped", step, loss))
         if step == self.signal_at:
             signal.raise_signal(signal.SIGINT)
 
-    def compiling(self, length):
-        self.events.append(("compiling", length))
+    def compiling(self, what, number):
+        self.events.append(("compiling", what, number))
 
-    def trained(self, report):
-        self.events.append(("trained", report.step))
-
-    def validated(self, step, loss, seconds):
-        self.events.append(("validated", step))
+    def validated(self, step, loss, seconds, samples=(), *, best=False):
+        self.events.append(("validated", step, samples))
 
     def saved(self, step, path):
         self.events.append(("saved", step))
+
+    def of(self, kind):
+        return [event[1:] for event in self.events if event[0] == kind]
 
 
 @pytest.fixture
 def make_loop(tiny, tmp_path):
     model, variables = tiny
-    kernels = find_kernels(model.apply, variables, jnp.zeros((1, 4), jnp.int32))
 
-    def make(reporter=None, *, variables=variables, rows=None, folder="run", **settings):
-        adapter = lora_init(jax.random.key(0), variables, LoraConfig(rank=2), kernels=kernels)
+    def make(
+        reporter=None, *, variables=variables, rows=None, folder="run", resume=False, **settings
+    ):
         chosen = {"iters": 6, "batch_size": 2, "steps_per_report": 2, "steps_per_eval": 3}
-        options = TrainSettings(rank=2, learning_rate=0.01, **(chosen | settings))
-        run, _ = RunFolder.prepare(tmp_path / folder)
-        run.write_config(options.as_dict())
-        return TrainLoop(
+        options = TrainSettings(rank=2, **({"learning_rate": 0.01} | chosen | settings))
+        path = tmp_path / folder
+        if resume:
+            checkpoint = find_resumable(path)
+            run, _ = RunFolder.resume(path, checkpoint=checkpoint.name)
+        else:
+            run, _ = RunFolder.prepare(path)
+            run.write_config(options.as_dict())
+        loop = TrainLoop(
             model,
-            variables,
-            adapter,
+            make_trainable(model, variables, options),
             options,
             batches=Batches.of(rows or examples(), options.batch_size),
             validation=Batches.of(rows or examples(), 4),
             run=run,
             reporter=reporter or Recorder(),
+            log=make.log.append,
         )
+        if resume:
+            loop.resume(checkpoint, read_record(checkpoint))
+        return loop
 
+    make.log = []
     return make
+
+
+def without_times(log):
+    times = ("seconds", "per_second", "memory")
+    return [{k: v for k, v in row.items() if not any(t in k for t in times)} for row in log]
 
 
 def test_a_run_compiles_once_a_shape_and_reports_validates_and_saves_when_asked(make_loop):
     recorder = Recorder()
     result = make_loop(recorder).train()
-    assert recorder.events.count(("compiling", 8)) == 1
-    assert [step for kind, step in recorder.events if kind == "trained"] == [2, 4, 6]
-    assert [step for kind, step in recorder.events if kind == "validated"] == [3, 6]
+    assert recorder.of("compiling") == [("rows of up to 8 tokens", 1)]
+    assert [row["iter"] for row in make_loop.log if "train_loss" in row] == [2, 4, 6]
+    assert [step for step, _ in recorder.of("validated")] == [3, 6]
     assert recorder.events[-1] == ("saved", 6)
     assert (result.steps, result.tokens, result.interrupted) == (6, 6 * 12, None)
-
-
-def test_metrics_hold_every_report_and_validation(make_loop, tmp_path):
-    result = make_loop().train()
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["iter"] for line in lines if "train_loss" in line] == [2, 4, 6]
-    assert [line["val_loss"] for line in lines if "val_loss" in line][-1] == result.val_loss
+    assert [row["val_loss"] for row in make_loop.log if "val_loss" in row][-1] == result.val_loss
 
 
 def test_the_checkpoint_holds_the_adapter_alone_and_fits_the_base(make_loop, tiny):
@@ -100,11 +112,75 @@ def test_the_checkpoint_holds_the_adapter_alone_and_fits_the_base(make_loop, tin
     assert all(np.any(pair.b) for pair in adapter.pairs.values())
 
 
-def test_a_signal_finishes_the_step_and_saves_it(make_loop):
-    recorder = Recorder(signal_at=4)
-    result = make_loop(recorder).train()
-    assert (result.steps, result.interrupted) == (4, "SIGINT")
-    assert result.checkpoint.name == "step-000004" and result.checkpoint.is_dir()
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["lora", pytest.param("dora", marks=SLOW), pytest.param("full", marks=SLOW)]
+)
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(make_loop, tiny, kind):
+    options = {"fine_tune_type": kind, "dropout": 0.1, "learning_rate": 3e-3, "save_every": 2}
+    whole = Recorder()
+    expected = make_loop(whole, folder="whole", **options).train()
+    log, make_loop.log[:] = list(make_loop.log), []
+
+    part = Recorder(signal_at=3)
+    result = make_loop(part, **options).train()
+    assert (result.steps, result.interrupted) == (3, "SIGINT")
+    assert result.checkpoint.name == "step-000003" and result.checkpoint.is_dir()
+    rest = Recorder()
+    resumed = make_loop(rest, resume=True, **options).train()
+
+    assert part.of("stepped") + rest.of("stepped") == whole.of("stepped")
+    assert without_times(make_loop.log) == without_times(log)
+    assert (resumed.tokens, resumed.val_loss) == (expected.tokens, expected.val_loss)
+    for name in ("moments", "arrays-*"):
+        for one, other in zip(
+            *(sorted(each.checkpoint.glob(name)) for each in (expected, resumed)), strict=True
+        ):
+            assert_same_arrays(one, other)
+    if kind == "full":
+        files = [each.checkpoint / "model.safetensors" for each in (expected, resumed)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def assert_same_arrays(one, other):
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as reader:
+        trees = [reader.restore(folder.absolute()) for folder in (one, other)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_full_fine_tuning_changes_every_kernel_and_saves_a_model(make_loop, tiny):
+    model, variables = tiny
+    result = make_loop(fine_tune_type="full").train()
+    again, params = load(result.checkpoint)
+    assert again.config == model.config
+    changed = jax.tree.map(lambda old, new: bool(np.any(old != new)), variables["params"], params)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_patience_ends_a_run_that_does_not_get_better(make_loop):
+    # Without a learning rate worth the name no validation is better than the first.
+    loop = make_loop(iters=40, steps_per_eval=2, early_stop=3, learning_rate=1e-30, optimizer="sgd")
+    result = loop.train()
+    assert (result.steps, result.best[1]) == (8, "step-000002")
+    assert result.checkpoint.name == "step-000008"
+
+
+def test_the_best_checkpoint_is_saved_unless_that_is_not_wanted(make_loop, tmp_path):
+    names = lambda folder: sorted(each.name for each in (tmp_path / folder).glob("step-*"))  # noqa: E731
+    make_loop(folder="yes", iters=5).train()
+    make_loop(folder="no", iters=5, save_best=False).train()
+    assert names("yes") == ["step-000003", "step-000005"] and names("no") == ["step-000005"]
+
+
+def test_one_layer_out_of_two_is_adapted_on_demand(make_loop, tiny):
+    _, variables = tiny
+    result = make_loop(num_layers=1, iters=2).train()
+    for pair in load_adapter(result.checkpoint, base=variables).pairs.values():
+        assert not np.any(pair.b[0]) and np.any(pair.b[1])
 
 
 def test_the_same_seed_trains_the_same_adapter(make_loop, tiny):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_lora import LoraConfig, lora_init
+from jax_lora import LoraConfig, lora_init, save_adapter
 from jax_lora.errors import CheckpointError, ConfigError
 from jax_lora.finetune.run_folder import RunFolder, find_checkpoint, read_run_config
 
@@ -22,6 +22,10 @@ def run_in(path, **options):
     return run, moved
 
 
+def saves(adapter):
+    return lambda folder: save_adapter(folder, adapter, base=BASE)
+
+
 def checkpoints(run):
     return sorted(folder.name for folder in run.path.glob("step-*"))
 
@@ -29,7 +33,7 @@ def checkpoints(run):
 def test_an_earlier_run_is_moved_aside_and_never_overwritten(tmp_path, adapter):
     for number in range(3):
         run, moved = run_in(tmp_path / "adapters")
-        run.save(number + 1, adapter, BASE)
+        run.save(number + 1, saves(adapter))
         assert moved == (tmp_path / f"adapters.{number}" if number else None)
     assert checkpoints(run) == ["step-000003"]
     assert (tmp_path / "adapters.1" / "step-000001").is_dir()
@@ -46,39 +50,31 @@ def test_a_folder_with_anything_else_is_refused_and_untouched(tmp_path, content)
 
 def test_the_newest_checkpoints_and_the_best_one_stay(tmp_path, adapter):
     run, _ = run_in(tmp_path / "run", keep=2)
-    for step, loss in enumerate((3.0, 1.0, 2.0, 2.5, 4.0), start=1):
-        run.note_validation(step, loss)
-        run.save(step, adapter, BASE)
+    for step in range(1, 6):
+        run.save(step, saves(adapter), (3.0, 1) if step == 1 else (1.0, 2))
     assert checkpoints(run) == ["step-000002", "step-000004", "step-000005"]
     state = json.loads((run.path / "run.json").read_text())
-    assert state == {"last": "step-000005", "best": "step-000002", "best_val_loss": 1.0}
+    assert state == {
+        "last": "step-000005",
+        "best": "step-000002",
+        "best_val_loss": 1.0,
+        "saved": checkpoints(run),
+    }
 
 
 def test_a_step_is_saved_once(tmp_path, adapter):
     run, _ = run_in(tmp_path / "run")
-    assert run.save(5, adapter, BASE) == (run.path / "step-000005", True)
-    assert run.save(5, adapter, BASE) == (run.path / "step-000005", False)
-
-
-def test_only_a_lower_loss_is_better_and_no_number_never_is(tmp_path):
-    run, _ = run_in(tmp_path / "run")
-    losses = (2.0, 2.0, float("nan"), 1.0)
-    assert [run.note_validation(step, loss) for step, loss in enumerate(losses)] == [
-        True,
-        False,
-        False,
-        True,
-    ]
+    assert run.save(5, saves(adapter)) == (run.path / "step-000005", True)
+    assert run.save(5, saves(adapter)) == (run.path / "step-000005", False)
 
 
 def test_a_run_means_its_best_checkpoint_and_without_validation_its_last(tmp_path, adapter):
     run, _ = run_in(tmp_path / "run")
-    run.save(1, adapter, BASE)
-    run.save(2, adapter, BASE)
+    run.save(1, saves(adapter))
+    run.save(2, saves(adapter))
     assert find_checkpoint(run.path).name == "step-000002"
-    run.note_validation(3, 1.0)
-    run.save(3, adapter, BASE)
-    run.save(4, adapter, BASE)
+    run.save(3, saves(adapter), (1.0, 3))
+    run.save(4, saves(adapter), (1.0, 3))
     assert find_checkpoint(run.path).name == "step-000003"
     assert find_checkpoint(run.path / "step-000002").name == "step-000002"
     assert read_run_config(run.path / "step-000002") == {"rank": 2}
@@ -101,9 +97,28 @@ def test_a_name_in_a_file_cannot_lead_out_of_the_folder(tmp_path, name):
         find_checkpoint(run.path)
 
 
-def test_metrics_are_a_json_object_a_line(tmp_path):
+def test_a_checkpoint_that_dies_half_written_is_none_and_is_cleared_away(tmp_path, adapter):
     run, _ = run_in(tmp_path / "run")
-    run.log({"iter": 1, "train_loss": 0.5})
-    run.log({"iter": 2, "train_loss": 0.25})
-    lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["iter"] for line in lines] == [1, 2]
+    run.save(1, saves(adapter))
+
+    def dies(folder):
+        folder.mkdir()
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.save(2, dies)
+    assert find_checkpoint(run.path).name == "step-000001"
+    again, aside = RunFolder.resume(run.path, checkpoint="step-000001")
+    assert (checkpoints(again), aside) == (["step-000001"], None)
+    assert again.save(2, saves(adapter))[1]
+
+
+def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path, adapter):
+    run, _ = run_in(tmp_path / "run")
+    for step in (1, 2, 3):
+        run.save(step, saves(adapter))
+    again, aside = RunFolder.resume(run.path, checkpoint="step-000001")
+    assert checkpoints(again) == ["step-000001"]
+    assert sorted(each.name for each in aside.iterdir()) == ["step-000002", "step-000003"]
+    assert again.save(2, saves(adapter))[1]

@@ -8,7 +8,8 @@ from jax_lora import LoraConfig, find_kernels, lora_init
 from jax_lora.data.batches import Batches
 from jax_lora.data.examples import Example
 from jax_lora.dropout import dropout
-from jax_lora.finetune.step import make_optimizer, make_step, make_validation, start
+from jax_lora.finetune.optimizers import make_optimizer
+from jax_lora.finetune.step import make_step, make_validation, start
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def test_eight_parts_of_one_row_make_the_update_of_one_part_of_eight(tiny, adapt
         same, reported = one_update(tiny, adapter, parts)
         np.testing.assert_allclose(float(reported.loss), float(report.loss), rtol=1e-6)
         for one, other in zip(
-            jax.tree.leaves(whole.adapter), jax.tree.leaves(same.adapter), strict=True
+            jax.tree.leaves(whole.trained), jax.tree.leaves(same.trained), strict=True
         ):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
@@ -63,7 +64,7 @@ def test_only_the_adapter_changes_and_the_state_counts_the_steps(tiny, adapter):
     state, _ = one_update(tiny, adapter, 1)
     jax.tree.map(np.testing.assert_array_equal, before, variables)
     assert int(state.step) == 1
-    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state.adapter, adapter)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state.trained, adapter)
     assert all(jax.tree.leaves(changed))
 
 
@@ -86,7 +87,7 @@ def test_training_lowers_the_loss_of_the_rows_it_sees(tiny, adapter):
     for _ in range(60):
         state, report = step(state, variables, batch)
         losses.append(float(report.loss))
-    total, tokens = measure(state.adapter, variables, batch)
+    total, tokens = measure(state.trained, variables, batch)
     assert float(total) / float(tokens) < losses[0] - 0.3
 
 

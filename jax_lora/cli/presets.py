@@ -1,0 +1,29 @@
+"""The defaults of other tools, for runs side by side with theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # mlx-lm's `lora` command: adam without decay or clipping, a constant rate, the last 16 layers,
+    # a scale of its own instead of alpha / rank, prompts learned like answers.
+    "mlx": {
+        "rank": 8,
+        "scale": 20.0,
+        "num_layers": 16,
+        "batch_size": 4,
+        "iters": 1000,
+        "max_seq_length": 2048,
+        "mask_prompt": False,
+        "optimizer": "adam",
+        "learning_rate": 1e-5,
+        "lr_schedule": "constant",
+        "warmup": 0.0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "val_batches": 25,
+        "steps_per_report": 10,
+        "steps_per_eval": 200,
+        "save_every": 100,
+    },
+}
