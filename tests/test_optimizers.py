@@ -327,3 +327,33 @@ def test_a_tree_without_an_adapter_is_refused():
 def test_what_is_no_optimizer_is_refused():
     with pytest.raises(ConfigError, match=r"masked_optimizer: tx\s+got:\s+0.0001 of type float"):
         masked_optimizer(1e-4)
+
+
+# -----------------------------------------------------------------------------------------------
+# LoRA+
+# -----------------------------------------------------------------------------------------------
+
+
+def test_lora_plus_multiplies_the_learning_rate_of_b_alone():
+    params, adapter = toy()[:2]
+    combined = jl.combine(params, adapter)
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), adapter)
+    plain, faster = (
+        tx.update(ones, tx.init(adapter), adapter)[0]
+        for tx in (optax.adamw(0.1), jl.lora_plus(optax.adamw(0.1), 4.0))
+    )
+    for path, pair in faster.pairs.items():
+        np.testing.assert_array_equal(pair.a, plain.pairs[path].a)
+        np.testing.assert_array_equal(pair.b, 4.0 * plain.pairs[path].b)
+    # And within the optimizer of a whole tree.
+    masked = masked_optimizer(jl.lora_plus(optax.sgd(1.0), 4.0))
+    gradients = jax.tree.map(np.ones_like, jl.combine(params, ones))
+    updates, _ = masked.update(gradients, masked.init(combined), combined)
+    _, moved = jl.partition(updates)
+    assert all(np.all(pair.b == -4.0) and np.all(pair.a == -1.0) for pair in moved.pairs.values())
+
+
+@pytest.mark.parametrize("ratio", [0, -1.0, float("nan"), float("inf"), "4", True])
+def test_lora_plus_refuses_a_ratio_that_is_none(ratio):
+    with pytest.raises(ConfigError, match="lora_plus: ratio"):
+        jl.lora_plus(optax.sgd(1.0), ratio)

@@ -10,8 +10,10 @@ from typing import Any
 from jax_lora.adapter import Adapter
 from jax_lora.checkpoint import load_adapter
 from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base
+from jax_lora.errors import ConfigError, explain
 from jax_lora.finetune.run_folder import find_checkpoint, read_run_config
 from jax_lora.merge import merge
+from jax_lora.models import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,23 @@ def load_trained(options: argparse.Namespace) -> Trained:
       Both, the base in the type that it had in training.
     """
     checkpoint, settings = checkpoint_of(options.adapter_path)
+    if is_model(checkpoint):
+        raise ConfigError(
+            explain(
+                f"--adapter-path {checkpoint}",
+                got="a whole model, from full fine-tuning",
+                expected="an adapter",
+                fix="The checkpoint is a Hugging Face folder already: use it as a MODEL.",
+            )
+        )
     name = options.model or settings.get("model", BUNDLED)
     base = load_base(name, settings.get("dtype", "auto"))
     return Trained(base, load_adapter(checkpoint, base=base.variables), checkpoint)
+
+
+def is_model(checkpoint: Path) -> bool:
+    """Tell the checkpoint of full fine-tuning, which is a whole model, from an adapter."""
+    return (checkpoint / "model.safetensors").is_file()
 
 
 def merged(base: BaseModel, checkpoint: Path) -> Any:
@@ -69,9 +85,11 @@ def merged(base: BaseModel, checkpoint: Path) -> Any:
 
     Args:
       base: The model that the adapter was trained on.
-      checkpoint: The adapter.
+      checkpoint: The adapter, or the whole model that full fine-tuning made of the base.
 
     Returns:
-      `{"params": params}` with the adapter in them.
+      `{"params": params}` as they are after training.
     """
+    if is_model(checkpoint):
+        return {"params": load(checkpoint, dtype=base.dtype)[1]}
     return merge(base.variables, load_adapter(checkpoint, base=base.variables))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from jax_lora.errors import LoraError, explain
 
-DONE, BAD_INPUT, NON_FINITE, INTERRUPTED = 0, 2, 4, 130
+DONE, BAD_INPUT, OUT_OF_MEMORY, NON_FINITE, INTERRUPTED = 0, 2, 3, 4, 130
 
 EXAMPLES = """\
 examples:
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: The words after `jax-lora`; None takes them from the command line.
 
     Returns:
-      The exit code: 0 done, 2 bad input or configuration, 4 non-finite loss, 130 interrupted.
+      The exit code: 0 done, 2 bad input or configuration, 3 out of memory, 4 non-finite loss,
+      130 interrupted.
     """
     debug = False
     try:
@@ -51,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _explained(missing.with_traceback(error.__traceback__), debug)
     except (LoraError, OSError) as error:
         return _explained(error, debug)
+    except (RuntimeError, MemoryError) as error:
+        from jax_lora.cli.out_of_memory import is_out_of_memory, out_of_memory_message
+
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {out_of_memory_message(error)}", file=sys.stderr)
+        return OUT_OF_MEMORY
 
 
 def _explained(error: Exception, debug: bool) -> int:

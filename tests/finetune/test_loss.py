@@ -2,10 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jax_lora.data.batches import Batch, Batches
 from jax_lora.data.examples import Example
+from jax_lora.finetune import loss
 from jax_lora.finetune.loss import summed_loss
+from tests.lora_cases import equations
 
 
 def example(ids, learned):
@@ -62,3 +65,52 @@ def test_a_bfloat16_base_has_a_float32_loss(tiny):
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
     total, _ = summed_loss(model, small, Batches.of(ROWS, 2).at(0))
     assert total.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_a_few_logits_at_a_time_give_the_same_loss_and_gradient(tiny, chunk):
+    model, variables = tiny
+    batch = Batches.of(ROWS, 2).at(0)
+    of = lambda chunk: jax.value_and_grad(  # noqa: E731
+        lambda tree: summed_loss(model, tree, batch, chunk=chunk)[0]
+    )(variables)
+    (value, gradient), (other, same) = of(0), of(chunk)
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(same), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_the_whole_logits_are_never_in_memory_where_they_are_too_many(tiny, monkeypatch):
+    model, variables = tiny
+    batch = Batches.of([example(range(64), np.ones(64))] * 2, 2).at(0)
+
+    def largest():
+        program = jax.make_jaxpr(jax.grad(lambda tree: summed_loss(model, tree, batch)[0]))
+        shapes = [
+            var.aval.shape for eqn in equations(program(variables).jaxpr) for var in eqn.outvars
+        ]
+        vocabulary = model.config.vocab_size
+        return max(shape[0] for shape in shapes if len(shape) == 2 and shape[1] == vocabulary)
+
+    assert largest() == 128
+    monkeypatch.setattr(loss, "MOST_LOGITS", 16 * model.config.vocab_size)
+    assert largest() == 16
+
+
+def test_packed_documents_do_not_see_each_other(tiny):
+    model, variables = tiny
+    apart, _ = summed_loss(model, variables, Batches.of(ROWS, 2).at(0))
+    ids = np.concatenate([row.ids for row in ROWS])[None]
+    learned = np.concatenate([row.learned for row in ROWS])
+    at = np.flatnonzero(learned[1:])[None]
+    packed = Batch(
+        ids=ids,
+        at=at.astype(np.int32),
+        labels=ids[:, at[0] + 1],
+        weights=np.ones(at.shape, np.float32),
+        positions=np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]], np.int32),
+        segments=np.array([[1] * 4 + [2] * 6], np.int32),
+    )
+    together, tokens = summed_loss(model, variables, packed)
+    assert float(tokens) == 7
+    np.testing.assert_allclose(float(together), float(apart), rtol=1e-5)

@@ -26,7 +26,8 @@ def saved(tmp_path):
 
 
 def damage(folder):
-    file = max((folder / "moments").rglob("*"), key=lambda each: each.stat().st_size)
+    files = [each for each in (folder / "moments").rglob("*") if each.is_file()]
+    file = max(files, key=lambda each: each.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
 
 

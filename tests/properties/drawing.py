@@ -302,7 +302,7 @@ def _kernel(draw: Draw, shape: Shape, roles: str) -> KernelSpec:
     stack = tuple(shape[axis] for axis in axes["s"])
     scale = draw.rng.choice((0.5, 1.0, 2.0, -1.5))
     return KernelSpec(
-        shape, axes["i"], axes["o"], axes["s"], draw.rng.choice((1, 1, 2, 2, 3)),
+        shape, axes["i"], axes["o"], axes["s"], draw.rng.choice((1, 1, 2, 2, 3, 17)),
         _scales(draw, stack) if stack and draw.chance(0.3) else scale,
     )  # fmt: skip
 
