@@ -214,6 +214,8 @@ def _notes(ready: Ready) -> list[str]:
 
 def _resumed(checkpoint: Path, done: int, steps: int, stretched: bool) -> list[str]:
     notes = [f"resumed from {checkpoint}: {done} of {steps} steps are done"]
+    if done >= steps:
+        notes.append("nothing is left to do: raise --iters or --epochs to go on")
     if stretched:
         notes.append("the run has another length than before, and so another learning rate")
     return notes

@@ -76,6 +76,7 @@ class Batches:
           rows: Rows in a batch.
           seed: Chooses the order.
           buckets: How many shapes at most.
+          pack: Length of packed rows.
 
         Returns:
           The batches.

@@ -64,6 +64,7 @@ def make_examples(
       truncate: What happens to longer ones: `"right"` cuts them, `"drop"` leaves them out, and
         `"error"` refuses the file.
       mask_prompt: False learns prompts too; None follows the format (True, but for text).
+      turns: Which of a chat's answers are learned: `"all"` or the `"last"`.
 
     Returns:
       The examples, in the file's order.

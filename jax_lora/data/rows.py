@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,13 +41,14 @@ class RowFile:
       rows: Its rows; `lines == len(rows) + blank`, since a file with a bad row is refused.
       lines: How many lines the file has.
       blank: How many of them are blank, and skipped.
+      digest: A hash of the file, which tells whether it is the same as it was.
     """
 
     path: Path
     rows: tuple[Row, ...]
     lines: int
     blank: int
-    digest: str = ""
+    digest: str
 
 
 def read_rows(path: str | Path) -> RowFile:
@@ -72,7 +74,9 @@ def read_rows(path: str | Path) -> RowFile:
       'completions'
     """
     path = Path(path)
-    lines = _lines(path)
+    content = _content(path)
+    # Bytes, and only "\n" ends a line: text mode would also split at U+2028 inside a string.
+    lines = content.removeprefix(BOM).removesuffix(b"\n").split(b"\n") if content else []
     rows: list[Row] = []
     refused: list[str] = []
     blank = 0
@@ -98,12 +102,12 @@ def read_rows(path: str | Path) -> RowFile:
                 fix='Write rows such as {"prompt": "...", "completion": "..."}.',
             )
         )
-    return RowFile(path, tuple(rows), len(lines), blank)
+    return RowFile(path, tuple(rows), len(lines), blank, hashlib.sha256(content).hexdigest())
 
 
-def _lines(path: Path) -> list[bytes]:
+def _content(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(
             explain(
@@ -113,9 +117,6 @@ def _lines(path: Path) -> list[bytes]:
                 fix="Check the path given with --data.",
             )
         ) from error
-    # Bytes, and only "\n" ends a line: text mode would also split at U+2028 inside a string.
-    lines = content.removeprefix(BOM).split(b"\n")
-    return lines[:-1] if lines[-1] == b"" else lines
 
 
 def _parse(raw: bytes, *, last: bool) -> Any:

@@ -81,7 +81,8 @@ class TrainLoop:
             max_grad_norm=settings.max_grad_norm,
             lora_plus_ratio=settings.lora_plus_ratio,
         )
-        self._state = replicate(start(trainable.start, self._optimizer), self._mesh)
+        fresh = start(trainable.start, self._optimizer, in_place=trainable.in_place)
+        self._state = replicate(fresh, self._mesh)
         step = make_step(
             model,
             self._optimizer,

@@ -113,6 +113,7 @@ class TrainSettings:
         self._check_counts()
         self._check_numbers()
         self._check_choices()
+        self._check_full()
         check_optimizer(self.optimizer)
         self.lora_config()
 
@@ -167,6 +168,14 @@ class TrainSettings:
             isinstance(text, str) and text for text in self.sample_prompt
         )
         self._check("sample_prompt", texts, "texts that are not empty")
+
+    def _check_full(self) -> None:
+        """Refuse what would silently have no effect without an adapter."""
+        if self.fine_tune_type != "full":
+            return
+        for name, nothing in (("dropout", 0.0), ("lora_plus_ratio", 1.0), ("num_layers", -1)):
+            right = getattr(self, name) == nothing
+            self._check(name, right, f"{nothing:g} with --fine-tune-type full, without an adapter")
 
     def _check(self, name: str, right: bool, expected: str) -> None:
         if not right:

@@ -43,19 +43,22 @@ class StepReport(NamedTuple):
     gradient_norm: jax.Array
 
 
-def start(trained: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def start(
+    trained: Any, optimizer: optax.GradientTransformation, *, in_place: bool = False
+) -> TrainState:
     """Make the state before the first step.
 
     Args:
       trained: A fresh adapter, or the model's variables. They are copied, as the step takes over
         the state that it is given.
       optimizer: The optimizer.
+      in_place: Do not copy: the first step deletes `trained`.
 
     Returns:
       The state.
     """
-    copied: Any = jax.tree.map(jnp.array, trained)
-    return TrainState(copied, optimizer.init(copied), jnp.int32(0))
+    own: Any = trained if in_place else jax.tree.map(jnp.array, trained)
+    return TrainState(own, optimizer.init(own), jnp.int32(0))
 
 
 Join = Callable[[Any, Any], Any]  # (frozen, trained) -> what the model is applied to

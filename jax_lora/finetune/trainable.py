@@ -30,6 +30,7 @@ class Trainable:
       join: Puts both together: `(frozen, trained) -> ` what the model is applied to.
       save: Writes what is trained: `(folder, trained)`.
       load: Reads it again: `folder -> trained`.
+      in_place: Whether training takes `start` over, as a second copy would be too much.
     """
 
     frozen: Any
@@ -37,6 +38,7 @@ class Trainable:
     join: Callable[[Any, Any], Any]
     save: Callable[[Path, Any], None]
     load: Callable[[Path], Any]
+    in_place: bool = False
 
     @property
     def size(self) -> int:
@@ -95,6 +97,7 @@ def _whole_model(model: Any, variables: Any, source: Path | None) -> Trainable:
         join=lambda _, trained: trained,
         save=write,
         load=lambda folder: {"params": load(folder, dtype=dtype)[1]},
+        in_place=True,
     )
 
 
