@@ -71,7 +71,7 @@ def _explained(error: Exception, debug: bool) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from jax_lora.cli import eval as evaluate
-    from jax_lora.cli import export, fuse, generate, import_adapter, train
+    from jax_lora.cli import export, fuse, generate, import_adapter, plot, train
 
     named = {
         "train": train,
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "fuse": fuse,
         "export": export,
         "import": import_adapter,
+        "plot": plot,
     }
 
     parser = argparse.ArgumentParser(

@@ -23,8 +23,11 @@ from jax_lora.finetune.samples import Sampler
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.trainable import Trainable, make_trainable
 from jax_lora.finetune.training_state import read_record
-from jax_lora.report.progress import Reporter, RunPlan, RunResult
-from jax_lora.report.screen import make_reporter
+from jax_lora.report.events import Reporter, RunPlan, RunResult
+from jax_lora.report.metrics import JSONL, MetricsLog
+from jax_lora.report.plot import write_run_plot
+from jax_lora.report.reporters import make_reporter
+from jax_lora.report.versions import write_versions
 
 __all__ = ["HELP", "add_options", "run"]
 
@@ -79,18 +82,49 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _rehearse(ready, reporter)
     folder, notes = _folder(choice, ready)
-    loop = _loop(ready, folder, reporter)
+    metrics = MetricsLog(
+        folder.path,
+        tensorboard="tensorboard" in ready.settings.log,
+        resume_at=_steps_done(record),
+    )
+    loop = _loop(ready, folder, reporter, metrics.log)
     if record is not None and choice.checkpoint is not None:
         done = loop.resume(choice.checkpoint, record)
         notes += _resumed(choice.checkpoint, done, loop.steps, stretched(record, ready.settings))
     reporter.planned(_plan(ready, loop.steps, notes))
-    result = loop.train()
+    try:
+        result = loop.train()
+    finally:
+        metrics.close()
+        _draw(folder.path)
+    return _farewell(ready, folder, result, choice.progress)
+
+
+def _steps_done(record: dict[str, Any] | None) -> int:
+    ledger = {} if record is None else record.get("ledger")
+    step = ledger.get("step") if isinstance(ledger, dict) else 0
+    return step if isinstance(step, int) else 0
+
+
+def _draw(run: Path) -> None:
+    """Draw what there is; a run that has reported nothing has nothing to draw."""
+    if (run / JSONL).is_file() and (run / JSONL).stat().st_size:
+        write_run_plot(run)
+
+
+def _farewell(ready: Ready, folder: RunFolder, result: RunResult, progress: str) -> int:
+    """Say what to type next, unless a program is listening."""
+    say = print if progress not in ("json", "none") else _say_nothing
     if result.interrupted:
-        print(f"{result.interrupted}: stopped after {result.steps} steps; all of them are saved.")
-        print(f"Go on: jax-lora train --resume {folder.path}")
+        say(f"{result.interrupted}: stopped after {result.steps} steps; all of them are saved.")
+        say(f"Go on: jax-lora train --resume {folder.path}")
         return INTERRUPTED
-    print(f"Next: {_next(ready, folder, result)}")
+    say(f"Next: {_next(ready, folder, result)}")
     return DONE
+
+
+def _say_nothing(text: str) -> None:
+    """Leave standard output to the reports."""
 
 
 def _read(choice: Choice) -> Ready:
@@ -139,6 +173,7 @@ def _folder(choice: Choice, ready: Ready) -> tuple[RunFolder, list[str]]:
         folder, moved = RunFolder.prepare(choice.run, keep=keep)
         notes = [f"the run that was in {folder.path} is now in {moved}"] if moved else []
     folder.write_config(ready.places | ready.settings.as_dict())
+    write_versions(folder.path)
     return folder, notes
 
 

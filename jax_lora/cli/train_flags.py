@@ -9,8 +9,8 @@ from jax_lora.cli.options import DEFAULTS
 from jax_lora.cli.presets import PRESETS
 from jax_lora.finetune import recipe
 from jax_lora.finetune.schedule import SHAPES
-from jax_lora.finetune.settings import DTYPES, LOGS, TRUNCATIONS, TURNS, TYPES
-from jax_lora.report.screen import KINDS
+from jax_lora.finetune.settings import DTYPES, TRUNCATIONS, TURNS, TYPES
+from jax_lora.report.reporters import KINDS
 
 # Flag, type, metavar or choices, and what it says in --help; by what the flags are about.
 GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
@@ -59,7 +59,7 @@ GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("save_best", bool, None, "save whenever the validation loss is the lowest yet"),
         ("early_stop", int, "N", "end after N validations without a lower loss"),
         ("sample_prompt", str, "TEXT", "prompt answered at every validation; may be repeated"),
-        ("log", str, "KINDS", f"files of metrics, with commas: {', '.join(LOGS)}"),
+        ("log", str, "KINDS", "files of metrics, with commas; jsonl and csv are always written"),
     ),
 }
 FLAGS = tuple(flag for group in GROUPS.values() for flag in group)

@@ -104,6 +104,10 @@ class Batches:
         """Count the real tokens of a step: prompts and answers, no padding."""
         return sum(len(self.examples[index].ids) for index in self._plan(step)[1])
 
+    def raw_tokens(self, step: int) -> int:
+        """Count the tokens of a step's own text: no template, no start and end tokens."""
+        return sum(self.examples[index].raw for index in self._plan(step)[1])
+
     def lines(self, step: int) -> list[int]:
         """Name the lines of a step's rows, for messages."""
         return [self.examples[index].line for index in self._plan(step)[1]]

@@ -21,11 +21,13 @@ class Example:
       ids: (tokens,) int32.
       learned: (tokens,) booleans: True where the token is one to predict.
       line: The row's line in its file.
+      raw: Tokens of the row's own text, without template, start and end tokens.
     """
 
     ids: np.ndarray
     learned: np.ndarray
     line: int
+    raw: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,12 @@ def make_examples(
 
 
 def _shorten(example: Example, length: int) -> Example:
-    return dataclasses.replace(example, ids=example.ids[:length], learned=example.learned[:length])
+    return dataclasses.replace(
+        example,
+        ids=example.ids[:length],
+        learned=example.learned[:length],
+        raw=min(example.raw, length),
+    )
 
 
 def _too_long(where: str, length: int, max_length: int) -> str:
@@ -122,7 +129,27 @@ def _encode(row: Row, tokenizer: Tokenizer, mask_prompt: bool | None, file: RowF
         raise DataError(f"{file.path}:{row.line}: {error}") from error
     if mask_prompt is False or (mask_prompt is None and row.kind == "text"):
         learned = [True] * len(ids)
-    return Example(np.asarray(ids, np.int32), np.asarray(learned, bool), row.line)
+    raw = raw_tokens(row, tokenizer) if row.kind == "chat" else _without_ends(ids, tokenizer)
+    return Example(np.asarray(ids, np.int32), np.asarray(learned, bool), row.line, raw)
+
+
+def _without_ends(ids: list[int], tokenizer: Tokenizer) -> int:
+    return sum(index not in (tokenizer.bos_id, tokenizer.eos_id) for index in ids)
+
+
+def raw_tokens(row: Row, tokenizer: Tokenizer) -> int:
+    """Count the tokens of a chat's contents, each by itself.
+
+    Args:
+      row: A row of the format chat.
+      tokenizer: The model's tokenizer.
+
+    Returns:
+      Their sum.
+    """
+    contents = (turn.get("content") for turn in row.fields["messages"])
+    texts = [content for content in contents if isinstance(content, str)]
+    return sum(_without_ends(tokenizer.encode(text), tokenizer) for text in texts)
 
 
 def encode_prompt(fields: dict[str, Any], tokenizer: Tokenizer) -> list[int]:

@@ -48,7 +48,7 @@ class RowFile:
     rows: tuple[Row, ...]
     lines: int
     blank: int
-    digest: str
+    digest: str = ""
 
 
 def read_rows(path: str | Path) -> RowFile:

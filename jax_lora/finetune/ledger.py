@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_lora.errors import CheckpointError, explain
 from jax_lora.finetune.memory import peak_memory
-from jax_lora.report.progress import TrainReport
+from jax_lora.report.events import TrainReport
+
+
+class Tokens(NamedTuple):
+    """How many tokens a step has: of the rows' own text, with template and ends, with padding."""
+
+    raw: int
+    real: int
+    padded: int
 
 
 @dataclasses.dataclass
@@ -36,7 +44,8 @@ class Ledger:
 
     Args:
       step: Updates made.
-      tokens: Real tokens of all steps.
+      raw: Tokens of all steps' own text.
+      tokens: The same with template, start and end tokens.
       padded: Tokens of all steps with padding.
       learned: Learned tokens of all steps.
       seconds: Time of the run, without pauses between its parts.
@@ -48,6 +57,7 @@ class Ledger:
     """
 
     step: int = 0
+    raw: int = 0
     tokens: int = 0
     padded: int = 0
     learned: float = 0.0
@@ -58,16 +68,17 @@ class Ledger:
     unimproved: int = 0
     window: Window = dataclasses.field(default_factory=Window)
 
-    def add_step(self, loss: float, learned: float, tokens: int, padded: int, seconds: float):
+    def add_step(self, loss: float, learned: float, tokens: Tokens, seconds: float) -> None:
         """Enter one step."""
         self.step += 1
-        self.tokens += tokens
-        self.padded += padded
+        self.raw += tokens.raw
+        self.tokens += tokens.real
+        self.padded += tokens.padded
         self.learned += learned
         window = self.window
         window.loss += loss * learned
         window.learned += learned
-        window.tokens += tokens
+        window.tokens += tokens.real
         window.seconds += seconds
         window.steps += 1
 

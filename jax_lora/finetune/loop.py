@@ -17,7 +17,7 @@ from jax_lora.dropout import dropout
 from jax_lora.errors import DataError, LoraError, explain
 from jax_lora.finetune.devices import data_mesh, replicate, split_rows
 from jax_lora.finetune.interrupts import Interrupts
-from jax_lora.finetune.ledger import Ledger
+from jax_lora.finetune.ledger import Ledger, Tokens
 from jax_lora.finetune.memory import peak_memory
 from jax_lora.finetune.optimizers import make_optimizer
 from jax_lora.finetune.programs import Programs
@@ -28,7 +28,7 @@ from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.step import StepReport, make_step, make_validation, start
 from jax_lora.finetune.trainable import Trainable
 from jax_lora.finetune.training_state import load_moments, save_state
-from jax_lora.report.progress import Reporter, RunResult
+from jax_lora.report.events import Reporter, RunResult, Validation
 
 
 class NonFiniteLossError(LoraError, FloatingPointError):
@@ -157,14 +157,18 @@ class TrainLoop:
                     self._save()
         result = RunResult(
             steps=ledger.step,
+            raw_tokens=ledger.raw,
             tokens=ledger.tokens,
             padded_tokens=ledger.padded,
             seconds=ledger.seconds,
             compile_seconds=self._programs.seconds,
+            programs=len(self._programs),
             val_loss=ledger.val_loss,
             best=self._best and (self._best[0], checkpoint_name(self._best[1])),
             checkpoint=self._save(),
             peak_memory=peak_memory(),
+            planned_memory=self._programs.planned_bytes / 1e9,
+            stopped_early=stop,
             interrupted=interrupts.requested,
         )
         self._reporter.finished(result)
@@ -194,8 +198,10 @@ class TrainLoop:
         seconds = time.perf_counter() - began
         if not math.isfinite(loss) or not math.isfinite(float(report.gradient_norm)):
             raise NonFiniteLossError(self._non_finite(index, loss, report))
-        tokens = self._batches.tokens(index)
-        self._ledger.add_step(loss, float(report.tokens), tokens, batch.ids.size, seconds)
+        tokens = Tokens(
+            self._batches.raw_tokens(index), self._batches.tokens(index), batch.ids.size
+        )
+        self._ledger.add_step(loss, float(report.tokens), tokens, seconds)
         self._reporter.stepped(index + 1, loss)
 
     def _non_finite(self, index: int, loss: float, report: StepReport) -> str:
@@ -249,7 +255,8 @@ class TrainLoop:
         )
         seconds = time.perf_counter() - began
         best = self._ledger.add_validation(loss)
-        self._reporter.validated(step, loss, seconds)
+        answers = self._samples()
+        self._reporter.validated(Validation(step, loss, seconds, best, answers))
         self._log({"iter": step, "val_loss": loss, "val_seconds": seconds})
         if best and settings.save_best:
             self._save()

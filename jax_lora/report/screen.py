@@ -1,9 +1,10 @@
-"""The run on a terminal: a panel, a line a report, a progress bar, a box at the end."""
+"""The run on a terminal: a panel, a table that grows, a progress bar, a box at the end."""
 
 from __future__ import annotations
 
-import sys
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -12,21 +13,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from jax_lora.errors import ConfigError, explain
-from jax_lora.report.progress import (
-    PlainReporter,
-    Reporter,
-    RunPlan,
-    RunResult,
-    SilentReporter,
-    TrainReport,
-    summary_lines,
+from jax_lora.report.events import Reporter, RunPlan, RunResult, TrainReport, Validation
+from jax_lora.report.printable import printable
+from jax_lora.report.summary import summary_lines
+
+
+class Column(NamedTuple):
+    """A column of the table: its head, its width, and whether a narrow terminal goes without."""
+
+    head: str
+    width: int
+    needed: bool = False
+
+
+COLUMNS = (
+    Column("iter", 6, True),
+    Column("loss", 8, True),
+    Column("val", 8, True),
+    Column("lr", 8),
+    Column("tokens/s", 9),
+    Column("it/s", 6),
+    Column("memory", 8),
+    Column("tokens", 11),
+    Column("eta", 7),
 )
 
-KINDS = ("auto", "rich", "plain", "none")
 
-
-class RichReporter:
+class RichReporter(Reporter):
     """Shows the run on a terminal.
 
     Args:
@@ -36,6 +49,8 @@ class RichReporter:
     def __init__(self, console: Console):
         """Set the bar up; it appears with the first event."""
         self._console = console
+        self._steps = 0
+        self._columns = fitting(console.width)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -47,13 +62,13 @@ class RichReporter:
         self._task = self._progress.add_task("training", total=None, loss="-")
 
     def planned(self, plan: RunPlan) -> None:
-        """Show the panel."""
-        table = Table.grid(padding=(0, 2))
-        for name, value in (("model", plan.model), ("LoRA", plan.adapter), ("data", plan.data)):
-            table.add_row(Text(name, style="bold"), Text(value))
-        for note in plan.notes:
-            table.add_row(Text("note", style="bold yellow"), Text(note))
-        self._console.print(Panel(table, title="jax-lora train", box=box.ROUNDED))
+        """Show the panel, and the heads of the table."""
+        self._steps = plan.steps
+        lines = [("model", plan.model, ""), ("LoRA", plan.adapter, ""), ("data", plan.data, "")]
+        lines += [("note", note, "yellow") for note in plan.notes]
+        lines += [("hint", hint, "cyan") for hint in plan.hints]
+        self._panel("jax-lora train", lines)
+        self._row({column.head: column.head for column in COLUMNS}, "bold")
         self._progress.update(self._task, total=plan.steps)
         self._progress.start()
 
@@ -68,57 +83,86 @@ class RichReporter:
         self._progress.update(self._task, description="training", completed=step, loss=shown)
 
     def trained(self, report: TrainReport) -> None:
-        """Write a line above the bar."""
-        self._say(
-            f"iter {report.step:>5}  loss {report.loss:7.4f}  lr {report.learning_rate:.2e}  "
-            f"{report.tokens_per_second:7,.0f} tokens/s  {report.steps_per_second:5.2f} it/s  "
-            f"{report.peak_memory:.2f} GB  {report.tokens:,} tokens"
+        """Write a row above the bar."""
+        left = (self._steps - report.step) / max(report.steps_per_second, 1e-9)
+        self._row(
+            {
+                "iter": f"{report.step}",
+                "loss": f"{report.loss:.4f}",
+                "lr": f"{report.learning_rate:.1e}",
+                "tokens/s": f"{report.tokens_per_second:,.0f}",
+                "it/s": f"{report.steps_per_second:.2f}",
+                "memory": f"{report.peak_memory:.2f} GB",
+                "tokens": f"{report.tokens:,}",
+                "eta": duration(left),
+            }
         )
 
-    def validated(self, step: int, loss: float, seconds: float) -> None:
-        """Write the validation loss above the bar."""
-        self._say(f"iter {step:>5}  validation loss {loss:.4f}  ({seconds:.1f} s)", "bold green")
+    def validated(self, validation: Validation) -> None:
+        """Write a row with the validation loss, and the answers below it."""
+        row = {"iter": f"{validation.step}", "val": f"{validation.loss:.4f}"}
+        self._row(row, "bold green" if validation.best else "green")
+        for prompt, answer in validation.samples:
+            self._say(f"  {prompt.strip()}", "dim")
+            self._say(f"  {answer.strip()}", "cyan")
 
     def saved(self, step: int, path: Path) -> None:
         """Name the checkpoint above the bar."""
-        self._say(f"iter {step:>5}  saved {path}", "dim")
+        self._say(f"{step:>6} saved {path}", "dim")
 
     def finished(self, result: RunResult) -> None:
         """Take the bar away and show the box."""
         self._progress.stop()
-        table = Table.grid(padding=(0, 2))
-        for name, value in summary_lines(result):
-            table.add_row(Text(name, style="bold"), Text(value))
         title = "interrupted" if result.interrupted else "done"
-        self._console.print(Panel(table, title=title, box=box.ROUNDED))
+        lines = summary_lines(result)
+        self._panel(title, [(name.lower(), value, "") for name, value in lines])
+
+    def _panel(self, title: str, lines: list[tuple[str, str, str]]) -> None:
+        table = Table.grid(padding=(0, 2))
+        for name, value, style in lines:
+            table.add_row(Text(name, style=f"bold {style}"), Text(printable(value)))
+        self._console.print(Panel(table, title=title, title_align="left", box=box.ROUNDED))
+
+    def _row(self, values: dict[str, str], style: str = "") -> None:
+        cells = [values.get(column.head, "").rjust(column.width) for column in self._columns]
+        self._say(" ".join(cells).rstrip(), style)
 
     def _say(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style=style))
+        # As text and not as markup: brackets in a file's name are brackets.
+        self._console.print(Text(printable(text), style=style), soft_wrap=True)
 
 
-def make_reporter(kind: str = "auto") -> Reporter:
-    """Choose how a run is shown.
+def fitting(width: int) -> tuple[Column, ...]:
+    """Choose the columns that fit a terminal, dropping the last ones first.
 
     Args:
-      kind: `"rich"`, `"plain"`, `"none"`, or `"auto"`: rich on a terminal and plain elsewhere.
+      width: Characters to a line.
 
     Returns:
-      The reporter.
-
-    Raises:
-      ConfigError: Another kind.
+      The columns.
     """
-    if kind not in KINDS:
-        raise ConfigError(
-            explain(
-                "--progress",
-                got=repr(kind),
-                expected=f"one of {', '.join(KINDS)}",
-                fix="Leave it out to let the terminal decide.",
-            )
-        )
-    if kind == "none":
-        return SilentReporter()
-    if kind == "rich" or (kind == "auto" and sys.stdout.isatty()):
-        return RichReporter(Console(force_terminal=True if kind == "rich" else None))
-    return PlainReporter(sys.stdout)
+    columns = list(COLUMNS)
+    while sum(column.width + 1 for column in columns) > width:
+        extra = [column for column in columns if not column.needed]
+        if not extra:
+            break
+        columns.remove(extra[-1])
+    return tuple(columns)
+
+
+def duration(seconds: float) -> str:
+    """Write a time such that it fits a column.
+
+    Args:
+      seconds: Any number.
+
+    Returns:
+      For example `"42s"`, `"3m20s"`, `"2h05m"`, `"3d04h"`.
+    """
+    if not math.isfinite(seconds) or seconds > 100 * 86400:
+        return "?"
+    seconds = round(seconds)
+    for unit, size, below, smaller in (("d", 86400, "h", 3600), ("h", 3600, "m", 60)):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // smaller:02d}{below}"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"

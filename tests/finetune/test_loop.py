@@ -16,7 +16,7 @@ from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.trainable import make_trainable
 from jax_lora.finetune.training_state import read_record
 from jax_lora.models import load
-from jax_lora.report.progress import SilentReporter
+from jax_lora.report.events import Reporter
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def examples(learned=True):
     return [Example(row, np.arange(6) >= (3 if learned else 6), n) for n, row in enumerate(ids, 1)]
 
 
-class Recorder(SilentReporter):
+class Recorder(Reporter):
     """Keeps the events; at one step it sends a signal."""
 
     def __init__(self, signal_at=None):
@@ -45,8 +45,8 @@ class Recorder(SilentReporter):
     def compiling(self, what, number):
         self.events.append(("compiling", what, number))
 
-    def validated(self, step, loss, seconds, samples=(), *, best=False):
-        self.events.append(("validated", step, samples))
+    def validated(self, validation):
+        self.events.append(("validated", validation.step, validation.samples))
 
     def saved(self, step, path):
         self.events.append(("saved", step))

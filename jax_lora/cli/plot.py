@@ -1,0 +1,47 @@
+"""Draw the loss curves of one or several runs, as a picture or as text."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from jax_lora.errors import ConfigError, explain
+from jax_lora.report.curves import read_curves
+
+HELP = "draw the loss curves of runs"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", help="folder of a run, or its metrics.jsonl")
+    add("-o", "--output", metavar="FILE", help="the picture, a .png (loss.png)")
+    add("--text", action="store_true", help="draw in the terminal instead")
+    add("--log-y", action="store_true", help="draw the loss on a logarithmic axis")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw, and return the exit code."""
+    curves = [read_curves(each) for each in options.runs]
+    if options.text:
+        from jax_lora.report.text_plot import text_plot
+
+        width = shutil.get_terminal_size().columns
+        print("\n".join(text_plot(curves, width, log=options.log_y)))
+        return 0
+    from jax_lora.report.plot import write_plot
+
+    target = Path(options.output or "loss.png")
+    if target.suffix != ".png":
+        raise ConfigError(
+            explain(
+                f"--output {target}",
+                got=f"the ending {target.suffix!r}",
+                expected="a name that ends in .png",
+                fix=f"Write -o {target.with_suffix('.png')}",
+            )
+        )
+    write_plot(curves, target, log=options.log_y)
+    print(target)
+    return 0

@@ -1,0 +1,57 @@
+"""The curves of a run: training and validation loss by step, read from its metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_lora.report.metrics import read_metrics
+
+Points = tuple[tuple[int, float], ...]  # (step, loss)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """The losses of a run.
+
+    Args:
+      name: The run's name.
+      train: Training loss by step.
+      valid: Validation loss by step.
+    """
+
+    name: str
+    train: Points
+    valid: Points
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The lowest validation loss and its step."""
+        return min(self.valid, key=lambda point: point[1], default=None)
+
+
+def read_curves(run: str | Path) -> Curves:
+    """Read the losses of a run.
+
+    Args:
+      run: The run's folder, or its metrics.jsonl.
+
+    Returns:
+      The curves; values that are no number are left out.
+    """
+    path, rows = Path(run), read_metrics(run)
+    folder = path if path.is_dir() else path.parent
+    name = folder.resolve().name
+    return Curves(name, _points(rows, "train_loss"), _points(rows, "val_loss"))
+
+
+def _points(rows: Sequence[dict[str, Any]], name: str) -> Points:
+    found: list[tuple[int, float]] = []
+    for row in rows:
+        value = row.get(name)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found.append((row["iter"], value))
+    return tuple(found)

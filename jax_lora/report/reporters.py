@@ -1,0 +1,47 @@
+"""Chooses how a run is shown."""
+
+from __future__ import annotations
+
+import sys
+
+from jax_lora.errors import ConfigError, explain
+from jax_lora.report.events import Reporter
+from jax_lora.report.json_lines import JsonReporter
+from jax_lora.report.plain import PlainReporter
+
+KINDS = ("auto", "rich", "plain", "json", "none")
+
+
+def make_reporter(kind: str = "auto") -> Reporter:
+    """Choose how a run is shown.
+
+    Args:
+      kind: `"rich"`, `"plain"`, `"json"`, `"none"`, or `"auto"`: rich on a terminal and plain
+        elsewhere.
+
+    Returns:
+      The reporter.
+
+    Raises:
+      ConfigError: Another kind.
+    """
+    if kind not in KINDS:
+        raise ConfigError(
+            explain(
+                "--progress",
+                got=repr(kind),
+                expected=f"one of {', '.join(KINDS)}",
+                fix="Leave it out to let the terminal decide.",
+            )
+        )
+    if kind == "none":
+        return Reporter()
+    if kind == "json":
+        return JsonReporter(sys.stdout)
+    if kind == "rich" or (kind == "auto" and sys.stdout.isatty()):
+        from rich.console import Console
+
+        from jax_lora.report.screen import RichReporter
+
+        return RichReporter(Console(force_terminal=True if kind == "rich" else None))
+    return PlainReporter(sys.stdout)

@@ -1,0 +1,55 @@
+"""What a run was made with: versions of the packages, and the devices."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "grain",
+)
+
+
+def versions() -> dict[str, Any]:
+    """List versions and devices.
+
+    Returns:
+      Plain values by name; None for a package that is not there.
+    """
+    import jax_lora
+
+    return {
+        "jax_lora": jax_lora.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in PACKAGES},
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+
+
+def write_versions(folder: Path) -> None:
+    """Write versions.json into a run's folder."""
+    text = json.dumps(versions(), indent=2) + "\n"
+    (folder / "versions.json").write_text(text, encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
