@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from jax_lora.cli.adapters import checkpoint_of, merged
 from jax_lora.cli.base_model import BUNDLED, data_folder, load_base
 from jax_lora.cli.options import at_least_one
 from jax_lora.data.data_folder import read_data
-from jax_lora.finetune.evaluation import Evaluation, Score
+from jax_lora.finetune.evaluation import ALL, Evaluation, Score
 
 HELP = "loss, exact match and execution match on the test split"
 
 # Heading and how a score is shown; a column whose scores are all absent is left out.
 MEASURES: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
     ("loss", lambda score: f"{score.loss:.4f}"),
+    ("perplexity", lambda score: f"{score.perplexity:,.4g}"),
     ("exact match", lambda score: None if score.exact is None else f"{score.exact:.1%}"),
     (
         "execution match",
@@ -38,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--split", default="test", choices=("train", "valid", "test"), help="which rows (test)")
     add("--limit", type=at_least_one, metavar="N", help="only the first N rows (all)")
     add("--max-tokens", type=at_least_one, default=64, metavar="N", help="of an answer (64)")
+    add("--json", metavar="FILE", help="write the scores there too")
     add("--batch-size", type=at_least_one, default=50, metavar="N", help="rows together (50)")
 
 
@@ -65,8 +69,27 @@ def run(options: argparse.Namespace) -> int:
     }
     print(f"{file.path}, model {base.name}, adapter {checkpoint}")
     print("\n".join(table(columns)))
-    print(f"{len(file.rows)} rows in {time.perf_counter() - began:.1f} s")
+    scored = columns["adapter"][ALL]
+    print(
+        f"{scored.rows} rows, {scored.tokens:,} learned tokens, "
+        f"in {time.perf_counter() - began:.1f} s"
+    )
+    if scored.exact is None:
+        print("Exact match is that of prompts with completions; these rows have none.")
+    if options.json:
+        _write(Path(options.json), columns)
     return 0
+
+
+def _write(file: Path, columns: Mapping[str, Mapping[str, Score]]) -> None:
+    values = {
+        model: {
+            group: dataclasses.asdict(score) | {"perplexity": score.perplexity}
+            for group, score in scores.items()
+        }
+        for model, scores in columns.items()
+    }
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def table(columns: Mapping[str, Mapping[str, Score]]) -> list[str]:
@@ -79,11 +102,11 @@ def table(columns: Mapping[str, Mapping[str, Score]]) -> list[str]:
       The lines.
 
     Example:
-      >>> score = Score(rows=2, loss=0.5, exact=1.0)
+      >>> score = Score(rows=2, tokens=9, loss=0.5, exact=1.0)
       >>> print("\n".join(table({"base": {"all": score}, "adapter": {"all": score}})))
-                  rows             loss      exact match
-                           base  adapter    base  adapter
-      all            2   0.5000   0.5000  100.0%   100.0%
+           rows             loss      perplexity      exact match
+                   base  adapter   base  adapter    base  adapter
+      all     2  0.5000   0.5000  1.649    1.649  100.0%   100.0%
     """
     groups = next(iter(columns.values()))
     shown = [(head, show) for head, show in MEASURES if all(map(show, groups.values()))]

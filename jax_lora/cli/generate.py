@@ -6,12 +6,16 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from jax_lora.cli.adapters import checkpoint_of, merged
 from jax_lora.cli.base_model import BUNDLED, load_base
 from jax_lora.cli.options import at_least_one
-from jax_lora.errors import DataError, explain
+from jax_lora.data.tokenizer import Tokenizer
+from jax_lora.errors import ConfigError, DataError, explain
 from jax_lora.finetune.generation import Generator
+from jax_lora.finetune.memory import peak_memory
+from jax_lora.report.printable import printable
 
 HELP = "answer a prompt, or several"
 MOST_ROWS = 8  # prompts that are answered together
@@ -29,6 +33,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--prompts", metavar="FILE", help=text)
     add("--adapter-path", metavar="DIR", help="run or checkpoint (none: the base model)")
     add("--max-tokens", type=at_least_one, default=256, metavar="N", help="of an answer (256)")
+    add("--chat", action="store_true", help="write prompts as turns of the chat template")
+    add("--system", metavar="TEXT", help="what the model is told first; with --chat")
+    add_sampling_options(parser)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how tokens are chosen, and where answers end."""
+    add = parser.add_argument
     text = "0 takes the likeliest token every time (0; 1 with --top-k or --top-p)"
     add("--temperature", "--temp", type=float, metavar="X", help=text)
     text = "draw among the N likeliest tokens; 0 among all (0)"
@@ -55,24 +67,49 @@ def run(options: argparse.Namespace) -> int:
         base.tokenizer,
         max_tokens=options.max_tokens,
         rows=min(len(prompts), MOST_ROWS),
-        stop=_stops(options),
-        temperature=_temperature(options),
-        top_k=options.top_k or None,
-        top_p=options.top_p,
-        seed=options.seed,
+        **sampling(options),
     )
-    ids = [base.tokenizer.encode(prompt) for prompt in prompts]
+    ids = [_encode(base.tokenizer, prompt, options) for prompt in prompts]
     began = time.perf_counter()
     answers = generator.answer(ids)
     seconds = time.perf_counter() - began
     for prompt, answer in zip(prompts, answers, strict=True):
         if len(prompts) > 1:
-            print(f"==> {prompt}")
-        print(answer)
+            print(f"==> {printable(prompt)}")
+        print(printable(answer))
     asked = sum(map(len, ids))
     tokens = sum(len(base.tokenizer.encode(answer)) for answer in answers)
-    print(f"[{asked} + {tokens} tokens, {seconds:.1f} s with compiling]")
+    print(f"[{asked} + {tokens} tokens, {seconds:.1f} s with compiling, {peak_memory():.2f} GB]")
     return 0
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the options of `add_sampling_options`, for a `Generator`."""
+    return {
+        "stop": _stops(options),
+        "temperature": _temperature(options),
+        "top_k": options.top_k or None,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, options: argparse.Namespace) -> list[int]:
+    if options.system is not None and not options.chat:
+        raise ConfigError(
+            explain(
+                "--system",
+                got="no --chat",
+                expected="--chat, which writes prompts as turns of a conversation",
+                fix="Add --chat, or write it all into the prompt.",
+            )
+        )
+    if not options.chat:
+        return tokenizer.encode(prompt)
+    turns = [{"role": "user", "content": prompt}]
+    if options.system is not None:
+        turns.insert(0, {"role": "system", "content": options.system})
+    return tokenizer.encode(tokenizer.render(turns, answer_next=True))
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:

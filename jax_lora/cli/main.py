@@ -70,13 +70,14 @@ def _explained(error: Exception, debug: bool) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from jax_lora.cli import chat, export, fuse, generate, import_adapter, plot, train
     from jax_lora.cli import eval as evaluate
-    from jax_lora.cli import export, fuse, generate, import_adapter, plot, train
 
     named = {
         "train": train,
-        "eval": evaluate,
         "generate": generate,
+        "chat": chat,
+        "eval": evaluate,
         "fuse": fuse,
         "export": export,
         "import": import_adapter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from jax_lora.data.rows import Row, RowFile, boolean_field
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.finetune.generation import Generator
 from jax_lora.finetune.judge import exact_match, execution_match, load_database
-from jax_lora.finetune.loop import mean_loss
 from jax_lora.finetune.step import make_validation
+from jax_lora.finetune.total_loss import total_loss
 
 ALL = "all"
 
@@ -25,15 +26,22 @@ class Score:
 
     Args:
       rows: How many rows.
-      loss: Mean cross-entropy of the answers' tokens.
+      tokens: How many tokens of theirs are learned in training, and scored.
+      loss: Mean cross-entropy of those tokens.
       exact: Share of answers that are the reference's text; None if the rows have no answers.
       execution: Share whose query finds what the reference finds; None if rows name no database.
     """
 
     rows: int
+    tokens: int
     loss: float
     exact: float | None = None
     execution: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """Among how many tokens the model wavers, as it were: exp(loss)."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +85,9 @@ class Evaluation:
                 max_length=self.max_length,
             )
             batches = Batches.of(examples.rows, self.rows)
-            loss = mean_loss(measure, None, variables, batches)
-            scores[name] = self._judged(rows, answers, loss)
+            total, tokens = total_loss(measure, None, variables, batches)
+            score = Score(len(rows), round(tokens), total / max(tokens, 1.0))
+            scores[name] = self._judged(rows, answers, score)
         return scores
 
     def _groups(self) -> dict[str, tuple[Row, ...]]:
@@ -117,15 +126,15 @@ class Evaluation:
                 answered(len(answers))
         return answers
 
-    def _judged(self, rows: Sequence[Row], answers: dict[int, str], loss: float) -> Score:
+    def _judged(self, rows: Sequence[Row], answers: dict[int, str], score: Score) -> Score:
         judged = [(row, answers[row.line]) for row in rows if row.line in answers]
         if not judged:
-            return Score(len(rows), loss)
+            return score
         exact = [exact_match(answer, row.fields["completion"]) for row, answer in judged]
         execution = None
         if all("database" in row.fields for row, _ in judged):
             execution = _share([self._executes(row, answer) for row, answer in judged])
-        return Score(len(rows), loss, _share(exact), execution)
+        return dataclasses.replace(score, exact=_share(exact), execution=execution)
 
     def _executes(self, row: Row, answer: str) -> bool:
         script = load_database(_folder_of(self.file.path), row.fields["database"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ class Generator:
       top_k: Draw among the k likeliest tokens only.
       top_p: Draw among the fewest tokens only that together are this likely.
       seed: Chooses what is drawn: one sequence for each place in the list of prompts.
+      doubling: Pad prompts to lengths that double, for conversations, which grow: fewer programs.
 
     Raises:
       ConfigError: A number is out of its range, or a stop text is empty.
@@ -54,6 +55,7 @@ class Generator:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    doubling: bool = False
 
     def __post_init__(self):
         """Refuse settings before any work is done."""
@@ -94,7 +96,7 @@ class Generator:
         return answers
 
     def _check(self, prompt: Sequence[int]) -> None:
-        most = self.model.config.max_position_embeddings
+        most = self._most
         if not prompt or len(prompt) + self.max_tokens > most:
             raise ConfigError(
                 explain(
@@ -105,14 +107,58 @@ class Generator:
                 )
             )
 
-    def _batch(self, prompts: list[Sequence[int]], places: list[int]) -> list[str]:
+    def grow(self, prompt: Sequence[int]) -> Iterator[list[int]]:
+        """Answer one prompt token by token.
+
+        Args:
+          prompt: Its ids.
+
+        Yields:
+          All tokens of the answer so far, the end token too.
+
+        Raises:
+          ConfigError: As `answer`.
+        """
+        self._check(prompt)
+        ids, mask = self._padded([prompt])
+        choice, padding = self._choice([0]), np.int32(self.tokenizer.eos_id)
+        progress = begin(self.model, self.variables, ids.shape, self.max_tokens)
+        for until in range(1, self.max_tokens + 1):
+            progress = advance(
+                self.model,
+                self.variables,
+                ids,
+                mask,
+                progress,
+                np.int32(until),
+                self._ends,
+                padding,
+                choice,
+            )
+            yield np.asarray(progress.tokens)[0, : int(progress.lengths[0])].tolist()
+            if bool(progress.done[0]):
+                return
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, length) ids and mask, padded to one of a few lengths."""
         length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        ids = np.zeros((self.rows, length), np.int32)
-        mask = np.zeros((self.rows, length), np.int32)
+        if self.doubling:
+            doubled = PROMPT_MULTIPLE << (length // PROMPT_MULTIPLE - 1).bit_length()
+            length = max(length, min(doubled, self._most - self.max_tokens))
+        ids = np.zeros((len(prompts), length), np.int32)
+        mask = np.zeros((len(prompts), length), np.int32)
         for row, prompt in enumerate(prompts):
             # On the left, so that every answer begins in the same column.
             ids[row, length - len(prompt) :] = prompt
             mask[row, length - len(prompt) :] = 1
+        return ids, mask
+
+    @property
+    def _most(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    def _batch(self, prompts: list[Sequence[int]], places: list[int]) -> list[str]:
+        ids, mask = self._padded(prompts)
         choice, padding = self._choice(places), np.int32(self.tokenizer.eos_id)
         halts, texts = self._ends | self._stops, []
         progress = begin(self.model, self.variables, ids.shape, self.max_tokens)
@@ -138,14 +184,22 @@ class Generator:
     def _texts(self, progress: Progress) -> tuple[list[str], np.ndarray]:
         """The rows' texts so far, cut; and which of them have reached a stop text."""
         cut = [
-            self._cut(tokens[:length])
+            self.text_of(tokens[:length])
             for tokens, length in zip(
                 np.array(progress.tokens).tolist(), progress.lengths.tolist(), strict=True
             )
         ]
         return [text for text, _ in cut], np.array([stopped for _, stopped in cut])
 
-    def _cut(self, tokens: list[int]) -> tuple[str, bool]:
+    def text_of(self, tokens: list[int]) -> tuple[str, bool]:
+        """Turn an answer's tokens into text, cut before a stop text.
+
+        Args:
+          tokens: The tokens, with the end token or without.
+
+        Returns:
+          The text, and whether a stop text was reached.
+        """
         if tokens and self._ends[tokens[-1]]:
             tokens = tokens[:-1]
         text = self.tokenizer.decode(tokens)

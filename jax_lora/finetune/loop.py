@@ -18,7 +18,7 @@ from jax_lora.errors import DataError, LoraError, explain
 from jax_lora.finetune.devices import data_mesh, replicate, split_rows
 from jax_lora.finetune.interrupts import Interrupts
 from jax_lora.finetune.ledger import Ledger, Tokens
-from jax_lora.finetune.memory import peak_memory
+from jax_lora.finetune.memory import counts_resident_memory, peak_memory
 from jax_lora.finetune.optimizers import make_optimizer
 from jax_lora.finetune.programs import Programs
 from jax_lora.finetune.run_folder import RunFolder, checkpoint_name
@@ -26,6 +26,7 @@ from jax_lora.finetune.samples import Sampler
 from jax_lora.finetune.schedule import make_schedule
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.step import StepReport, make_step, make_validation, start
+from jax_lora.finetune.total_loss import total_loss
 from jax_lora.finetune.trainable import Trainable
 from jax_lora.finetune.training_state import load_moments, save_state
 from jax_lora.report.events import Reporter, RunResult, Validation
@@ -167,6 +168,7 @@ class TrainLoop:
             best=self._best and (self._best[0], checkpoint_name(self._best[1])),
             checkpoint=self._save(),
             peak_memory=peak_memory(),
+            resident=counts_resident_memory(),
             planned_memory=self._programs.planned_bytes / 1e9,
             stopped_early=stop,
             interrupted=interrupts.requested,
@@ -245,7 +247,7 @@ class TrainLoop:
             return False
         began = time.perf_counter()
         step, settings = self._ledger.step, self._settings
-        loss = mean_loss(
+        total, tokens = total_loss(
             self._measure,
             self._state.trained,
             self._frozen,
@@ -253,6 +255,7 @@ class TrainLoop:
             settings.val_batches,
             place=lambda batch: split_rows(batch, self._mesh),
         )
+        loss = total / max(tokens, 1.0)
         seconds = time.perf_counter() - began
         best = self._ledger.add_validation(loss)
         answers = self._samples()
@@ -282,37 +285,6 @@ class TrainLoop:
         if new:
             self._reporter.saved(self._ledger.step, path)
         return path
-
-
-def mean_loss(
-    measure: Callable[..., Any],
-    trained: Any,
-    frozen: Any,
-    batches: Batches,
-    most: int = -1,
-    *,
-    place: Callable[[Batch], Batch] = lambda batch: batch,
-) -> float:
-    """Measure the mean loss of the learned tokens.
-
-    Args:
-      measure: From `make_validation`.
-      trained: The adapter, or None for the base.
-      frozen: The base.
-      batches: The rows.
-      most: How many batches; -1 for all.
-      place: Puts a batch on the devices.
-
-    Returns:
-      The mean over tokens, whatever batches they are in.
-    """
-    total = tokens = 0.0
-    for number, batch in enumerate(batches.once()):
-        if number == most:
-            break
-        loss, learned = measure(trained, frozen, place(batch))
-        total, tokens = total + float(loss), tokens + float(learned)
-    return total / max(tokens, 1.0)
 
 
 def _schedule(settings: TrainSettings, steps: int) -> optax.Schedule:

@@ -7,6 +7,11 @@ import sys
 import jax
 
 
+def counts_resident_memory() -> bool:
+    """Tell whether `peak_memory` is that of the whole process, for want of the device's own."""
+    return "peak_bytes_in_use" not in (jax.local_devices()[0].memory_stats() or {})
+
+
 def peak_memory() -> float:
     """Measure the peak in gigabytes (10^9 bytes).
 

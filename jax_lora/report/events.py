@@ -85,6 +85,7 @@ class RunResult:
       best: Best validation loss and its checkpoint, or None.
       checkpoint: The last checkpoint.
       peak_memory: Gigabytes, measured.
+      resident: Whether that is the whole process's resident memory, and not the device's own.
       planned_memory: Gigabytes that the programs were to need; 0 where nobody knows.
       stopped_early: Whether patience ended before the steps did.
       interrupted: The signal that stopped it, or None.
@@ -101,6 +102,7 @@ class RunResult:
     best: tuple[float, str] | None
     checkpoint: Path
     peak_memory: float
+    resident: bool = False
     planned_memory: float = 0.0
     stopped_early: bool = False
     interrupted: str | None = None

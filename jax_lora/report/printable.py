@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 
-def printable(text: str, *, keep: str = "\n") -> str:
+def printable(text: str, *, keep: str = "\n\t") -> str:
     r"""Write control characters out, so that a terminal shows them and does not obey them.
 
     Args:

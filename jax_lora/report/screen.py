@@ -103,8 +103,8 @@ class RichReporter(Reporter):
         row = {"iter": f"{validation.step}", "val": f"{validation.loss:.4f}"}
         self._row(row, "bold green" if validation.best else "green")
         for prompt, answer in validation.samples:
-            self._say(f"  {prompt.strip()}", "dim")
-            self._say(f"  {answer.strip()}", "cyan")
+            self._say(self._one_line(f"  {prompt.strip()}"), "dim")
+            self._say(self._one_line(f"  {answer.strip()}"), "cyan")
 
     def saved(self, step: int, path: Path) -> None:
         """Name the checkpoint above the bar."""
@@ -116,6 +116,10 @@ class RichReporter(Reporter):
         title = "interrupted" if result.interrupted else "done"
         lines = summary_lines(result)
         self._panel(title, [(name.lower(), value, "") for name, value in lines])
+
+    def _one_line(self, text: str) -> str:
+        line = text.replace("\n", " ⏎ ")
+        return line if len(line) <= self._console.width else line[: self._console.width - 1] + "…"
 
     def _panel(self, title: str, lines: list[tuple[str, str, str]]) -> None:
         table = Table.grid(padding=(0, 2))

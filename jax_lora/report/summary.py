@@ -20,7 +20,7 @@ def summary_lines(result: RunResult) -> list[tuple[str, str]]:
         ("Tokens", _tokens(result)),
         ("Time", f"{result.seconds:.1f} s, of which {_compiling(result)}"),
         ("Speed", f"{result.tokens / working:,.0f} tokens/s"),
-        ("Peak memory", f"{result.peak_memory:.2f} GB{_planned(result)}"),
+        ("Peak memory", f"{result.peak_memory:.2f} GB{_kind(result)}{_planned(result)}"),
     ]
     if result.val_loss is not None:
         lines.append(("Validation loss", f"{result.val_loss:.4f}"))
@@ -40,6 +40,10 @@ def _tokens(result: RunResult) -> str:
 def _compiling(result: RunResult) -> str:
     programs = "program" if result.programs == 1 else "programs"
     return f"{result.compile_seconds:.1f} s compiling {result.programs} {programs}"
+
+
+def _kind(result: RunResult) -> str:
+    return " resident" if result.resident else ""
 
 
 def _planned(result: RunResult) -> str:

@@ -1,5 +1,6 @@
 """The command, run in this process on a model and data of a few kilobytes."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from jax_lora.cli import main
 from jax_lora.models import Llama, LlamaConfig, save
 from tests.tiny_model import TINY, write_tokenizer
 
-VERBS = ("train", "eval", "generate", "fuse", "export", "import")
+VERBS = ("train", "generate", "chat", "eval", "fuse", "export", "import", "plot")
 
 
 def test_train_eval_and_generate_follow_one_another(train, tmp_path, capsys):
@@ -20,14 +21,25 @@ def test_train_eval_and_generate_follow_one_another(train, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Iter 2: Train loss" in out and "Iter 2: Val loss" in out
     names = {path.name for path in (tmp_path / "adapters").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "run.json", "step-000002"}
+    assert names == {
+        "config.yaml",
+        "loss.png",
+        "metrics.csv",
+        "metrics.jsonl",
+        "run.json",
+        "step-000002",
+        "versions.json",
+    }
 
-    assert main(["eval", "--compare-base", "--max-tokens", "4"]) == 0
+    scores = tmp_path / "scores.json"
+    assert main(["eval", "--compare-base", "--max-tokens", "4", "--json", str(scores)]) == 0
+    written = json.loads(scores.read_text())
+    assert written["base"]["all"]["rows"] == 8 and written["adapter"]["all"]["perplexity"] > 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["rows", "loss", "exact", "match"]
-    assert lines[2].split() == ["base", "adapter", "base", "adapter"]
+    assert lines[1].split() == ["rows", "loss", "perplexity", "exact", "match"]
+    assert lines[2].split() == ["base", "adapter"] * 3
     assert [line.split()[0] for line in lines[3:6]] == ["all", "seen:", "seen:"]
-    assert "8 rows in" in lines[6]
+    assert "8 rows, " in lines[6] and "learned tokens" in lines[6]
 
     assert (
         main(["generate", "--adapter-path", "adapters", "--prompt", "a", "--max-tokens", "3"]) == 0
