@@ -15,6 +15,7 @@ from jax_lora.cli.train_flags import add_options
 from jax_lora.data.batches import Batches
 from jax_lora.data.data_folder import DataSet, read_data
 from jax_lora.data.examples import Examples, make_examples
+from jax_lora.data.packing import speedup
 from jax_lora.finetune.devices import use_all_cores
 from jax_lora.finetune.loop import TrainLoop
 from jax_lora.finetune.resume import refuse_changes, stretched
@@ -213,7 +214,21 @@ def _plan(ready: Ready, steps: int, notes: list[str]) -> RunPlan:
         data=f"{ready.data.path}: {_counts(ready.train, ready.valid)}",
         steps=steps,
         notes=(*notes, *_notes(ready)),
+        hints=tuple(_hints(ready)),
     )
+
+
+def _hints(ready: Ready) -> list[str]:
+    """What could be done better, as far as it can be seen before the first step."""
+    settings, hints = ready.settings, []
+    lengths = [len(example.ids) for example in ready.train.rows]
+    padding = Batches.of(ready.train.rows, 1).padding
+    gain = speedup(lengths, round(sum(lengths) / (1 - padding)), settings.max_seq_length)
+    if not settings.pack and gain > 1.3:
+        hints.append(f"rows are {padding:.0%} padding: --pack would be {gain:.1f}x faster")
+    if settings.fine_tune_type == "full" and ready.base.dtype != "float32":
+        hints.append(f"small updates are lost in {ready.base.dtype}: --dtype float32 keeps them")
+    return hints
 
 
 def _describe(ready: Ready) -> str:
@@ -237,8 +252,16 @@ def _notes(ready: Ready) -> list[str]:
     notes, train, rows = [], ready.train, ready.data.split("train")
     if rows.blank:
         notes.append(f"{len(rows.rows)} rows read + 0 refused + {rows.blank} blank lines skipped")
+    if rows.skipped:
+        notes.append(f"{rows.skipped} files skipped: binary, empty, too large, or links")
+    if train.pieces:
+        notes.append(f"documents longer than a row are cut into {train.pieces} pieces")
     if train.cut:
         notes.append(f"{train.cut} rows are cut at the longest length")
+    if train.unlocated:
+        notes.append(
+            f"{train.unlocated} answers are not learned: the chat template writes them differently"
+        )
     if train.dropped:
         lines = ", ".join(map(str, train.dropped[:10]))
         notes.append(f"{len(train.dropped)} rows left out, nothing to learn: lines {lines}")

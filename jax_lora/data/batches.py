@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jax_lora.data.examples import Example
+from jax_lora.data.packing import pack_rows
 
 # Every shape is a program to compile; every shape less is more padding. Three lose about a tenth.
 BUCKETS = 3
@@ -43,21 +44,27 @@ class Bucket(NamedTuple):
     learned: int
 
 
+Documents = tuple[int, ...]  # indices of the examples of a row: one, or several packed ones
+Plan = list[tuple[Bucket, Sequence[Documents]]]  # the batches of an epoch
+
+
 @dataclasses.dataclass(frozen=True)
 class Batches:
     """All batches of a data set, by step.
 
     Args:
-      examples: The rows.
+      examples: The rows' contents.
       rows: Rows in a batch.
       seed: Chooses the order, which is another one in every epoch.
-      buckets: The shapes, from short to long.
+      buckets: The shapes, from short to long, each with the rows that it takes.
+      packed: Whether rows hold several documents.
     """
 
     examples: tuple[Example, ...]
     rows: int
     seed: int
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[tuple[Bucket, tuple[Documents, ...]], ...]
+    packed: bool = False
 
     @classmethod
     def of(
@@ -76,18 +83,32 @@ class Batches:
           rows: Rows in a batch.
           seed: Chooses the order.
           buckets: How many shapes at most.
-          pack: Length of packed rows.
+          pack: Length of packed rows, at least that of the longest example; None does not pack.
 
         Returns:
           The batches.
         """
+        if pack is not None:
+            shape, packed = _packed(examples, pack)
+            return cls(tuple(examples), rows, seed, ((shape, packed),), packed=True)
         shapes = choose_buckets(examples, buckets)
-        return cls(tuple(examples), rows, seed, shapes)
+        members: list[list[Documents]] = [[] for _ in shapes]
+        for index, example in enumerate(examples):
+            fits = (place for place, b in enumerate(shapes) if len(example.ids) <= b.length)
+            members[next(fits)].append((index,))
+        sorted_in = tuple((shape, tuple(of)) for shape, of in zip(shapes, members, strict=True))
+        return cls(tuple(examples), rows, seed, sorted_in)
 
     @property
     def per_epoch(self) -> int:
         """Count the batches that show every row once."""
-        return sum(-(-len(members) // self.rows) for members in self._members)
+        return sum(-(-len(members) // self.rows) for _, members in self.buckets)
+
+    @property
+    def padding(self) -> float:
+        """The share of an epoch's tokens that is padding, missing rows left aside."""
+        whole = sum(shape.length * len(members) for shape, members in self.buckets)
+        return 1.0 - sum(len(example.ids) for example in self.examples) / whole
 
     def at(self, step: int) -> Batch:
         """Make the batch of a step, counted from 0.
@@ -98,66 +119,102 @@ class Batches:
         Returns:
           The batch.
         """
-        return self.pad(*self._plan(step))
+        return self.pad(*self._planned(step))
 
     def tokens(self, step: int) -> int:
         """Count the real tokens of a step: prompts and answers, no padding."""
-        return sum(len(self.examples[index].ids) for index in self._plan(step)[1])
+        return sum(len(example.ids) for example in self._of(step))
 
     def raw_tokens(self, step: int) -> int:
         """Count the tokens of a step's own text: no template, no start and end tokens."""
-        return sum(self.examples[index].raw for index in self._plan(step)[1])
+        return sum(example.raw for example in self._of(step))
 
     def lines(self, step: int) -> list[int]:
         """Name the lines of a step's rows, for messages."""
-        return [self.examples[index].line for index in self._plan(step)[1]]
+        return [example.line for example in self._of(step)]
 
     def once(self) -> Iterator[Batch]:
         """Go through every row once, in the file's own order: for validation and tests."""
-        for bucket, members in zip(self.buckets, self._members, strict=True):
+        for shape, members in self.buckets:
             for start in range(0, len(members), self.rows):
-                yield self.pad(bucket, members[start : start + self.rows])
+                yield self.pad(shape, members[start : start + self.rows])
 
-    def _plan(self, step: int) -> tuple[Bucket, list[int]]:
+    def _of(self, step: int) -> list[Example]:
+        return [self.examples[index] for row in self._planned(step)[1] for index in row]
+
+    def _planned(self, step: int) -> tuple[Bucket, Sequence[Documents]]:
         epoch, position = divmod(step, self.per_epoch)
-        order = np.random.default_rng((self.seed, epoch))
-        plan = []
-        for bucket, members in zip(self.buckets, self._members, strict=True):
-            shuffled = order.permutation(np.asarray(members, np.int64)).tolist()
-            starts = range(0, len(shuffled), self.rows)
-            plan += [(bucket, shuffled[start : start + self.rows]) for start in starts]
-        return plan[order.permutation(len(plan))[position]]
+        return self._epoch(epoch)[position]
+
+    def _epoch(self, epoch: int) -> Plan:
+        """An epoch's order is made once, and not at every step; a loader may be in the next."""
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = self._plans[epoch] = self._plan(epoch)
+            for other in [each for each in self._plans if abs(each - epoch) > 1]:
+                self._plans.pop(other, None)
+        return plan
 
     @functools.cached_property
-    def _members(self) -> list[list[int]]:
-        """Sort the examples' indices into the buckets."""
-        members: list[list[int]] = [[] for _ in self.buckets]
-        for index, example in enumerate(self.examples):
-            fits = (place for place, b in enumerate(self.buckets) if len(example.ids) <= b.length)
-            members[next(fits)].append(index)
-        return members
+    def _plans(self) -> dict[int, Plan]:
+        return {}
 
-    def pad(self, bucket: Bucket, indices: Sequence[int]) -> Batch:
-        """Put rows into a bucket's shape; rows that are missing are there with weight 0.
+    def _plan(self, epoch: int) -> Plan:
+        """Shuffle the rows of every shape, cut them into batches, and shuffle those."""
+        order = np.random.default_rng((self.seed, epoch))
+        plan: Plan = []
+        for shape, members in self.buckets:
+            shuffled = [members[index] for index in order.permutation(len(members))]
+            starts = range(0, len(shuffled), self.rows)
+            plan += [(shape, shuffled[start : start + self.rows]) for start in starts]
+        return [plan[index] for index in order.permutation(len(plan))]
+
+    def pad(self, shape: Bucket, rows: Sequence[Documents]) -> Batch:
+        """Put rows into a shape; rows that are missing are there with weight 0.
 
         Args:
-          bucket: The shape.
-          indices: Which examples, at most `rows` of them.
+          shape: The shape.
+          rows: The examples of each row, at most as many as a batch has.
 
         Returns:
           The batch.
         """
-        ids = np.zeros((self.rows, bucket.length), np.int32)
-        at = np.zeros((self.rows, bucket.learned), np.int32)
+        ids = np.zeros((self.rows, shape.length), np.int32)
+        at = np.zeros((self.rows, shape.learned), np.int32)
         labels, weights = np.zeros_like(at), np.zeros(at.shape, np.float32)
-        for row, index in enumerate(indices):
-            example = self.examples[index]
-            ids[row, : len(example.ids)] = example.ids
-            (places,) = np.nonzero(example.learned[1:])  # (learned,)
-            at[row, : len(places)] = places
-            labels[row, : len(places)] = example.ids[places + 1]
-            weights[row, : len(places)] = 1.0
-        return Batch(ids, at, labels, weights)
+        positions, segments = np.zeros_like(ids), np.zeros_like(ids)
+        for row, documents in enumerate(rows):
+            start, count = 0, 0
+            for number, index in enumerate(documents, start=1):
+                example = self.examples[index]
+                here = slice(start, start + len(example.ids))
+                ids[row, here] = example.ids
+                positions[row, here] = np.arange(len(example.ids))
+                segments[row, here] = number
+                # From the second token on: a document's first is nobody's to predict.
+                (places,) = np.nonzero(example.learned[1:])  # (learned,)
+                chosen = slice(count, count + len(places))
+                at[row, chosen] = start + places
+                labels[row, chosen] = example.ids[places + 1]
+                weights[row, chosen] = 1.0
+                start, count = here.stop, chosen.stop
+        if not self.packed:
+            return Batch(ids, at, labels, weights)
+        return Batch(ids, at, labels, weights, positions, segments)
+
+
+def _packed(examples: Sequence[Example], length: int) -> tuple[Bucket, tuple[Documents, ...]]:
+    """One shape for all packed rows."""
+    longest = max(len(example.ids) for example in examples)
+    room = _rounded(max(length, longest))
+    packed = pack_rows([len(example.ids) for example in examples], room)
+    learned = [sum(int(examples[i].learned[1:].sum()) for i in row) for row in packed]
+    shape = Bucket(room, min(room, _rounded(max(learned))))
+    return shape, tuple(tuple(row) for row in packed)
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // MULTIPLE) * MULTIPLE
 
 
 def choose_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
@@ -175,14 +232,14 @@ def choose_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...
       >>> [bucket.length for bucket in choose_buckets([row(n) for n in (5, 7, 30, 32)], 2)]
       [8, 32]
     """
-    lengths = [-(-len(example.ids) // MULTIPLE) * MULTIPLE for example in examples]
+    lengths = [_rounded(len(example.ids)) for example in examples]
     sizes, counts = np.unique(lengths, return_counts=True)
     chosen = _least_padding(_merged(sizes.tolist(), counts.tolist()), count)
     buckets, shorter = [], 0
     for length in chosen:
         members = [example for example in examples if shorter < len(example.ids) <= length]
         learned = max(int(example.learned[1:].sum()) for example in members)
-        buckets.append(Bucket(length, min(length, -(-learned // MULTIPLE) * MULTIPLE)))
+        buckets.append(Bucket(length, min(length, _rounded(learned))))
         shorter = length
     return tuple(buckets)
 

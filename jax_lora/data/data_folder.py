@@ -6,7 +6,9 @@ import dataclasses
 import random
 from pathlib import Path
 
+from jax_lora.data.row_files import READERS, is_row_file
 from jax_lora.data.rows import RowFile, read_rows
+from jax_lora.data.text_folder import read_text_folder
 from jax_lora.errors import DataError, explain
 
 NAMES = {
@@ -14,6 +16,7 @@ NAMES = {
     "valid": ("valid", "val", "validation"),
     "test": ("test",),
 }
+PACKED = ("", ".gz")
 # A single file gives a twentieth of its rows to validation and as many to the test.
 HELD_OUT_SHARE = 20
 
@@ -60,8 +63,9 @@ def read_data(path: str | Path) -> DataSet:
     """Read every split that a folder or a file holds, and check all rows.
 
     Args:
-      path: A folder with `train.jsonl` and perhaps `valid.jsonl` (or `val`, `validation`) and
-        `test.jsonl`; or one `.jsonl` file, of which a fixed twentieth each becomes valid and test.
+      path: A folder with `train.jsonl` (or another kind of file) and perhaps `valid` (or `val`,
+        `validation`) and `test`; or one file, of which a fixed twentieth each becomes valid and
+        test; or a folder of plain text or source code, which is split in the same way.
 
     Returns:
       The data set.
@@ -72,26 +76,46 @@ def read_data(path: str | Path) -> DataSet:
     path = Path(path)
     if path.is_dir():
         found = {name: file for name in NAMES if (file := _file_of(path, name)) is not None}
-        if not found:
-            raise DataError(_missing(path, "a folder without train.jsonl"))
-        return DataSet(path, {name: read_rows(file) for name, file in found.items()})
+        if found:
+            return DataSet(path, {name: read_rows(file) for name, file in found.items()})
+        texts = read_text_folder(path)
+        if texts is None:
+            raise DataError(_missing(path, "a folder without train.jsonl, and without texts"))
+        return DataSet(path, _cut(texts))
     if path.is_file():
+        if not is_row_file(path):
+            raise DataError(_missing(path, f"a file that ends in {path.suffix!r}"))
         return DataSet(path, _cut(read_rows(path)))
     raise DataError(_missing(path, "no such folder or file"))
 
 
 def _missing(path: Path, got: str) -> str:
+    kinds = ", ".join(READERS)
     return explain(
         str(path),
         got=got,
-        expected="a folder with train.jsonl (and valid.jsonl, test.jsonl), or one .jsonl file",
+        expected="a folder with train.jsonl (and valid.jsonl, test.jsonl), a folder of texts, or "
+        f"one file; in place of .jsonl: {kinds}, gzipped or not",
         fix="Check the path given with --data.",
     )
 
 
 def _file_of(folder: Path, name: str) -> Path | None:
-    files = [folder / f"{stem}.jsonl" for stem in NAMES[name]]
-    return next((file for file in files if file.is_file()), None)
+    names = [
+        f"{stem}{kind}{packed}" for stem in NAMES[name] for kind in READERS for packed in PACKED
+    ]
+    files = [folder / each for each in names if is_row_file(folder / each)]
+    files = [file for file in files if file.is_file()]
+    if len(files) > 1:
+        raise DataError(
+            explain(
+                str(folder),
+                got=f"{' and '.join(file.name for file in files)}",
+                expected=f'one file for the "{name}" split',
+                fix="Move the others away.",
+            )
+        )
+    return files[0] if files else None
 
 
 def _cut(whole: RowFile) -> dict[str, RowFile]:

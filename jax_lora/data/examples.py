@@ -1,14 +1,14 @@
-"""Turns rows into ids, with a mark at every token that is learned."""
+"""The rows of a file as examples of the right length, and what was lost on the way."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
-from jax_lora.data.rows import Row, RowFile
+from jax_lora.data.encoding import Encoded, encode_row
+from jax_lora.data.rows import RowFile
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import DataError, explain
 
@@ -38,11 +38,15 @@ class Examples:
       rows: The examples.
       cut: How many rows were cut at the longest length.
       dropped: Lines of the rows left out because nothing to learn was left of them.
+      unlocated: Answers that are not learned, as the chat template writes them as other texts.
+      pieces: Examples that documents longer than the longest length were cut into.
     """
 
     rows: tuple[Example, ...]
     cut: int = 0
     dropped: tuple[int, ...] = ()
+    unlocated: int = 0
+    pieces: int = 0
 
 
 def make_examples(
@@ -64,7 +68,7 @@ def make_examples(
       tokenizer: The model's tokenizer.
       max_length: Longest row in tokens.
       truncate: What happens to longer ones: `"right"` cuts them, `"drop"` leaves them out, and
-        `"error"` refuses the file.
+        `"error"` refuses the file. Documents of a folder of texts are cut into pieces instead.
       mask_prompt: False learns prompts too; None follows the format (True, but for text).
       turns: Which of a chat's answers are learned: `"all"` or the `"last"`.
 
@@ -74,19 +78,31 @@ def make_examples(
     Raises:
       DataError: `truncate="error"` and a long row, or no row is left.
     """
-    examples, dropped, cut = [], [], 0
+    examples: list[Example] = []
+    dropped: list[int] = []
+    cut = unlocated = pieces = 0
     for row in file.rows:
-        example = _encode(row, tokenizer, mask_prompt, file)
-        if len(example.ids) > max_length:
-            if truncate == "error":
-                raise DataError(_too_long(f"{file.path}:{row.line}", len(example.ids), max_length))
-            cut += truncate == "right"
-            example = _shorten(example, 0 if truncate == "drop" else max_length)
-        # The first token is never predicted, so it cannot be all there is to learn.
-        if example.learned[1:].any():
-            examples.append(example)
+        try:
+            encoded = encode_row(row, tokenizer, mask_prompt=mask_prompt, turns=turns)
+        except DataError as error:
+            raise DataError(f"{file.path}:{row.line}: {error}") from error
+        unlocated += encoded.unlocated
+        whole = _example(encoded, row.line)
+        if len(whole.ids) <= max_length:
+            kept = [whole]
+        elif row.kind == "document":
+            kept = list(_pieces(whole, max_length))
+            pieces += len(kept)
+        elif truncate == "error":
+            where = f"{file.path}:{row.line}"
+            raise DataError(_too_long(where, len(whole.ids), max_length))
         else:
-            dropped.append(row.line)
+            cut += truncate == "right"
+            kept = [_part(whole, 0, max_length if truncate == "right" else 0)]
+        # The first token is never predicted, so it cannot be all there is to learn.
+        useful = [example for example in kept if example.learned[1:].any()]
+        examples += useful
+        dropped += [] if useful else [row.line]
     if not examples:
         raise DataError(
             explain(
@@ -96,16 +112,24 @@ def make_examples(
                 fix="Raise --max-seq-length, or shorten the prompts.",
             )
         )
-    return Examples(tuple(examples), cut, tuple(dropped))
+    return Examples(tuple(examples), cut, tuple(dropped), unlocated, pieces)
 
 
-def _shorten(example: Example, length: int) -> Example:
-    return dataclasses.replace(
-        example,
-        ids=example.ids[:length],
-        learned=example.learned[:length],
-        raw=min(example.raw, length),
-    )
+def _example(encoded: Encoded, line: int) -> Example:
+    ids, learned = np.asarray(encoded.ids, np.int32), np.asarray(encoded.learned, bool)
+    return Example(ids, learned, line, encoded.raw)
+
+
+def _pieces(example: Example, length: int) -> Iterator[Example]:
+    """Cut a document; a piece begins with the last token of the one before, to predict the next."""
+    for start in range(0, len(example.ids) - 1, length - 1):
+        yield _part(example, start, start + length)
+
+
+def _part(example: Example, start: int, stop: int) -> Example:
+    ids = example.ids[start:stop]
+    raw = min(example.raw, max(len(ids) - (start > 0), 0))
+    return dataclasses.replace(example, ids=ids, learned=example.learned[start:stop], raw=raw)
 
 
 def _too_long(where: str, length: int, max_length: int) -> str:
@@ -115,124 +139,3 @@ def _too_long(where: str, length: int, max_length: int) -> str:
         expected=f"at most {max_length} (--max-seq-length)",
         fix="Raise --max-seq-length, or allow --truncate right or drop.",
     )
-
-
-# -----------------------------------------------------------------------------------------------
-# One function per format: ids, and which of them are learned
-# -----------------------------------------------------------------------------------------------
-
-
-def _encode(row: Row, tokenizer: Tokenizer, mask_prompt: bool | None, file: RowFile) -> Example:
-    try:
-        ids, learned = _ENCODERS[row.kind](row.fields, tokenizer)
-    except DataError as error:
-        raise DataError(f"{file.path}:{row.line}: {error}") from error
-    if mask_prompt is False or (mask_prompt is None and row.kind == "text"):
-        learned = [True] * len(ids)
-    raw = raw_tokens(row, tokenizer) if row.kind == "chat" else _without_ends(ids, tokenizer)
-    return Example(np.asarray(ids, np.int32), np.asarray(learned, bool), row.line, raw)
-
-
-def _without_ends(ids: list[int], tokenizer: Tokenizer) -> int:
-    return sum(index not in (tokenizer.bos_id, tokenizer.eos_id) for index in ids)
-
-
-def raw_tokens(row: Row, tokenizer: Tokenizer) -> int:
-    """Count the tokens of a chat's contents, each by itself.
-
-    Args:
-      row: A row of the format chat.
-      tokenizer: The model's tokenizer.
-
-    Returns:
-      Their sum.
-    """
-    contents = (turn.get("content") for turn in row.fields["messages"])
-    texts = [content for content in contents if isinstance(content, str)]
-    return sum(_without_ends(tokenizer.encode(text), tokenizer) for text in texts)
-
-
-def encode_prompt(fields: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """Encode what a model is given before it answers, exactly as training showed it.
-
-    Args:
-      fields: A row with `prompt`, or a chat, of which all before the last answer is the prompt.
-      tokenizer: The model's tokenizer.
-
-    Returns:
-      The ids.
-    """
-    if "messages" in fields:
-        last = max(i for i, turn in enumerate(fields["messages"]) if turn["role"] == "assistant")
-        return tokenizer.encode(tokenizer.render(fields["messages"][:last], answer_next=True))
-    return tokenizer.encode(fields["prompt"])
-
-
-def _completion(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    prompt = tokenizer.encode(row["prompt"])
-    ids = tokenizer.encode(row["prompt"] + row["completion"])
-    # Together they can merge across the seam into a token that no prompt alone ever ends with.
-    if ids[: len(prompt)] != prompt:
-        answer = tokenizer.encode(row["completion"])
-        ids = prompt + answer[len(answer[:1]) if answer[:1] == [tokenizer.bos_id] else 0 :]
-    learned = [False] * len(prompt) + [True] * (len(ids) - len(prompt))
-    return _ended(ids, learned, tokenizer)
-
-
-def _text(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    ids = tokenizer.encode(row["text"])
-    return _ended(ids, [True] * len(ids), tokenizer)
-
-
-def _chat(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    messages = row["messages"]
-    text = tokenizer.render(messages)
-    ids, ends = tokenizer.encode_with_ends(text)
-    spans = _answer_spans(messages, text, tokenizer)
-    learned = [any(start < end <= stop for start, stop in spans) for end in ends]
-    if messages[-1]["role"] != "assistant":
-        return ids, learned
-    # Some templates close the last answer, with a new line behind it or not, and some forget to.
-    closed = tokenizer.eos_id in [index for index, known in zip(ids, learned, strict=True) if known]
-    return (ids, learned) if closed else ([*ids, tokenizer.eos_id], [*learned, True])
-
-
-def _answer_spans(
-    messages: list[dict[str, Any]], text: str, tokenizer: Tokenizer
-) -> list[tuple[int, int]]:
-    """Find where in the text the assistant's answers stand, in characters."""
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.render(messages[:index], answer_next=True)
-        after = tokenizer.render(messages[: index + 1])
-        # A template may write earlier turns differently once a later one follows.
-        if text.startswith(before) and text.startswith(after):
-            spans.append((len(before), len(after)))
-    if not spans:
-        raise DataError(
-            explain(
-                "the chat template",
-                got="a conversation in which no answer follows its own prompt unchanged",
-                expected="at least one answer that stands where generation would put it",
-                fix='Write the row as "prompt" and "completion".',
-            )
-        )
-    return spans
-
-
-def _ended(
-    ids: list[int], learned: list[bool], tokenizer: Tokenizer
-) -> tuple[list[int], list[bool]]:
-    """Append the end token, which is learned like any other, unless it is there."""
-    if ids[-1:] == [tokenizer.eos_id] and learned[-1]:
-        return ids, learned
-    return [*ids, tokenizer.eos_id], [*learned, True]
-
-
-_ENCODERS: dict[str, Callable[[dict[str, Any], Tokenizer], tuple[list[int], list[bool]]]] = {
-    "completions": _completion,
-    "text": _text,
-    "chat": _chat,
-}

@@ -1,44 +1,62 @@
-"""The formats that a row of data can have: completions, text, chat. Found row by row, by keys."""
+"""The formats that a row of data can have, found row by row, by its keys; and one form for each.
+
+{"messages": [...], "tools": [...]}                    chat
+{"prompt": "...", "completion": "..."}                 completions; lists of turns are a chat
+{"text": "..."}                                        text
+{"instruction": ..., "input": ..., "output": ...}      Alpaca, becomes a completion
+{"conversations": [{"from": ..., "value": ...}]}       ShareGPT, becomes a chat
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+from jax_lora.data.problem import Problem, check_text, kind_of
+from jax_lora.data.turns import check_tools, check_turns
+
+Checked = tuple[str, dict[str, Any]] | Problem
+
+# What ShareGPT calls the roles.
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
 
 
-class Problem(NamedTuple):
-    """Why a row cannot be used, and what to do about it."""
-
-    reason: str
-    fix: str
-
-
-def check_fields(value: Any) -> tuple[str, dict[str, Any]] | Problem:
-    """Find the format of a row and check all that training will need from it.
+def check_fields(value: Any) -> Checked:
+    """Find the format of a row, check all that training will need from it, and bring it to a form.
 
     Args:
       value: Any JSON value.
 
     Returns:
-      The format's name (`"completions"`, `"text"` or `"chat"`) and the row; or the problem.
+      The form's name (`"completions"`, `"text"` or `"chat"`) and its fields, beside which all
+      others of the row stay; or the problem.
 
     Example:
       >>> check_fields({"text": "Once upon a time"})[0]
       'text'
+      >>> check_fields({"instruction": "Add.", "input": "2 3", "output": "5"})[1]["completion"]
+      '5'
       >>> check_fields({"input": "a"}).reason
       'no known format; the fields are "input"'
     """
     if not isinstance(value, dict):
         kind = type(value).__name__
         return Problem(f"a JSON {kind} where an object is needed", 'Write {"text": "..."}.')
-    if "messages" in value:
-        return _check_chat(value)
-    if "prompt" in value and "completion" in value:
-        return _check_completion(value)
-    if "text" in value:
-        problem = _check_text(value, "text")
-        return problem or ("text", value)
+    for keys, check in _FORMATS:
+        if keys <= {*value}:
+            return check(value)
     fields = ", ".join(f'"{name}"' for name in list(value)[:10]) or "none"
     return Problem(
         f"no known format; the fields are {fields}",
@@ -46,71 +64,95 @@ def check_fields(value: Any) -> tuple[str, dict[str, Any]] | Problem:
     )
 
 
-def _check_completion(row: dict[str, Any]) -> tuple[str, dict[str, Any]] | Problem:
+def _chat(row: dict[str, Any]) -> Checked:
+    turns = check_turns(row["messages"], '"messages"')
+    if isinstance(turns, Problem):
+        return turns
+    tools = check_tools(row.get("tools"))
+    if isinstance(tools, Problem):
+        return tools
+    return _conversation(row, turns, tools)
+
+
+def _conversation(
+    row: dict[str, Any], turns: list[dict[str, Any]], tools: Any = None, learn_from: int = 0
+) -> Checked:
+    if not any(turn["role"] == "assistant" for turn in turns[learn_from:]):
+        return Problem('no turn has the role "assistant": there is nothing to learn', "Add one.")
+    return "chat", row | {"messages": turns, "tools": tools, "learn_from": learn_from}
+
+
+def _completion(row: dict[str, Any]) -> Checked:
+    lists = [isinstance(row[name], list) for name in ("prompt", "completion")]
+    if all(lists):
+        return _completion_of_turns(row)
     for name in ("prompt", "completion"):
-        problem = _check_text(row, name, may_be_empty=name == "prompt")
+        problem = check_text(row, name, may_be_empty=name == "prompt")
         if problem:
             return problem
     return "completions", row
 
 
-def _check_text(row: dict[str, Any], name: str, *, may_be_empty: bool = False) -> Problem | None:
-    text = row[name]
-    if not isinstance(text, str):
-        return Problem(f'"{name}" is {_kind(text)}, not a string', f'Make "{name}" a string.')
-    if not text and not may_be_empty:
-        return Problem(
-            f'"{name}" is empty: there is nothing to learn', "Fill it, or delete the row."
-        )
-    return _check_characters(text, f'"{name}"')
+def _completion_of_turns(row: dict[str, Any]) -> Checked:
+    both = []
+    for name in ("prompt", "completion"):
+        turns = check_turns(row[name], f'"{name}"')
+        if isinstance(turns, Problem):
+            return turns
+        both.append(turns)
+    tools = check_tools(row.get("tools"))
+    if isinstance(tools, Problem):
+        return tools
+    prompt, completion = both
+    return _conversation(row, prompt + completion, tools, learn_from=len(prompt))
 
 
-def _check_characters(text: str, where: str) -> Problem | None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return Problem(
-            f"{where} has half of a surrogate pair at character {error.start + 1}",
-            "Write the character whole.",
-        )
-    return None
+def _text(row: dict[str, Any]) -> Checked:
+    return check_text(row, "text") or ("text", row)
 
 
-def _check_chat(row: dict[str, Any]) -> tuple[str, dict[str, Any]] | Problem:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        return Problem(
-            f'"messages" is {_kind(messages)}, not a list of turns',
-            'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].',
-        )
-    for index, message in enumerate(messages):
-        problem = _check_message(message, f'"messages"[{index}]')
+def _alpaca(row: dict[str, Any]) -> Checked:
+    for name in ("instruction", "output"):
+        problem = check_text(row, name)
         if problem:
             return problem
-    if not any(message["role"] == "assistant" for message in messages):
-        return Problem('no turn has the role "assistant": there is nothing to learn', "Add one.")
-    return "chat", row
+    given = row.get("input")
+    if given is not None and not isinstance(given, str):
+        return Problem(f'"input" is {kind_of(given)}, not a string', 'Make "input" a string.')
+    task = f"### Instruction:\n{row['instruction'].strip()}\n\n"
+    task += f"### Input:\n{given.strip()}\n\n" if given and given.strip() else ""
+    return "completions", row | {
+        "prompt": task + "### Response:\n",
+        "completion": row["output"],
+    }
 
 
-def _check_message(message: Any, where: str) -> Problem | None:
-    if not isinstance(message, dict):
-        return Problem(f"{where} is {_kind(message)}, not an object", "Give it a role and content.")
-    for name in ("role", "content"):
-        if name not in message:
-            return Problem(f'{where} has no "{name}"', f'Add "{name}" to the turn.')
-        if not isinstance(message[name], str):
-            kind = _kind(message[name])
-            return Problem(f'{where}: "{name}" is {kind}, not a string', "Make it a string.")
-    if message["role"] not in ROLES:
-        roles = ", ".join(ROLES)
-        return Problem(f"{where}: unknown role {message['role'][:40]!r}", f"Use one of {roles}.")
-    return _check_characters(message["content"], where)
+def _sharegpt(row: dict[str, Any]) -> Checked:
+    said = row["conversations"]
+    if not isinstance(said, list) or not said:
+        return Problem(
+            f'"conversations" is {kind_of(said)}, not a list of turns',
+            'Write [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}].',
+        )
+    turns = []
+    for index, each in enumerate(said):
+        where = f'"conversations"[{index}]'
+        if not isinstance(each, dict) or not {"from", "value"} <= {*each}:
+            return Problem(f'{where} has no "from" and "value"', "Give it both.")
+        role = SPEAKERS.get(each["from"]) if isinstance(each["from"], str) else None
+        if role is None:
+            known = ", ".join(SPEAKERS)
+            return Problem(f"{where}: unknown speaker {each['from']!r:.40}", f"Use one of {known}.")
+        turns.append({"role": role, "content": each["value"]})
+    checked = check_turns(turns, '"conversations"')
+    return checked if isinstance(checked, Problem) else _conversation(row, checked)
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if value == []:
-        return "an empty list"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+# By the keys that a row must have; the first that fits.
+_FORMATS: tuple[tuple[set[str], Callable[[dict[str, Any]], Checked]], ...] = (
+    ({"messages"}, _chat),
+    ({"conversations"}, _sharegpt),
+    ({"prompt", "completion"}, _completion),
+    ({"instruction", "output"}, _alpaca),
+    ({"text"}, _text),
+)

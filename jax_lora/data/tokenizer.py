@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_lora.data.chat_template import ChatTemplate
 from jax_lora.errors import DataError, ModelError, explain
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path, *, eos: str, bos: str | None):
         """Look up the special tokens."""
         self._backend, self._folder = backend, folder
-        self._template: Any = None
+        self._template: ChatTemplate | None = None
         self.eos_text = eos
         self.eos_id = self._id(eos)
         # A tokenizer can name a BOS and not use it (GPT-2): what it does itself decides.
@@ -133,12 +135,15 @@ class Tokenizer:
         """Find the tokens whose own text holds a text: all that can end a line, say."""
         return [index for index in range(self.size) if text in self._backend.decode([index])]
 
-    def render(self, messages: list[dict[str, Any]], *, answer_next: bool = False) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], *, answer_next: bool = False, tools: Any = None
+    ) -> str:
         """Write a conversation out by the tokenizer's chat template.
 
         Args:
           messages: Turns with `role` and `content`.
           answer_next: End with what begins an answer.
+          tools: Descriptions of the tools that the model may call.
 
         Returns:
           The text that the model sees.
@@ -148,52 +153,21 @@ class Tokenizer:
           DataError: The template refuses the conversation.
         """
         if self._template is None:
-            self._template = _load_template(self._folder)
-        import jinja2
+            self._template = ChatTemplate(self._folder)
+        return self._template.render(messages, answer_next=answer_next, tools=tools)
 
-        try:
-            return self._template.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer_next
-            )
-        except jinja2.TemplateError as error:
-            raise DataError(
-                explain(
-                    f"the chat template of {self._folder}",
-                    got=f"{error}",
-                    expected="a conversation that the template accepts",
-                    fix="Change the order or the roles of the turns.",
-                )
-            ) from error
+    def is_special(self, index: int) -> bool:
+        """Tell a token that stands for no text, such as the end of a turn."""
+        return index in self._special
+
+    @functools.cached_property
+    def _special(self) -> set[int]:
+        added = self._backend.get_added_tokens_decoder()
+        return {index for index, token in added.items() if token.special}
 
     def _id(self, token: str) -> int:
         index = self._backend.token_to_id(token)
         return -1 if index is None else index
-
-
-def _load_template(folder: Path) -> Any:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ModelError(
-            explain(
-                "chat rows",
-                got="the package transformers is not installed",
-                expected="transformers, which renders chat templates",
-                fix="pip install 'jax-lora[cli]'",
-            )
-        ) from error
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError(
-            explain(
-                str(folder),
-                got="a tokenizer without a chat template (this is a base model)",
-                expected='a template, as the data has "messages"',
-                fix='Take an instruction-tuned model, or write the rows as "prompt" and '
-                '"completion".',
-            )
-        )
-    return tokenizer
 
 
 def _cannot_read(file: Path, got: str) -> str:

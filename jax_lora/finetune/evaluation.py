@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.data.batches import Batches
-from jax_lora.data.examples import encode_prompt, make_examples
+from jax_lora.data.encoding import encode_prompt
+from jax_lora.data.examples import make_examples
 from jax_lora.data.rows import Row, RowFile, boolean_field
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.finetune.generation import Generator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_lora.data.batches import Batch, Batches
+from jax_lora.data.loading import load_ahead
 from jax_lora.dropout import dropout
 from jax_lora.errors import DataError, LoraError, explain
 from jax_lora.finetune.devices import data_mesh, replicate, split_rows
@@ -143,7 +144,7 @@ class TrainLoop:
         """
         ledger, settings = self._ledger, self._settings
         before, began = ledger.seconds, time.perf_counter()
-        batches = self._batches_from(ledger.step)
+        batches = load_ahead(self._batches, ledger.step, self.steps)
         stop = False
         with Interrupts() as interrupts:
             while ledger.step < self.steps and not stop and not interrupts.requested:
@@ -175,11 +176,6 @@ class TrainLoop:
         )
         self._reporter.finished(result)
         return result
-
-    def _batches_from(self, step: int) -> Iterator[Batch]:
-        while True:
-            yield self._batches.at(step)
-            step += 1
 
     @property
     def _best(self) -> tuple[float, int] | None:

@@ -77,3 +77,53 @@ def test_tokens_are_counted_without_padding():
     batches = Batches.of(EXAMPLES, 3)
     counted = sum(batches.tokens(step) for step in range(batches.per_epoch))
     assert counted == sum(len(each.ids) for each in EXAMPLES)
+
+
+class TestPacking:
+    @pytest.fixture
+    def batches(self):
+        return Batches.of(EXAMPLES, 2, seed=3, pack=48)
+
+    def test_every_document_is_in_a_row_once_an_epoch(self, batches):
+        for epoch in range(2):
+            steps = range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch)
+            lines = [line for step in steps for line in batches.lines(step)]
+            assert sorted(lines) == sorted(each.line for each in EXAMPLES)
+
+    def test_rows_have_one_length_and_little_padding(self, batches):
+        shapes = {batches.at(step).ids.shape for step in range(2 * batches.per_epoch)}
+        assert shapes == {(2, 48)}
+        assert batches.padding < 0.1 < Batches.of(EXAMPLES, 2, buckets=1).padding
+
+    def test_positions_begin_anew_and_segments_count_in_every_document(self, batches):
+        for batch in batches.once():
+            for ids, positions, segments in zip(
+                batch.ids, batch.positions, batch.segments, strict=True
+            ):
+                real = segments > 0
+                # These examples count from 0, as positions do.
+                np.testing.assert_array_equal(ids[real], positions[real])
+                assert (np.diff(segments[real]) == (positions[real][1:] == 0)).all()
+                assert not ids[~real].any()
+
+    def test_no_label_is_a_document_s_first_token(self, batches):
+        for batch in batches.once():
+            for row in range(2):
+                at = batch.at[row][batch.weights[row] > 0]
+                assert (batch.segments[row][at] == batch.segments[row][at + 1]).all()
+                np.testing.assert_array_equal(
+                    batch.labels[row][batch.weights[row] > 0], batch.ids[row][at + 1]
+                )
+
+    def test_labels_are_as_many_as_unpacked(self, batches):
+        learned = sum(batch.weights.sum() for batch in batches.once())
+        assert learned == sum(batch.weights.sum() for batch in Batches.of(EXAMPLES, 2).once())
+
+    def test_order_is_a_function_of_seed_and_step_alone(self, batches):
+        same = Batches.of(EXAMPLES, 2, seed=3, pack=48)
+        for step in (3, 0, 7):
+            for one, other in zip(batches.at(step), same.at(step), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+    def test_a_row_is_never_shorter_than_the_longest_document(self):
+        assert Batches.of(EXAMPLES, 2, pack=10).at(0).ids.shape == (2, 48)

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from jax_lora.data.examples import encode_prompt, make_examples
+from jax_lora.data.encoding import encode_prompt
+from jax_lora.data.examples import make_examples
 from jax_lora.data.rows import Row, RowFile
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import DataError

@@ -1,0 +1,123 @@
+"""Chat templates: how a conversation is written out as text, by transformers' own sandbox.
+
+A template is a program that came with the model. It runs in a sandbox that gives it no files and
+no Python objects; here its time and the length of its text are bounded too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jax_lora.data.bounds import time_limit
+from jax_lora.errors import DataError, ModelError, explain
+
+SECONDS = 10.0  # of one conversation; a template takes a thousandth
+LONGEST = 2**24  # characters
+LARGEST_TEMPLATE = 2**20  # bytes
+FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
+
+
+class ChatTemplate:
+    """The template of a tokenizer.
+
+    Args:
+      folder: The model's folder.
+
+    Raises:
+      ModelError: There is no template, or transformers is not installed or refuses the folder.
+    """
+
+    def __init__(self, folder: Path):
+        """Load the tokenizer that renders it."""
+        self._folder = folder
+        self._tokenizer = _load(folder)
+
+    def render(
+        self, messages: list[dict[str, Any]], *, answer_next: bool = False, tools: Any = None
+    ) -> str:
+        """Write a conversation out.
+
+        Args:
+          messages: Turns with `role` and `content`.
+          answer_next: End with what begins an answer.
+          tools: Descriptions of the tools that the model may call.
+
+        Returns:
+          The text that the model sees.
+
+        Raises:
+          DataError: The template refuses the conversation, or does not come to an end.
+        """
+        import jinja2
+
+        try:
+            with time_limit(SECONDS):
+                text = self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=answer_next, tools=tools
+                )
+        except (jinja2.TemplateError, TimeoutError, MemoryError, TypeError, ValueError) as error:
+            raise self._refused(f"{error}" or type(error).__name__) from error
+        if len(text) > LONGEST:
+            raise self._refused(f"{len(text):,} characters")
+        return text
+
+    def _refused(self, got: str) -> DataError:
+        return DataError(
+            explain(
+                f"the chat template of {self._folder}",
+                got=got[:300],
+                expected="a conversation that the template accepts",
+                fix="Change the order or the roles of the turns.",
+            )
+        )
+
+
+def _load(folder: Path) -> Any:
+    large = [file for file in FILES[:1] if _size(folder / file) > LARGEST_TEMPLATE]
+    if large:
+        raise _unusable(folder, f"{large[0]} of more than {LARGEST_TEMPLATE:,} bytes")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ModelError(
+            explain(
+                "chat rows",
+                got="the package transformers is not installed",
+                expected="transformers, which renders chat templates",
+                fix="pip install 'jax-lora[cli]'",
+            )
+        ) from error
+    try:
+        # Never the code that a folder may bring along.
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever it meets in files that a stranger wrote
+        raise _unusable(folder, f"{type(error).__name__}: {str(error)[:200]}") from error
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            explain(
+                str(folder),
+                got="a tokenizer without a chat template (this is a base model)",
+                expected='a template, as the data has "messages"',
+                fix='Take an instruction-tuned model, or write the rows as "prompt" and '
+                '"completion".',
+            )
+        )
+    return tokenizer
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+def _unusable(folder: Path, got: str) -> ModelError:
+    return ModelError(
+        explain(
+            f"the tokenizer of {folder}",
+            got=got,
+            expected="a tokenizer that transformers loads without running code from the folder",
+            fix="Copy the tokenizer's files from the model's own folder.",
+        )
+    )

@@ -1,0 +1,55 @@
+"""What can be wrong with a row's fields, in words."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Problem(NamedTuple):
+    """Why a row cannot be used, and what to do about it."""
+
+    reason: str
+    fix: str
+
+
+def check_text(row: dict[str, Any], name: str, *, may_be_empty: bool = False) -> Problem | None:
+    """Check a field that has to be a string.
+
+    Args:
+      row: The row.
+      name: The field's name.
+      may_be_empty: Whether an empty string will do.
+
+    Returns:
+      The problem, or None.
+    """
+    text = row[name]
+    if not isinstance(text, str):
+        return Problem(f'"{name}" is {kind_of(text)}, not a string', f'Make "{name}" a string.')
+    if not text and not may_be_empty:
+        return Problem(
+            f'"{name}" is empty: there is nothing to learn', "Fill it, or delete the row."
+        )
+    return check_characters(text, f'"{name}"')
+
+
+def check_characters(text: str, where: str) -> Problem | None:
+    """Refuse half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return Problem(
+            f"{where} has half of a surrogate pair at character {error.start + 1}",
+            "Write the character whole.",
+        )
+    return None
+
+
+def kind_of(value: Any) -> str:
+    """Name the kind of a JSON value, for messages."""
+    if value is None:
+        return "null"
+    if value == []:
+        return "an empty list"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
