@@ -13,14 +13,14 @@ from jax_lora.models import Llama, LlamaConfig
 CORPUS = ["select name from books where year > 1990", "how many rows? count the rows\nsql:"] * 3
 
 
-def write_tokenizer(folder, *, bos=None, post=True, template=None, pad=None):
+def write_tokenizer(folder, *, bos=None, post=True, template=None, pad=None, special=()):
     """A byte-level BPE; with `bos` and `post` it puts a start token in front by itself."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<|end|>", *([bos] if bos else [])],
+        special_tokens=["<|end|>", *([bos] if bos else []), *special],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

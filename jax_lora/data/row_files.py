@@ -143,14 +143,12 @@ def _table(delimiter: str) -> Callable[[Path, bytes], RawFile]:
             got = f"byte 0x{content[error.start]:02x} on line {line} is not UTF-8"
             raise _unreadable(path, got, "Save the file as UTF-8.") from error
         csv.field_size_limit(WIDEST_CELL)
+        lines = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
         try:
-            rows = list(
-                _table_rows(csv.reader(io.StringIO(text), delimiter=delimiter, strict=True))
-            )
+            rows = list(_table_rows(lines))
         except csv.Error as error:
-            raise _unreadable(
-                path, f"{error}", "Quote cells that hold quotes or breaks."
-            ) from error
+            fix = "Quote cells that hold quotes or breaks."
+            raise _unreadable(path, f"line {lines.line_num}: {error}", fix) from error
         return RawFile(rows, len(rows), 0)
 
     return read

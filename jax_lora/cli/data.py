@@ -1,0 +1,29 @@
+"""Look at rows before anything is trained: check, show, convert and split them."""
+
+from __future__ import annotations
+
+import argparse
+
+from jax_lora.cli import data_check, data_convert, data_show, data_split
+
+HELP = "check, show, convert or split rows"
+VERBS = {
+    "check": data_check,
+    "show": data_show,
+    "convert": data_convert,
+    "split": data_split,
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verbs, each with its own options."""
+    verbs = parser.add_subparsers(title="what to do", metavar="WHAT", required=True)
+    for name, verb in VERBS.items():
+        of_verb = verbs.add_parser(name, help=verb.HELP, description=verb.__doc__)
+        verb.add_options(of_verb)
+        of_verb.set_defaults(act=verb.run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it, and return the exit code."""
+    return options.act(options)

@@ -1,0 +1,132 @@
+"""What is learned of a chat, under templates written as those of well-known models are."""
+
+import pytest
+
+from jax_lora.data.encoding import encode_row
+from jax_lora.data.formats import check_fields
+from jax_lora.data.rows import Row
+from jax_lora.data.tokenizer import Tokenizer
+from tests.tiny_model import write_tokenizer
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HEADERS = (
+    "{{ '<|start|>' }}{% for m in messages %}"
+    "{{ '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}"
+)
+NO_SYSTEM = (
+    "{{ '<|start|>' }}{% if messages[0].role == 'system' %}"
+    "{{ raise_exception('no system role') }}{% endif %}{% for m in messages %}"
+    "{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{{ '<|im_start|>' + role + '\n' + m.content | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+)
+BRACKETS = (
+    "{{ '<|start|>' }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + '<|end|>' }}"
+    "{% endif %}{% endfor %}"
+)
+THINKING = (
+    "{% for m in messages %}{% set said = m.content %}"
+    "{% if m.role == 'assistant' and not loop.last %}"
+    "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + said + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": "how many?"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "and rows?"},
+    {"role": "assistant", "content": "three"},
+]
+LEARNED = {
+    "chatml": (CHATML, "two<|im_end|>\nthree<|im_end|>\n"),
+    "headers": (HEADERS, "two<|im_end|>three<|im_end|>"),
+    "no system": (NO_SYSTEM, "two<|im_end|>\nthree<|im_end|>\n"),
+    "brackets": (BRACKETS, " two<|end|> three<|end|>"),
+    "thinking": (THINKING, "two<|im_end|>\nthree<|im_end|>\n"),
+}
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>")
+
+
+@pytest.fixture
+def load(tmp_path):
+    def make(template):
+        bos = "<|start|>" if "<|start|>" in template else None
+        folder = write_tokenizer(tmp_path / "model", bos=bos, template=template, special=SPECIAL)
+        return Tokenizer.load(folder)
+
+    return make
+
+
+def encoded(tokenizer, turns=TURNS, which="all", **row):
+    kind, fields = check_fields(row or {"messages": turns})
+    return encode_row(Row(1, kind, fields), tokenizer, turns=which)
+
+
+def learned(result, tokenizer):
+    ids = [index for index, known in zip(result.ids, result.learned, strict=True) if known]
+    return tokenizer._backend.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_answer_and_what_closes_it_is_learned_and_nothing_else(load, name):
+    template, expected = LEARNED[name]
+    tokenizer = load(template)
+    result = encoded(tokenizer)
+    assert learned(result, tokenizer) == expected
+    assert result.unlocated == 0
+    if tokenizer.bos_id is not None:
+        assert result.ids.count(tokenizer.bos_id) == 1
+    assert result.raw == sum(len(tokenizer.encode(turn["content"])) for turn in TURNS) - 4 * (
+        tokenizer.bos_id is not None
+    )
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_last_answer_alone_is_learned_on_demand(load, name):
+    template, expected = LEARNED[name]
+    tokenizer = load(template)
+    last = expected[expected.index("three") :]
+    assert learned(encoded(tokenizer, which="last"), tokenizer).strip(" ") == last
+
+
+def test_a_turn_that_its_template_closes_is_not_closed_again(load):
+    tokenizer = load(CHATML)
+    assert tokenizer.eos_id not in encoded(tokenizer).ids
+
+
+def test_earlier_thoughts_that_a_template_leaves_out_are_not_learned_but_their_answers_are(load):
+    tokenizer = load(THINKING)
+    turns = [dict(turn) for turn in TURNS]
+    turns[1]["content"] = "<think>hm</think>\ntwo"
+    turns[3]["content"] = "<think>well</think>\nthree"
+    result = encoded(tokenizer, turns)
+    assert learned(result, tokenizer) == ("two<|im_end|>\n<think>well</think>\nthree<|im_end|>\n")
+
+
+def test_an_answer_that_is_written_as_another_text_is_counted_and_not_learned(load):
+    template = CHATML.replace(
+        "m.content", "(m.content if loop.last or m.role == 'user' else m.content | upper)"
+    )
+    tokenizer = load(template)
+    result = encoded(tokenizer)
+    assert (learned(result, tokenizer), result.unlocated) == ("three<|im_end|>\n", 1)
+
+
+def test_of_a_completion_of_turns_only_the_completion_is_learned(load):
+    tokenizer = load(CHATML)
+    result = encoded(tokenizer, prompt=TURNS[:3], completion=TURNS[3:])
+    assert learned(result, tokenizer) == "three<|im_end|>\n"
+
+
+def test_tools_are_written_into_the_prompt(load):
+    template = "{% if tools %}{{ tools | tojson + '\n' }}{% endif %}" + CHATML
+    tokenizer = load(template)
+    tools = [{"type": "function", "function": {"name": "count"}}]
+    result = encoded(tokenizer, messages=TURNS, tools=tools)
+    assert '"name": "count"' in tokenizer._backend.decode(result.ids)
+    assert learned(result, tokenizer) == LEARNED["chatml"][1]

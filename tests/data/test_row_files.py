@@ -1,0 +1,126 @@
+import gzip
+import json
+import sys
+
+import pytest
+
+from jax_lora.data import row_files
+from jax_lora.data.data_folder import read_data
+from jax_lora.data.rows import read_rows
+from jax_lora.errors import DataError
+
+ROWS = [{"prompt": "a, b", "completion": "c\nd"}, {"prompt": "é", "completion": "f"}]
+
+
+def csv_text(separator=","):
+    cells = [[f'"{value}"' for value in row.values()] for row in ROWS]
+    return "".join(separator.join(line) + "\n" for line in [list(ROWS[0]), *cells])
+
+
+CONTENTS = {
+    "train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "train.json": json.dumps(ROWS),
+    "wrapped.json": json.dumps({"data": ROWS}),
+    "train.csv": csv_text(),
+    "train.tsv": csv_text("\t"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", CONTENTS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, packed):
+    content = CONTENTS[name].encode()
+    path = tmp_path / (name + ".gz" if packed else name)
+    path.write_bytes(gzip.compress(content) if packed else b"\xef\xbb\xbf" + content)
+    found = [row.fields for row in read_rows(path).rows]
+    assert [{key: row[key] for key in ROWS[0]} for row in found] == ROWS
+
+
+def test_parquet_gives_the_same_rows(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").Table.from_pylist(ROWS)
+    parquet.write_table(table, tmp_path / "train.parquet")
+    assert [row.fields for row in read_rows(tmp_path / "train.parquet").rows] == ROWS
+
+
+def test_a_file_has_another_digest_once_a_byte_changes(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(CONTENTS["train.jsonl"])
+    before = read_rows(path).digest
+    path.write_text(CONTENTS["train.jsonl"].replace("f", "g"))
+    assert read_rows(path).digest != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.json", b"", "no row in 0 lines"),
+        ("train.json", b'[{"text": "a"}', "the file seems to be cut off"),
+        ("train.json", b'{"text": "a"}', "an object where a list of rows is needed"),
+        ("train.csv", b"", "no row in 0 lines"),
+        ("train.csv", b"prompt,completion\na,b,c\n", "3 cells where the first line names 2"),
+        ("train.csv", b'prompt,completion\n"a"x,b\n', "line 2: "),
+        ("train.csv", b"prompt,completion\ncaf\xe9,b\n", "byte 0xe9 on line 2 is not UTF-8"),
+        ("train.csv", b"a;b\nc;d\n", 'no known format; the fields are "a;b"'),
+        ("train.jsonl", '{"text": "a"}'.encode("utf-16"), "text in UTF-16"),
+        ("train.jsonl.gz", b"no gzip", "a damaged gzip file"),
+        ("train.jsonl.gz", gzip.compress(b'{"text": "a"}' * 50)[:-9], "a damaged gzip file"),
+        ("train.parquet", b"no parquet", "no Parquet file"),
+    ],
+)
+def test_a_broken_file_is_one_message_with_a_fix(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    assert message in str(caught.value) and "fix: " in str(caught.value)
+    assert "\x00" not in str(caught.value)
+
+
+def test_a_gzip_that_unpacks_to_far_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "FREE_BYTES", 2**10)
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b" " * 2**20))
+    with pytest.raises(DataError, match="more than .* bytes of text"):
+        read_rows(tmp_path / "train.jsonl.gz")
+
+
+def test_a_missing_pyarrow_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"pip install 'jax-lora\[parquet\]'"):
+        read_rows(tmp_path / "train.parquet")
+
+
+def test_a_folder_may_hold_any_kind_but_one_file_a_split(tmp_path):
+    (tmp_path / "train.csv").write_text(CONTENTS["train.csv"])
+    (tmp_path / "val.json").write_text(CONTENTS["train.json"])
+    assert {*read_data(tmp_path).splits} == {"train", "valid"}
+    (tmp_path / "train.jsonl").write_text(CONTENTS["train.jsonl"])
+    with pytest.raises(DataError, match=r"train.jsonl and train.csv"):
+        read_data(tmp_path)
+
+
+def test_a_folder_of_texts_is_a_document_a_file(tmp_path):
+    (tmp_path / "src").mkdir()
+    for number in range(40):
+        (tmp_path / "src" / f"m{number:02d}.py").write_text(f"x = {number}\n")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("hidden")
+    (tmp_path / "out").symlink_to("/etc/hostname")
+    data = read_data(tmp_path)
+    assert {name: len(file.rows) for name, file in data.splits.items()} == {
+        "test": 2,
+        "valid": 2,
+        "train": 36,
+    }
+    train = data.split("train")
+    assert {row.kind for row in train.rows} == {"document"} and train.skipped == 3
+    assert train.rows[0].fields["file"].startswith("src/m")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    with pytest.raises(DataError, match="a file that ends in '.xlsx'"):
+        read_data(tmp_path / "rows.xlsx")
