@@ -63,15 +63,16 @@ def _explained(error: Exception, debug: bool) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from jax_lora.cli import eval as evaluate
-    from jax_lora.cli import export, fuse, generate, import_adapter, train
+    from jax_lora.cli import export, fuse, generate, import_adapter, plan, train
 
     named = {
         "train": train,
-        "eval": evaluate,
         "generate": generate,
+        "eval": evaluate,
         "fuse": fuse,
         "export": export,
         "import": import_adapter,
+        "plan": plan,
     }
 
     parser = argparse.ArgumentParser(
