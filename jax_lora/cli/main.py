@@ -62,8 +62,8 @@ def _explained(error: Exception, debug: bool) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from jax_lora.cli import doctor, export, fuse, generate, import_adapter, init, plan, train
     from jax_lora.cli import eval as evaluate
-    from jax_lora.cli import export, fuse, generate, import_adapter, plan, train
 
     named = {
         "train": train,
@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         "export": export,
         "import": import_adapter,
         "plan": plan,
+        "init": init,
+        "doctor": doctor,
     }
 
     parser = argparse.ArgumentParser(

@@ -17,6 +17,7 @@ from jax_lora.cli.base_model import BUNDLED, data_folder, model_folder
 from jax_lora.cli.options import DEFAULTS, given, make_settings, read_config_file
 from jax_lora.errors import ConfigError, explain
 from jax_lora.finetune import recipe
+from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.finetune.devices import use_all_cores
 from jax_lora.plan.arithmetic import MOMENTS
 from jax_lora.plan.data_shapes import DataShapes, data_shapes
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
     memory = None if options.fit is None else read_bytes(options.fit)
     places, choices = _choose(options)
     use_all_cores()
+    use_compile_cache()
     model, data = _model_and_data(options, places, choices)
     plan = make_plan(model, data, choices, compiling=options.compile)
     rate = matmul_rate(jnp.dtype(model.dtype))
