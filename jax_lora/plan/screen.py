@@ -105,6 +105,7 @@ def _row(name: str, cells: Sequence[str]) -> str:
 
 def _notes(plan: Plan, rate: float) -> list[str]:
     notes = ["By formula, for one device that takes the whole batch."]
+    notes += ["Full: gradients and moments in the base's own type."]
     notes += ["int8, NF4: by formula; not a training mode of this command yet."]
     pace = show_count(rate) + "FLOP/s"
     notes += [f"Time: an estimate, at this device's matrix products ({pace}); a run takes longer."]
@@ -161,7 +162,20 @@ def fit_lines(found: Fit, memory: float, command: str) -> list[str]:
         return [*lines, f"Nothing fits: with all of these it is {show_bytes(found.after)} still."]
     if found.choices.quantize != "none":
         return [*lines, "Only a quantized base fits, which this command cannot train yet."]
-    return [*lines, "Type:", f"  {command}"]
+    return [*lines, "Type:", *_typed(command)]
+
+
+def _typed(command: str) -> list[str]:
+    """Break a command before its flags, so that it can be copied as it stands."""
+    words = command.replace(" --", "\n--").split("\n")
+    lines = [f"  {words[0]}"]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + 3 <= COLUMNS:
+            lines[-1] += f" {word}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"      {word}")
+    return lines
 
 
 def _paper(plan: Plan) -> list[str]:
