@@ -95,7 +95,8 @@ def _devices(machine: Machine) -> Iterator[Finding]:
             fix = f"unset CUDA_VISIBLE_DEVICES, which is {hidden!r}"
         else:
             fix = f"pip install -U '{_INSTALL[driver]}'"
-        yield Finding(True, f"the driver shows an {driver} and JAX does not use it", fix)
+        what = f"{driver} shown by the driver, and JAX does not use it"
+        yield Finding(True, what, fix)
 
 
 def _processors(machine: Machine) -> Iterator[Finding]:

@@ -17,8 +17,8 @@ SETTINGS = TrainSettings(batch_size=2, grad_accumulation_steps=2, max_seq_length
 
 @pytest.fixture
 def rows(tmp_path):
-    texts = ["how many rows?"] * 9 + ["how many rows? " * 20] * 4
-    lines = [json.dumps({"prompt": text, "completion": " sql"}) for text in texts]
+    answers = [" sql"] * 9 + [" count the rows" * 40] * 4
+    lines = [json.dumps({"prompt": "how many rows?", "completion": text}) for text in answers]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     return tmp_path
 

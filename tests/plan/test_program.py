@@ -10,8 +10,6 @@ from jax_lora.bundled import model_path
 from jax_lora.data.batches import Batch
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.step import make_step, start
-from jax_lora.init import lora_init
-from jax_lora.models import Llama
 from jax_lora.plan.methods import estimate
 from jax_lora.plan.planned_model import plan_folder
 from jax_lora.plan.planning import Choices, method_of, work_of
@@ -21,20 +19,18 @@ from jax_lora.plan.program import (
     optimizer_of,
     program_memory,
 )
-from jax_lora.transform import find_kernels
-from tests.tiny_model import TINY
 
 SETTINGS = TrainSettings(rank=4, batch_size=1)
 
 
 def test_the_step_compiled_from_shapes_takes_what_the_step_on_arrays_takes(planned):
-    model, ids = Llama(TINY), jnp.zeros((1, 16), jnp.int32)
-    variables = {"params": model.init(jax.random.key(0), ids)["params"]}
-    kernels = find_kernels(model.apply, variables, ids)
-    adapter = lora_init(jax.random.key(0), variables, SETTINGS.lora_config(), kernels=kernels)
+    zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)  # noqa: E731
+    variables = jax.tree.map(zeros, planned.variables)
+    adapter = jax.tree.map(zeros, abstract_adapter(planned, SETTINGS))
     optimizer = optimizer_of(SETTINGS)
+    ids = jnp.zeros((1, 16), jnp.int32)
     batch = Batch(ids, ids, ids, jnp.ones((1, 16)))
-    step = make_step(model, optimizer)
+    step = make_step(planned.module, optimizer)
     real = memory_of(step.lower(start(adapter, optimizer), variables, batch).compile())
     shapes = program_memory(planned, SETTINGS, length=16, learned=16)
     assert dataclasses.replace(shapes, seconds=0.0) == real

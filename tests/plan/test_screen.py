@@ -16,7 +16,8 @@ ROWS = DataShapes("/a/very/long/path" * 9, (BatchShape(2048, 2048, 10**6),), 10*
 
 
 def lines_of(name, **settings):
-    plan = make_plan(plan_shape(name, None), ROWS, Choices(TrainSettings(**settings)))
+    choices = Choices(TrainSettings(**settings))
+    plan = make_plan(plan_shape(name, None), ROWS, choices, compiling=False)
     return plan_lines(plan, 1e12)
 
 
