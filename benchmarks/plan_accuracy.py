@@ -41,6 +41,7 @@ from jax_lora.plan.methods import estimate
 from jax_lora.plan.planned_model import PlannedModel, of_config, plan_folder
 from jax_lora.plan.planning import Choices, method_of, work_of
 from jax_lora.plan.program import abstract_adapter, abstract_batch, compile_step, memory_of
+from jax_lora.plan.residuals import kept_by
 
 STEPS = 3
 
@@ -108,7 +109,8 @@ def measure(case: Case) -> dict[str, Any]:
     program = memory_of(_real(model, case, arrays), devices)
     choices = Choices(case.settings, remat=case.remat)
     by_formula = estimate(
-        method_of(model, choices), work_of(choices, case.length, case.learned, devices)
+        method_of(model, choices, kept_by(model, case.settings)),
+        work_of(choices, case.length, case.learned, devices),
     )
     if planned is None or program is None:
         raise SystemExit("this backend keeps no account of its memory")

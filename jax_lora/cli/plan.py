@@ -22,7 +22,7 @@ from jax_lora.finetune.devices import use_all_cores
 from jax_lora.plan.arithmetic import MOMENTS
 from jax_lora.plan.data_shapes import DataShapes, data_shapes
 from jax_lora.plan.fit import SHARE, Fit, fit, formula_total
-from jax_lora.plan.planned_model import PlannedModel, plan_folder, plan_shape
+from jax_lora.plan.planned_model import PlannedModel, plan_folder, plan_shape, with_dtype
 from jax_lora.plan.planning import Choices, Plan, make_plan, why_not_compiled
 from jax_lora.plan.program import program_memory
 from jax_lora.plan.published import NAMES
@@ -170,9 +170,7 @@ def _compiled(plan: Plan, found: Fit) -> float | None:
     settings = found.choices.settings
     if not found.fits or why_not_compiled(plan.model, found.choices):
         return None
-    model = plan.model
-    if settings.dtype != "auto" and settings.dtype != model.dtype:
-        return None
+    model = with_dtype(plan.model, settings.dtype)
     length, learned, _ = plan.data.largest
     cut = min(length, settings.max_seq_length)
     program = program_memory(

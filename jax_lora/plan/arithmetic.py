@@ -21,6 +21,7 @@ MOMENTS = {
     "adagrad": 1, "momentum": 1, "sgd": 0, "adafactor": 0,
 }  # fmt: skip
 FACTOR_BYTES = 4  # factors, their gradients and moments are float32 whatever the base is
+AT_ONCE = 0.75  # of a layer that is computed again: its first arrays are freed before its last
 NF4_BLOCK = 64  # weights that share a scale
 NF4_SCALES = 256  # scales that share a scale of theirs
 
@@ -122,6 +123,23 @@ class Work:
     def tokens(self) -> int:
         """Count the tokens that are in memory together."""
         return self.rows * self.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a traced program keeps for the backward pass, in bytes for each token.
+
+    Args:
+      fixed: Whatever the row's length.
+      by_length: For each token of the row: scores.
+      remat_fixed: The same where layers are computed again, but for the one that is.
+      remat_by_length: See `by_length`.
+    """
+
+    fixed: float
+    by_length: float
+    remat_fixed: float
+    remat_by_length: float
 
 
 # -----------------------------------------------------------------------------------------------
@@ -247,13 +265,33 @@ def layer_bytes(shape: ModelShape, work: Work, number: int, rank: int = 0, pairs
 
 
 def activation_bytes(
-    shape: ModelShape, work: Work, number: int, rank: int = 0, pairs: int = 0
-) -> int:
-    """What all layers keep; with `remat` their inputs, and one layer's rest at a time."""
-    layer = layer_bytes(shape, work, number, rank, pairs)
-    if not work.remat:
-        return shape.layers * layer
-    return shape.layers * work.tokens * shape.width * number + layer
+    shape: ModelShape,
+    work: Work,
+    number: int,
+    rank: int = 0,
+    pairs: int = 0,
+    kept: Kept | None = None,
+) -> float:
+    """What all layers keep; with `remat` their inputs, and most of one layer at a time.
+
+    Args:
+      shape: The model.
+      work: The step.
+      number: Bytes of a number of the activations.
+      rank: Rank of the factors; 0 in full fine-tuning.
+      pairs: Kernels of a layer that have factors.
+      kept: What a trace of the model says, in place of `layer_bytes`.
+
+    Returns:
+      Bytes.
+    """
+    if kept is None:
+        everything = shape.layers * layer_bytes(shape, work, number, rank, pairs)
+        inputs = shape.layers * work.tokens * shape.width * number
+    else:
+        everything = work.tokens * (kept.fixed + kept.by_length * work.length)
+        inputs = work.tokens * (kept.remat_fixed + kept.remat_by_length * work.length)
+    return inputs + AT_ONCE * everything / shape.layers if work.remat else everything
 
 
 def logit_bytes(shape: ModelShape, work: Work) -> int:

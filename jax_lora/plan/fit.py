@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
-from jax_lora.plan.methods import estimate
-from jax_lora.plan.planned_model import PlannedModel
+from jax_lora.plan.arithmetic import Kept
+from jax_lora.plan.methods import Method, estimate
+from jax_lora.plan.planned_model import PlannedModel, with_dtype
 from jax_lora.plan.planning import Choices, method_of, work_of
+from jax_lora.plan.residuals import kept_by
 
 SHARE = 0.95  # of the memory that a plan may fill; the rest is for what no formula sees
 SHORTEST, SMALLEST_RANK = 128, 4  # what is not gone below
@@ -203,16 +205,20 @@ def formula_total(model: PlannedModel, length: int, learned: int) -> Callable[[C
     Returns:
       A function of choices.
     """
-    known = {}
+    models: dict[str, tuple[PlannedModel, Kept | None]] = {}
+    known: dict[tuple[int, str, str], Method] = {}
 
     def total(choices: Choices) -> float:
-        rank, dtype = choices.settings.rank, choices.settings.dtype
-        if (rank, choices.method) not in known:
-            known[rank, choices.method] = method_of(model, choices)
+        dtype = choices.settings.dtype
+        if dtype not in models:
+            of_type = with_dtype(model, dtype)
+            models[dtype] = of_type, kept_by(of_type, choices.settings)
+        key = (choices.settings.rank, choices.method, dtype)
+        if key not in known:
+            of_type, kept = models[dtype]
+            known[key] = method_of(of_type, choices, kept)
         cut = min(length, choices.settings.max_seq_length)
-        method = dataclasses.replace(known[rank, choices.method], quantize=choices.quantize)
-        if dtype in ("bfloat16", "float16"):
-            method = dataclasses.replace(method, number=2)
+        method = dataclasses.replace(known[key], quantize=choices.quantize)
         return estimate(method, work_of(choices, cut, min(learned, cut))).total
 
     return total

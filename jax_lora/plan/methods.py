@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from jax_lora.plan import arithmetic
-from jax_lora.plan.arithmetic import FACTOR_BYTES, KernelShape, ModelShape, Work
+from jax_lora.plan.arithmetic import FACTOR_BYTES, Kept, KernelShape, ModelShape, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Method:
       optimizer: Its name.
       full: Whether the base itself is trained, and no adapter.
       quantize: `"none"`, `"int8"` or `"nf4"`.
+      kept: What a trace says of the activations; None: the formula for Transformers at large.
     """
 
     shape: ModelShape
@@ -32,6 +33,7 @@ class Method:
     optimizer: str = "adamw"
     full: bool = False
     quantize: str = "none"
+    kept: Kept | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Estimate:
     adapter: int
     gradients: int
     moments: int
-    activations: int
+    activations: float
     logits: int
     flops: int
 
@@ -103,7 +105,9 @@ def estimate(method: Method, work: Work) -> Estimate:
         # The sum over the parts of a batch, and the gradient of one part.
         gradients=trained * each * (1 if work.parts == 1 else 2),
         moments=arithmetic.moment_bytes(trained, each, method.optimizer),
-        activations=arithmetic.activation_bytes(shape, work, number, rank, len(method.adapted)),
+        activations=arithmetic.activation_bytes(
+            shape, work, number, rank, len(method.adapted), method.kept
+        ),
         logits=arithmetic.logit_bytes(shape, work),
         flops=flops,
     )

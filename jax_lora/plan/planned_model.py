@@ -133,6 +133,8 @@ def of_config(config: Any, dtype: Any, name: str, *, remat: bool = False) -> Pla
       The model.
     """
     family = family_of_config(config)
+    if family.depth is None:
+        _refuse(name, "a model of two stacks", "Plan a decoder or an encoder.")
     module = family.module(config, remat=remat, param_dtype=jnp.dtype(dtype))
     flat = {
         path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in parameter_shapes(module).items()
@@ -143,6 +145,15 @@ def of_config(config: Any, dtype: Any, name: str, *, remat: bool = False) -> Pla
     longest = getattr(config, "max_position_embeddings", None) or config.n_positions
     shape = _shape(name, variables, kernels, config)
     return PlannedModel(name, module, variables, kernels, shape, longest, family.decodes)
+
+
+def with_dtype(model: PlannedModel, dtype: str) -> PlannedModel:
+    """The same model with parameters of another type; `"auto"` changes nothing."""
+    if dtype in ("auto", model.dtype):
+        return model
+    if model.module is None:
+        return _gpt3(jnp.dtype(dtype))
+    return of_config(model.module.config, dtype, model.name)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from jax_lora.finetune.settings import TrainSettings
-from jax_lora.plan.arithmetic import Work
+from jax_lora.plan.arithmetic import Kept, Work
 from jax_lora.plan.data_shapes import DataShapes
 from jax_lora.plan.methods import Estimate, Method, estimate, side_by_side
 from jax_lora.plan.planned_model import PlannedModel
 from jax_lora.plan.program import ProgramMemory, abstract_adapter, program_memory
+from jax_lora.plan.residuals import kept_by
 
 COMPILE_UP_TO = 1_000_000_000  # parameters; a larger model is planned by formula alone
 
@@ -83,7 +84,7 @@ def make_plan(
     Raises:
       NoMatchError: A target that the model does not have.
     """
-    method = method_of(model, choices)
+    method = method_of(model, choices, kept_by(model, choices.settings))
     columns = side_by_side(method, work_of(choices, *data.largest[:2]))
     steps = None if data.per_epoch is None else choices.settings.iterations(data.per_epoch)
     if steps is None:
@@ -111,8 +112,20 @@ def make_plan(
     )
 
 
-def method_of(model: PlannedModel, choices: Choices) -> Method:
-    """Describe the chosen way to train for the formulas."""
+def method_of(model: PlannedModel, choices: Choices, kept: Kept | None = None) -> Method:
+    """Describe the chosen way to train for the formulas.
+
+    Args:
+      model: The model.
+      choices: What the run is to do.
+      kept: What `kept_by` says of the model's activations.
+
+    Returns:
+      The method.
+
+    Raises:
+      NoMatchError: A target that the model does not have.
+    """
     adapter = abstract_adapter(model, choices.settings)
     paths = {path.removeprefix("params/") for path in adapter.pairs}
     adapted = tuple(kernel for kernel in model.shape.kernels if kernel.path in paths)
@@ -128,6 +141,7 @@ def method_of(model: PlannedModel, choices: Choices) -> Method:
         optimizer=choices.optimizer,
         full=choices.method == "full",
         quantize=choices.quantize,
+        kept=kept,
     )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from jax_lora.plan.arithmetic import (
+    Kept,
     KernelShape,
     ModelShape,
     Work,
@@ -71,7 +72,16 @@ def test_fewer_adapted_kernels_take_fewer_operations_and_parameters():
 def test_with_remat_one_layer_and_the_inputs_of_all_are_kept():
     again = dataclasses.replace(STEP, remat=True)
     inputs = 6 * 1024 * 384 * 4
-    assert activation_bytes(MEASURED, again, 4) == inputs + layer_bytes(MEASURED, again, 4)
+    most_of_one = 0.75 * layer_bytes(MEASURED, again, 4)
+    assert activation_bytes(MEASURED, again, 4) == inputs + most_of_one
+
+
+def test_what_a_trace_says_takes_the_place_of_the_formula():
+    kept = Kept(fixed=600.0, by_length=6.0, remat_fixed=10.0, remat_by_length=0.0)
+    again = dataclasses.replace(STEP, remat=True)
+    everything = 1024 * (600 + 6 * 256)
+    assert activation_bytes(MEASURED, STEP, 4, kept=kept) == everything
+    assert activation_bytes(MEASURED, again, 4, kept=kept) == 10 * 1024 + 0.75 * everything / 6
 
 
 def test_scores_grow_with_the_square_of_the_length():
