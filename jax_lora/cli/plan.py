@@ -37,7 +37,11 @@ _TRIES = 3  # programs that are compiled to check a suggestion
 # Flags that change what a run takes, with their values where `train` has none of the name.
 _BESIDE: dict[str, tuple[Any, dict[str, Any], str]] = {
     "fine_tune_type": ("lora", {"choices": METHODS}, "what is trained (lora)"),
-    "optimizer": ("adamw", {"choices": tuple(MOMENTS), "metavar": "NAME"}, "whose moments are counted (adamw)"),
+    "optimizer": (
+        "adamw",
+        {"choices": tuple(MOMENTS), "metavar": "NAME"},
+        "whose moments are counted (adamw)",
+    ),
     "grad_checkpoint": (
         False,
         {"action": argparse.BooleanOptionalAction},

@@ -116,8 +116,9 @@ def _version(package: str) -> str | None:
 def _devices() -> tuple[tuple[Device, ...], str]:
     try:
         devices = jax.local_devices()
-    except RuntimeError as error:  # a platform was asked for that is not there
-        return (), str(error).splitlines()[0]
+    except Exception as error:  # a doctor reports whatever a backend fails with
+        # JAX 0.10 asserts, without a word, where JAX_PLATFORMS names what is not there.
+        return (), (str(error).splitlines() or ["none of those that it looked for"])[0]
     return tuple(map(_device, devices)), ""
 
 

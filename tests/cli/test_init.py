@@ -1,5 +1,6 @@
 """`jax-lora init` writes what `train -c` reads."""
 
+import pytest
 import yaml
 
 from jax_lora.cli import init, main, train
@@ -33,6 +34,7 @@ def _is_setting(line):
     return any(line.removeprefix("# ").startswith(f"{name}: ") for name in NAMES)
 
 
+@pytest.mark.slow
 def test_train_takes_the_file_as_it_is(model_folder, data_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init"]) == 0
@@ -41,6 +43,11 @@ def test_train_takes_the_file_as_it_is(model_folder, data_folder, tmp_path, monk
     assert main([*command, "--iters", "1", "--rank", "2"]) == 0
     saved = yaml.safe_load((tmp_path / "adapters" / "config.yaml").read_text())
     assert (saved["rank"], saved["learning_rate"]) == (2, TrainSettings().learning_rate)
+
+
+def test_the_file_as_it_stands_changes_nothing(tmp_path):
+    (tmp_path / "lora.yaml").write_text(init.make_text())
+    assert read_config_file(tmp_path / "lora.yaml", NAMES) == init._PLACES
 
 
 def test_a_file_that_is_there_stays(tmp_path, capsys):

@@ -31,11 +31,16 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+ONE_OF_A_FAMILY = ("gpt2", "llama-3-70b", "mixtral-8x7b", "qwen3-8b", "gemma-2-9b")
+REST = [pytest.param(n, marks=pytest.mark.slow) for n in COUNTS if n not in ONE_OF_A_FAMILY]
+
+
+@pytest.mark.parametrize("name", [*ONE_OF_A_FAMILY, *REST])
 def test_published_shapes_have_the_published_number_of_parameters(name):
     assert plan_shape(name, None).shape.size == COUNTS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*NAMES} - {*COUNTS}))
 def test_every_name_has_a_shape(name):
     model = plan_shape(name, None)

@@ -6,12 +6,18 @@ import pytest
 
 from jax_lora.errors import NoMatchError
 from jax_lora.finetune.settings import TrainSettings
+from jax_lora.plan import planning
 from jax_lora.plan.data_shapes import BatchShape, DataShapes
 from jax_lora.plan.planned_model import plan_shape
 from jax_lora.plan.planning import Choices, make_plan
 
 NO_ROWS = DataShapes("none", (BatchShape(32, 32, 1),))
 ROWS = DataShapes("rows", (BatchShape(16, 8, 3), BatchShape(64, 16, 1)), rows=30, tokens=500)
+
+
+@pytest.fixture(autouse=True)
+def no_traces(monkeypatch):
+    monkeypatch.setattr(planning, "kept_by", lambda model, settings: None)
 
 
 def plan_of(model, choices, data=NO_ROWS):

@@ -24,6 +24,7 @@ from jax_lora.plan.residuals import kept_by
 SETTINGS = TrainSettings(rank=4, batch_size=1)
 
 
+@pytest.mark.slow
 def test_the_step_compiled_from_shapes_takes_what_the_step_on_arrays_takes(planned):
     zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)  # noqa: E731
     variables = jax.tree.map(zeros, planned.variables)
