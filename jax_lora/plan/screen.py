@@ -104,7 +104,8 @@ def _row(name: str, cells: Sequence[str]) -> str:
 
 
 def _notes(plan: Plan, rate: float) -> list[str]:
-    notes = ["By formula, for one device that takes the whole batch."]
+    traced = ", activations by a trace" if plan.model.module and plan.model.decodes else ""
+    notes = [f"By formula{traced}; for one device that takes the whole batch."]
     notes += ["Full: gradients and moments in the base's own type."]
     notes += ["int8, NF4: by formula; not a training mode of this command yet."]
     pace = show_count(rate) + "FLOP/s"
