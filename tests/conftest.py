@@ -8,6 +8,8 @@ import os
 
 # Read when JAX first looks for devices, so they are set before anything imports it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The command keeps compiled programs, in the user's own folder; tests are not to leave any.
+os.environ["JAX_LORA_NO_CACHE"] = "1"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )

@@ -92,7 +92,7 @@ def _of_tokens(examples: Examples, longest: int) -> list[str]:
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:
-    """Draw how many rows have which length.
+    r"""Draw how many rows have which length.
 
     Args:
       lengths: Tokens of each row.
@@ -101,10 +101,11 @@ def histogram(lengths: Sequence[int]) -> list[str]:
       A line a bar.
 
     Example:
-      >>> print("\\n".join(histogram([3, 4, 9])))
-        tokens   rows
-           3-4      2 ########################################
-           9-9      1 ####################
+      >>> print("\n".join(histogram([3, 4, 9])))
+             tokens   rows
+                3-3      1 ########################################
+                4-4      1 ########################################
+                9-9      1 ########################################
     """
     low, high = min(lengths), max(lengths)
     edges = np.unique(np.linspace(low, high + 1, BARS + 1).round().astype(int))

@@ -70,7 +70,19 @@ def _explained(error: Exception, debug: bool) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from jax_lora.cli import chat, export, fuse, generate, import_adapter, plot, train
+    from jax_lora.cli import (
+        chat,
+        data,
+        doctor,
+        export,
+        fuse,
+        generate,
+        import_adapter,
+        init,
+        plan,
+        plot,
+        train,
+    )
     from jax_lora.cli import eval as evaluate
 
     named = {
@@ -81,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         "fuse": fuse,
         "export": export,
         "import": import_adapter,
+        "data": data,
+        "plan": plan,
+        "init": init,
+        "doctor": doctor,
         "plot": plot,
     }
 

@@ -131,6 +131,10 @@ class Tokenizer:
         """Turn ids into text, without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    def decode_all(self, ids: list[int]) -> str:
+        """Turn ids into text, special tokens and all."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
     def ids_containing(self, text: str) -> list[int]:
         """Find the tokens whose own text holds a text: all that can end a line, say."""
         return [index for index in range(self.size) if text in self._backend.decode([index])]

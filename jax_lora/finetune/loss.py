@@ -50,13 +50,14 @@ def summed_loss(
         # Padding has weight 0, but 0 times an overflow is no number: it is left out instead.
         return jnp.sum(jnp.where(weights > 0, losses * weights, jnp.zeros_like(losses)))
 
-    size = _chunk_size(chunk, model.config.vocab_size, labels.shape[0])
+    size = chunk_size(chunk, model.config.vocab_size, labels.shape[0])
     if size >= labels.shape[0]:
         return of(chosen, labels, weights), weights.sum()
     return _in_chunks(of, size, chosen, labels, weights), weights.sum()
 
 
-def _chunk_size(chunk: int | None, vocabulary: int, tokens: int) -> int:
+def chunk_size(chunk: int | None, vocabulary: int, tokens: int) -> int:
+    """Say for how many tokens logits are in memory together: what `chunk` means."""
     if chunk is None:
         return max(1, MOST_LOGITS // vocabulary)
     return chunk or tokens

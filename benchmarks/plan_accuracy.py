@@ -1,0 +1,229 @@
+"""What `jax-lora plan` says of memory, against the program that runs and the memory it takes.
+
+    python -m benchmarks.plan_accuracy
+
+Three numbers are compared, each in a fresh process of its own:
+
+* planned: the step compiled from shapes alone, before any weight is there; and the formula.
+* the program: `memory_analysis` of the step that `train` would run, compiled for real arrays.
+* resident: on a CPU, the peak of the process's resident memory while arrays are made and three
+  steps run, less what was resident after importing and compiling. Linux only. "Again" is the same
+  a second time in the same process, without what a first execution sets up once.
+
+Resident memory is what the kernel counts, page by page, so it also holds what the allocator keeps
+and what Python makes on the way. It is not what a GPU would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_lora.bundled import model_path
+from jax_lora.finetune.devices import data_mesh, use_all_cores
+from jax_lora.finetune.optimizers import make_optimizer
+from jax_lora.finetune.schedule import make_schedule
+from jax_lora.finetune.settings import TrainSettings
+from jax_lora.finetune.step import make_step, start
+from jax_lora.models import LlamaConfig
+from jax_lora.plan.methods import estimate
+from jax_lora.plan.planned_model import PlannedModel, of_config, plan_folder
+from jax_lora.plan.planning import Choices, method_of, work_of
+from jax_lora.plan.program import abstract_adapter, abstract_batch, compile_step, memory_of
+from jax_lora.plan.residuals import kept_by
+
+STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model, and a step of it."""
+
+    settings: TrainSettings
+    length: int
+    learned: int
+    remat: bool = False
+
+    def model(self) -> PlannedModel:
+        """The bundled model."""
+        return plan_folder(model_path(), "float32", "bundled")
+
+
+class Larger(Case):
+    """A Llama of 99 M parameters."""
+
+    def model(self) -> PlannedModel:
+        """A Llama of the size of GPT-2."""
+        config = LlamaConfig(
+            vocab_size=16384, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+            num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=1024,
+        )  # fmt: skip
+        return of_config(config, "float32", "100M")
+
+
+CASES = {
+    "bundled, 16 x 120": Case(TrainSettings(rank=32, batch_size=16), 120, 40),
+    "bundled, 4 parts of 4 x 120": Case(
+        TrainSettings(rank=32, batch_size=4, grad_accumulation_steps=4), 120, 40
+    ),
+    "bundled, 16 x 120, remat": Case(TrainSettings(rank=32, batch_size=16), 120, 40, True),
+    "100M, 4 x 256": Larger(TrainSettings(rank=32, batch_size=4), 256, 128),
+    "100M, 4 x 256, remat": Larger(TrainSettings(rank=32, batch_size=4), 256, 128, True),
+}
+
+
+# -----------------------------------------------------------------------------------------------
+# In a process of its own
+# -----------------------------------------------------------------------------------------------
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Plan a case, then run it.
+
+    Args:
+      case: The case.
+
+    Returns:
+      Bytes by name; those of `memory_analysis` and the formula for all devices together.
+    """
+    use_all_cores()
+    model = case.model()
+    compiled, devices, _ = compile_step(
+        model, case.settings, length=case.length, learned=case.learned, remat=case.remat
+    )
+    planned = memory_of(compiled, devices)
+    make = _makers(model, case)
+    first, _ = _resident(compiled, make)
+    again, arrays = _resident(compiled, make)
+    program = memory_of(_real(model, case, arrays), devices)
+    choices = Choices(case.settings, remat=case.remat)
+    by_formula = estimate(
+        method_of(model, choices, kept_by(model, case.settings)),
+        work_of(choices, case.length, case.learned, devices),
+    )
+    if planned is None or program is None:
+        raise SystemExit("this backend keeps no account of its memory")
+    return {
+        "parameters": model.shape.size,
+        "devices": devices,
+        "formula": by_formula.total * devices,
+        "planned": planned.everywhere,
+        "program": program.everywhere,
+        "resident": first,
+        "again": again,
+    }
+
+
+def _resident(compiled: Any, make: Any) -> tuple[int, Any]:
+    """Make the arguments and take steps; the peak of what that takes, and the arguments after."""
+    before = _reset_peak()
+    state, variables, batch = jax.tree.map(lambda maker: maker(), make)
+    for _ in range(STEPS):
+        state, report = compiled(state, variables, batch)
+        jax.block_until_ready((state, report))
+    return _peak() - before, (state, variables, batch)
+
+
+def _makers(model: PlannedModel, case: Case) -> tuple[Any, Any, Any]:
+    """Compile what makes the step's arguments where they are to lie, with no copy on the way."""
+    adapter = abstract_adapter(model, case.settings)
+    state = jax.eval_shape(lambda adapter: start(adapter, _optimizer(case)), adapter)
+    mesh = data_mesh(case.settings.batch_size, _sizes(model))
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    batch = abstract_batch(case.settings, case.length, case.learned)
+    return _fills(state, whole), _fills(model.variables, whole), _fills(batch, rows)
+
+
+def _fills(tree: Any, sharding: NamedSharding) -> Any:
+    def fill(leaf: Any) -> Any:
+        value = 0.01 if jnp.issubdtype(leaf.dtype, jnp.floating) else 1
+        make = jax.jit(lambda: jnp.full(leaf.shape, value, leaf.dtype), out_shardings=sharding)
+        return make.lower().compile()
+
+    return jax.tree.map(fill, tree)
+
+
+def _sizes(model: PlannedModel) -> Any:
+    """Arrays of the right size that take no memory, to choose the devices by."""
+    return jax.tree.map(
+        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), model.variables
+    )
+
+
+def _optimizer(case: Case) -> Any:
+    return make_optimizer(make_schedule("cosine", case.settings.learning_rate, 100))
+
+
+def _real(model: PlannedModel, case: Case, arrays: tuple[Any, Any, Any]) -> Any:
+    """Compile the step for arrays that are there, with a schedule, as `train` does."""
+    step = make_step(
+        model.module.clone(remat=case.remat),
+        _optimizer(case),
+        accumulation=case.settings.grad_accumulation_steps,
+    )
+    return step.lower(*arrays).compile()
+
+
+def _reset_peak() -> int:
+    """Give free memory back, start the peak anew, and return what is resident."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+# -----------------------------------------------------------------------------------------------
+# The table
+# -----------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure every case and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--case", help="measure one case and print JSON", choices=tuple(CASES))
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure(CASES[options.case])))
+        return
+    print("| step | devices | formula | planned | program | resident | again | planned / again |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in CASES:
+        print(_row(name, _in_a_process(name)), flush=True)
+
+
+def _in_a_process(name: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--case", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _row(name: str, found: dict[str, Any]) -> str:
+    kinds = ("formula", "planned", "program", "resident", "again")
+    sizes = [f"{found[kind] / 1e6:.0f} MB" for kind in kinds]
+    ratio = found["planned"] / found["again"]
+    return f"| {name} | {found['devices']} | {' | '.join(sizes)} | {ratio:.3f} |"
+
+
+if __name__ == "__main__":
+    main()

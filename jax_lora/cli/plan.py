@@ -1,0 +1,226 @@
+"""Parameters, memory, operations and time of a run, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_lora.cli import train
+from jax_lora.cli.base_model import BUNDLED, data_folder, model_folder
+from jax_lora.cli.choices import choose
+from jax_lora.cli.options import DEFAULTS, given
+from jax_lora.errors import ConfigError, explain
+from jax_lora.finetune.compile_cache import use_compile_cache
+from jax_lora.finetune.devices import use_all_cores
+from jax_lora.plan.data_shapes import DataShapes, data_shapes
+from jax_lora.plan.fit import SHARE, Fit, fit, formula_total
+from jax_lora.plan.planned_model import PlannedModel, plan_folder, plan_shape, with_dtype
+from jax_lora.plan.planning import Choices, Plan, make_plan, why_not_compiled
+from jax_lora.plan.program import program_memory
+from jax_lora.plan.published import NAMES
+from jax_lora.plan.rate import matmul_rate
+from jax_lora.plan.screen import fit_lines, plan_lines
+from jax_lora.plan.units import read_bytes
+
+HELP = "parameters, memory, operations and time, before anything is loaded"
+_TRIES = 3  # programs that are compiled to check a suggestion
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `train`, and those that only a plan has."""
+    train.add_options(parser)
+    add = parser.add_argument
+    text = f"shapes instead of MODEL: a config.json, or {', '.join(NAMES)}"
+    add("--shape", metavar="NAME", help=text)
+    add("--fit", metavar="BYTES", help="say what to change to fit 24GB, 16GiB, 800MB")
+    text = "ask XLA too, by compiling the step; models up to 1 G parameters (yes)"
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help=text)
+    add("--json", metavar="FILE", help="write the numbers to a file too; - for the screen")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan, and return the exit code."""
+    memory = None if options.fit is None else read_bytes(options.fit)
+    places, choices = _choose(options)
+    use_all_cores()
+    use_compile_cache()
+    model, data = _model_and_data(options, places, choices)
+    plan = make_plan(model, data, choices, compiling=options.compile)
+    rate = matmul_rate(jnp.dtype(model.dtype))
+    found = None if memory is None else _fit(plan, memory, options.compile)
+    if options.json != "-":
+        print("\n".join(plan_lines(plan, rate)))
+        if found is not None and memory is not None:
+            command = _command(options, places, found)
+            print("\n" + "\n".join(fit_lines(found, memory, command)))
+    if options.json is not None:
+        _write_json(options.json, plan, rate, found)
+    return 0
+
+
+def _choose(options: argparse.Namespace) -> tuple[dict[str, Any], Choices]:
+    """Put the values together as `train` does."""
+    if options.shape is not None:
+        named = options.model_folder or getattr(options, "model", None)
+        if named is not None:
+            raise ConfigError(
+                explain(
+                    f"--shape {options.shape}",
+                    got=f"the model {named} too",
+                    expected="one of the two",
+                    fix="Leave MODEL out to plan shapes alone.",
+                )
+            )
+        # Shapes are no bundled model, whose recipe they must not get.
+        options = argparse.Namespace(**{**vars(options), "model_folder": options.shape})
+    choice = choose(options)
+    settings = choice.settings
+    places = {"model": None if options.shape else choice.model, "data": choice.data}
+    return places, Choices(
+        settings=settings,
+        method=settings.fine_tune_type,
+        optimizer=settings.optimizer,
+        remat=settings.grad_checkpoint,
+    )
+
+
+def _model_and_data(
+    options: argparse.Namespace, places: dict[str, Any], choices: Choices
+) -> tuple[PlannedModel, DataShapes]:
+    """Find the shapes of both; a plan of shapes alone has data only if it is given some."""
+    dtype, data = choices.settings.dtype, places.get("data")
+    if options.shape is not None:
+        model = plan_shape(options.shape, None if dtype == "auto" else dtype)
+        folder = None
+        data = None if data is None else data_folder(data)
+    else:
+        folder = model_folder(places.get("model"))
+        name = places.get("model") or BUNDLED
+        model = plan_folder(folder, _dtype_of_training(dtype), str(name))
+        data = data_folder(data)
+    shapes = data_shapes(data, folder, choices.settings, model.longest)
+    if options.shape is None and places.get("data") is None:
+        shapes = dataclasses.replace(shapes, source=BUNDLED)
+    return model, shapes
+
+
+def _dtype_of_training(dtype: str) -> Any:
+    """What `train` loads the base in; None: as the files are."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else None
+
+
+# -----------------------------------------------------------------------------------------------
+# Fitting
+# -----------------------------------------------------------------------------------------------
+
+
+def _fit(plan: Plan, memory: float, compiling: bool) -> Fit:
+    """Search by formula, set right by what the compiler says where it can be asked."""
+    length, learned, _ = plan.data.largest
+    formula = formula_total(plan.model, length, learned)
+    more = 0.0 if plan.program is None else _everything(plan.program) - formula(plan.choices)
+    tries = _TRIES if compiling and plan.program is not None else 0
+    while True:
+        total = lambda choices, more=more: formula(choices) + more  # noqa: E731
+        found = fit(plan.choices, memory, total, dtype=plan.model.dtype, length=length)
+        taken = _compiled(plan, found) if tries and found.changes else None
+        if taken is None or taken <= SHARE * memory:
+            return found
+        more, tries = taken - formula(found.choices), tries - 1
+
+
+def _everything(program: Any) -> float:
+    """All devices where they share one memory, as the cores of a CPU do."""
+    return program.everywhere if jax.default_backend() == "cpu" else program.peak
+
+
+def _compiled(plan: Plan, found: Fit) -> float | None:
+    """Ask the compiler what suggested choices take; None where it cannot be asked."""
+    settings = found.choices.settings
+    if not found.fits or why_not_compiled(plan.model, found.choices):
+        return None
+    model = with_dtype(plan.model, settings.dtype)
+    length, learned, _ = plan.data.largest
+    cut = min(length, settings.max_seq_length)
+    program = program_memory(
+        model, settings, length=cut, learned=min(learned, cut), remat=found.choices.remat
+    )
+    return None if program is None else _everything(program)
+
+
+def _command(options: argparse.Namespace, places: dict[str, Any], found: Fit) -> str:
+    """The command that trains with the changes made."""
+    words = ["jax-lora", "train"]
+    if options.shape is not None:
+        words.append("MODEL")
+    elif places.get("model"):
+        words.append(shlex.quote(str(places["model"])))
+    if places.get("data"):
+        words += ["--data", shlex.quote(str(places["data"]))]
+    if options.config:
+        words += ["-c", shlex.quote(options.config)]
+    changed = " ".join(change.flags for change in found.changes)
+    typed = given(options, DEFAULTS)
+    kept = [_flag(name, value) for name, value in typed.items() if _flag_name(name) not in changed]
+    return " ".join([*words, *filter(None, kept), changed])
+
+
+def _flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return _flag_name(name) if value else "--no-" + name.replace("_", "-")
+    return f"{_flag_name(name)} {shlex.quote(str(value))}"
+
+
+# -----------------------------------------------------------------------------------------------
+# JSON
+# -----------------------------------------------------------------------------------------------
+
+
+def _write_json(path: str, plan: Plan, rate: float, found: Fit | None) -> None:
+    text = json.dumps(_as_dict(plan, rate, found), indent=2) + "\n"
+    if path == "-":
+        print(text, end="")
+    else:
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def _as_dict(plan: Plan, rate: float, found: Fit | None) -> dict[str, Any]:
+    program = plan.program
+    return {
+        "model": plan.model.name,
+        "dtype": plan.model.dtype,
+        "parameters": plan.model.shape.size,
+        "trained": plan.trained,
+        "data": dataclasses.asdict(plan.data),
+        "steps": plan.steps,
+        "methods": {name: column.as_dict() for name, column in plan.columns.items()},
+        "own": plan.own.as_dict(),
+        "flops": plan.flops,
+        "flops_per_second": rate,
+        "seconds": {name: flops / rate for name, flops in plan.flops.items()},
+        "compiled": None
+        if program is None
+        else dataclasses.asdict(program) | {"peak": program.peak},
+        "not_compiled": plan.why or None,
+        "fit": None
+        if found is None
+        else {
+            "fits": found.fits,
+            "before": found.before,
+            "after": found.after,
+            "changes": [change.flags for change in found.changes],
+        },
+    }

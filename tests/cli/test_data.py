@@ -1,0 +1,122 @@
+import gzip
+import json
+
+import pytest
+
+from jax_lora.cli import main
+
+ROWS = [{"prompt": f"how many {n}?", "completion": f" count {n}"} for n in range(40)]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "\n")
+    return path
+
+
+@pytest.fixture
+def data(model_folder, capsys):
+    def run(*options, code=0, model=True):
+        words = [*map(str, options), *(["--model", str(model_folder)] if model else [])]
+        assert main(["data", *words]) == code
+        captured = capsys.readouterr()
+        return captured.err if code else captured.out
+
+    return run
+
+
+def test_check_counts_rows_tokens_and_lengths(data, rows):
+    out = data("check", rows)
+    assert "train: " in out and "valid: " in out and "test: " in out
+    assert "36 rows + 1 blank lines: 36 completions" in out
+    assert "are learned (" in out and "--pack: " in out and " rows" in out
+    assert "All rows can be used." in out
+
+
+def test_check_says_what_is_cut_and_what_is_left_out(data, rows):
+    rows.write_text(json.dumps({"prompt": "x" * 50, "completion": "y"}) + "\n" + rows.read_text())
+    out = data("check", rows, "--max-seq-length", "13")
+    assert "are cut at 13 tokens" in out and "1 have nothing to learn and are left out" in out
+
+
+def test_a_bad_row_ends_the_check_with_its_line(data, rows):
+    rows.write_text(rows.read_text() + '{"prompt": "a"}\n')
+    message = data("check", rows, code=2)
+    assert "rows.jsonl:42: no known format" in message
+
+
+def test_show_marks_what_is_learned_and_steers_no_terminal(data, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "red \x1b[31m", "completion": " two"}) + "\n")
+    out = data("show", path)
+    assert "red \\x1b[31m[[ two<|end|>]]" in out and "\x1b" not in out
+    assert "tokens, " in out and f"{path}:1: " in out
+    assert "|<|end|>]]" in data("show", path, "--tokens")
+
+
+def test_show_uses_colour_on_a_terminal(data, rows, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert "\x1b[1;32m" in data("show", rows, "-n", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in data("show", rows, "-n", "1")
+
+
+@pytest.mark.parametrize(
+    ("form", "first"),
+    [
+        (None, ROWS[0]),
+        ("text", {"text": "how many 0? count 0"}),
+        (
+            "chat",
+            {
+                "messages": [
+                    {"role": "user", "content": "how many 0?"},
+                    {"role": "assistant", "content": " count 0"},
+                ]
+            },
+        ),
+    ],
+)
+def test_convert_writes_jsonl_of_one_format(data, rows, tmp_path, form, first):
+    packed = tmp_path / "rows.json.gz"
+    packed.write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    target = tmp_path / "new.jsonl"
+    options = ["--to", form] if form else []
+    data("convert", packed, "-o", target, *options, model=False)
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert (len(lines), lines[0]) == (40, first)
+
+
+def test_convert_brings_a_chat_of_one_turn_back_to_a_completion(data, rows, tmp_path):
+    data("convert", rows, "-o", tmp_path / "chat.jsonl", "--to", "chat", model=False)
+    back = tmp_path / "back.jsonl"
+    data("convert", tmp_path / "chat.jsonl", "-o", back, "--to", "completions", model=False)
+    assert [json.loads(line) for line in back.read_text().splitlines()] == ROWS
+
+
+def test_convert_loses_nothing_and_overwrites_nothing(data, rows, tmp_path):
+    message = data("convert", rows, "-o", rows, code=2, model=False)
+    assert "something of that name" in message
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n')
+    message = data("convert", path, "-o", tmp_path / "x.jsonl", "--to", "chat", code=2, model=False)
+    assert "text.jsonl:1" in message and "a row of the form text" in message
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_split_is_always_alike_and_shares_no_row(data, rows, tmp_path):
+    for name in ("one", "same"):
+        data("split", rows, "-o", tmp_path / name, "--valid", "0.1", "--seed", "3", model=False)
+    texts = {}
+    for split, count in (("train", 34), ("valid", 4), ("test", 2)):
+        texts[split] = (tmp_path / "one" / f"{split}.jsonl").read_text()
+        assert texts[split] == (tmp_path / "same" / f"{split}.jsonl").read_text()
+        assert len(texts[split].splitlines()) == count
+    assert len(set("".join(texts.values()).splitlines())) == 40
+
+
+def test_split_refuses_shares_that_leave_nothing(data, rows, tmp_path):
+    options = ("--valid", "0.6", "--test", "0.4", "-o", tmp_path / "x")
+    message = data("split", rows, *options, code=2, model=False)
+    assert "leave some for training" in message

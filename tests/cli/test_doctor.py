@@ -1,0 +1,55 @@
+"""`jax-lora doctor` on this machine, and on one that is not in order."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jax_lora.cli import doctor, main
+from jax_lora.plan import machine
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_LORA_NO_CACHE", raising=False)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def look(monkeypatch):
+    """Let the machine have other facts than it has."""
+    real = machine.look()
+    well = dataclasses.replace(
+        real, drivers=(), disk_free=10**12, memory_free=10**10, memory=2 * 10**10
+    )
+
+    def of(**changes):
+        monkeypatch.setattr(doctor, "look", lambda: dataclasses.replace(well, **changes))
+
+    of()
+    return of
+
+
+def test_a_machine_in_order_is_ready(look, capsys, tmp_path):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("Ready to train.\n")
+    assert "memory            10 GB free of 20 GB" in out
+    assert str(tmp_path / "cache") in out
+
+
+def test_a_gpu_that_jax_does_not_see_is_a_problem(look, capsys):
+    look(drivers=("NVIDIA GPU",), environment={})
+    assert main(["doctor"]) == 2
+    out = capsys.readouterr().out
+    assert "PROBLEM: NVIDIA GPU shown by the driver, and JAX does not use it\n  fix: pip" in out
+    assert "Ready" not in out
+
+
+def test_json_has_the_facts_and_the_findings(look, capsys):
+    look(disk_free=5)
+    assert main(["doctor", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["jax"]
+    assert found["findings"][0]["what"] == "5 B of disk are free here"
+    assert found["cache"]["why_off"] == ""

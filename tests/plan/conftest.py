@@ -1,0 +1,26 @@
+"""A model of a few kilobytes, planned, and the step that it would be trained with."""
+
+import jax
+import pytest
+
+from jax_lora.finetune.settings import TrainSettings
+from jax_lora.plan.planned_model import of_config
+from jax_lora.plan.planning import Choices
+from tests.tiny_model import TINY
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    # Optax raises floats to its integer step count, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def planned():
+    return of_config(TINY, "float32", "tiny")
+
+
+@pytest.fixture
+def choices():
+    return Choices(TrainSettings(rank=4, batch_size=8, max_seq_length=64))

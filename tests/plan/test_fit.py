@@ -1,0 +1,83 @@
+"""Changes that make a run fit, the cheapest first."""
+
+import dataclasses
+
+import pytest
+
+from jax_lora.finetune.settings import TrainSettings
+from jax_lora.plan.fit import NOT_YET, SHARE, fit, formula_total
+from jax_lora.plan.planned_model import plan_shape
+from jax_lora.plan.planning import Choices
+
+
+@pytest.fixture(scope="module")
+def total():
+    return formula_total(plan_shape("llama-2-7b", None), 2048, 2048)
+
+
+def find(total, memory, *, dtype="bfloat16", length=2048, **changed):
+    choices = Choices(TrainSettings(batch_size=8), **changed)
+    return fit(choices, memory, total, dtype=dtype, length=length)
+
+
+def flags(found):
+    return [change.flags for change in found.changes]
+
+
+def test_nothing_is_changed_where_it_fits(total):
+    found = find(total, 1e12)
+    assert found.fits and not found.changes and found.after == found.before
+
+
+def test_a_batch_in_parts_comes_first(total):
+    found = find(total, 250e9)
+    assert flags(found) == ["--batch-size 4 --grad-accumulation-steps 2"]
+    assert found.fits and found.after <= SHARE * 250e9 < found.before
+
+
+def test_then_activations_are_computed_again(total):
+    found = find(total, 24e9)
+    assert flags(found)[-1] == "--grad-checkpoint"
+    assert found.choices.remat
+    settings = found.choices.settings
+    assert settings.batch_size * settings.grad_accumulation_steps == 8
+
+
+def test_quantization_comes_last_and_is_called_arithmetic(total):
+    found = find(total, 10e9)
+    assert flags(found)[-1] in ("int8 base", "NF4 base")
+    assert found.changes[-1].says == NOT_YET
+    costs = [change.cost for change in found.changes]
+    assert costs == sorted(costs)
+
+
+def test_where_nothing_fits_the_least_is_shown(total):
+    found = find(total, 1e9)
+    assert not found.fits
+    assert SHARE * 1e9 < found.after < found.before
+    assert len(found.totals) == len(found.changes)
+
+
+def test_full_fine_tuning_can_become_lora(total):
+    found = find(total, 20e9, method="full")
+    assert "--fine-tune-type lora" in flags(found)
+
+
+def test_a_float32_base_can_become_16_bits():
+    model = plan_shape("llama-2-7b", "float32")
+    found = find(formula_total(model, 2048, 2048), 24e9, dtype="float32")
+    assert "--dtype bfloat16" in flags(found)
+    halved = find(formula_total(model, 2048, 2048), 24e9, dtype="bfloat16")
+    assert "--dtype bfloat16" not in flags(halved)
+
+
+def test_what_is_already_so_is_not_suggested(total):
+    found = find(total, 24e9, remat=True)
+    assert "--grad-checkpoint" not in flags(found)
+
+
+def test_no_change_goes_below_what_is_useful(total):
+    choices = Choices(TrainSettings(batch_size=3, rank=4), quantize="nf4", remat=True)
+    found = fit(choices, 1.0, total, dtype="bfloat16", length=128)
+    assert (found.fits, found.changes) == (False, ())
+    assert dataclasses.asdict(found.choices) == dataclasses.asdict(choices)

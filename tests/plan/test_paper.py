@@ -1,0 +1,58 @@
+"""The LoRA paper's numbers come out of the shapes of GPT-3."""
+
+import pytest
+
+from jax_lora.plan.arithmetic import fewer, pair_size, weight_bytes
+from jax_lora.plan.paper import (
+    HALF,
+    NOMINAL,
+    checkpoint_size,
+    full_training_bytes,
+    impossible,
+    paper_lines,
+)
+from jax_lora.plan.planned_model import plan_shape
+
+
+@pytest.fixture(scope="module")
+def gpt3():
+    return plan_shape("gpt3-175b", None).shape
+
+
+def test_a_square_kernel_at_rank_8_has_99_61_percent_fewer():
+    assert pair_size(4096, 4096, 8) == 65_536
+    assert 4096 * 4096 == 16_777_216
+    assert f"{fewer(4096, 4096, 8):.2%}" == "99.61%"
+
+
+def test_rank_4_on_queries_and_values_takes_36_mebibytes(gpt3):
+    assert checkpoint_size(gpt3) == 18_874_368
+    assert checkpoint_size(gpt3) * HALF / 2**20 == 36.0
+
+
+def test_the_weights_alone_take_350_gigabytes(gpt3):
+    assert NOMINAL * HALF == 350 * 10**9
+    assert weight_bytes(gpt3, HALF) == pytest.approx(350e9, rel=0.003)
+
+
+def test_the_checkpoint_shrinks_about_ten_thousand_times(gpt3):
+    ratio = weight_bytes(gpt3, HALF) / (checkpoint_size(gpt3) * HALF)
+    assert 9_000 < ratio < 10_500
+
+
+def test_training_all_of_it_takes_more_than_the_paper_measured(gpt3):
+    # The paper's 1.2 TB is measured over machines that shard; this is the least Adam can do with.
+    assert full_training_bytes(gpt3) == pytest.approx(1.4e12, rel=0.01)
+
+
+def test_35_gigabytes_are_said_to_be_impossible(gpt3):
+    text = " ".join(impossible(gpt3))
+    assert "cannot be right" in text
+    assert "349 GB" in text
+    # Not even four bits a weight would do.
+    assert weight_bytes(gpt3, HALF, "nf4") > 2 * 35e9
+
+
+def test_the_lines_fit_the_screen(gpt3):
+    assert all(len(line) <= 80 for line in impossible(gpt3))
+    assert ("r = 4 on q and v", "18,874,368 numbers", "18 M") in paper_lines(gpt3)
