@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -198,10 +199,12 @@ def _allowed(program: Program, theirs: Any, right: Any) -> float:
 
     In float64, some thousand roundings. In a smaller type, a few roundings of the largest entry, or
     some multiple of what the merged weights themselves are off by: rounding is not the fault of
-    the factors where it hits both.
+    the factors where it hits both. The roundings of a sum grow with the root of its length: what
+    is allowed at rank 3 is a little at rank 17.
     """
     size = max(float(np.max(np.abs(np.asarray(right, np.float64)), initial=0.0)), 1.0)
     if program.precision == "float64":
         return 1e-10 * size
     unit = 2.0**-24 if program.precision == "float32" else 2.0**-9
-    return 16 * unit * size + 4 * _worst(theirs, right)
+    longest = max(3, *(spec.rank for spec in program.kernels.values()), 3)
+    return 16 * math.sqrt(longest / 3) * unit * size + 4 * _worst(theirs, right)
