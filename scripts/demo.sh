@@ -1,23 +1,36 @@
 #!/bin/sh
-# The whole story on the bundled model and data: train an adapter, measure it against its base,
-# ask it a question, list what was written. Run by `make demo`; nothing is downloaded.
+# The whole story on the bundled model and data: look at the machine, the plan and the rows; train an
+# adapter, measure it against its base, ask it a question, merge it, draw its curves. Run by
+# `make demo`; nothing is downloaded. Each command is printed as it can be typed again.
 set -eu
 BIN=${BIN:-.venv/bin}
 # A folder of its own for every run, so that no earlier run is overwritten.
 OUT=${DEMO:-demo}/$(date +%Y%m%d-%H%M%S)
-PROMPT=${PROMPT:-$(printf 'table books: title, author, year, price\nquestion: show the title of books with year above 1990\nsql:')}
+PROMPT=${PROMPT:-'table books: title, author, year, price\nquestion: show the title of books with year above 1990\nsql:'}
 
-step() { printf '\n== %s\n' "$*"; }
+run() {
+  printf '\n$ jax-lora'
+  for word; do
+    case $word in
+      *[!A-Za-z0-9_./=-]*) printf " '%s'" "$word" ;;
+      *) printf ' %s' "$word" ;;
+    esac
+  done
+  printf '\n'
+  "$BIN/jax-lora" "$@"
+}
 
-step "jax-lora train --adapter-path $OUT"
-"$BIN/jax-lora" train --adapter-path "$OUT"
-
-step "jax-lora eval --adapter-path $OUT --compare-base"
-"$BIN/jax-lora" eval --adapter-path "$OUT" --compare-base
-
-step "jax-lora generate --adapter-path $OUT --prompt ..."
-printf '%s\n' "$PROMPT"
-"$BIN/jax-lora" generate --adapter-path "$OUT" --prompt "$PROMPT"
-
-step "files written to $OUT"
-find "$OUT" -type f -exec du -ah {} + | sort -k 2
+printf '# In this folder jax-lora is %s/jax-lora.\n' "$BIN"
+run doctor
+run plan
+run data show -n 1
+run train --adapter-path "$OUT"
+run eval --adapter-path "$OUT" --compare-base
+run generate --adapter-path "$OUT" --prompt "$PROMPT" --stop-at-newline
+run fuse --adapter-path "$OUT" --save-path "$OUT/fused" --check
+run plot "$OUT" --text
+printf '\n# Written to %s:\n' "$OUT"
+ls "$OUT" "$OUT/fused"
+printf '\n# Go on: talk with it, or give it your own model and rows.\n'
+printf '$ jax-lora chat --adapter-path %s\n' "$OUT"
+printf '$ jax-lora train path/to/hf_folder --data path/to/rows\n'

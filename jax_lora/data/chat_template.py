@@ -6,6 +6,7 @@ no Python objects; here its time and the length of its text are bounded too.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def _load(folder: Path) -> Any:
     if large:
         raise _unusable(folder, f"{large[0]} of more than {LARGEST_TEMPLATE:,} bytes")
     try:
-        from transformers import AutoTokenizer
+        AutoTokenizer = _auto_tokenizer()
     except ImportError as error:
         raise ModelError(
             explain(
@@ -104,6 +105,21 @@ def _load(folder: Path) -> Any:
             )
         )
     return tokenizer
+
+
+def _auto_tokenizer() -> Any:
+    """Import transformers, which else advises everyone to install a framework."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+    return AutoTokenizer
 
 
 def _size(file: Path) -> int:
