@@ -93,7 +93,7 @@ class TrainLoop:
             join=trainable.join,
             chunk=settings.loss_chunk,
         )
-        self._programs = Programs(step, reporter.compiling)
+        self._programs = Programs(step, reporter)
         self._measure = make_validation(model, join=trainable.join, chunk=settings.loss_chunk)
         self._ledger = Ledger()
 

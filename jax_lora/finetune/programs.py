@@ -10,6 +10,7 @@ import jax
 
 from jax_lora.data.batches import Batch
 from jax_lora.finetune.step import TrainState
+from jax_lora.report.events import Reporter
 
 
 class Programs:
@@ -17,12 +18,12 @@ class Programs:
 
     Args:
       step: The jitted step.
-      announce: Is told what is being compiled, and the number of the program.
+      reporter: Is told what is being compiled, and what it took.
     """
 
-    def __init__(self, step: Any, announce: Callable[[str, int], None]):
+    def __init__(self, step: Any, reporter: Reporter):
         """Begin with none."""
-        self._step, self._announce = step, announce
+        self._step, self._reporter = step, reporter
         self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
         self.seconds = 0.0
         self.planned_bytes = 0
@@ -36,12 +37,14 @@ class Programs:
         shape = (*batch.ids.shape, *batch.at.shape)
         if shape not in self._compiled:
             kind = "packed rows of" if batch.segments is not None else "rows of up to"
-            self._announce(f"{kind} {batch.ids.shape[1]} tokens", len(self) + 1)
+            self._reporter.compiling(f"{kind} {batch.ids.shape[1]} tokens", len(self) + 1)
             began = time.perf_counter()
             compiled = self._step.lower(state, frozen, batch).compile()
-            self.seconds += time.perf_counter() - began
-            self.planned_bytes = max(self.planned_bytes, planned_bytes(compiled))
+            seconds, needed = time.perf_counter() - began, planned_bytes(compiled)
+            self.seconds += seconds
+            self.planned_bytes = max(self.planned_bytes, needed)
             self._compiled[shape] = compiled
+            self._reporter.compiled(len(self), seconds, needed / 1e9)
         return self._compiled[shape]
 
 

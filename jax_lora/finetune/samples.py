@@ -6,9 +6,11 @@ import dataclasses
 from typing import Any
 
 from jax_lora.data.tokenizer import Tokenizer
+from jax_lora.errors import ConfigError, explain
 from jax_lora.finetune.generation import Generator
 
 MOST_TOKENS = 64
+SHARE = 2  # of a model's positions, answers get one in so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,30 @@ class Sampler:
     tokenizer: Tokenizer
     prompts: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        """Refuse prompts that leave no room, before a run has gone on for hours."""
+        room = self._most - self._answer
+        for prompt in self.prompts:
+            size = len(self.tokenizer.encode(prompt))
+            if size > room or size == 0:
+                raise ConfigError(
+                    explain(
+                        f"--sample-prompt {prompt[:60]!r}",
+                        got=f"{size} tokens",
+                        expected=f"from 1 to {room}: the model has {self._most} positions, of "
+                        f"which {self._answer} are for the answer",
+                        fix="Shorten the prompt.",
+                    )
+                )
+
+    @property
+    def _most(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    @property
+    def _answer(self) -> int:
+        return min(MOST_TOKENS, self._most // SHARE)
+
     def answers(self, variables: Any) -> tuple[tuple[str, str], ...]:
         """Answer.
 
@@ -37,7 +63,7 @@ class Sampler:
         if not self.prompts:
             return ()
         generator = Generator(
-            self.model, variables, self.tokenizer, max_tokens=MOST_TOKENS, rows=len(self.prompts)
+            self.model, variables, self.tokenizer, max_tokens=self._answer, rows=len(self.prompts)
         )
         ids = [self.tokenizer.encode(prompt) for prompt in self.prompts]
         return tuple(zip(self.prompts, generator.answer(ids), strict=True))

@@ -17,6 +17,7 @@ from jax_lora.finetune.settings import TrainSettings
 from jax_lora.init import lora_init
 from jax_lora.models import load, save
 from jax_lora.models.companions import copy_companions
+from jax_lora.models.families import family_of
 from jax_lora.transform import find_kernels
 
 
@@ -68,7 +69,7 @@ def make_trainable(
 def _adapter(model: Any, variables: Any, settings: TrainSettings) -> Trainable:
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     kernels = find_kernels(model.apply, variables, ids)
-    config = settings.lora_config(model.config.num_hidden_layers)
+    config = settings.lora_config(depth_of(model))
     adapter = lora_init(jax.random.key(settings.seed), variables, config, kernels=kernels)
     return Trainable(
         frozen=variables,
@@ -77,6 +78,12 @@ def _adapter(model: Any, variables: Any, settings: TrainSettings) -> Trainable:
         save=functools.partial(_save_adapter, variables),
         load=lambda folder: load_adapter(folder, base=variables),
     )
+
+
+def depth_of(model: Any) -> int:
+    """Count the layers of a model's one stack; 0 where there are two."""
+    name = family_of(model).depth
+    return 0 if name is None else getattr(model.config, name)
 
 
 def _save_adapter(base: Any, folder: Path, adapter: Any) -> None:

@@ -22,6 +22,7 @@ from jax_lora.finetune.devices import data_mesh
 from jax_lora.finetune.optimizers import make_optimizer
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.step import make_step, start
+from jax_lora.finetune.trainable import depth_of
 from jax_lora.init import lora_init
 from jax_lora.plan.planned_model import PlannedModel
 
@@ -70,8 +71,7 @@ def abstract_adapter(model: PlannedModel, settings: TrainSettings) -> Adapter:
     Raises:
       NoMatchError: A target that the model does not have.
     """
-    sizes = getattr(model.module, "config", None)
-    config = settings.lora_config(getattr(sizes, "num_hidden_layers", 0))
+    config = settings.lora_config(0 if model.module is None else depth_of(model.module))
     make = lambda key: lora_init(key, model.variables, config, kernels=model.kernels)  # noqa: E731
     return jax.eval_shape(make, jax.random.key(0))
 

@@ -117,6 +117,9 @@ class Reporter:
     def compiling(self, what: str, number: int) -> None:
         """Another program is being compiled; so far there are `number`."""
 
+    def compiled(self, number: int, seconds: float, gigabytes: float) -> None:
+        """It is there, and needs so much memory; 0 where nobody knows."""
+
     def stepped(self, step: int, loss: float) -> None:
         """A step is done."""
 

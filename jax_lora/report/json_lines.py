@@ -30,6 +30,11 @@ class JsonReporter(Reporter):
         """Write what is being compiled."""
         self._write("compiling", {"what": what, "number": number})
 
+    def compiled(self, number: int, seconds: float, gigabytes: float) -> None:
+        """Write what it took."""
+        values = {"number": number, "seconds": seconds, "planned_memory_gb": gigabytes}
+        self._write("compiled", values)
+
     def trained(self, report: TrainReport) -> None:
         """Write the report."""
         self._write("trained", dataclasses.asdict(report))

@@ -36,6 +36,11 @@ class PlainReporter(Reporter):
         """Say why nothing happens for a while."""
         self._line(f"Compiling program {number}: {what}")
 
+    def compiled(self, number: int, seconds: float, gigabytes: float) -> None:
+        """Say what it took, and what the step will."""
+        needs = f"; the step needs {gigabytes:.3f} GB" if gigabytes else ""
+        self._line(f"Compiled program {number} in {seconds:.1f}s{needs}")
+
     def trained(self, report: TrainReport) -> None:
         """Write the report's line."""
         self._line(

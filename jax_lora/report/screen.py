@@ -74,8 +74,13 @@ class RichReporter(Reporter):
 
     def compiling(self, what: str, number: int) -> None:
         """Say why nothing moves for a while."""
-        self._progress.update(self._task, description="compiling")
-        self._say(f"compiling program {number}: {what}", "dim")
+        self._progress.update(self._task, description=f"compiling for {what}")
+
+    def compiled(self, number: int, seconds: float, gigabytes: float) -> None:
+        """Say what it took, and what the step will."""
+        what = self._progress.tasks[0].description.removeprefix("compiling for ")
+        needs = f", planned {gigabytes:.2f} GB" if gigabytes else ""
+        self._say(self._one_line(f"program {number}: {what}, {seconds:.1f} s{needs}"), "dim")
 
     def stepped(self, step: int, loss: float) -> None:
         """Move the bar."""

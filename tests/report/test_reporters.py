@@ -38,6 +38,7 @@ RESULT = RunResult(
 def tell(reporter):
     reporter.planned(PLAN)
     reporter.compiling("rows of up to 64 tokens", 1)
+    reporter.compiled(1, 2.5, 0.75)
     reporter.stepped(1, 2.5)
     reporter.trained(REPORT)
     reporter.validated(VALIDATION)
@@ -65,6 +66,7 @@ def test_a_report_is_the_line_that_log_parsers_know():
     assert "Iter 10: Saved adapter weights to run/[red]step-000010." in lines
     assert r"Iter 10: Sample 'say \x1b[31mred' -> 'red [bold]'" in lines
     assert "Hint: rows: --pack" in lines
+    assert "Compiled program 1 in 2.5s; the step needs 0.750 GB" in lines
     assert "\x1b" not in out.getvalue()
 
 
@@ -85,12 +87,13 @@ def test_json_has_an_object_an_event():
     assert [event["event"] for event in events] == [
         "planned",
         "compiling",
+        "compiled",
         "trained",
         "validated",
         "saved",
         "finished",
     ]
-    assert events[2]["loss"] == 2.164 and events[-1]["checkpoint"] == "run/x"
+    assert events[3]["loss"] == 2.164 and events[-1]["checkpoint"] == "run/x"
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
