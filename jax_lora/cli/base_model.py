@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax_lora import bundled
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import ModelError, StructureError, explain
+from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.models import load
 from jax_lora.models.families import family_of_config
 from jax_lora.models.read_config import read_config
@@ -72,6 +73,7 @@ def load_base(name: str | None, dtype: str = "auto", *, remat: bool = False) -> 
       ModelError: The folder cannot be read, or holds no decoder.
       StructureError: The tokenizer has tokens that the model has no embedding for.
     """
+    use_compile_cache()
     folder = model_folder(name)
     if dtype == "auto":
         chosen = jnp.float32 if jax.default_backend() == "cpu" else None

@@ -16,7 +16,6 @@ from jax_lora.data.batches import Batches
 from jax_lora.data.data_folder import DataSet, read_data
 from jax_lora.data.examples import Examples, make_examples
 from jax_lora.data.packing import speedup
-from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.finetune.devices import use_all_cores
 from jax_lora.finetune.loop import TrainLoop
 from jax_lora.finetune.resume import refuse_changes, stretched
@@ -76,7 +75,6 @@ def run(options: argparse.Namespace) -> int:
     """Train, and return the exit code."""
     choice = choose(options)
     use_all_cores()
-    use_compile_cache()
     reporter = make_reporter(choice.progress)
     ready = _read(choice)
     record = None if choice.checkpoint is None else read_record(choice.checkpoint)
