@@ -72,7 +72,6 @@ def _explained(error: Exception, debug: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     from jax_lora.cli import (
         chat,
-        data,
         doctor,
         export,
         fuse,
@@ -81,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         init,
         plan,
         plot,
+        rows,
         train,
     )
     from jax_lora.cli import eval as evaluate
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "fuse": fuse,
         "export": export,
         "import": import_adapter,
-        "data": data,
+        "data": rows,
         "plan": plan,
         "init": init,
         "doctor": doctor,

@@ -7,8 +7,8 @@ import os
 import sys
 
 from jax_lora.cli.base_model import data_folder, model_folder
-from jax_lora.cli.data_check import add_data_options, examples_of
 from jax_lora.cli.options import at_least_one
+from jax_lora.cli.rows.check import add_data_options, examples_of
 from jax_lora.data.data_folder import read_data
 from jax_lora.data.examples import Example
 from jax_lora.data.tokenizer import Tokenizer

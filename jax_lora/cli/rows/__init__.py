@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from jax_lora.cli import data_check, data_convert, data_show, data_split
+from jax_lora.cli.rows import check, convert, show, split
 
 HELP = "check, show, convert or split rows"
 VERBS = {
-    "check": data_check,
-    "show": data_show,
-    "convert": data_convert,
-    "split": data_split,
+    "check": check,
+    "show": show,
+    "convert": convert,
+    "split": split,
 }
 
 

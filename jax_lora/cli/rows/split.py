@@ -7,7 +7,7 @@ import json
 import random
 from pathlib import Path
 
-from jax_lora.cli.data_check import check_new
+from jax_lora.cli.rows.check import check_new
 from jax_lora.data.rows import read_rows
 from jax_lora.errors import ConfigError, explain
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jax_lora.cli.data_check import check_new
+from jax_lora.cli.rows.check import check_new
 from jax_lora.data.rows import Row, read_rows
 from jax_lora.errors import DataError, explain
 
