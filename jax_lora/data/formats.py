@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -58,10 +59,17 @@ def check_fields(value: Any) -> Checked:
         if keys <= {*value}:
             return check(value)
     fields = ", ".join(f'"{name}"' for name in list(value)[:10]) or "none"
-    return Problem(
-        f"no known format; the fields are {fields}",
-        'Name the fields "prompt" and "completion", or "text", or "messages".',
-    )
+    return Problem(f"no known format; the fields are {fields}", _fix(list(value)))
+
+
+def _fix(names: list[str]) -> str:
+    """Name what a misspelt field is near to, or the usual fields."""
+    known = [key for keys, _ in _FORMATS for key in keys]
+    for name in names:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if near and name not in known:
+            return f'"{name}": did you mean "{near[0]}"?'
+    return 'Name the fields "prompt" and "completion", or "text", or "messages".'
 
 
 def _chat(row: dict[str, Any]) -> Checked:

@@ -101,3 +101,10 @@ def test_tools_that_are_no_list_are_refused():
 def test_other_fields_stay():
     _, fields = checked(instruction="Add.", output="5", seen=True)
     assert fields["seen"] is True and fields["instruction"] == "Add."
+
+
+def test_a_misspelt_field_is_named_with_the_nearest():
+    assert check_fields({"promt": "a", "completion": "b"}).fix == (
+        '"promt": did you mean "prompt"?'
+    )
+    assert "Name the fields" in check_fields({"a": 1}).fix

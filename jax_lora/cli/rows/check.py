@@ -78,8 +78,7 @@ def _of_tokens(examples: Examples, longest: int) -> list[str]:
     lines = [
         f"  {tokens:,} tokens, {sum(example.raw for example in examples.rows):,} of them text; "
         f"{learned:,} are learned ({learned / tokens:.0%})",
-        f"  {padding:.0%} padding in three lengths; --pack: "
-        f"{speedup(lengths, round(tokens / (1 - padding)), longest):.1f}x fewer tokens",
+        f"  {padding:.0%} padding in a few lengths{_gain(lengths, padding, longest)}",
     ]
     lost = [
         (examples.cut, f"are cut at {longest} tokens"),
@@ -89,6 +88,11 @@ def _of_tokens(examples: Examples, longest: int) -> list[str]:
     ]
     lines += [f"  {count:,} {what}" for count, what in lost if count]
     return [*lines, *histogram(lengths)]
+
+
+def _gain(lengths: Sequence[int], padding: float, longest: int) -> str:
+    gain = speedup(lengths, round(sum(lengths) / (1 - padding)), longest)
+    return f"; with --pack {gain:.1f}x fewer tokens" if gain > 1.05 else ""
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:
