@@ -56,7 +56,13 @@ class Recorder(Reporter):
 
 
 @pytest.fixture
-def make_loop(tiny, tmp_path):
+def log():
+    """What the loops of a test have logged."""
+    return []
+
+
+@pytest.fixture
+def make_loop(tiny, tmp_path, log):
     model, variables = tiny
 
     def make(
@@ -79,30 +85,29 @@ def make_loop(tiny, tmp_path):
             validation=Batches.of(rows or examples(), 4),
             run=run,
             reporter=reporter or Recorder(),
-            log=make.log.append,
+            log=log.append,
         )
         if resume:
             loop.resume(checkpoint, read_record(checkpoint))
         return loop
 
-    make.log = []
     return make
 
 
-def without_times(log):
+def without_times(rows):
     times = ("seconds", "per_second", "memory")
-    return [{k: v for k, v in row.items() if not any(t in k for t in times)} for row in log]
+    return [{k: v for k, v in row.items() if not any(t in k for t in times)} for row in rows]
 
 
-def test_a_run_compiles_once_a_shape_and_reports_validates_and_saves_when_asked(make_loop):
+def test_a_run_compiles_once_a_shape_and_reports_validates_and_saves_when_asked(make_loop, log):
     recorder = Recorder()
     result = make_loop(recorder).train()
     assert recorder.of("compiling") == [("rows of up to 8 tokens", 1)]
-    assert [row["iter"] for row in make_loop.log if "train_loss" in row] == [2, 4, 6]
+    assert [row["iter"] for row in log if "train_loss" in row] == [2, 4, 6]
     assert [step for step, _ in recorder.of("validated")] == [3, 6]
     assert recorder.events[-1] == ("saved", 6)
     assert (result.steps, result.tokens, result.interrupted) == (6, 6 * 12, None)
-    assert [row["val_loss"] for row in make_loop.log if "val_loss" in row][-1] == result.val_loss
+    assert [row["val_loss"] for row in log if "val_loss" in row][-1] == result.val_loss
 
 
 def test_the_checkpoint_holds_the_adapter_alone_and_fits_the_base(make_loop, tiny):
@@ -118,12 +123,12 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["lora", pytest.param("dora", marks=SLOW), pytest.param("full", marks=SLOW)]
 )
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(make_loop, tiny, kind):
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(make_loop, log, kind):
     options = {"fine_tune_type": kind, "learning_rate": 3e-3, "save_every": 2}
     options |= {} if kind == "full" else {"dropout": 0.1}
     whole = Recorder()
     expected = make_loop(whole, folder="whole", **options).train()
-    log, make_loop.log[:] = list(make_loop.log), []
+    expected_log, log[:] = list(log), []
 
     part = Recorder(signal_at=3)
     result = make_loop(part, **options).train()
@@ -133,7 +138,7 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(make_loop, tiny, ki
     resumed = make_loop(rest, resume=True, **options).train()
 
     assert part.of("stepped") + rest.of("stepped") == whole.of("stepped")
-    assert without_times(make_loop.log) == without_times(log)
+    assert without_times(log) == without_times(expected_log)
     assert (resumed.tokens, resumed.val_loss) == (expected.tokens, expected.val_loss)
     for name in ("moments", "arrays-*"):
         for one, other in zip(
