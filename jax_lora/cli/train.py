@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -108,8 +109,8 @@ def _steps_done(record: dict[str, Any] | None) -> int:
 
 
 def _draw(run: Path) -> None:
-    """Draw what there is; a run that has reported nothing has nothing to draw."""
-    if (run / JSONL).is_file() and (run / JSONL).stat().st_size:
+    """Draw what there is; a picture is not worth the end of a run without its package."""
+    if importlib.util.find_spec("matplotlib") and (run / JSONL).stat().st_size:
         write_run_plot(run)
 
 

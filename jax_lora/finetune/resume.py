@@ -74,7 +74,8 @@ def refuse_changes(
     """
     then, now = record.get("settings"), settings.as_dict()
     then = then if isinstance(then, dict) else {}
-    names = dict.fromkeys([*then, *now])
+    # A setting that only one of two versions has says nothing about the other.
+    names = [name for name in then if name in now or name in ("alpha", "scale")]
     problems = [
         f"--{name.replace('_', '-')} was {then.get(name)!r}, now {now.get(name)!r}"
         for name in names

@@ -166,8 +166,8 @@ def why_not_compiled(model: PlannedModel, choices: Choices) -> str:
         return "train takes decoders only"
     if model.shape.size > COMPILE_UP_TO:
         return "the model has more than 1 G parameters"
-    if choices.method != "lora" or choices.quantize != "none":
-        return "only LoRA on a base as it is gets compiled here"
+    if choices.quantize != "none":
+        return "training on a quantized base is no mode of this command yet"
     return ""
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_lora.adapter import Adapter
+from jax_lora.adapter import Adapter, combine
 from jax_lora.data.batches import Batch
 from jax_lora.dropout import dropout
 from jax_lora.finetune.devices import data_mesh
@@ -92,21 +92,24 @@ def compile_step(
       The compiled program, the devices that share it, and the seconds that it took.
     """
     began = time.perf_counter()
-    adapter = abstract_adapter(model, settings)
+    full = settings.fine_tune_type == "full"
+    frozen = {} if full else model.variables
+    trained = model.variables if full else abstract_adapter(model, settings)
     optimizer = optimizer_of(settings)
-    state = jax.eval_shape(lambda adapter: start(adapter, optimizer), adapter)
+    state = jax.eval_shape(lambda trained: start(trained, optimizer), trained)
     module = model.module.clone(remat=remat)
     step = make_step(
         module,
         optimizer,
         accumulation=settings.grad_accumulation_steps,
         wrap=_dropout(settings),
+        join=(lambda _, trained: trained) if full else combine,
         chunk=settings.loss_chunk,
     )
     batch = abstract_batch(settings, length, learned)
-    mesh = data_mesh(settings.batch_size, _WithBytes.of(model.variables))
+    mesh = data_mesh(settings.batch_size, _WithBytes.of((frozen, trained)))
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    lowered = step.lower(_on(state, whole), _on(model.variables, whole), _on(batch, rows))
+    lowered = step.lower(_on(state, whole), _on(frozen, whole), _on(batch, rows))
     return lowered.compile(), mesh.size, time.perf_counter() - began
 
 
@@ -173,7 +176,7 @@ def optimizer_of(settings: TrainSettings) -> optax.GradientTransformation:
 
 
 def _dropout(settings: TrainSettings) -> Any:
-    if settings.dropout == 0.0:
+    if settings.dropout == 0.0 or settings.fine_tune_type == "full":
         return None
     key = jax.random.key(settings.seed)
     return lambda combined, step: dropout(combined, jax.random.fold_in(key, step))

@@ -38,6 +38,15 @@ def test_the_step_compiled_from_shapes_takes_what_the_step_on_arrays_takes(plann
     assert dataclasses.replace(shapes, seconds=0.0) == real
 
 
+@pytest.mark.slow
+def test_full_fine_tuning_takes_the_model_its_moments_and_no_adapter(planned):
+    full = dataclasses.replace(SETTINGS, fine_tune_type="full")
+    parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(planned.variables))
+    taken = program_memory(planned, full, length=16, learned=16)
+    # The model and two moments of its size, and a few numbers beside them.
+    assert 3 * parameters <= taken.arguments < 3 * parameters + 1000
+
+
 def test_the_adapter_is_the_one_that_training_would_make(planned):
     adapter = abstract_adapter(planned, SETTINGS)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(adapter.pairs))
@@ -48,7 +57,6 @@ def test_the_adapter_is_the_one_that_training_would_make(planned):
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_formula_is_within_a_tenth_of_the_program_of_the_bundled_model(remat):
-    # From rank 17 on, no product of the factors is kept for each of their columns.
     model = plan_folder(model_path(), "float32")
     choices = Choices(TrainSettings(rank=32, batch_size=7), remat=remat)
     program = program_memory(model, choices.settings, length=256, learned=128, remat=remat)
