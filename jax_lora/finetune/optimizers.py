@@ -14,15 +14,18 @@ import optax.contrib
 from jax_lora.errors import ConfigError, explain
 from jax_lora.optimizers import lora_plus
 
-# These want more than a gradient: the loss, a key, a line search, parameters for evaluation.
+# These want more than a gradient and a schedule: the loss, a key, a line search, a constant rate.
 NEED_MORE = (
     "galore",
     "lbfgs",
     "momo",
     "momo_adam",
     "noisy_sgd",
+    "optimistic_adam",  # an old name of optimistic_adam_v2
+    "rprop",
     "schedule_free_adamw",
     "schedule_free_sgd",
+    "sm3",
     "sophia",
 )
 _NAMES = vars(optax.contrib) | vars(optax)  # not by getattr, which warns of old names

@@ -53,11 +53,11 @@ def test_several_prompts_are_answered_in_their_order(generate, tmp_path):
 
 
 def test_a_prompt_comes_from_standard_input(generate, monkeypatch, tmp_path):
-    expected = generate("--prompt", "count").rpartition(",")[0]
+    expected = generate("--prompt", "count").rpartition("\n[")[0]
     (tmp_path / "prompt.txt").write_text("count")
     with (tmp_path / "prompt.txt").open() as file:
         monkeypatch.setattr("sys.stdin", file)
-        assert generate("--prompt", "-").rpartition(",")[0] == expected
+        assert generate("--prompt", "-").rpartition("\n[")[0] == expected
 
 
 @pytest.mark.parametrize(

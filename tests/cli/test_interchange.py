@@ -59,7 +59,7 @@ def test_an_adapter_comes_back_from_every_format_as_it_was(
     def answers(run):
         capsys.readouterr()
         ok("generate", "--adapter-path", run, "--prompt", "how many", "--max-tokens", 8)
-        answer = capsys.readouterr().out.rpartition(",")[0]
+        answer = capsys.readouterr().out.rpartition("\n[")[0]
         ok("eval", "--adapter-path", run, "--data", data_folder, "--max-tokens", 4, "--limit", 4)
         return answer, capsys.readouterr().out.splitlines()[1:-1]
 
