@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 
 from jax_lora.cli.adapters import checkpoint_of, merged
@@ -12,6 +13,7 @@ from jax_lora.cli.options import at_least_one
 from jax_lora.errors import ConfigError, DataError, explain
 from jax_lora.finetune.conversation import Conversation
 from jax_lora.finetune.generation import Generator
+from jax_lora.finetune.interrupts import Interrupts
 from jax_lora.finetune.memory import peak_memory
 from jax_lora.finetune.streaming import stream
 from jax_lora.report.printable import printable
@@ -114,11 +116,15 @@ def _answer(generator: Generator, prompt: list[int]) -> tuple[str, int, float]:
     """Print an answer as it comes; return it, its tokens, and the seconds after the first one."""
     pieces: list[str] = []
     tokens, first = 0, 0.0
-    try:
+    # Asked between tokens: an exception out of the midst of a compilation can take XLA down.
+    with Interrupts() as interrupts:
         for piece, count in stream(generator, prompt):
             tokens, first = count, first or time.perf_counter()
             pieces.append(piece)
             print(printable(piece), end="", flush=True)
-    except KeyboardInterrupt:
-        print(" (stopped)", end="")
+            if interrupts.requested:
+                print(" (stopped)", end="", flush=True)
+                break
+    if interrupts.requested == "SIGTERM":
+        signal.raise_signal(signal.SIGTERM)  # whoever sent it means the program
     return "".join(pieces), tokens, time.perf_counter() - first

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_lora.adapter import is_adapted
 from jax_lora.errors import ConfigError, explain
@@ -143,7 +145,20 @@ def begin(model: Any, variables: Any, shape: tuple[int, ...], most: int) -> Prog
     if not isinstance(cache, KVCache):
         got, fix = type(model).__name__, "load a model whose class ends in ForCausalLM."
         _refuse("model", got, "a decoder, which has a cache", fix)
-    return Progress(jnp.int32(0), zeros > 0, zeros, tokens, cache)
+    return _beside(leaves, Progress(jnp.int32(0), zeros > 0, zeros, tokens, cache))
+
+
+def _beside(leaves: list[Any], progress: Progress) -> Progress:
+    """Tie what is fresh to the devices that the weights are tied to, if they are.
+
+    What `advance` gives back is tied to them, so else its second call would be compiled again.
+    """
+    arrays = jax.tree.leaves([leaf.base if is_adapted(leaf) else leaf for leaf in leaves])
+    tied = [each for each in arrays if isinstance(each, jax.Array) and not isinstance(each, Tracer)]
+    where = next((each.sharding for each in tied if each.committed), None)
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec())
+    return progress if where is None else jax.device_put(progress, where)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="progress")

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_lora import LoraConfig, find_kernels, lora_init, merge
 from jax_lora.errors import ConfigError
 from jax_lora.finetune import generation
 from jax_lora.finetune.generation import Generator
@@ -141,3 +143,21 @@ def test_settings_that_mean_nothing_are_refused(generator, changes, message):
 def test_a_prompt_that_leaves_no_room_is_refused(generator, prompt):
     with pytest.raises(ConfigError, match="no more than the model's 128 together"):
         generator.answer([prompt])
+
+
+@pytest.mark.parametrize("place", ["one device", "every device", "merged"])
+def test_weights_tied_to_devices_need_no_second_program(tiny, tokenizer, place):
+    model, variables = tiny
+    devices = jax.devices()
+    everywhere = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec())
+    if place == "merged":
+        kernels = find_kernels(model.apply, variables, jnp.zeros((1, 4), jnp.int32))
+        adapter = lora_init(jax.random.key(0), variables, LoraConfig(rank=2), kernels=kernels)
+        variables = merge(variables, adapter)
+    else:
+        where = devices[1] if place == "one device" else everywhere
+        variables = jax.device_put(variables, where)
+    before = advance._cache_size()
+    generator = Generator(model, variables, tokenizer, max_tokens=9)
+    assert len(list(generator.grow(tokenizer.encode("how many")))) > 2
+    assert advance._cache_size() == before + 1
