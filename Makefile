@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: demo test test-quick test-newest test-matrix test-random lint types format clean
+.PHONY: demo test test-quick test-newest test-matrix test-random notebooks explorer lint types format clean
 
 demo: $(INSTALLED)
 	@DEMO=$(DEMO) BIN=$(BIN) sh scripts/demo.sh
@@ -29,6 +29,13 @@ SEED ?= 0
 JOBS ?= 1
 test-random: $(INSTALLED)
 	$(BIN)/python -m tests.properties.run --programs $(PROGRAMS) --seed $(SEED) --jobs $(JOBS)
+
+# What is committed with its results in it, made again: half an hour, and a moment.
+notebooks: $(INSTALLED)
+	$(BIN)/python scripts/run_notebooks.py
+
+explorer: $(INSTALLED)
+	$(BIN)/python scripts/build_explorer.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

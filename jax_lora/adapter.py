@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -20,9 +20,30 @@ from jax_lora.pair import LoraPair, static
 from jax_lora.token_rows import TokenRows
 
 
+class _NoArray:
+    """A leaf that is no array by itself: whoever computes with it is told what to call."""
+
+    path: str
+
+    def __jax_array__(self) -> NoReturn:
+        """Refuse, where JAX asks for an array in its place.
+
+        Raises:
+          StructureError: Always.
+        """
+        raise StructureError(
+            explain(
+                self.path,
+                got=f"a {type(self).__name__} in a computation",
+                expected="an array",
+                fix="Call the function as jl.lora_apply(fn)(...), or merge the adapter first.",
+            )
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoraWeight:
+class LoraWeight(_NoArray):
     """A leaf that stands for W0 + scale * a @ b.
 
     Args:
@@ -42,7 +63,7 @@ class LoraWeight:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class WholeWeight:
+class WholeWeight(_NoArray):
     """A leaf that is trained whole: `value` stands in for `base`, which is kept.
 
     Args:
@@ -60,7 +81,7 @@ class WholeWeight:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RowsWeight:
+class RowsWeight(_NoArray):
     """A table of which some rows are trained: `rows` stand in for those of `base`.
 
     Args:

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,3 +95,24 @@ def test_sizes_follow_the_closed_formula():
     tree = {"kernel": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
     init = lambda key: jl.lora_init(key, tree, jl.LoraConfig(rank=8))  # noqa: E731
     assert jax.eval_shape(init, jax.random.key(0)).size == 65_536 == 8 * (4096 + 4096)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda leaf: jnp.ones((2, 4)) @ leaf,
+        lambda leaf: jnp.dot(jnp.ones((2, 4)), leaf),
+        lambda leaf: jnp.asarray(leaf),
+        lambda leaf: nn.Dense(6, use_bias=False).apply(
+            {"params": {"kernel": leaf}}, jnp.ones((2, 4))
+        ),
+    ],
+    ids=["matmul", "dot", "asarray", "flax"],
+)
+def test_a_leaf_with_an_adapter_says_how_it_is_called_when_taken_for_an_array(use):
+    params = {"w": {"kernel": jnp.ones((4, 6))}}
+    combined = jl.combine(params, jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=2)))
+    with pytest.raises(jl.errors.StructureError) as caught:
+        use(combined["w"]["kernel"])
+    assert str(caught.value).startswith("w/kernel\n  got:      a LoraWeight in a computation")
+    assert "jl.lora_apply(fn)(...)" in str(caught.value)

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     debug = False
     try:
-        options = _parser().parse_args(arguments)
+        options = make_parser().parse_args(arguments)
         debug = options.debug
         return options.run(options)
     except KeyboardInterrupt:
@@ -69,7 +69,8 @@ def _explained(error: Exception, debug: bool) -> int:
     return NON_FINITE if isinstance(error, FloatingPointError) else BAD_INPUT
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Build the command's parser: every verb and its flags."""
     from jax_lora.cli import (
         chat,
         doctor,
