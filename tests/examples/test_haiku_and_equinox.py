@@ -1,0 +1,54 @@
+"""The example with Haiku and Equinox: what is found in each, and that both follow the picture."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = ROOT / "examples" / "haiku_and_equinox.py"
+    spec = importlib.util.spec_from_file_location("haiku_and_equinox", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["haiku_and_equinox"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion():
+    # Optax's own bias correction mixes integers and floats, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("make", ["haiku_model", "equinox_model"])
+def test_an_adapter_follows_the_turned_picture(script, make):
+    outcome = script.fine_tune(getattr(script, make)(), steps=150, rank=4, pretraining=150)
+    assert outcome.before < 0.6 and outcome.after > 0.9
+    assert outcome.distance < 1e-4  # scores are of size 20: float rounding
+    assert outcome.base_unchanged
+
+
+def test_the_axes_of_each_library_are_found_and_shown(script, capsys):
+    script.main(["--steps", "1", "--pretraining", "1"])
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    shown = {words[0]: words[1] for words in lines if len(words) == 2}
+    assert shown["mlp/~/linear_1/w"] == "(64, 64)  dense, in (0,), out (1,)"
+    assert shown["layers/1/weight"] == "(64, 64)  dense, in (1,), out (0,)"
+    for head in ("mlp/~/linear_2/w", "layers/2/weight"):
+        assert shown[head].endswith("; the output head, left out")
+
+
+def test_classes_are_the_turned_quarters(script):
+    xy, classes = script.points(0, 0)
+    assert (classes == (xy[:, 0] * xy[:, 1] > 0)).all()
+    xy, classes = script.points(0, 45)
+    x, y = abs(xy[:, 0]), abs(xy[:, 1])
+    assert (classes == (x > y)).all() or (classes == (x < y)).all()

@@ -1,0 +1,56 @@
+"""The example with NNX: the adapter learns, and merged weights go back into the module."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = ROOT / "examples" / "nnx_model.py"
+    spec = importlib.util.spec_from_file_location("nnx_model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nnx_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion():
+    # Optax's own bias correction mixes integers and floats, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.slow
+def test_it_learns_and_the_module_gets_the_merged_weights(script, capsys):
+    before, after, distance, base_unchanged = script.run(steps=80, rank=4, pretraining=80)
+    assert after < before / 5
+    assert distance < 1e-5  # forecasts are of size 2: float rounding
+    assert base_unchanged
+    shown = capsys.readouterr().out
+    assert f"{before:.4f} before, {after:.4f} after" in shown
+    assert "the updated module forecasts as the new one, bit by bit: True" in shown
+    assert "head/kernel" not in shown  # the output head has no pair
+
+
+def test_a_forecast_sees_the_past_alone(script):
+    model = script.nnx.jit(script.Forecaster)(script.nnx.Rngs(0))
+    series = script.sines(0)
+    call = script.nnx.jit(lambda model, series: model(series))
+    forecasts, changed = call(model, series), call(model, series.at[:, 20:].set(5.0))
+    assert (forecasts[:, :20] == changed[:, :20]).all()
+    assert (forecasts[:, 20:] != changed[:, 20:]).all()
+
+
+def test_waves_climb_and_depend_on_their_number_alone(script):
+    series = script.climbing(3)
+    assert series.shape == (script.ROWS, script.TIME)
+    assert (series == script.climbing(3)).all() and (series != script.climbing(4)).any()
+    assert 1.5 < float((series[:, -1] - series[:, 0]).mean()) < 2.5

@@ -1,0 +1,58 @@
+"""The example with a vision Transformer: LoRA beside a new head learns what the head cannot."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = ROOT / "examples" / "vision_transformer.py"
+    spec = importlib.util.spec_from_file_location("vision_transformer", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["vision_transformer"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion():
+    # Optax's own bias correction mixes integers and floats, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.slow
+def test_lora_learns_what_the_head_alone_does_not(script, capsys):
+    before, head_alone, after = script.run(steps=80, rank=4, pretraining=80, layers=1)
+    assert before < 0.3  # eight classes, and a head of random numbers
+    assert after > 0.7 and after > head_alone + 0.25
+    shown = capsys.readouterr().out
+    assert "params/head/kernel                     (32, 8)     whole" in shown
+    # 4 * 4 * (32 + 32) for attention, 2 * 4 * (32 + 64) for the perceptron, 33 * 8 for the head.
+    assert "trainable 2,056 of" in shown
+    assert f"accuracy with LoRA beside the head:    {after:.3f}" in shown
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_bars_point_where_their_class_says(script, dark):
+    pictures, classes = script.bars(0, classes=4, dark=dark, rows=200)
+    assert pictures.shape == (200, script.SIDE, script.SIDE, 1)
+    ink = 1 - pictures[..., 0] if dark else pictures[..., 0]  # (rows, side, side)
+    ink = jax.numpy.where(ink > 0.7, 1.0, 0.0)  # above the noise
+    wide, high = ink.any(axis=1).sum(axis=1), ink.any(axis=2).sum(axis=1)  # (rows,) each
+    assert (wide - high)[classes == 0].mean() > 8  # along x
+    assert (high - wide)[classes == 2].mean() > 8  # along y
+    for diagonal in (1, 3):
+        assert abs((wide - high)[classes == diagonal].mean()) < 2
+
+
+def test_directions_are_all_drawn(script):
+    _, classes = script.bars(0, classes=8, dark=True, rows=400)
+    assert set(classes.tolist()) == set(range(8))
