@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_lora import processes
+
 
 def write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
     """Write a tree of NumPy arrays with Orbax, which makes the folder."""
     import orbax.checkpoint as ocp  # takes seconds to import, so not before it is needed
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _checkpointer(ocp) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))  # type: ignore[call-arg]
 
 
@@ -36,8 +38,14 @@ def read_arrays(folder: Path, template: Mapping[str, Any]) -> Any:
 
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
     restore = ocp.args.PyTreeRestore(item=template, restore_args=as_numpy)  # type: ignore[call-arg]
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _checkpointer(ocp) as checkpointer:
         return checkpointer.restore(folder.absolute(), args=restore)
+
+
+def _checkpointer(ocp: Any) -> Any:
+    options = processes.orbax_options()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def checksums(folder: Path) -> dict[str, str]:

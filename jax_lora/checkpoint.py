@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_lora import array_files, manifest, paths
+from jax_lora import array_files, manifest, paths, processes
 from jax_lora.adapter import Adapter, is_adapted
 from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning, explain
-from jax_lora.fingerprint import differences, fingerprint
+from jax_lora.fingerprint import LeafPrint, differences, fingerprint
 from jax_lora.manifest import Manifest
 from jax_lora.pair import LoraPair
 from jax_lora.token_rows import TokenRows
@@ -49,8 +49,9 @@ def save_adapter(
 
     Args:
       path: Folder to save to, on a local file system; made if it is not there. Other files in
-        it are left alone.
-      adapter: The adapter, on any devices of this process.
+        it are left alone. With several processes, one that all of them see: all call this, the
+        first one writes, and none goes on before it is done.
+      adapter: The adapter, on any devices.
       base: The base model that it was trained on (arrays, on any devices). Its fingerprint lets
         `load_adapter` refuse every other base. Without it, only shapes can be checked.
       overwrite: Whether an adapter that is there already may be replaced.
@@ -70,8 +71,23 @@ def save_adapter(
       True
     """
     folder = Path(path).absolute()
-    _check_free(folder, overwrite)
     arrays = _to_host(folder, adapter)
+    base_print = None if base is None else fingerprint(base)
+    if not processes.first_alone(lambda: _write(folder, arrays, base_print, overwrite)):
+        raise CheckpointError(
+            explain(
+                f"save_adapter: {folder}",
+                got=f"process 0 could not save, so process {jax.process_index()} goes no further",
+                expected="an adapter on disk in every process or in none",
+                fix="See what process 0 says.",
+            )
+        )
+
+
+def _write(
+    folder: Path, arrays: Adapter, base: Mapping[str, LeafPrint] | None, overwrite: bool
+) -> None:
+    _check_free(folder, overwrite)
     name = f"arrays-{uuid.uuid4().hex[:12]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,33 +125,39 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 
 def _to_host(folder: Path, adapter: Adapter) -> Adapter:
     """Copy the leaves to NumPy, so that nothing of the mesh they lay on is saved."""
-    leaves = manifest.named_leaves(adapter)
+    arrays = jax.tree.map(
+        lambda leaf: processes.to_host(leaf) if _has_values(leaf) else leaf, adapter
+    )
+    leaves = manifest.named_leaves(arrays)
     problems = [f"{name} {why}" for name, leaf in leaves.items() if (why := _why_not(leaf))]
-    if problems:
-        raise CheckpointError(
-            explain(
-                f"save_adapter: {folder}",
-                got=_listed(problems),
-                expected="finite arrays that this process can read",
-                fix="Save an adapter from before the loss broke, outside jit. Nothing was written.",
-            )
+    if not problems:
+        return arrays
+    raise CheckpointError(
+        explain(
+            f"save_adapter: {folder}",
+            got=_listed(problems),
+            expected="finite arrays that this process can read",
+            fix="Save an adapter from before the loss broke, outside jit. Nothing was written.",
         )
-    return jax.tree.map(np.asarray, adapter)
+    )
+
+
+def _has_values(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, np.ndarray)) and not isinstance(leaf, Tracer)
 
 
 def _why_not(leaf: Any) -> str | None:
-    if not isinstance(leaf, (jax.Array, np.ndarray)) or isinstance(leaf, Tracer):
+    if not isinstance(leaf, np.ndarray):
         return f"is a {type(leaf).__name__} without values"
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return "lies partly on another process's devices"
     bad = manifest.count_not_finite(leaf)
     return f"has {bad} entries that are NaN or Inf" if bad else None
 
 
-def _describe(folder: Path, name: str, arrays: Adapter, base: Any) -> Manifest:
+def _describe(
+    folder: Path, name: str, arrays: Adapter, base: Mapping[str, LeafPrint] | None
+) -> Manifest:
     records = jax.tree.map(manifest.record, arrays)
-    base_print = None if base is None else fingerprint(base)
-    return Manifest(arrays.config, records, name, array_files.checksums(folder / name), base_print)
+    return Manifest(arrays.config, records, name, array_files.checksums(folder / name), base)
 
 
 def _write_manifest(folder: Path, what: Manifest) -> None:

@@ -87,13 +87,19 @@ def differences(saved: Mapping[str, LeafPrint], tree: Any) -> dict[str, str]:
 
 
 def _leaf_print(leaf: Any) -> LeafPrint:
-    out_of_reach = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-    if isinstance(leaf, jax.ShapeDtypeStruct) or out_of_reach:
+    if isinstance(leaf, jax.ShapeDtypeStruct) or not _within_reach(leaf):
         return LeafPrint(tuple(leaf.shape), str(leaf.dtype), None)
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
     values = jax.random.key_data(leaf) if _is_key(leaf) else leaf
     sample = hashlib.blake2b(_sampled(values).tobytes(), digest_size=8).hexdigest()
     return LeafPrint(tuple(leaf.shape), str(leaf.dtype), sample)
+
+
+def _within_reach(leaf: Any) -> bool:
+    """Tell whether this process holds every number of a leaf, be it as one of many copies."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def _is_key(leaf: Any) -> bool:
