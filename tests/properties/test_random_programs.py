@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from jax_lora.transform.forms import FORMS
+from tests.properties import judge as judging
 from tests.properties.judge import judge
 from tests.properties.run import report, run_range, summary
 from tests.properties.steps import draw_program
@@ -66,3 +67,20 @@ def test_a_program_prints_as_source_that_can_be_pasted():
     text = report(program, judge(program))
     assert program.source() in text
     compile(program.source(), "pasted", "exec")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_fault_is_not_taken_for_rounding(precision, monkeypatch):
+    """Roundings are forgiven where merged weights make them too; a wrong factor is not."""
+    drawn = (draw_program(0, number, FORMS) for number in range(500))
+    program = next(program for program in drawn if program.precision == precision)
+    verdict = judge(program)
+    assert verdict.failure is None and verdict.moved
+    merged = judging.merged
+
+    def wrong(tree, adapter):
+        pairs = {k: dataclasses.replace(v, b=v.b * 1.1) for k, v in adapter.pairs.items()}
+        return merged(tree, dataclasses.replace(adapter, pairs=pairs))
+
+    monkeypatch.setattr(judging, "merged", wrong)
+    assert judge(program).failure is not None
