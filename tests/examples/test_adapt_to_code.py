@@ -1,9 +1,6 @@
 """The example that adapts to a codebase: what is held out, what is measured, that it learns."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +10,6 @@ import pytest
 import jax_lora as jl
 from jax_lora.bundled import model_path
 from jax_lora.data.tokenizer import Tokenizer
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = ROOT / "examples" / "adapt_to_code.py"
-    spec = importlib.util.spec_from_file_location("adapt_to_code", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["adapt_to_code"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def usual_promotion():
-    # Optax's own bias correction mixes integers and floats, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")

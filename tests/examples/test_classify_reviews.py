@@ -1,6 +1,5 @@
 """The example that fine-tunes a classifier: its files, its batches, and that it learns."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,26 +12,6 @@ from safetensors.numpy import load_file
 
 from jax_lora.errors import DataError
 from jax_lora.models import Roberta, RobertaConfig, save
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = ROOT / "examples" / "classify_reviews.py"
-    spec = importlib.util.spec_from_file_location("classify_reviews", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["classify_reviews"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def usual_promotion():
-    # Optax's own bias correction mixes integers and floats, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def write(path: Path, *lines: str) -> Path:

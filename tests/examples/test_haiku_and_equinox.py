@@ -1,31 +1,6 @@
 """The example with Haiku and Equinox: what is found in each, and that both follow the picture."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
-import jax
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = ROOT / "examples" / "haiku_and_equinox.py"
-    spec = importlib.util.spec_from_file_location("haiku_and_equinox", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["haiku_and_equinox"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def usual_promotion():
-    # Optax's own bias correction mixes integers and floats, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.mark.parametrize("make", ["haiku_model", "equinox_model"])

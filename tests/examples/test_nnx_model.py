@@ -1,31 +1,6 @@
 """The example with NNX: the adapter learns, and merged weights go back into the module."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
-import jax
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = ROOT / "examples" / "nnx_model.py"
-    spec = importlib.util.spec_from_file_location("nnx_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nnx_model"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def usual_promotion():
-    # Optax's own bias correction mixes integers and floats, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.mark.slow

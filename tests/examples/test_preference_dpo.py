@@ -1,9 +1,5 @@
 """The example of DPO: its loss, its reference, and that held-out preferences come out first."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,26 +9,6 @@ import jax_lora as jl
 from jax_lora.bundled import model_path
 from jax_lora.data.tokenizer import Tokenizer
 from tests.lora_cases import randomized
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = ROOT / "examples" / "preference_dpo.py"
-    spec = importlib.util.spec_from_file_location("preference_dpo", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["preference_dpo"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def usual_promotion():
-    # Optax's own bias correction mixes integers and floats, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture(scope="module")

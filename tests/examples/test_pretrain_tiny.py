@@ -1,6 +1,5 @@
 """The script that makes the bundled model: what it teaches, and that a stopped run goes on."""
 
-import importlib.util
 import random
 import sys
 from pathlib import Path
@@ -12,19 +11,7 @@ import pytest
 from jax_lora.bundled import model_path
 
 pytest.importorskip("tokenizers")
-ROOT = Path(__file__).parent.parent.parent
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda omega sigma upsilon"
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = ROOT / "examples" / "pretrain_tiny.py"
-    spec = importlib.util.spec_from_file_location("pretrain_tiny", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pretrain_tiny"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

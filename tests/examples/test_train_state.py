@@ -1,9 +1,6 @@
 """The example with `TrainState`: it learns, stops, goes on, and saves the adapter alone."""
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,19 +8,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 import jax_lora as jl
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = ROOT / "examples" / "train_state.py"
-    spec = importlib.util.spec_from_file_location("train_state", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_state"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

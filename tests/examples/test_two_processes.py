@@ -1,8 +1,6 @@
 """The example of two processes: both see the same numbers, those of one process, and save once."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,18 +8,7 @@ import pytest
 import jax_lora as jl
 from jax_lora.bundled import model_path
 
-ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = ROOT / "examples" / "two_processes.py"
-    spec = importlib.util.spec_from_file_location("two_processes", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def losses(text):

@@ -1,31 +1,7 @@
 """The example with a vision Transformer: LoRA beside a new head learns what the head cannot."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(scope="module")
-def script():
-    path = ROOT / "examples" / "vision_transformer.py"
-    spec = importlib.util.spec_from_file_location("vision_transformer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["vision_transformer"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def usual_promotion():
-    # Optax's own bias correction mixes integers and floats, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.mark.slow
