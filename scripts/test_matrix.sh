@@ -19,7 +19,7 @@ TESTS="tests --ignore=tests/finetune --ignore=tests/models --ignore=tests/exampl
   --ignore=tests/foreign --ignore=tests/cli --ignore=tests/data --ignore=tests/report
   --ignore=tests/peft --ignore=tests/interchange --ignore=tests/plan --ignore=tests/notebooks
   --ignore=tests/test_text_to_sql.py --ignore=tests/test_explorer.py --ignore=tests/test_readme.py
-  --ignore=tests/test_docs.py --ignore=tests/test_benchmarks.py"
+  --ignore=tests/test_docs.py --ignore=tests/test_benchmarks.py --ignore=tests/tiny_model.py"
 
 find_python() {
   for python in "python$1" "$HOME/.pyenv/versions/$1".*/bin/python; do
