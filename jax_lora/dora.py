@@ -45,8 +45,9 @@ def gain(base: Array, pair: LoraPair) -> Array:
     """Return m / ||W0 + scale * a @ b||: what the plain update's results are multiplied by.
 
     Nothing of W0's size is formed: ||W + D||^2 = ||W||^2 + 2 W·D + ||D||^2, and the last two need
-    W·a and a·a only. At the start D is zero and the first term is the magnitude's own, by the
-    same code, so that the gain is exactly 1. An output whose weights are all zero has a gain of 1.
+    W·a and a·a only. At the start D is zero and the first term is the magnitude's own but for the
+    order in which a compiler adds it up, so a magnitude that close to the norm is taken for it:
+    the gain is exactly 1. An output whose weights are all zero has a gain of 1.
 
     Args:
       base: W0.
@@ -62,9 +63,17 @@ def gain(base: Array, pair: LoraPair) -> Array:
     norms = _norms(*map(lax.stop_gradient, (base, pair)))  # (*stack, *out)
     safe = jnp.where(norms == 0, jnp.ones((), wide), norms)
     # Not m / norm: some devices divide so fast that x / x is not 1.
-    ratio = 1 + (pair.magnitude.astype(wide) - safe) / safe
+    ratio = 1 + _beyond_rounding(pair.magnitude.astype(wide) - safe, safe) / safe
     used = (norms != 0) & jnp.asarray(_has_update(pair))
     return jnp.where(used, ratio, jnp.ones((), wide))
+
+
+def _beyond_rounding(difference: Array, norms: Array) -> Array:
+    """Take a difference for zero if rounding the norm can be all of it; its derivative stays 1."""
+    noise = 8 * jnp.finfo(norms.dtype).eps * norms
+    small = jnp.abs(difference) <= noise.astype(norms.dtype)
+    rounding = jnp.where(small, difference, jnp.zeros_like(difference))
+    return difference - lax.stop_gradient(rounding)
 
 
 def rescaled(formed: Array, base: Array, pair: LoraPair) -> Array:
