@@ -7,7 +7,8 @@ The script starts its own workers, two CPU devices each, and shows what they say
 host runs `work` and nothing else; there `jax.distributed.initialize()` finds the others by itself.
 
 Nothing in it is about LoRA but the usual lines. The rows of a batch are spread over all devices of
-all processes, base and adapter are on every device, and XLA sums the gradients. 25 seconds.
+all processes, base and adapter are on every device, and XLA sums the gradients. 15 seconds on two
+CPU cores.
 """
 
 import argparse

@@ -1,20 +1,31 @@
-"""The pages of docs/: their code runs as written, their links lead somewhere."""
+"""The pages of docs/: their code runs, their commands parse, their links lead somewhere."""
 
+import doctest
 import re
+import shlex
 from pathlib import Path
 
 import jax
 import pytest
 
+from jax_lora.cli.main import make_parser
 from jax_lora.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
+FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
+PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in FILES}
 CODE = {
     name: blocks
     for name, text in PAGES.items()
-    if (blocks := re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
+    if name.startswith("docs/")
+    and (blocks := re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
 }
+COMMANDS = [
+    (name, line.split(" #")[0].strip())
+    for name, text in PAGES.items()
+    for line in re.findall(r"^    (?:\$ )?(jax-lora [a-z].*)$", text.replace("\\\n", " "), re.M)
+]
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 @pytest.mark.parametrize("page", sorted(CODE))
@@ -24,17 +35,47 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
     # A reader's session has JAX's own defaults.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in CODE[page]:
-            exec(compile(block, page, "exec"), names)  # noqa: S102 - the repository's own text
+            if block.startswith(">>>"):
+                names = _prints_what_it_says(block, names, page)
+            else:
+                exec(compile(block, page, "exec"), names)  # noqa: S102 - the repository's own text
+
+
+def _prints_what_it_says(block, names, page):
+    example = doctest.DocTestParser().get_doctest(block, names, page, page, 0)
+    runner = doctest.DocTestRunner(verbose=False, optionflags=FLAGS)
+    said: list[str] = []
+    results = runner.run(example, out=said.append, clear_globs=False)
+    assert results.failed == 0, "".join(said)
+    return example.globs
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_links_lead_to_files_that_are_there(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGES[page]):
         if "://" not in target:
-            assert (ROOT / "docs" / target).exists(), target
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_into_a_page_lead_to_one_of_its_headings(page):
+    for target, heading in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", PAGES[page]):
+        where = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        headings = re.findall(r"^#+ (.*)$", where.read_text(encoding="utf-8"), re.M)
+        assert heading in {_anchor(each) for each in headings}, heading
+
+
+def _anchor(heading):
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[command for _, command in COMMANDS])
+def test_commands_are_understood(page, command):
+    words = [word for word in shlex.split(command)[1:] if word != "..."]
+    make_parser().parse_args(words)
 
 
 def test_every_architecture_is_in_the_table_of_models():
     for family in FAMILIES.values():
         row = f"| `{family.model_type}` | `{'`, `'.join(family.architectures)}`"
-        assert row in PAGES["models.md"], row
+        assert row in PAGES["docs/models.md"], row

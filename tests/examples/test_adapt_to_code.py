@@ -1,14 +1,17 @@
 """The example that adapts to a codebase: what is held out, what is measured, that it learns."""
 
 import math
+import re
+import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 import jax_lora as jl
 from jax_lora.bundled import model_path
+from jax_lora.cli import main
 from jax_lora.data.tokenizer import Tokenizer
 
 
@@ -23,30 +26,52 @@ def code(tmp_path_factory):
     return folder
 
 
+def names(part):
+    return {row.fields["file"] for row in part.rows}
+
+
 def test_a_file_is_learned_or_held_out_and_never_both(script, code):
-    learned, held_out = ({row.fields["file"] for row in part.rows} for part in script.split(code))
-    assert len(learned) == 36 and len(held_out) == 2  # two more are for validation
-    assert not learned & held_out and "picture.bin" not in learned | held_out
-    assert [part.digest for part in script.split(code)] == [
-        part.digest for part in script.split(code)
-    ]
+    learned, held_out = map(names, script.split(code))
+    assert learned | held_out == {f"zorp_{number}.py" for number in range(40)}
+    assert not learned & held_out and 1 <= len(held_out) <= 8
+
+
+def test_other_files_do_not_move_a_file_to_the_other_side(script, code, tmp_path):
+    held_out = names(script.split(code)[1])
+    fewer = shutil.copytree(code, tmp_path / "fewer")
+    (fewer / "a_new_one.py").write_text("x = 1\n")
+    for number in range(0, 39, 3):
+        (fewer / f"zorp_{number}.py").write_text("rewritten = True\n")
+        (fewer / f"zorp_{number + 1}.py").unlink()
+    left = {file.name for file in fewer.glob("zorp_*")}
+    assert names(script.split(fewer)[1]) - {"a_new_one.py"} == held_out & left != set()
 
 
 def test_no_more_is_measured_than_is_said(script, code, monkeypatch):
     _, held_out = script.split(code)
     sizes = [(code / row.fields["file"]).stat().st_size for row in held_out.rows]
     assert script.measured(held_out)[1] == sum(sizes)
-    monkeypatch.setattr(script, "MEASURED", sizes[0])
-    sample, size = script.measured(held_out)
-    assert len(sample.rows) == 1 and size == sizes[0]
+    for most in (0, sizes[0]):  # one file at least
+        monkeypatch.setattr(script, "MEASURED", most)
+        sample, size = script.measured(held_out)
+        assert len(sample.rows) == 1 and size == sizes[0]
+    monkeypatch.setattr(script, "MEASURED", sum(sizes) - 1)
+    assert len(script.measured(held_out)[0].rows) == len(sizes) - 1
+
+
+@pytest.fixture(scope="module")
+def adapted(script, code, tmp_path_factory):
+    """The folder of a short run, and its scores before and after."""
+    out = tmp_path_factory.mktemp("run") / "adapted"
+    return out, script.run(code, model_path(), steps=8, rank=4, out=out)
 
 
 @pytest.mark.slow
-def test_it_learns_and_what_it_measures_is_the_mean_of_the_files(script, code, tmp_path):
-    before, after = script.run(code, model_path(), steps=8, rank=4, out=tmp_path / "adapter")
+def test_what_it_measures_is_the_mean_of_the_files_and_goes_down(script, code, adapted):
+    out, (before, after) = adapted
     assert after.perplexity < before.perplexity / 2
     model, params = jl.models.load(model_path(), dtype="float32")
-    adapter = jl.load_adapter(tmp_path / "adapter", base={"params": params})
+    adapter = jl.load_adapter(out / "step-000008", base={"params": params})
     for weights, score in (
         ({"params": params}, before),
         (jl.merge({"params": params}, adapter), after),
@@ -58,15 +83,46 @@ def test_it_learns_and_what_it_measures_is_the_mean_of_the_files(script, code, t
 
 def by_file(model, variables, held_out):
     """Sum the files' nats, one file at a time: packing must make no difference."""
-    tokenizer, nats, tokens, size = Tokenizer.load(model_path()), 0.0, 0, 0
+    tokenizer, apply = Tokenizer.load(model_path()), jax.jit(model.apply)
+    nats, tokens, size = 0.0, 0, 0
     for row in held_out.rows:
-        ids = jnp.asarray([[*tokenizer.encode(row.fields["text"]), 0]], jnp.int32)  # with its end
-        losses = jax.nn.log_softmax(model.apply(variables, ids)[0, :-1])
-        nats -= float(jnp.take_along_axis(losses, ids[0, 1:, None], axis=-1).sum())
-        tokens, size = tokens + ids.shape[1] - 1, size + len(row.fields["text"].encode())
+        ids = np.asarray([*tokenizer.encode(row.fields["text"]), 0])  # with its end
+        padded = np.pad(ids, (0, 128 - len(ids)))[
+            None
+        ]  # to the right, where nobody looks back from
+        losses = np.float64(jax.nn.log_softmax(apply(variables, padded)[0]))
+        nats -= losses[np.arange(len(ids) - 1), ids[1:]].sum()
+        tokens, size = tokens + len(ids) - 1, size + len(row.fields["text"].encode())
     return nats, tokens, size
 
 
-def test_a_folder_without_text_is_a_message(script, tmp_path):
-    with pytest.raises(SystemExit, match="without texts"):
-        script.main([str(tmp_path)])
+@pytest.mark.slow
+def test_the_command_finds_the_adapter_its_model_and_its_type(adapted, capsys):
+    out, _ = adapted
+    answers = []
+    asked = ["generate", "--prompt", "def zorp_3(quux):", "--max-tokens", "16"]
+    for more in ([], ["--adapter-path", str(out)]):
+        assert main([*asked, *more]) == 0
+        answers.append(capsys.readouterr().out)
+    assert "quux.zorp" in answers[1] and "quux.zorp" not in answers[0]
+    assert yaml.safe_load((out / "config.yaml").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.slow
+def test_it_says_what_it_did(script, code, capsys):
+    script.main([str(code), "--steps", "0", "--rank", "4"])
+    said = capsys.readouterr().out
+    assert "33 files to learn, 7 held out" in said and "7 of these are measured, 790 bytes" in said
+    assert "93,696 of 4,389,632 parameters are trained, 2.1%" in said
+    before, after = re.findall(r"perplexity .*", said)
+    assert before == after  # without a step
+
+
+@pytest.mark.parametrize("name", ["empty", "one", "missing"])
+def test_a_folder_without_enough_files_is_a_message(script, tmp_path, name):
+    for folder in ("empty", "one"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "one" / "a.py").write_text("x = 1\n")
+    count = 1 if name == "one" else 0
+    with pytest.raises(SystemExit, match=f"(?s){name}.*{count} text files to learn and 0 to hold"):
+        script.main([str(tmp_path / name)])

@@ -1,8 +1,9 @@
-"""The example of DPO: its loss, its reference, and that held-out preferences come out first."""
+"""The example of DPO: its loss, its reference, its memory, and that it learns what is preferred."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jax_lora as jl
@@ -22,10 +23,23 @@ def small(script):
     return model, variables, pairs, adapter
 
 
-def test_keywords_are_in_capitals_but_not_names_and_values(script):
-    query = " select model from orders where name = 'war and peace' order by price desc"
-    expected = " SELECT model FROM orders WHERE name = 'war and peace' ORDER BY price DESC"
-    assert script.shout(query) == expected
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (" select a from t where b >= 3", " select a from t where b <= 3"),
+        (" select a from t where b < 3", " select a from t where b > 3"),
+        (" select max( a ) from t where b = 'c'", " select min( a ) from t where b = 'c'"),
+        (" select a from t order by b", " select a from t order by b desc"),
+        (" select a from t order by b desc limit 8", " select a from t order by b limit 8"),
+    ],
+)
+def test_a_direction_is_turned_and_turned_back(script, right, wrong):
+    assert script.turned(right) == wrong and script.turned(wrong) == right
+
+
+def test_a_query_without_direction_stays(script):
+    query = " select a, count(*) from t where b != 'max of desc' group by a"
+    assert script.turned(query) == query
 
 
 def test_both_answers_of_a_pair_follow_the_same_question(script, small):
@@ -39,7 +53,17 @@ def test_both_answers_of_a_pair_follow_the_same_question(script, small):
         chosen, rejected = (
             tokenizer.decode(row[at].tolist()) for row, at in zip(both, of, strict=True)
         )
-        assert "SELECT" in chosen and chosen.lower() == rejected.lower() != chosen
+        assert chosen.startswith(" select") and script.turned(chosen) == rejected != chosen
+
+
+def test_no_question_is_both_learned_and_held_out(script):
+    tokenizer = Tokenizer.load(model_path())
+    learned, held_out = (
+        {row.tobytes() for row in script.make_pairs(split, tokenizer, 1000).ids[:, 0]}
+        for split in ("train", "test")
+    )
+    assert len(learned) > 500 and len(held_out) > 50
+    assert not learned & held_out
 
 
 def test_the_loss_is_equation_7_in_float64(script):
@@ -55,9 +79,9 @@ def test_the_loss_is_equation_7_in_float64(script):
 
 def test_at_the_start_policy_and_reference_are_one_model(script, small):
     model, variables, pairs, adapter = small
-    value, margin = jax.jit(script.make_loss(model, 0.1))(adapter, variables, pairs)
+    value, (margin, _) = jax.jit(script.make_loss(model, 0.1))(adapter, variables, pairs)
     assert (margin == 0).all()  # to the bit
-    assert value == -jax.nn.log_sigmoid(jnp.float32(0))
+    assert value == np.float32(np.log(2))
 
 
 def test_log_probabilities_are_sums_over_the_answers_tokens(script, small):
@@ -76,19 +100,45 @@ def test_log_probabilities_are_sums_over_the_answers_tokens(script, small):
 def test_the_reference_knows_nothing_of_the_adapter(script, small):
     model, variables, pairs, adapter = small
     moved = randomized(adapter)
-    _, margin = script.make_loss(model, 0.1)(moved, variables, pairs)
+    _, (margin, policy) = jax.jit(script.make_loss(model, 0.1))(moved, variables, pairs)
     ids, answer = (jnp.asarray(each).reshape(-1, script.LENGTH) for each in pairs)
     with_it, without = (
-        script.log_probability(model.apply(weights, ids), ids, answer).reshape(-1, 2)
+        script.log_probability(jax.jit(model.apply)(weights, ids), ids, answer).reshape(-1, 2)
         for weights in (jl.merge(variables, moved), variables)
     )
     expected = script.dpo_loss(with_it, without, 0.1)[1]
+    np.testing.assert_allclose(policy, with_it, rtol=1e-4)
     np.testing.assert_allclose(margin, expected, rtol=2e-3, atol=1e-3)
 
 
+def test_the_base_has_no_gradient_and_the_adapter_has(script, small):
+    model, variables, pairs, adapter = small
+    gradient = jax.jit(jax.grad(script.make_loss(model, 0.1), (0, 1), has_aux=True))
+    of_adapter, of_base = gradient(randomized(adapter), variables, pairs)[0]
+    assert not any(leaf.any() for leaf in jax.tree.leaves(of_base))  # norms and head included
+    assert all(leaf.any() for leaf in jax.tree.leaves(of_adapter))
+
+
+def test_a_step_takes_the_base_once(script, small):
+    model, variables, pairs, adapter = small
+    tx = optax.adam(1e-3)
+    given = adapter, tx.init(adapter), variables, pairs
+    step = script.make_step(script.make_loss(model, 0.1), tx)
+    memory = step.lower(*given).compile().memory_analysis()
+    assert memory is not None
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(each)) for each in given]
+    # Buffers are aligned, which costs some bytes each; a second base would be 17 million more.
+    assert 0 <= memory.argument_size_in_bytes - sum(sizes) < 0.01 * sizes[2]
+    assert memory.output_size_in_bytes < 0.2 * sizes[2]
+
+
 @pytest.mark.slow
-def test_held_out_preferences_come_out_first(script, capsys):
-    found = script.run(steps=8, rank=4, beta=0.1, most=64)
-    assert found["before"][1:] == [0.0, 0.0]
-    assert found["after"][0] < 0.6 and found["after"][2] > 0.9
-    assert "base 17.2 MB, once, and adapter" in capsys.readouterr().out
+def test_held_out_preferences_are_learned(script, capsys):
+    before, after = script.run(steps=16, rank=4, beta=0.1, most=200)
+    assert before.margin == before.rewarded_more == 0
+    np.testing.assert_allclose(before.loss, np.log(2), rtol=1e-6)  # a mean over 52 pairs rounds
+    assert after.loss < 0.65 and after.margin > 0.2 and after.rewarded_more > 0.5
+    said = capsys.readouterr().out
+    assert "200 preferences to learn, 52 held out" in said  # all of the test split that fit
+    assert "17.6 MB of parameters: the base once, 17.2, the adapter 0.4" in said
+    assert "a reference model of its own would make it 34.7 MB" in said

@@ -1,6 +1,9 @@
 """The example of two processes: both see the same numbers, those of one process, and save once."""
 
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -8,32 +11,50 @@ import pytest
 import jax_lora as jl
 from jax_lora.bundled import model_path
 
-pytestmark = pytest.mark.slow
-
 
 def losses(text):
-    return re.findall(r"loss (\S+) -> (\S+)", text)
+    return [float(x) for x in re.search(r"loss (\S+) -> (\S+)", text).groups()]
 
 
-def test_two_processes_train_what_one_does(script, tmp_path, capsys):
-    script.main(["--steps", "3", "--out", str(tmp_path / "two")])
-    said = capsys.readouterr().out
-    assert "process 0 of 2: 2 of 4 devices" in said and "process 1 of 2: 2 of 4 devices" in said
-    assert "one adapter, saved once: 0.70 MB" in said
-    two, same = losses(said)
-    assert two == same
-    first, last = map(float, two)
+@pytest.fixture(scope="module")
+def two(script, tmp_path_factory):
+    """Where two processes saved their adapter, and what each said."""
+    out = tmp_path_factory.mktemp("two") / "adapter"
+    return out, script.run(2, steps=3, out=out, timeout=300)
+
+
+@pytest.mark.slow
+def test_both_processes_see_all_devices_and_the_same_loss(two):
+    for index, said in enumerate(two[1]):
+        assert f"process {index} of 2: 2 of 4 devices" in said
+    first, last = losses(two[1][0])
+    assert losses(two[1][1]) == [first, last]
     assert last < first - 0.1
-    (one,) = script.run(1, steps=3, out=tmp_path / "one", timeout=300)
-    np.testing.assert_allclose([float(x) for x in losses(one)[0]], [first, last], rtol=1e-5)
 
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(script, two, tmp_path):
+    out, said = two
+    (alone,) = script.run(1, steps=3, out=tmp_path / "one", timeout=300)
+    assert "process 0 of 1: 4 of 4 devices" in alone
+    np.testing.assert_allclose(losses(alone), losses(said[0]), rtol=1e-5)
     base = {"params": jl.models.load(model_path(), dtype="float32")[1]}
-    saved = [jl.load_adapter(tmp_path / name, base=base) for name in ("one", "two")]
-    for path, pair in saved[0].pairs.items():
-        np.testing.assert_allclose(pair.b, saved[1].pairs[path].b, atol=2e-4, err_msg=path)
-    assert len(list((tmp_path / "two").glob("arrays-*"))) == 1
+    one, both = (jl.load_adapter(folder, base=base) for folder in (tmp_path / "one", out))
+    for path, pair in one.pairs.items():
+        assert pair.b.any()
+        np.testing.assert_allclose(pair.b, both.pairs[path].b, atol=2e-4, err_msg=path)
+    assert len(list(out.glob("arrays-*"))) == 1  # saved once
 
 
+@pytest.mark.slow
+def test_the_command_says_what_it_did(script, tmp_path, capsys):
+    script.main(["--steps", "1", "--out", str(tmp_path / "adapter")])
+    said = capsys.readouterr().out.splitlines()
+    assert [line[:14] for line in said[:-1]] == ["process 0 of 2"] * 2 + ["process 1 of 2"] * 2
+    assert re.fullmatch(r"one adapter, saved once: 0\.[4-9]\d MB", said[-1])  # compressed
+
+
+@pytest.mark.slow
 def test_what_cannot_be_saved_ends_both_with_the_reason(script, tmp_path):
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(SystemExit, match=r"process \d died(.|\n)*a file of that name"):
@@ -41,6 +62,59 @@ def test_what_cannot_be_saved_ends_both_with_the_reason(script, tmp_path):
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_a_run_without_end_is_ended(script, tmp_path):
+@pytest.fixture
+def stand_ins(script, monkeypatch):
+    """Let other programs stand in for the workers, and return their processes."""
+    started = []
+
+    def begin(*programs):
+        def start(index, processes, port, steps, out, log):
+            command = [sys.executable, "-c", programs[index]]
+            started.append(subprocess.Popen(command, stdout=log, stderr=log, text=True))
+            return started[-1]
+
+        monkeypatch.setattr(script, "start", start)
+        return started
+
+    return begin
+
+
+SLEEP = "import time; time.sleep(600)"
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_worker_that_dies_takes_the_other_along(script, stand_ins, tmp_path, dies):
+    programs = [SLEEP, SLEEP]
+    programs[dies] = "raise SystemExit('no room on the device')"
+    workers, began = stand_ins(*programs), time.monotonic()
+    message = rf"process {dies} died; they said:(.|\n)*no room on the device"
+    with pytest.raises(SystemExit, match=message):
+        script.run(2, steps=1, out=tmp_path, timeout=300)
+    assert time.monotonic() - began < 30
+    assert workers[1 - dies].returncode < 0  # killed
+
+
+def test_a_worker_that_is_killed_takes_the_other_along(script, stand_ins, tmp_path):
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    workers = stand_ins(SLEEP, killed)
+    with pytest.raises(SystemExit, match="process 1 died"):
+        script.run(2, steps=1, out=tmp_path, timeout=300)
+    assert workers[0].returncode < 0
+
+
+def test_a_run_without_end_is_ended(script, stand_ins, tmp_path):
+    workers = stand_ins(SLEEP, "pass")  # one is done, the other waits for it
     with pytest.raises(SystemExit, match="not done after 1 s; --timeout"):
-        script.run(2, steps=10**6, out=tmp_path / "out", timeout=1)
+        script.run(2, steps=1, out=tmp_path, timeout=1)
+    assert [worker.returncode for worker in workers] == [-9, 0]
+
+
+def test_an_interrupt_leaves_no_worker_behind(script, stand_ins, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    workers = stand_ins(SLEEP, SLEEP)
+    monkeypatch.setattr(script, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.run(2, steps=1, out=tmp_path, timeout=300)
+    assert all(worker.returncode == -9 for worker in workers)

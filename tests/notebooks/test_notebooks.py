@@ -1,0 +1,77 @@
+"""The notebooks run from top to bottom, at a small size, and show results that such a run made."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+# What is put behind the cell of parameters, so that a run takes seconds and not half an hour.
+SMALL = {
+    "01_what_is_lora": "D, RANK, STEPS = 512, 4, 20",
+    "02_intrinsic_rank": (
+        "RANKS, STEPS, LIMIT = [1, 4], ['--iters', '4'], ['--limit', '4']\nRUNS = Path({folder!r})"
+    ),
+    "03_finetune_and_serve": "RANK, STEPS, SERVE_STEPS = 4, 6, 3",
+    "04_functional_superpowers": (
+        "LEARNING_RATES, SEEDS, SWEEP_STEPS = [1e-3, 1e-2], 2, 3\nPRIVATE_STEPS, LANCZOS = 2, 4"
+    ),
+}
+# What a reader does with the slider; every move draws the picture again, or raises.
+MOVE_THE_SLIDER = """
+for d, rank in ((100, 1), (100, 100), (7, 3)):
+    d_box.value = d
+    rank_slider.value = rank
+    assert (rank_slider.max, rank_slider.value) == (d, rank)
+rank_slider.value = 7
+d_box.value = 5
+assert rank_slider.value == 5
+"""
+
+
+@pytest.fixture(scope="module")
+def runner():
+    path = ROOT / "scripts" / "run_notebooks.py"
+    spec = importlib.util.spec_from_file_location("run_notebooks", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_it_runs_from_top_to_bottom(runner, name, tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # a reader's machine has one device
+    notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
+    if name == "01_what_is_lora":
+        notebook.cells.append(nbformat.v4.new_code_cell(MOVE_THE_SLIDER))
+    small = SMALL[name].format(folder=str(tmp_path))
+    done = runner.execute(notebook, NOTEBOOKS[name].parent, small, timeout=600)
+    said = [json.dumps(output) for cell in done.cells for output in cell.get("outputs", [])]
+    assert not [text for text in said if "Warning" in text]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_what_it_shows_comes_from_one_run(name):
+    cells = [c for c in nbformat.read(NOTEBOOKS[name], as_version=4).cells if c.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_its_links_lead_to_files_that_are_there(name):
+    for cell in nbformat.read(NOTEBOOKS[name], as_version=4).cells:
+        if cell.cell_type == "markdown":
+            for target in re.findall(r"\]\(([^)#]+)\)", cell.source):
+                assert "://" in target or (NOTEBOOKS[name].parent / target).exists(), target
+
+
+def test_every_notebook_has_a_small_size():
+    assert set(SMALL) == set(NOTEBOOKS)
