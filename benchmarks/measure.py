@@ -37,6 +37,10 @@ def jit_step(form: Form, tx: optax.GradientTransformation) -> Any:
 # Figures that repeat
 # -----------------------------------------------------------------------------------------------
 
+# XLA for CPU orders operations so that many can run beside each other, and runs ahead of need what
+# rematerialization wants late. This tells it to keep the least memory instead.
+LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
@@ -85,6 +89,7 @@ def stages(
     tx: optax.GradientTransformation,
     tokens: Any,
     clock: Callable[[], float] = time.perf_counter,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Stages:
     """Trace, lower and compile a step from shapes alone, with all caches empty.
 
@@ -93,6 +98,7 @@ def stages(
       tx: The optimizer.
       tokens: Token ids or their shape.
       clock: `time.process_time` counts this process alone, which a busy machine disturbs less.
+      compiler_options: For XLA, such as `LEAST_MEMORY`.
 
     Returns:
       The stages and their seconds.
@@ -105,25 +111,31 @@ def stages(
     traced_at = clock()
     lowered = traced.lower()
     lowered_at = clock()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=dict(compiler_options or {}))
     compiled_at = clock()
     seconds = (traced_at - start, lowered_at - traced_at, compiled_at - lowered_at)
     return Stages(traced, compiled, seconds)
 
 
-def figures(form: Form, tx: optax.GradientTransformation, tokens: Any) -> tuple[Figures, Any]:
+def figures(
+    form: Form,
+    tx: optax.GradientTransformation,
+    tokens: Any,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> tuple[Figures, Any]:
     """Trace, lower and compile one step from shapes alone.
 
     Args:
       form: The row.
       tx: The optimizer.
       tokens: Token ids or their shape.
+      compiler_options: For XLA, such as `LEAST_MEMORY`.
 
     Returns:
       The figures, and the compiled step.
     """
     trainable, frozen, tokens = jax.tree.map(_shape, (form.trainable, form.frozen, tokens))
-    made = stages(form, tx, tokens)
+    made = stages(form, tx, tokens, compiler_options=compiler_options)
     trace_seconds, lower_seconds, compile_seconds = made.seconds
     compiled = made.compiled
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()

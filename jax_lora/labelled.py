@@ -1,8 +1,8 @@
 """Products of arrays whose axes have labels: axes meet by name, not by place.
 
-Every product is issued as a `dot_general` with a batch dimension, of size 1 where there is no
-other. A rematerialization policy such as `dots_with_no_batch_dims_saveable` is about the model's
-own products; it shall not keep what the factors add to them as well.
+A product is issued as a `dot_general` with a batch dimension, of size 1 where there is no other,
+unless asked otherwise. A rematerialization policy such as `dots_with_no_batch_dims_saveable` is
+about the model's own products; it shall not keep what the factors add to them as well.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def product(
     keep: Collection[Label | None],
     precision: Any = None,
     dtype: Any = None,
+    *,
+    hidden: bool = True,
 ) -> tuple[Array, list[Label]]:
     """Multiply two arrays and sum over the labels that nobody keeps.
 
@@ -38,6 +40,8 @@ def product(
       keep: Labels that stay in the result.
       precision: As in `lax.dot_general`.
       dtype: Type of the result; by default what the operands give.
+      hidden: Whether policies are not to see it. A tangent, which they never see, needs no batch
+        dimension: without one, XLA turns its transpose into a product of another order.
 
     Returns:
       The product, with the labels that both had in front, then left's own, then right's own; and
@@ -59,7 +63,7 @@ def product(
     ]
     left, sizes = _flattened(left, left_labels, left_groups)
     right, more = _flattened(right, right_labels, right_groups)
-    result = _dot(left, left_groups, right, right_groups, summed, kept, precision, dtype)
+    result = _dot(left, left_groups, right, right_groups, summed, kept, hidden, precision, dtype)
     labels = [label for group in (*kept, *free) for label in group]
     return _reshape(result, [{**sizes, **more}[label] for label in labels]), labels
 
@@ -120,10 +124,11 @@ def _dot(
     right_groups: Sequence[Any],
     summed: Sequence[Any],
     kept: Sequence[Any],
+    hidden: bool,
     precision: Any,
     dtype: Any,
 ) -> Array:
-    hide = not kept
+    hide = hidden and not kept
     if hide:  # see the top of this file
         left, right = lax.expand_dims(left, [0]), lax.expand_dims(right, [0])
     axes = lambda groups, of: tuple(list(of).index(group) + hide for group in groups)  # noqa: E731

@@ -155,20 +155,23 @@ def _add(
 Thin = tuple[Array, Sequence[Label]]  # (tokens, r) and its labels
 
 
-def narrow(meetings: Sequence[Meeting], x: Array, firsts: Sequence[Array]) -> list[Thin]:
+def narrow(
+    meetings: Sequence[Meeting], x: Array, firsts: Sequence[Array], *, hidden: bool = True
+) -> list[Thin]:
     """Contract x with the first factor of each value: together where they sum the same axes.
 
     Args:
       meetings: A meeting per value, all with the same precision.
       x: Data, (tokens, in).
       firsts: The factors that x meets, (in, r) each.
+      hidden: As in `labelled.product`.
 
     Returns:
       Per value, scale * x · first and its labels.
     """
     leader, met = meetings[0], meetings[0].met_axes
     if len(meetings) == 1 or met is None or any(m.met_axes != met for m in meetings):
-        return [_narrow_one(m, x, first) for m, first in zip(meetings, firsts, strict=True)]
+        return [_narrow_one(m, x, first, hidden) for m, first in zip(meetings, firsts, strict=True)]
     aligned = [
         lax.transpose(
             first, [m.first_labels.index(label) for label in (*(m.x_labels[i] for i in met), RANK)]
@@ -177,20 +180,24 @@ def narrow(meetings: Sequence[Meeting], x: Array, firsts: Sequence[Array]) -> li
     ]
     beside = lax.concatenate(aligned, len(met))  # (in, sum of r)
     together = (*(leader.x_labels[axis] for axis in met), RANK)
-    thin, labels = _contract(leader, x, beside, together)  # (tokens, sum of r)
+    thin, labels = _contract(leader, x, beside, together, hidden)  # (tokens, sum of r)
     pieces = lax.split(thin, [each.shape[-1] for each in aligned], axis=labels.index(RANK))
     return [(_scaled(m, piece, x.dtype), labels) for m, piece in zip(meetings, pieces, strict=True)]
 
 
-def _narrow_one(meeting: Meeting, x: Array, first: Array) -> Thin:
-    thin, labels = _contract(meeting, x, first.astype(x.dtype), meeting.first_labels)
+def _narrow_one(meeting: Meeting, x: Array, first: Array, hidden: bool) -> Thin:
+    thin, labels = _contract(meeting, x, first.astype(x.dtype), meeting.first_labels, hidden)
     return _scaled(meeting, thin, x.dtype), labels
 
 
-def _contract(meeting: Meeting, x: Array, first: Array, labels: Labels) -> tuple[Array, list]:
+def _contract(
+    meeting: Meeting, x: Array, first: Array, labels: Labels, hidden: bool
+) -> tuple[Array, list]:
     keep = {*meeting.out_labels, *meeting.second_labels}
     wide = accumulation_dtype(x.dtype)  # accumulated in float32 or wider
-    return labelled.product(x, meeting.x_labels, first, labels, keep, meeting.precision, wide)
+    return labelled.product(
+        x, meeting.x_labels, first, labels, keep, meeting.precision, wide, hidden=hidden
+    )
 
 
 def _scaled(meeting: Meeting, thin: Array, dtype: Any) -> Array:
@@ -198,7 +205,9 @@ def _scaled(meeting: Meeting, thin: Array, dtype: Any) -> Array:
     return (thin * jnp.asarray(meeting.scale, thin.dtype)).astype(dtype)
 
 
-def widen(meeting: Meeting, thin: Array, labels: Sequence[Label], second: Array) -> Array:
+def widen(
+    meeting: Meeting, thin: Array, labels: Sequence[Label], second: Array, *, hidden: bool = True
+) -> Array:
     """Multiply by the other factor, and lay the product out as the contraction's result.
 
     Args:
@@ -206,6 +215,7 @@ def widen(meeting: Meeting, thin: Array, labels: Sequence[Label], second: Array)
       thin: scale * x · first, (tokens, r).
       labels: A label per axis of `thin`.
       second: The other factor, (r, out).
+      hidden: As in `labelled.product`.
 
     Returns:
       An array of `meeting.out_shape`.
@@ -214,6 +224,13 @@ def widen(meeting: Meeting, thin: Array, labels: Sequence[Label], second: Array)
     (left, left_labels), (right, right_labels) = pair if meeting.x_first else pair[::-1]
     keep = set(meeting.out_labels)
     result, have = labelled.product(
-        left, left_labels, right, right_labels, keep, meeting.precision, meeting.dtype
+        left,
+        left_labels,
+        right,
+        right_labels,
+        keep,
+        meeting.precision,
+        meeting.dtype,
+        hidden=hidden,
     )
     return labelled.arrange(result, have, meeting.out_labels, meeting.out_shape)

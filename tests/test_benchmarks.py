@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import catalogue, forms, hlo, measure, report
 from benchmarks.decoder import SIZES
-from benchmarks.train_step import available, chosen
+from benchmarks.train_step import ORDERS, available, chosen
 
 TINY = forms.Case(SIZES["tiny"], rank=2)
 PEERS = [row for row in catalogue.ROWS if row.startswith(("qwix", "nnx"))]
@@ -114,6 +114,18 @@ def test_residuals_are_what_is_kept_beside_the_arguments() -> None:
 
     w, x = jax.ShapeDtypeStruct((4, 3), jnp.float32), jax.ShapeDtypeStruct((2, 4), jnp.float32)
     assert measure.residual_bytes(loss, w, x, None) == 2 * 3 * 4
+
+
+@pytest.mark.slow
+def test_unrolled_layers_save_memory_by_remat_in_the_order_of_least_memory_only() -> None:
+    case = forms.Case(SIZES["384x6"], remat="dots-no-batch")
+    weights, tx = forms.abstract_weights(case), optax.adamw(1e-4)
+    form = catalogue.ROWS["full fine-tuning"](case, weights)
+    usual, least = (
+        measure.figures(form, tx, weights.tokens, options)[0] for options in ORDERS.values()
+    )
+    assert least.temp_bytes < 0.8 * usual.temp_bytes
+    assert least.dot_flops == usual.dot_flops and least.residual_bytes == usual.residual_bytes
 
 
 def test_programs_take_turns() -> None:

@@ -28,7 +28,7 @@ from jax_lora.models.encoder import (
     norm_layout,
 )
 from jax_lora.models.family import Family
-from jax_lora.models.layout import Layout, dense, kernel_modules, vector
+from jax_lora.models.layout import Layout, dense, vector
 
 __all__ = ["Bert", "BertConfig"]
 
@@ -90,24 +90,18 @@ class Bert(Encoder):
         pooled = jnp.tanh(self.pooler(x[:, 0]))  # the first token stands for the row
         return self.classifier(pooled)
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: BertConfig) -> Layout:
-    """Where a BERT's parameters stand in its files."""
-    placed = encoder_layout("bert")
-    if config.head == CLASSIFICATION:
-        placed |= dense("pooler", "bert.pooler.dense", bias=True)
-        placed |= dense("classifier", "classifier", bias=True)
-    if config.head == MASKED_LM:
-        transform = "cls.predictions.transform"
-        placed |= dense("lm_head/dense", f"{transform}.dense", bias=True)
-        placed |= norm_layout("lm_head/norm", f"{transform}.LayerNorm")
-        placed |= vector("lm_head/bias", "cls.predictions.bias")
-    return placed
+    def layout(self) -> Layout:
+        """Where a BERT's parameters stand in its files."""
+        placed = encoder_layout("bert")
+        if self.config.head == CLASSIFICATION:
+            placed |= dense("pooler", "bert.pooler.dense", bias=True)
+            placed |= dense("classifier", "classifier", bias=True)
+        if self.config.head == MASKED_LM:
+            transform = "cls.predictions.transform"
+            placed |= dense("lm_head/dense", f"{transform}.dense", bias=True)
+            placed |= norm_layout("lm_head/norm", f"{transform}.LayerNorm")
+            placed |= vector("lm_head/bias", "cls.predictions.bias")
+        return placed
 
 
 def _to_json(config: BertConfig) -> dict[str, Any]:
@@ -119,7 +113,6 @@ FAMILY = Family(
     architectures=tuple(_HEADS),
     config=BertConfig,
     module=Bert,
-    layout=layout,
     to_json=_to_json,
     fields=encoder_fields(_HEADS),
     neutral={"position_embedding_type": (None, "absolute")},

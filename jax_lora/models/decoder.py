@@ -31,6 +31,7 @@ import numpy as np
 from jax_lora.models.attention import Context, Memory, linear
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.decoder_inputs import KVCache, check_inputs, count_positions, visible
+from jax_lora.models.layout import StandsInFiles
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.rotary import rotary_angles
 
@@ -68,7 +69,7 @@ class DecoderLayer(nn.Module):
         return self.block(x, contexts, memory)
 
 
-class Decoder(nn.Module):
+class Decoder(StandsInFiles, nn.Module):
     """What the rotary decoders share; an architecture's own class adds its layer.
 
     Attributes:

@@ -27,7 +27,7 @@ from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import attend, linear
 from jax_lora.models.decoder_inputs import check_inputs
 from jax_lora.models.family import plain_json
-from jax_lora.models.layout import Layout, Placement, dense, vector
+from jax_lora.models.layout import Layout, Placement, StandsInFiles, dense, vector
 from jax_lora.models.model_config import ModelConfig
 from jax_lora.models.norms import LayerNorm
 
@@ -213,7 +213,7 @@ class MaskedLMHead(nn.Module):
         return logits.reshape(*x.shape[:2], -1)
 
 
-class Encoder(nn.Module):
+class Encoder(StandsInFiles, nn.Module):
     """What BERT and its kin share; an architecture's own class adds its heads.
 
     Attributes:

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jax_lora.models.layout import Layout
-
 __all__ = ["ROTARY_TABLES", "Family", "decoder_json", "nullable", "plain_json"]
 
 # Tables of rotary frequencies that older files hold.
@@ -23,7 +21,6 @@ class Family:
       architectures: The classes of transformers whose files fit, the usual one first.
       config: The configuration's class.
       module: The Linen module, called with a configuration.
-      layout: From a configuration to where every parameter stands.
       to_json: From a configuration to the fields of `config.json` that it governs.
       fields: From `config.json` to further arguments of the configuration, beyond those that
         have the same name there.
@@ -47,7 +44,6 @@ class Family:
     architectures: tuple[str, ...]
     config: type[Any]
     module: type[Any]
-    layout: Callable[[Any], Layout]
     to_json: Callable[[Any], dict[str, Any]]
     fields: Callable[[dict[str, Any]], dict[str, Any]] = lambda raw: {}
     settle: Callable[[Any, Callable[[str], Any]], Any] = lambda config, read: config

@@ -18,7 +18,7 @@ from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
+from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 
@@ -110,24 +110,16 @@ class Gemma(GemmaDecoder):
         """Gemma's layer."""
         return GemmaLayer
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: GemmaConfig) -> Layout:
-    """Where a Gemma's parameters stand in its files."""
-    return decoder_layout(
-        attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-        mlp=("gate_proj", "up_proj", "down_proj"),
-        biased=("attn",) * config.attention_bias,
-        norms={
-            "input_norm": "input_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-        },
-        tied=config.tie_word_embeddings,
-    )
+    def layout(self) -> Layout:
+        """Where a Gemma's parameters stand in its files."""
+        return decoder_layout(
+            biased=("attn",) * self.config.attention_bias,
+            norms={
+                "input_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+            },
+            tied=self.config.tie_word_embeddings,
+        )
 
 
 FAMILY = Family(
@@ -135,7 +127,6 @@ FAMILY = Family(
     architectures=("GemmaForCausalLM",),
     config=GemmaConfig,
     module=Gemma,
-    layout=layout,
     to_json=decoder_json,
     neutral={
         "hidden_activation": (None, "gelu_pytorch_tanh"),

@@ -16,7 +16,7 @@ from jax_lora.models.decoder import DecoderLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.gemma import GemmaDecoder, gemma_norm
 from jax_lora.models.joins import SandwichLayer
-from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
+from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.windows import FULL, SLIDING, MixedLayersConfig
 
@@ -131,26 +131,18 @@ class Gemma2(CappedDecoder):
         """Gemma 2's layer."""
         return Gemma2Layer
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: Gemma2Config) -> Layout:
-    """Where a Gemma 2's parameters stand in its files."""
-    return decoder_layout(
-        attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-        mlp=("gate_proj", "up_proj", "down_proj"),
-        biased=("attn",) * config.attention_bias,
-        norms={
-            "input_norm": "input_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-            "pre_feedforward_norm": "pre_feedforward_layernorm",
-            "post_feedforward_norm": "post_feedforward_layernorm",
-        },
-        tied=config.tie_word_embeddings,
-    )
+    def layout(self) -> Layout:
+        """Where a Gemma 2's parameters stand in its files."""
+        return decoder_layout(
+            biased=("attn",) * self.config.attention_bias,
+            norms={
+                "input_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+                "pre_feedforward_norm": "pre_feedforward_layernorm",
+                "post_feedforward_norm": "post_feedforward_layernorm",
+            },
+            tied=self.config.tie_word_embeddings,
+        )
 
 
 FAMILY = Family(
@@ -158,7 +150,6 @@ FAMILY = Family(
     architectures=("Gemma2ForCausalLM",),
     config=Gemma2Config,
     module=Gemma2,
-    layout=layout,
     to_json=decoder_json,
     fields=nullable("sliding_window", "final_logit_softcapping", "attn_logit_softcapping"),
     neutral={"use_bidirectional_attention": (None, False)},

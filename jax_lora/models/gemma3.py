@@ -18,7 +18,7 @@ from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.gemma import gemma_norm
 from jax_lora.models.gemma2 import CappedDecoder
 from jax_lora.models.joins import SandwichLayer
-from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
+from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.windows import FULL, SLIDING, MixedLayersConfig
 
@@ -128,28 +128,20 @@ class Gemma3(CappedDecoder):
         """Gemma 3's layer."""
         return Gemma3Layer
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: Gemma3Config) -> Layout:
-    """Where a Gemma 3's parameters stand in its files."""
-    return decoder_layout(
-        attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-        mlp=("gate_proj", "up_proj", "down_proj"),
-        biased=("attn",) * config.attention_bias,
-        norms={
-            "input_norm": "input_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-            "pre_feedforward_norm": "pre_feedforward_layernorm",
-            "post_feedforward_norm": "post_feedforward_layernorm",
-            "attn/q_norm": "self_attn.q_norm",
-            "attn/k_norm": "self_attn.k_norm",
-        },
-        tied=config.tie_word_embeddings,
-    )
+    def layout(self) -> Layout:
+        """Where a Gemma 3's parameters stand in its files."""
+        return decoder_layout(
+            biased=("attn",) * self.config.attention_bias,
+            norms={
+                "input_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+                "pre_feedforward_norm": "pre_feedforward_layernorm",
+                "post_feedforward_norm": "post_feedforward_layernorm",
+                "attn/q_norm": "self_attn.q_norm",
+                "attn/k_norm": "self_attn.k_norm",
+            },
+            tied=self.config.tie_word_embeddings,
+        )
 
 
 def _fields(raw: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +187,6 @@ FAMILY = Family(
     architectures=("Gemma3ForCausalLM",),
     config=Gemma3Config,
     module=Gemma3,
-    layout=layout,
     to_json=_to_json,
     fields=_fields,
     neutral={"use_bidirectional_attention": (None, False)},

@@ -18,7 +18,7 @@ from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import Memory, attend, linear, remember
 from jax_lora.models.decoder_inputs import KVCache, check_inputs, count_positions, visible
 from jax_lora.models.family import Family, plain_json
-from jax_lora.models.layout import Layout, Placement, dense, kernel_modules, vector
+from jax_lora.models.layout import Layout, Placement, StandsInFiles, dense, vector
 from jax_lora.models.model_config import ModelConfig
 from jax_lora.models.norms import LayerNorm
 
@@ -151,7 +151,7 @@ class GPT2Layer(nn.Module):
         return x + self.mlp(self.ln_2(x)), memory
 
 
-class GPT2(nn.Module):
+class GPT2(StandsInFiles, nn.Module):
     """GPT-2 decoder; `jax_lora.models.load` makes one from a Hugging Face folder.
 
     Called as every decoder of this package is, for training and, with a cache, for generation.
@@ -260,10 +260,23 @@ class GPT2(nn.Module):
         shape = (c.n_layer, batch, length, c.n_head, c.head_dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
+    def layout(self) -> Layout:
+        """Where a GPT-2's parameters stand in its files, whose kernels are (in, out) like ours."""
+        placed: Layout = {}
+        for name in ("wte", "wpe"):
+            module = f"transformer.{name}"
+            placed[f"{name}/embedding"] = Placement((f"{module}.weight",), module=module)
+        for name in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
+            module = "transformer.h.{layer}." + name.replace("/", ".")
+            placed |= dense(f"layers/{name}", module, bias=True, transposed=False)
+        for ours, theirs in (
+            ("layers/ln_1", "transformer.h.{layer}.ln_1"),
+            ("layers/ln_2", "transformer.h.{layer}.ln_2"),
+            ("ln_f", "transformer.ln_f"),
+        ):
+            placed |= vector(f"{ours}/scale", f"{theirs}.weight")
+            placed |= vector(f"{ours}/bias", f"{theirs}.bias")
+        return placed if self.config.tie_word_embeddings else placed | dense("lm_head", "lm_head")
 
     def _check_length(self, tokens: int) -> None:
         if tokens > self.config.n_positions:
@@ -296,25 +309,6 @@ class GPT2(nn.Module):
         return jnp.arange(1, self.config.n_layer + 1, dtype=jnp.float32)
 
 
-def layout(config: GPT2Config) -> Layout:
-    """Where a GPT-2's parameters stand in its files, whose kernels are (in, out) as ours are."""
-    placed: Layout = {}
-    for name in ("wte", "wpe"):
-        module = f"transformer.{name}"
-        placed[f"{name}/embedding"] = Placement((f"{module}.weight",), module=module)
-    for name in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):
-        module = "transformer.h.{layer}." + name.replace("/", ".")
-        placed |= dense(f"layers/{name}", module, bias=True, transposed=False)
-    for ours, theirs in (
-        ("layers/ln_1", "transformer.h.{layer}.ln_1"),
-        ("layers/ln_2", "transformer.h.{layer}.ln_2"),
-        ("ln_f", "transformer.ln_f"),
-    ):
-        placed |= vector(f"{ours}/scale", f"{theirs}.weight")
-        placed |= vector(f"{ours}/bias", f"{theirs}.bias")
-    return placed if config.tie_word_embeddings else placed | dense("lm_head", "lm_head")
-
-
 def _to_json(config: GPT2Config) -> dict[str, Any]:
     # Files of the headless model are written with the head's names, so they say so.
     fields = {"architectures": ["GPT2LMHeadModel"], **plain_json(config)}
@@ -328,7 +322,6 @@ FAMILY = Family(
     architectures=("GPT2LMHeadModel", "GPT2Model"),
     config=GPT2Config,
     module=GPT2,
-    layout=layout,
     to_json=_to_json,
     harmless=(
         *("n_ctx", "embd_pdrop", "resid_pdrop", "attn_pdrop"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Layout", "Placement", "decoder_layout", "dense", "kernel_modules", "vector"]
+__all__ = ["Layout", "Placement", "StandsInFiles", "decoder_layout", "dense", "vector"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,31 +114,46 @@ def vector(path: str, tensor: str) -> Layout:
     return {path: Placement((tensor,), module=module if what == "weight" else None)}
 
 
-def kernel_modules(layout: Layout) -> dict[str, str]:
-    """Path of every kernel, embedding and norm -> what an adapter calls it.
+class StandsInFiles:
+    """A model whose parameters are read from files, and whose adapters are named after these.
 
     Example:
-      >>> kernel_modules(dense("head", "lm_head", bias=True))
+      >>> class Head(StandsInFiles):
+      ...     def layout(self):
+      ...         return dense("head", "lm_head", bias=True)
+      >>> Head().hf_names
       {'head/kernel': 'lm_head'}
     """
-    return {path: place.module for path, place in layout.items() if place.module is not None}
+
+    def layout(self) -> Layout:
+        """Where the parameters stand in the files."""
+        raise NotImplementedError
+
+    @property
+    def hf_names(self) -> dict[str, str]:
+        """Path of every kernel, embedding and norm -> its Hugging Face module.
+
+        "{layer}" stands for the position in a stack.
+        """
+        placed = self.layout().items()
+        return {path: place.module for path, place in placed if place.module is not None}
 
 
 def decoder_layout(
     *,
-    attention: tuple[str, ...],
-    mlp: tuple[str, ...],
     norms: Mapping[str, str],
     tied: bool,
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
     biased: tuple[str, ...] = (),
 ) -> Layout:
     """Place the parameters of a decoder of the usual names, all under "model.layers".
 
     Args:
-      attention: Names of the attention's dense layers, ours and Hugging Face's.
-      mlp: Names of the feed-forward part's.
       norms: Our name of each of a layer's norms -> Hugging Face's.
       tied: Whether the embedding is the output head too.
+      attention: Names of the attention's dense layers, ours and Hugging Face's.
+      mlp: Names of the feed-forward part's.
       biased: Paths of the layers with a bias, such as "attn" (all of it) or "attn/q_proj".
 
     Returns:

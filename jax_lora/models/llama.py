@@ -13,7 +13,7 @@ from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
+from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 
@@ -70,24 +70,16 @@ class Llama(Decoder):
         """Llama's layer."""
         return LlamaLayer
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: LlamaConfig) -> Layout:
-    """Where a Llama's parameters stand in its files."""
-    return decoder_layout(
-        attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-        mlp=("gate_proj", "up_proj", "down_proj"),
-        biased=("attn",) * config.attention_bias + ("mlp",) * config.mlp_bias,
-        norms={
-            "input_norm": "input_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-        },
-        tied=config.tie_word_embeddings,
-    )
+    def layout(self) -> Layout:
+        """Where a Llama's parameters stand in its files."""
+        return decoder_layout(
+            biased=("attn",) * self.config.attention_bias + ("mlp",) * self.config.mlp_bias,
+            norms={
+                "input_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+            },
+            tied=self.config.tie_word_embeddings,
+        )
 
 
 FAMILY = Family(
@@ -95,7 +87,6 @@ FAMILY = Family(
     architectures=("LlamaForCausalLM",),
     config=LlamaConfig,
     module=Llama,
-    layout=layout,
     to_json=decoder_json,
     harmless=("pretraining_tp",),
     redundant=ROTARY_TABLES,

@@ -90,7 +90,7 @@ def load(
         # Without 64-bit mode there is no float64 to load into.
         dtype = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(tensors))
         model = family.module(config, remat=remat, param_dtype=dtype)
-        shapes, layout = parameter_shapes(model), family.layout(config)
+        shapes, layout = parameter_shapes(model), model.layout()
         _compare(folder, model, shapes, tensors)
         flat = {}
         for name, shape in shapes.items():
@@ -141,7 +141,7 @@ def _differences(
     model: Any, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
 ) -> Iterator[str]:
     family, known = family_of(model), set()
-    layout, tied = family.layout(model.config), getattr(model.config, "tie_word_embeddings", False)
+    layout, tied = model.layout(), getattr(model.config, "tie_word_embeddings", False)
     redundant = family.redundant + family.tied_copies * tied
     for path, shape in shapes.items():
         want = layout[path].tensor_shape(shape)
@@ -159,7 +159,7 @@ def _false_copies(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     family = family_of(model)
     if not getattr(model.config, "tie_word_embeddings", False):
         return
-    layout = family.layout(model.config)
+    layout = model.layout()
     originals = [layout[p].tensors[0] for p in (family.embedding, family.head_bias) if p in layout]
     for name in sorted(set(tensors) - set(originals)):
         if any(re.fullmatch(pattern, name) for pattern in family.tied_copies):

@@ -12,7 +12,7 @@ from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
+from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import WindowConfig
@@ -72,23 +72,15 @@ class Mistral(Decoder):
         """Mistral's layer."""
         return MistralLayer
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: MistralConfig) -> Layout:
-    """Where a Mistral's parameters stand in its files."""
-    return decoder_layout(
-        attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-        mlp=("gate_proj", "up_proj", "down_proj"),
-        norms={
-            "input_norm": "input_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-        },
-        tied=config.tie_word_embeddings,
-    )
+    def layout(self) -> Layout:
+        """Where a Mistral's parameters stand in its files."""
+        return decoder_layout(
+            norms={
+                "input_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+            },
+            tied=self.config.tie_word_embeddings,
+        )
 
 
 FAMILY = Family(
@@ -96,7 +88,6 @@ FAMILY = Family(
     architectures=("MistralForCausalLM",),
     config=MistralConfig,
     module=Mistral,
-    layout=layout,
     to_json=decoder_json,
     fields=nullable("sliding_window"),
     redundant=ROTARY_TABLES,

@@ -13,7 +13,7 @@ from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.experts import SparseMLP, sparse_layout
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
+from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import WindowConfig
 
@@ -93,24 +93,17 @@ class Mixtral(Decoder):
         """Mixtral's layer."""
         return MixtralLayer
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: MixtralConfig) -> Layout:
-    """Where a Mixtral's parameters stand in its files."""
-    common = decoder_layout(
-        attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-        mlp=(),
-        norms={
-            "input_norm": "input_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-        },
-        tied=config.tie_word_embeddings,
-    )
-    return {**common, **sparse_layout("block_sparse_moe", gate="w1", up="w3", down="w2")}
+    def layout(self) -> Layout:
+        """Where a Mixtral's parameters stand in its files."""
+        common = decoder_layout(
+            mlp=(),
+            norms={
+                "input_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+            },
+            tied=self.config.tie_word_embeddings,
+        )
+        return {**common, **sparse_layout("block_sparse_moe", gate="w1", up="w3", down="w2")}
 
 
 FAMILY = Family(
@@ -118,7 +111,6 @@ FAMILY = Family(
     architectures=("MixtralForCausalLM",),
     config=MixtralConfig,
     module=Mixtral,
-    layout=layout,
     to_json=decoder_json,
     redundant=ROTARY_TABLES,
 )

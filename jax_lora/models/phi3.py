@@ -13,7 +13,7 @@ from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
+from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.model_config import is_positive
 from jax_lora.models.norms import RMSNorm
@@ -105,23 +105,17 @@ class Phi3(Decoder):
         """Phi-3's layer."""
         return Phi3Layer
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: Phi3Config) -> Layout:
-    """Where a Phi-3's parameters stand in its files."""
-    return decoder_layout(
-        attention=("qkv_proj", "o_proj"),
-        mlp=("gate_up_proj", "down_proj"),
-        norms={
-            "input_norm": "input_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-        },
-        tied=config.tie_word_embeddings,
-    )
+    def layout(self) -> Layout:
+        """Where a Phi-3's parameters stand in its files."""
+        return decoder_layout(
+            attention=("qkv_proj", "o_proj"),
+            mlp=("gate_up_proj", "down_proj"),
+            norms={
+                "input_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+            },
+            tied=self.config.tie_word_embeddings,
+        )
 
 
 def _fields(raw: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +140,6 @@ FAMILY = Family(
     architectures=("Phi3ForCausalLM",),
     config=Phi3Config,
     module=Phi3,
-    layout=layout,
     to_json=_to_json,
     fields=_fields,
     neutral={

@@ -12,7 +12,7 @@ from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
+from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.qwen2 import QwenWindowConfig
@@ -81,26 +81,18 @@ class Qwen3(Decoder):
         """Qwen3's layer."""
         return Qwen3Layer
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: Qwen3Config) -> Layout:
-    """Where a Qwen3's parameters stand in its files."""
-    return decoder_layout(
-        attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-        mlp=("gate_proj", "up_proj", "down_proj"),
-        biased=("attn",) * config.attention_bias,
-        norms={
-            "input_norm": "input_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-            "attn/q_norm": "self_attn.q_norm",
-            "attn/k_norm": "self_attn.k_norm",
-        },
-        tied=config.tie_word_embeddings,
-    )
+    def layout(self) -> Layout:
+        """Where a Qwen3's parameters stand in its files."""
+        return decoder_layout(
+            biased=("attn",) * self.config.attention_bias,
+            norms={
+                "input_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+                "attn/q_norm": "self_attn.q_norm",
+                "attn/k_norm": "self_attn.k_norm",
+            },
+            tied=self.config.tie_word_embeddings,
+        )
 
 
 FAMILY = Family(
@@ -108,7 +100,6 @@ FAMILY = Family(
     architectures=("Qwen3ForCausalLM",),
     config=Qwen3Config,
     module=Qwen3,
-    layout=layout,
     to_json=decoder_json,
     fields=nullable("sliding_window"),
     redundant=ROTARY_TABLES,

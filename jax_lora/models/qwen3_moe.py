@@ -16,7 +16,7 @@ from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.experts import SparseMLP, sparse_layout
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout, kernel_modules
+from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import WindowConfig
 
@@ -121,27 +121,20 @@ class Qwen3MoE(Decoder):
         """Qwen3-MoE's layer."""
         return Qwen3MoELayer
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: Qwen3MoEConfig) -> Layout:
-    """Where a Qwen3-MoE's parameters stand in its files."""
-    common = decoder_layout(
-        attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-        mlp=(),
-        biased=("attn",) * config.attention_bias,
-        norms={
-            "input_norm": "input_layernorm",
-            "post_attention_norm": "post_attention_layernorm",
-            "attn/q_norm": "self_attn.q_norm",
-            "attn/k_norm": "self_attn.k_norm",
-        },
-        tied=config.tie_word_embeddings,
-    )
-    return {**common, **sparse_layout("mlp", gate="gate_proj", up="up_proj", down="down_proj")}
+    def layout(self) -> Layout:
+        """Where a Qwen3-MoE's parameters stand in its files."""
+        common = decoder_layout(
+            mlp=(),
+            biased=("attn",) * self.config.attention_bias,
+            norms={
+                "input_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+                "attn/q_norm": "self_attn.q_norm",
+                "attn/k_norm": "self_attn.k_norm",
+            },
+            tied=self.config.tie_word_embeddings,
+        )
+        return {**common, **sparse_layout("mlp", gate="gate_proj", up="up_proj", down="down_proj")}
 
 
 def _fields(raw: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +153,6 @@ FAMILY = Family(
     architectures=("Qwen3MoeForCausalLM",),
     config=Qwen3MoEConfig,
     module=Qwen3MoE,
-    layout=layout,
     to_json=_to_json,
     fields=_fields,
     harmless=("num_local_experts", "max_window_layers"),

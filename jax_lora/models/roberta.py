@@ -29,7 +29,7 @@ from jax_lora.models.encoder import (
     norm_layout,
 )
 from jax_lora.models.family import Family
-from jax_lora.models.layout import Layout, dense, kernel_modules, vector
+from jax_lora.models.layout import Layout, dense, vector
 
 __all__ = ["Roberta", "RobertaConfig"]
 
@@ -130,23 +130,17 @@ class Roberta(Encoder):
             return self.lm_head(x, self.embeddings.attend)
         return self.classifier(x)
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
-
-
-def layout(config: RobertaConfig) -> Layout:
-    """Where a RoBERTa's parameters stand in its files."""
-    placed = encoder_layout("roberta")
-    if config.head == CLASSIFICATION:
-        placed |= dense("classifier/dense", "classifier.dense", bias=True)
-        placed |= dense("classifier/out_proj", "classifier.out_proj", bias=True)
-    if config.head == MASKED_LM:
-        placed |= dense("lm_head/dense", "lm_head.dense", bias=True)
-        placed |= norm_layout("lm_head/norm", "lm_head.layer_norm")
-        placed |= vector("lm_head/bias", "lm_head.bias")
-    return placed
+    def layout(self) -> Layout:
+        """Where a RoBERTa's parameters stand in its files."""
+        placed = encoder_layout("roberta")
+        if self.config.head == CLASSIFICATION:
+            placed |= dense("classifier/dense", "classifier.dense", bias=True)
+            placed |= dense("classifier/out_proj", "classifier.out_proj", bias=True)
+        if self.config.head == MASKED_LM:
+            placed |= dense("lm_head/dense", "lm_head.dense", bias=True)
+            placed |= norm_layout("lm_head/norm", "lm_head.layer_norm")
+            placed |= vector("lm_head/bias", "lm_head.bias")
+        return placed
 
 
 def _to_json(config: RobertaConfig) -> dict[str, Any]:
@@ -158,7 +152,6 @@ FAMILY = Family(
     architectures=tuple(_HEADS),
     config=RobertaConfig,
     module=Roberta,
-    layout=layout,
     to_json=_to_json,
     fields=encoder_fields(_HEADS),
     neutral={"position_embedding_type": (None, "absolute")},

@@ -42,7 +42,7 @@ def save(path: str | os.PathLike[str], model: Any, params: Mapping[str, Any]) ->
     _check(model, flat)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(family.layout(model.config), flat)
+    tensors = _tensors(model.layout(), flat)
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     text = _config_text(family, model.config, dtype, tensors)

@@ -37,7 +37,7 @@ from jax_lora.models.attention import Memory, remember
 from jax_lora.models.buckets import bucket_of, bucket_table
 from jax_lora.models.decoder_inputs import KVCache, check_inputs, visible
 from jax_lora.models.family import Family, plain_json
-from jax_lora.models.layout import Layout, Placement, dense, kernel_modules, vector
+from jax_lora.models.layout import Layout, Placement, StandsInFiles, dense, vector
 from jax_lora.models.model_config import ModelConfig
 from jax_lora.models.norms import RMSNorm
 
@@ -291,7 +291,7 @@ class _Stack(nn.Module):
         return self.norm(x), remembered
 
 
-class T5(nn.Module):
+class T5(StandsInFiles, nn.Module):
     """T5 encoder-decoder; `jax_lora.models.load` makes one from a Hugging Face folder.
 
     Attributes:
@@ -441,10 +441,27 @@ class T5(nn.Module):
         shape = (c.num_decoder_layers, batch, length, c.num_heads, c.d_kv)
         return T5Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
 
-    @property
-    def hf_names(self) -> dict[str, str]:
-        """Kernel path in the parameters -> Hugging Face module, "{layer}" where it is stacked."""
-        return kernel_modules(layout(self.config))
+    def layout(self) -> Layout:
+        """Where a T5's parameters stand in its files."""
+        placed: Layout = {"shared/embedding": Placement(("shared.weight",), module="shared")}
+        for stack in ("encoder", "decoder"):
+            parts: list[tuple[str, str, tuple[str, ...]]]
+            parts = [("attn", "SelfAttention", ("q", "k", "v", "o"))]
+            if stack == "decoder":
+                parts.append(("cross_attn", "EncDecAttention", ("q", "k", "v", "o")))
+            inner = ("wi_0", "wi_1") if self.config.is_gated_act else ("wi",)
+            parts.append(("mlp", "DenseReluDense", (*inner, "wo")))
+            for number, (part, theirs, names) in enumerate(parts):
+                layer = f"{stack}.block.{{layer}}.layer.{number}"
+                for name in names:
+                    placed |= dense(f"{stack}/layers/{part}/{name}", f"{layer}.{theirs}.{name}")
+                placed |= vector(f"{stack}/layers/{part}_norm/scale", f"{layer}.layer_norm.weight")
+            # All layers of a stack share the biases, which stand with the first.
+            biases = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
+            path = f"{stack}/relative_attention_bias/embedding"
+            placed[path] = Placement((f"{biases}.weight",), module=biases)
+            placed |= vector(f"{stack}/norm/scale", f"{stack}.final_layer_norm.weight")
+        return placed if self.config.tie_word_embeddings else placed | dense("lm_head", "lm_head")
 
     def _check_text(
         self,
@@ -490,29 +507,6 @@ def _of_keys(attention_mask: jax.Array | None) -> jax.Array | None:
 # -----------------------------------------------------------------------------------------------
 
 
-def layout(config: T5Config) -> Layout:
-    """Where a T5's parameters stand in its files."""
-    placed: Layout = {"shared/embedding": Placement(("shared.weight",), module="shared")}
-    for stack in ("encoder", "decoder"):
-        parts: list[tuple[str, str, tuple[str, ...]]]
-        parts = [("attn", "SelfAttention", ("q", "k", "v", "o"))]
-        if stack == "decoder":
-            parts.append(("cross_attn", "EncDecAttention", ("q", "k", "v", "o")))
-        inner = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
-        parts.append(("mlp", "DenseReluDense", (*inner, "wo")))
-        for number, (part, theirs, names) in enumerate(parts):
-            layer = f"{stack}.block.{{layer}}.layer.{number}"
-            for name in names:
-                placed |= dense(f"{stack}/layers/{part}/{name}", f"{layer}.{theirs}.{name}")
-            placed |= vector(f"{stack}/layers/{part}_norm/scale", f"{layer}.layer_norm.weight")
-        # All layers of a stack share the biases, which stand with the first.
-        biases = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
-        path = f"{stack}/relative_attention_bias/embedding"
-        placed[path] = Placement((f"{biases}.weight",), module=biases)
-        placed |= vector(f"{stack}/norm/scale", f"{stack}.final_layer_norm.weight")
-    return placed if config.tie_word_embeddings else placed | dense("lm_head", "lm_head")
-
-
 def _settle(config: T5Config, read: Callable[[str], np.ndarray | None]) -> T5Config:
     """Whether there is a head apart is said by the files: newer ones call every T5 tied."""
     head, tied = read("lm_head.weight"), config.tie_word_embeddings
@@ -535,7 +529,6 @@ FAMILY = Family(
     architectures=("T5ForConditionalGeneration", "T5WithLMHeadModel"),
     config=T5Config,
     module=T5,
-    layout=layout,
     to_json=_to_json,
     settle=_settle,
     neutral={"is_encoder_decoder": (None, True)},

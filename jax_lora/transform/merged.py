@@ -84,13 +84,18 @@ class Member:
         return w + labelled.arrange(*delta, self.w_labels, w.shape).astype(w.dtype)
 
     def _outer_products(self, a: Array, b: Array) -> tuple[Array, list[Label]]:
-        """Add up r outer products: fused, W0 is read once and M written once."""
-        labels = [*self._delta_labels, RANK]
+        """Add up r outer products: fused, W0 is read once and M written once.
+
+        By halves: every operation that XLA fuses costs time to compile, and there are fewer so.
+        """
+        labels = [RANK, *self._delta_labels]
         terms = labelled.spread(a, self.meeting.a_labels, labels) * labelled.spread(
             b, self.meeting.b_labels, labels
-        )  # (in, out, r)
-        each = [lax.index_in_dim(terms, i, -1, keepdims=False) for i in range(terms.shape[-1])]
-        return functools.reduce(lax.add, each), labels[:-1]
+        )  # (r, in, out)
+        while len(terms) % 2 == 0:
+            terms = lax.add(*jnp.split(terms, 2))
+        each = [lax.index_in_dim(terms, i, keepdims=False) for i in range(len(terms))]
+        return functools.reduce(lax.add, each), labels[1:]
 
     def _product(self, a: Array, b: Array) -> tuple[Array, list[Label]]:
         """Multiply, in a batch of 1: rematerialization policies do not take it for the model's."""
@@ -203,14 +208,9 @@ def _put_thin_products(
         seconds = [(factors if place == 0 else tangents)[i][1] for i in moving]
         if moving:
             those = tuple(meetings[i] for i in moving)
-            _put(terms, moving, _thin_products(those, x, firsts, seconds))
-
-
-def _thin_products(
-    meetings: tuple[Meeting, ...], x: Array, firsts: Sequence[Array], seconds: Sequence[Array]
-) -> list[Array]:
-    thins = meeting.narrow(meetings, x, firsts)
-    return [
-        meeting.widen(m, *thin, second)
-        for m, thin, second in zip(meetings, thins, seconds, strict=True)
-    ]
+            thins = meeting.narrow(those, x, firsts, hidden=place == 1)  # x · a is no tangent
+            wide = [
+                meeting.widen(m, *thin, second, hidden=False)
+                for m, thin, second in zip(those, thins, seconds, strict=True)
+            ]
+            _put(terms, moving, wide)

@@ -14,7 +14,8 @@ NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipy
 SMALL = {
     "01_what_is_lora": "D, RANK, STEPS = 512, 4, 20",
     "02_intrinsic_rank": (
-        "RANKS, STEPS, LIMIT = [1, 4], ['--iters', '4'], ['--limit', '4']\nRUNS = Path({folder!r})"
+        "RANKS, LIMIT, RUNS = [1, 4], ['--limit', '4'], Path({folder!r})\n"
+        "STEPS = ['--iters', '4', '--val-batches', '1']"
     ),
     "03_finetune_and_serve": "RANK, STEPS, SERVE_STEPS = 4, 6, 3",
     "04_functional_superpowers": (
@@ -47,6 +48,9 @@ def runner():
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_it_runs_from_top_to_bottom(runner, name, tmp_path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # a reader's machine has one device
+    # The commands that a notebook starts find each other's programs.
+    monkeypatch.delenv("JAX_LORA_NO_CACHE", raising=False)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     if name == "01_what_is_lora":
         notebook.cells.append(nbformat.v4.new_code_cell(MOVE_THE_SLIDER))
