@@ -88,6 +88,20 @@ def test_the_merged_form_stacks_no_kernels_for_the_backward_pass(rank):
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_gradients_of_factors_in_the_merged_form_are_plain_products(model):
+    """Without a batch dimension, XLA makes their transposes products of another order, for free."""
+    of_factors = [
+        eqn
+        for eqn in equations(gradient_program(model, "merged"))
+        if eqn.primitive.name == "dot_general"
+        and sorted(n for n in eqn.outvars[0].aval.shape if n > 1) in ([2, IN], [2, OUT])
+    ]
+    kernels = 4 if model == "unrolled" else 2
+    assert len(of_factors) == 2 * kernels
+    assert all(eqn.params["dimension_numbers"][1] == ((), ()) for eqn in of_factors)
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_full_fine_tuning_would_fail_these_tests(model):
     fn, shapes = MODELS[model]
     program = jax.make_jaxpr(jax.grad(lambda tree: fn(tree, jnp.ones((2, 7, IN))).sum()))(
