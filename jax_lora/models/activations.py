@@ -1,4 +1,4 @@
-"""The activations that checkpoints name, by those names."""
+"""The activations that checkpoints name, by those names, and the soft cap."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
-__all__ = ["ACTIVATIONS"]
+__all__ = ["ACTIVATIONS", "soft_cap"]
 
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
@@ -19,3 +20,15 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
 }
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Squeeze x smoothly into plus and minus `cap`; None leaves it.
+
+    Example:
+      >>> float(soft_cap(jnp.float32(1e6), 30.0))
+      30.0
+    """
+    if cap is None:
+        return x
+    return (jnp.tanh(x.astype(jnp.float32) / jnp.float32(cap)) * jnp.float32(cap)).astype(x.dtype)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jax_lora.models.activations import soft_cap
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.rotary import apply_rotary
@@ -143,14 +144,14 @@ def _attend_capped(
     v: jax.Array,
     mask: jax.Array | None,
     scale: float | None,
-    soft_cap: float,
+    cap: float,
 ) -> jax.Array:
     batch, tokens, heads, channels = q.shape
     keys, groups = k.shape[1], k.shape[2]
     q = q.reshape(batch, tokens, groups, heads // groups, channels)
     scores = jnp.einsum("btghd,bkgd->bghtk", q, k, preferred_element_type=jnp.float32)
     scores = scores * jnp.float32(scale or 1.0 / math.sqrt(channels))
-    scores = jnp.tanh(scores / jnp.float32(soft_cap)) * jnp.float32(soft_cap)
+    scores = soft_cap(scores, cap)
     if mask is None:
         mask = jnp.tril(jnp.ones((tokens, keys), bool))[None, None]
     seen = jnp.broadcast_to(mask[:, :, None], scores.shape)

@@ -21,7 +21,7 @@ parameters' dtype; norms, rotation and softmax are float32 inside.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -31,7 +31,7 @@ import numpy as np
 from jax_lora.models.attention import Context, Memory, linear
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.decoder_inputs import KVCache, check_inputs, count_positions, visible
-from jax_lora.models.layout import StandsInFiles
+from jax_lora.models.layout import Layout, StandsInFiles, decoder_layout
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.rotary import rotary_angles
 
@@ -43,6 +43,8 @@ class DecoderLayer(nn.Module):
 
     config: Any  # a DecoderConfig of the architecture's own class
     param_dtype: Any
+
+    norm_names: ClassVar[dict[str, str]] = {}  # ours -> Hugging Face's
 
     def block(
         self, x: jax.Array, context: Context, memory: Memory | None
@@ -85,6 +87,15 @@ class Decoder(StandsInFiles, nn.Module):
     def layer_class(self) -> type[DecoderLayer]:
         """The architecture's layer."""
         raise NotImplementedError
+
+    def layout(self) -> Layout:
+        """Where the parameters stand in the files: under the usual names here."""
+        c = self.config
+        return decoder_layout(
+            norms=self.layer_class().norm_names,
+            biased=("attn",) * getattr(c, "attention_bias", False),
+            tied=c.tie_word_embeddings,
+        )
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer."""

@@ -18,7 +18,6 @@ from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 
@@ -109,17 +108,6 @@ class Gemma(GemmaDecoder):
     def layer_class(self) -> type[DecoderLayer]:
         """Gemma's layer."""
         return GemmaLayer
-
-    def layout(self) -> Layout:
-        """Where a Gemma's parameters stand in its files."""
-        return decoder_layout(
-            biased=("attn",) * self.config.attention_bias,
-            norms={
-                "input_norm": "input_layernorm",
-                "post_attention_norm": "post_attention_layernorm",
-            },
-            tied=self.config.tie_word_embeddings,
-        )
 
 
 FAMILY = Family(

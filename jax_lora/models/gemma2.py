@@ -7,20 +7,20 @@ Reference:
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from jax_lora.models.activations import soft_cap
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import DecoderLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.gemma import GemmaDecoder, gemma_norm
 from jax_lora.models.joins import SandwichLayer
-from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.windows import FULL, SLIDING, MixedLayersConfig
 
-__all__ = ["CappedDecoder", "Gemma2", "Gemma2Config", "soft_cap"]
+__all__ = ["CappedDecoder", "Gemma2", "Gemma2Config", "Gemma2Layer"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,34 +64,27 @@ class Gemma2Config(MixedLayersConfig):
         return tuple(FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers))
 
 
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Squeeze x smoothly into plus and minus `cap`; None leaves it.
-
-    Example:
-      >>> float(soft_cap(jnp.float32(1e6), 30.0))
-      30.0
-    """
-    if cap is None:
-        return x
-    return (jnp.tanh(x.astype(jnp.float32) / jnp.float32(cap)) * jnp.float32(cap)).astype(x.dtype)
-
-
 class Gemma2Layer(SandwichLayer):
     """Attention, then the gated feed-forward part, each between two norms."""
 
-    config: Gemma2Config
+    config: Any  # Gemma 2's or Gemma 3's
 
-    def setup(self):  # noqa: D102  Linen's hook
-        c, dtype = self.config, self.param_dtype
-        self.input_norm = gemma_norm(c, dtype)
-        self.attn = Attention(
+    def attention(self) -> Attention:
+        """Attention with soft-capped scores."""
+        c = self.config
+        return Attention(
             c,
-            dtype,
+            self.param_dtype,
             bias=c.attention_bias,
             out_bias=c.attention_bias,
             scale=c.query_pre_attn_scalar**-0.5,
             soft_cap=c.attn_logit_softcapping,
         )
+
+    def setup(self):  # noqa: D102  Linen's hook
+        c, dtype = self.config, self.param_dtype
+        self.input_norm = gemma_norm(c, dtype)
+        self.attn = self.attention()
         self.post_attention_norm = gemma_norm(c, dtype)
         self.pre_feedforward_norm = gemma_norm(c, dtype)
         self.mlp = GatedMLP(c, dtype)
@@ -130,19 +123,6 @@ class Gemma2(CappedDecoder):
     def layer_class(self) -> type[DecoderLayer]:
         """Gemma 2's layer."""
         return Gemma2Layer
-
-    def layout(self) -> Layout:
-        """Where a Gemma 2's parameters stand in its files."""
-        return decoder_layout(
-            biased=("attn",) * self.config.attention_bias,
-            norms={
-                "input_norm": "input_layernorm",
-                "post_attention_norm": "post_attention_layernorm",
-                "pre_feedforward_norm": "pre_feedforward_layernorm",
-                "post_feedforward_norm": "post_feedforward_layernorm",
-            },
-            tied=self.config.tie_word_embeddings,
-        )
 
 
 FAMILY = Family(

@@ -16,10 +16,8 @@ from jax_lora.models.decoder import DecoderLayer
 from jax_lora.models.decoder_config import LayerKind, frozen_settings
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.gemma import gemma_norm
-from jax_lora.models.gemma2 import CappedDecoder
-from jax_lora.models.joins import SandwichLayer
-from jax_lora.models.layout import Layout, decoder_layout
-from jax_lora.models.mlp import GatedMLP
+from jax_lora.models.gemma2 import CappedDecoder, Gemma2Layer
+from jax_lora.models.joins import QK_NORM_NAMES
 from jax_lora.models.windows import FULL, SLIDING, MixedLayersConfig
 
 __all__ = ["Gemma3", "Gemma3Config"]
@@ -81,26 +79,22 @@ class Gemma3Config(MixedLayersConfig):
         return LayerKind(self.window, dataclasses.replace(self, **local))
 
 
-class Gemma3Layer(SandwichLayer):
-    """Attention, then the gated feed-forward part, each between two norms."""
+class Gemma3Layer(Gemma2Layer):
+    """Gemma 2's layer with normed queries and keys instead of capped scores."""
 
-    config: Gemma3Config
+    norm_names = Gemma2Layer.norm_names | QK_NORM_NAMES
 
-    def setup(self):  # noqa: D102  Linen's hook
-        c, dtype = self.config, self.param_dtype
-        self.input_norm = gemma_norm(c, dtype)
-        self.attn = Attention(
+    def attention(self) -> Attention:
+        """Attention whose queries and keys are normed."""
+        c = self.config
+        return Attention(
             c,
-            dtype,
+            self.param_dtype,
             bias=c.attention_bias,
             out_bias=c.attention_bias,
-            qk_norm=gemma_norm(c, dtype),
+            qk_norm=gemma_norm(c, self.param_dtype),
             scale=c.query_pre_attn_scalar**-0.5,
         )
-        self.post_attention_norm = gemma_norm(c, dtype)
-        self.pre_feedforward_norm = gemma_norm(c, dtype)
-        self.mlp = GatedMLP(c, dtype)
-        self.post_feedforward_norm = gemma_norm(c, dtype)
 
 
 class Gemma3(CappedDecoder):
@@ -127,21 +121,6 @@ class Gemma3(CappedDecoder):
     def layer_class(self) -> type[DecoderLayer]:
         """Gemma 3's layer."""
         return Gemma3Layer
-
-    def layout(self) -> Layout:
-        """Where a Gemma 3's parameters stand in its files."""
-        return decoder_layout(
-            biased=("attn",) * self.config.attention_bias,
-            norms={
-                "input_norm": "input_layernorm",
-                "post_attention_norm": "post_attention_layernorm",
-                "pre_feedforward_norm": "pre_feedforward_layernorm",
-                "post_feedforward_norm": "post_feedforward_layernorm",
-                "attn/q_norm": "self_attn.q_norm",
-                "attn/k_norm": "self_attn.k_norm",
-            },
-            tied=self.config.tie_word_embeddings,
-        )
 
 
 def _fields(raw: dict[str, Any]) -> dict[str, Any]:

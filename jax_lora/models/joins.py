@@ -10,11 +10,19 @@ import jax
 from jax_lora.models.attention import Context, Memory
 from jax_lora.models.decoder import DecoderLayer
 
-__all__ = ["PreNormLayer", "SandwichLayer"]
+__all__ = ["QK_NORM_NAMES", "PreNormLayer", "SandwichLayer"]
+
+# The norms of queries and keys, in a layer whose attention has them.
+QK_NORM_NAMES = {"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"}
 
 
 class PreNormLayer(DecoderLayer):
     """Each part works on a normed copy of x, and what it says is added to x."""
+
+    norm_names = {
+        "input_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+    }
 
     def block(
         self, x: jax.Array, context: Context, memory: Memory | None
@@ -31,6 +39,13 @@ class SandwichLayer(DecoderLayer):
     Reference:
       Gemma 2 (arXiv:2408.00118), section 2.
     """
+
+    norm_names = {
+        "input_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "pre_feedforward_norm": "pre_feedforward_layernorm",
+        "post_feedforward_norm": "post_feedforward_layernorm",
+    }
 
     def block(
         self, x: jax.Array, context: Context, memory: Memory | None

@@ -74,10 +74,7 @@ class Llama(Decoder):
         """Where a Llama's parameters stand in its files."""
         return decoder_layout(
             biased=("attn",) * self.config.attention_bias + ("mlp",) * self.config.mlp_bias,
-            norms={
-                "input_norm": "input_layernorm",
-                "post_attention_norm": "post_attention_layernorm",
-            },
+            norms=LlamaLayer.norm_names,
             tied=self.config.tie_word_embeddings,
         )
 

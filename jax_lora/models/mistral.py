@@ -12,7 +12,6 @@ from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import WindowConfig
@@ -71,16 +70,6 @@ class Mistral(Decoder):
     def layer_class(self) -> type[DecoderLayer]:
         """Mistral's layer."""
         return MistralLayer
-
-    def layout(self) -> Layout:
-        """Where a Mistral's parameters stand in its files."""
-        return decoder_layout(
-            norms={
-                "input_norm": "input_layernorm",
-                "post_attention_norm": "post_attention_layernorm",
-            },
-            tied=self.config.tie_word_embeddings,
-        )
 
 
 FAMILY = Family(

@@ -97,10 +97,7 @@ class Mixtral(Decoder):
         """Where a Mixtral's parameters stand in its files."""
         common = decoder_layout(
             mlp=(),
-            norms={
-                "input_norm": "input_layernorm",
-                "post_attention_norm": "post_attention_layernorm",
-            },
+            norms=MixtralLayer.norm_names,
             tied=self.config.tie_word_embeddings,
         )
         return {**common, **sparse_layout("block_sparse_moe", gate="w1", up="w3", down="w2")}

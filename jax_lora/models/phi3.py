@@ -110,10 +110,7 @@ class Phi3(Decoder):
         return decoder_layout(
             attention=("qkv_proj", "o_proj"),
             mlp=("gate_up_proj", "down_proj"),
-            norms={
-                "input_norm": "input_layernorm",
-                "post_attention_norm": "post_attention_layernorm",
-            },
+            norms=Phi3Layer.norm_names,
             tied=self.config.tie_word_embeddings,
         )
 

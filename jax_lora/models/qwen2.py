@@ -95,10 +95,7 @@ class Qwen2(Decoder):
         """Where a Qwen2's parameters stand in its files."""
         return decoder_layout(
             biased=("attn/q_proj", "attn/k_proj", "attn/v_proj"),
-            norms={
-                "input_norm": "input_layernorm",
-                "post_attention_norm": "post_attention_layernorm",
-            },
+            norms=Qwen2Layer.norm_names,
             tied=self.config.tie_word_embeddings,
         )
 

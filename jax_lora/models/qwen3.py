@@ -11,8 +11,7 @@ import dataclasses
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
-from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout
+from jax_lora.models.joins import QK_NORM_NAMES, PreNormLayer
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.qwen2 import QwenWindowConfig
@@ -44,6 +43,8 @@ class Qwen3Layer(PreNormLayer):
     """Attention, then the gated feed-forward part, each on a normed copy of x."""
 
     config: Qwen3Config
+
+    norm_names = PreNormLayer.norm_names | QK_NORM_NAMES
 
     def setup(self):  # noqa: D102  Linen's hook
         c, dtype = self.config, self.param_dtype
@@ -80,19 +81,6 @@ class Qwen3(Decoder):
     def layer_class(self) -> type[DecoderLayer]:
         """Qwen3's layer."""
         return Qwen3Layer
-
-    def layout(self) -> Layout:
-        """Where a Qwen3's parameters stand in its files."""
-        return decoder_layout(
-            biased=("attn",) * self.config.attention_bias,
-            norms={
-                "input_norm": "input_layernorm",
-                "post_attention_norm": "post_attention_layernorm",
-                "attn/q_norm": "self_attn.q_norm",
-                "attn/k_norm": "self_attn.k_norm",
-            },
-            tied=self.config.tie_word_embeddings,
-        )
 
 
 FAMILY = Family(

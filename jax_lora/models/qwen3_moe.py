@@ -15,7 +15,7 @@ from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.experts import SparseMLP, sparse_layout
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
-from jax_lora.models.joins import PreNormLayer
+from jax_lora.models.joins import QK_NORM_NAMES, PreNormLayer
 from jax_lora.models.layout import Layout, decoder_layout
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import WindowConfig
@@ -77,6 +77,8 @@ class Qwen3MoELayer(PreNormLayer):
 
     config: Qwen3MoEConfig
 
+    norm_names = PreNormLayer.norm_names | QK_NORM_NAMES
+
     def setup(self):  # noqa: D102  Linen's hook
         c, dtype = self.config, self.param_dtype
         self.input_norm = RMSNorm(c.rms_norm_eps, param_dtype=dtype)
@@ -126,12 +128,7 @@ class Qwen3MoE(Decoder):
         common = decoder_layout(
             mlp=(),
             biased=("attn",) * self.config.attention_bias,
-            norms={
-                "input_norm": "input_layernorm",
-                "post_attention_norm": "post_attention_layernorm",
-                "attn/q_norm": "self_attn.q_norm",
-                "attn/k_norm": "self_attn.k_norm",
-            },
+            norms=Qwen3MoELayer.norm_names,
             tied=self.config.tie_word_embeddings,
         )
         return {**common, **sparse_layout("mlp", gate="gate_proj", up="up_proj", down="down_proj")}

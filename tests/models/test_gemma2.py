@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jax_lora.models import load
+from jax_lora.models.activations import soft_cap
 from jax_lora.models.attention import attend
-from jax_lora.models.gemma2 import soft_cap
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "gemma2" / "capped"
 
