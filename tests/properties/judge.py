@@ -75,9 +75,7 @@ def judge(program: Program) -> Verdict:
         truth = want if exact else _everything(program, _merged_side, "float64")
         failure = _compare(program, got, want, truth)
         if failure and not exact:
-            nudged = [
-                _everything(program, _merged_side, "float64", nudge=number) for number in (1, 2)
-            ]
+            nudged = [_everything(program, _merged_side, nudge=number) for number in (1, 2, 3, 4)]
             failure = _compare(program, got, want, truth, nudged)
     kind = failure and failure.split(":")[0]
     moved = any(np.any(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(want["moved"]))
@@ -153,13 +151,18 @@ def _everything(
 
 
 def _nudged(program: Program, arrays: Any, number: int) -> Any:
-    """Move every number by one rounding of the program's type, up or down."""
+    """Move every number to its neighbour in the program's type, above or below."""
 
     def move(path: Any, leaf: Any) -> Any:
         name = f"{program.name} nudge {number} {jax.tree_util.keystr(path)}"
-        return leaf * (1 + _unit(program) * np.sign(numbers(name, leaf.shape)))
+        moved = np.asarray(leaf, np.float64) * (1 + 2 * _unit(program) * _signs(name, leaf.shape))
+        return moved.astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(move, arrays)
+
+
+def _signs(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.sign(numbers(name, shape))
 
 
 def _mapped(outer: str, function: Callable[..., Any], inputs: int) -> Callable[..., Any]:
@@ -205,8 +208,8 @@ def _compare(
             return f"{where} type: {ours.dtype}{ours.shape} is not {theirs.dtype}{theirs.shape}"
         error = _worst(ours, right)
         allowed = _allowed(program, theirs, right)
-        # A program that makes much of the last digit of its inputs may make as much of any other
-        # rounding: the result is that of inputs next to the given ones, and cannot be asked more.
+        # Where a program makes much of a last digit (the slope of a tanh near 1), what the merged
+        # weights happen to be off by says little: on inputs next to the given ones, they say more.
         allowed += 4 * max((_worst(leaves[place], right) for leaves in moved), default=0.0)
         if not error <= allowed:
             name = jax.tree_util.keystr(path)

@@ -17,7 +17,7 @@ import jax_lora as jl
 from jax_lora.transform.forms import FORMS
 from tests.lora_cases import adapt, merged_tree, random_tree
 from tests.properties.judge import judge
-from tests.properties.programs import Block, KernelSpec, Program
+from tests.properties.programs import Block, KernelSpec, Program, fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Pasted(Program):
         return self.written
 
 
-def hold(function, kernels, inputs, **options):
-    """Judge a pasted program in every form."""
+def hold(function, kernels, inputs, name="0/0", **options):
+    """Judge a pasted program in every form; its numbers are drawn by its name."""
     for form in FORMS:
         body = Block("program", (), (), ())
-        program = Pasted("0/0", kernels, inputs, body, form=form, written=function, **options)
+        program = Pasted(name, kernels, inputs, body, form=form, written=function, **options)
         verdict = judge(program)
         assert verdict.failure is None, verdict.failure
 
@@ -63,3 +63,22 @@ def test_a_weight_divided_by_a_zero_in_the_program_is_not_finite_and_raises_noth
     assert not np.isfinite(np.asarray(got)).any()
     assert not np.isfinite(np.asarray(fn(merged_tree(tree, adapter), x))).any()
     assert jax.typeof(got).shape == (5, 3)
+
+
+def test_a_rounding_that_the_flat_end_of_a_tanh_makes_large_is_no_fault():
+    # The slope 1 - y * y is 0.001 there, with a tenth of a thousandth of it in y's last digit.
+    kernels = {"W2": KernelSpec((4, 3, 3), (0,), (1, 2), rank=1, scale=2.0)}
+
+    def program(p, x0, x1):
+        w2 = p["W2"]
+        v1 = fit(x1, (3, 2, 3))
+
+        def body5(d2):
+            w3 = w2[3:4:1]
+            v4 = jnp.tanh(jnp.einsum("bcm,chm->hb", w3, v1))
+            return fit(v4, (2, 3))
+
+        return (jax.vmap(body5, in_axes=(1,), out_axes=0)(v1),)
+
+    inputs = {"x0": (2, 2), "x1": (3,)}
+    hold(program, kernels, inputs, "0/7447", precision="float32", outer="data")
