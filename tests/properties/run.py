@@ -45,6 +45,7 @@ class Tally:
         self.counts["axes from find_kernels"] += program.found
         self.counts["refused by JAX itself"] += verdict.skipped
         formed = [site.operation for site in verdict.sites if site.form == MATERIALIZED]
+        self.counts["right until XLA joins operations"] += verdict.miscompiled
         self.counts["no weight formed"] += not formed
         self.counts["adapter has no bearing"] += not verdict.moved
         self.rules.update(verdict.rules)
