@@ -11,11 +11,13 @@ DEMO := demo
 demo: $(INSTALLED)
 	@DEMO=$(DEMO) BIN=$(BIN) sh scripts/demo.sh
 
+# Each process keeps to neighbouring tests, which share fixtures and compiled programs, till it is idle.
+PYTEST := -m pytest -q -n auto --dist worksteal
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python $(PYTEST)
 
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-newest:
 	@sh scripts/test_newest.sh

@@ -1,9 +1,12 @@
 #!/bin/sh
 # The tests again on the newest JAX, which needs a newer Python than the oldest one supported.
-# Run by `make test-newest`. Without such an interpreter it says so and succeeds. It takes what touches
-# JAX most and what uses all of the rest: transform, models, PEFT's files, the commands. Left to
-# `make test` is what is no part of the library (benchmarks, examples, notebooks, pages), knows nothing
-# of JAX (rows, reports), or is met by the commands or `make test-matrix` too.
+# Run by `make test-newest`. Without such an interpreter it says so and succeeds. With the word `setup`
+# it makes the environment and stops.
+#
+# It takes what touches JAX most and what uses all of the rest: transform, models, PEFT's files, the
+# commands. Left to `make test` is what is no part of the library (benchmarks, examples, notebooks,
+# pages), knows nothing of JAX (rows, reports), or is met by the commands or `make test-matrix` too.
+# XLA optimises little here, as in `make test-matrix`: what a new JAX changes are its interfaces.
 set -eu
 VENV=.venv-newest
 
@@ -32,8 +35,10 @@ if [ ! -e "$VENV/.installed" ] || [ pyproject.toml -nt "$VENV/.installed" ]; the
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade -e '.[cli,test]'
   touch "$VENV/.installed"
 fi
+[ "${1:-}" = setup ] && exit
 "$VENV/bin/python" -c 'import sys, jax; print(f"test-newest: Python {sys.version.split()[0]}, jax {jax.__version__}")'
-exec "$VENV/bin/python" -m pytest -q -n auto -m "not slow" \
+export JAX_DISABLE_MOST_OPTIMIZATIONS=1
+exec "$VENV/bin/python" -m pytest -q -n auto --dist worksteal -m "not slow" \
   --ignore=tests/test_benchmarks.py --ignore=tests/examples --ignore=tests/notebooks \
   --ignore=tests/test_explorer.py --ignore=tests/test_docs.py --ignore=tests/test_text_to_sql.py \
   --ignore=tests/data --ignore=tests/report --ignore=tests/plan --ignore=tests/finetune \
