@@ -85,8 +85,8 @@ def test_a_rounding_that_the_flat_end_of_a_tanh_makes_large_is_no_fault():
 
 
 def test_what_xla_makes_of_a_slice_of_a_slice_is_not_held_against_the_library():
-    # Of b's first columns, the last. XLA for CPU (jax 0.10, 0.11) makes one slice of the two, and
-    # forgets where the inner one ends. Merged weights happen to be spared here.
+    # Of b's first columns, the last. XLA (jax 0.10, 0.11) makes one slice of the two, and forgets
+    # where the inner one ends (openxla/xla issue 49121). Merged weights happen to be spared here.
     kernels = {"W2": KernelSpec((1, 3), (0,), (1,), rank=1)}
 
     def program(p, x0):
