@@ -83,10 +83,8 @@ class Bert(Encoder):
         if c.head == MASKED_LM:
             self.lm_head = MaskedLMHead(c, dtype, ACTIVATIONS[c.hidden_act])
 
-    def apply_head(self, x: jax.Array) -> jax.Array:
-        """x: (batch, tokens, hidden) -> (batch, labels) or (batch, tokens, vocabulary)."""
-        if self.config.head == MASKED_LM:
-            return self.lm_head(x, self.embeddings.attend)
+    def classify(self, x: jax.Array) -> jax.Array:
+        """x: (batch, tokens, hidden) -> (batch, labels)."""
         pooled = jnp.tanh(self.pooler(x[:, 0]))  # the first token stands for the row
         return self.classifier(pooled)
 

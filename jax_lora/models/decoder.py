@@ -90,12 +90,15 @@ class Decoder(StandsInFiles, nn.Module):
 
     def layout(self) -> Layout:
         """Where the parameters stand in the files: under the usual names here."""
+        return self.usual_layout()
+
+    def usual_layout(self, **parts: tuple[str, ...]) -> Layout:
+        """The usual names with what differs: `attention`, `mlp`, `biased` of `decoder_layout`."""
         c = self.config
-        return decoder_layout(
-            norms=self.layer_class().norm_names,
-            biased=("attn",) * getattr(c, "attention_bias", False),
-            tied=c.tie_word_embeddings,
-        )
+        # Where an architecture has this switch, it turns on the biases of the whole attention.
+        usual = {"biased": ("attn",) * getattr(c, "attention_bias", False)}
+        norms = self.layer_class().norm_names
+        return decoder_layout(norms=norms, tied=c.tie_word_embeddings, **(usual | parts))
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer."""

@@ -230,9 +230,15 @@ class Encoder(StandsInFiles, nn.Module):
         """Make the parts of the configured head, in `setup`."""
         raise NotImplementedError
 
+    def classify(self, x: jax.Array) -> jax.Array:
+        """x: (batch, tokens, hidden) -> (batch, labels)."""
+        raise NotImplementedError  # an architecture's own
+
     def apply_head(self, x: jax.Array) -> jax.Array:
-        """x: (batch, tokens, hidden) -> what the head says of it."""
-        raise NotImplementedError
+        """x: (batch, tokens, hidden) -> (batch, labels) or (batch, tokens, vocabulary)."""
+        if self.config.head == MASKED_LM:
+            return self.lm_head(x, self.embeddings.attend)
+        return self.classify(x)
 
     def positions(self, input_ids: jax.Array) -> jax.Array:
         """Each token's position: its place in the row, padding or not."""

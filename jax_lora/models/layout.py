@@ -127,7 +127,7 @@ class StandsInFiles:
 
     def layout(self) -> Layout:
         """Where the parameters stand in the files."""
-        raise NotImplementedError
+        raise NotImplementedError  # an architecture's own
 
     @property
     def hf_names(self) -> dict[str, str]:

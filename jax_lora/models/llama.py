@@ -13,7 +13,7 @@ from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout
+from jax_lora.models.layout import Layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 
@@ -72,11 +72,8 @@ class Llama(Decoder):
 
     def layout(self) -> Layout:
         """Where a Llama's parameters stand in its files."""
-        return decoder_layout(
-            biased=("attn",) * self.config.attention_bias + ("mlp",) * self.config.mlp_bias,
-            norms=LlamaLayer.norm_names,
-            tied=self.config.tie_word_embeddings,
-        )
+        attention, mlp = self.config.attention_bias, self.config.mlp_bias
+        return self.usual_layout(biased=("attn",) * attention + ("mlp",) * mlp)
 
 
 FAMILY = Family(

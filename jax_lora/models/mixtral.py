@@ -13,7 +13,7 @@ from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.experts import SparseMLP, sparse_layout
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout
+from jax_lora.models.layout import Layout
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import WindowConfig
 
@@ -95,12 +95,8 @@ class Mixtral(Decoder):
 
     def layout(self) -> Layout:
         """Where a Mixtral's parameters stand in its files."""
-        common = decoder_layout(
-            mlp=(),
-            norms=MixtralLayer.norm_names,
-            tied=self.config.tie_word_embeddings,
-        )
-        return {**common, **sparse_layout("block_sparse_moe", gate="w1", up="w3", down="w2")}
+        experts = sparse_layout("block_sparse_moe", gate="w1", up="w3", down="w2")
+        return self.usual_layout(mlp=()) | experts
 
 
 FAMILY = Family(

@@ -13,7 +13,7 @@ from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout
+from jax_lora.models.layout import Layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.model_config import is_positive
 from jax_lora.models.norms import RMSNorm
@@ -107,11 +107,8 @@ class Phi3(Decoder):
 
     def layout(self) -> Layout:
         """Where a Phi-3's parameters stand in its files."""
-        return decoder_layout(
-            attention=("qkv_proj", "o_proj"),
-            mlp=("gate_up_proj", "down_proj"),
-            norms=Phi3Layer.norm_names,
-            tied=self.config.tie_word_embeddings,
+        return self.usual_layout(
+            attention=("qkv_proj", "o_proj"), mlp=("gate_up_proj", "down_proj")
         )
 
 

@@ -12,7 +12,7 @@ from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.joins import PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout
+from jax_lora.models.layout import Layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import FULL, SLIDING, MixedLayersConfig
@@ -93,11 +93,7 @@ class Qwen2(Decoder):
 
     def layout(self) -> Layout:
         """Where a Qwen2's parameters stand in its files."""
-        return decoder_layout(
-            biased=("attn/q_proj", "attn/k_proj", "attn/v_proj"),
-            norms=Qwen2Layer.norm_names,
-            tied=self.config.tie_word_embeddings,
-        )
+        return self.usual_layout(biased=("attn/q_proj", "attn/k_proj", "attn/v_proj"))
 
 
 FAMILY = Family(

@@ -16,7 +16,7 @@ from jax_lora.models.decoder import Decoder, DecoderLayer
 from jax_lora.models.experts import SparseMLP, sparse_layout
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.joins import QK_NORM_NAMES, PreNormLayer
-from jax_lora.models.layout import Layout, decoder_layout
+from jax_lora.models.layout import Layout
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import WindowConfig
 
@@ -125,13 +125,8 @@ class Qwen3MoE(Decoder):
 
     def layout(self) -> Layout:
         """Where a Qwen3-MoE's parameters stand in its files."""
-        common = decoder_layout(
-            mlp=(),
-            biased=("attn",) * self.config.attention_bias,
-            norms=Qwen3MoELayer.norm_names,
-            tied=self.config.tie_word_embeddings,
-        )
-        return {**common, **sparse_layout("mlp", gate="gate_proj", up="up_proj", down="down_proj")}
+        experts = sparse_layout("mlp", gate="gate_proj", up="up_proj", down="down_proj")
+        return self.usual_layout(mlp=()) | experts
 
 
 def _fields(raw: dict[str, Any]) -> dict[str, Any]:

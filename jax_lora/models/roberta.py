@@ -124,10 +124,8 @@ class Roberta(Encoder):
         if c.head == MASKED_LM:  # its activation is gelu, whatever the layers' is
             self.lm_head = MaskedLMHead(c, dtype, ACTIVATIONS["gelu"])
 
-    def apply_head(self, x: jax.Array) -> jax.Array:
-        """x: (batch, tokens, hidden) -> (batch, labels) or (batch, tokens, vocabulary)."""
-        if self.config.head == MASKED_LM:
-            return self.lm_head(x, self.embeddings.attend)
+    def classify(self, x: jax.Array) -> jax.Array:
+        """x: (batch, tokens, hidden) -> (batch, labels)."""
         return self.classifier(x)
 
     def layout(self) -> Layout:

@@ -74,8 +74,11 @@ def judge(program: Program) -> Verdict:
                 got = _everything(program, functools.partial(_lora_side, settings=settings))
         except Exception as error:
             return Verdict(f"{type(error).__name__}: {error}", type(error).__name__)
-        exact = program.precision == "float64"
-        truth = want if exact else _everything(program, _merged_side, "float64")
+        truth = (
+            want
+            if program.precision == "float64"
+            else _everything(program, _merged_side, "float64")
+        )
         failure = _compare(program, got, want, truth)
         if failure:
             nudged = [_everything(program, _merged_side, nudge=number) for number in (1, 2, 3, 4)]
@@ -175,14 +178,11 @@ def _nudged(program: Program, arrays: Any, number: int) -> Any:
 
     def move(path: Any, leaf: Any) -> Any:
         name = f"{program.name} nudge {number} {jax.tree_util.keystr(path)}"
-        moved = np.asarray(leaf, np.float64) * (1 + 2 * _unit(program) * _signs(name, leaf.shape))
+        signs = np.sign(numbers(name, leaf.shape))
+        moved = np.asarray(leaf, np.float64) * (1 + 2 * _unit(program) * signs)
         return moved.astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(move, arrays)
-
-
-def _signs(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    return np.sign(numbers(name, shape))
 
 
 def _mapped(outer: str, function: Callable[..., Any], inputs: int) -> Callable[..., Any]:
