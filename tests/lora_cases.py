@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import string
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +13,6 @@ import numpy as np
 from jax.extend import core as jex_core
 
 import jax_lora as jl
-from jax_lora.lowrank import accumulation_dtype
-from jax_lora.pair import dense_delta
 
 
 def randomized(adapter: Any, seed: int = 0, size: float = 0.3) -> Any:
@@ -27,30 +27,49 @@ def randomized(adapter: Any, seed: int = 0, size: float = 0.3) -> Any:
 
 
 def merged_tree(tree: Any, adapter: Any) -> Any:
-    """The merged weights by plain formulas: the reference that everything is held against."""
+    """The tree with the merged weights in it: the reference for every test of the transform.
+
+    Only the arrays, axes and scales of the adapter are read; the formulas are written out here, so
+    that a fault of the library cannot be in the reference as well.
+    """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves = []
     for key_path, leaf in flat:
         path = jl.paths.format_path(key_path)
         if path in adapter.pairs:
-            wide = accumulation_dtype(leaf.dtype)
-            pair = adapter.pairs[path]
-            formed = leaf.astype(wide) + dense_delta(pair, wide)
-            if pair.magnitude is not None:
-                formed = rescaled(formed, pair)
-            leaf = formed.astype(leaf.dtype)
+            leaf = merged_weight(leaf, adapter.pairs[path])
+        if path in adapter.rows:
+            rows = adapter.rows[path]
+            leaf = leaf.at[jnp.array(rows.indices)].set(rows.values.astype(leaf.dtype))
         leaves.append(adapter.whole.get(path, leaf))
     return jax.tree.unflatten(treedef, leaves)
 
 
-def rescaled(formed: Any, pair: Any) -> Any:
-    """m * V / ||V|| by NumPy's own words: the reference for magnitudes."""
-    squares = jnp.sum(formed**2, axis=pair.in_axes, keepdims=True)
-    norms = jax.lax.stop_gradient(jnp.sqrt(squares))
-    kept = [axis for axis in range(formed.ndim) if axis not in pair.in_axes]
-    order = [(*pair.stack_axes, *pair.out_axes).index(axis) for axis in kept]
-    magnitude = pair.magnitude.astype(formed.dtype).transpose(order)
-    return magnitude.reshape(norms.shape) / norms * formed
+def merged_weight(weight: Any, pair: Any) -> Any:
+    """W0 + scale * a @ b by one einsum, in float32 or float64, and rounded once to W0's type.
+
+    With a magnitude m it is m * V / ||V||, where V is that sum. The norm is taken over the inputs
+    and is a constant for differentiation. A bias of the pair is not part of the weight.
+    """
+    wide = jnp.float64 if weight.dtype == jnp.float64 else jnp.float32
+    letters = lambda axes: "".join(string.ascii_lowercase[axis] for axis in axes)  # noqa: E731
+    stack, every = letters(pair.stack_axes), letters(range(weight.ndim))
+    inputs, outputs = letters(pair.in_axes), letters(pair.out_axes)
+    terms = f"{stack}{inputs}Z,{stack}Z{outputs}"  # Z is the rank
+    factors, scale = (pair.a.astype(wide), pair.b.astype(wide)), jnp.asarray(pair.scale, wide)
+    product = functools.partial(jnp.einsum, precision="highest")
+    if scale.ndim:  # (*stack,)
+        delta = product(f"{terms},{stack}->{every}", *factors, scale)
+    else:
+        delta = product(f"{terms}->{every}", *factors) * scale
+    formed = weight.astype(wide) + delta
+    if pair.magnitude is not None:
+        squares = jnp.sum(formed**2, axis=pair.in_axes, keepdims=True)
+        norms = jax.lax.stop_gradient(jnp.sqrt(squares))
+        ones = jnp.ones_like(formed)  # spread along the inputs, in the order of W0's axes
+        magnitude = product(f"{stack}{outputs},{every}->{every}", pair.magnitude.astype(wide), ones)
+        formed = magnitude / norms * formed
+    return formed.astype(weight.dtype)
 
 
 def random_tree(shapes: Any, seed: int = 1, dtype: Any = jnp.float32) -> Any:

@@ -6,7 +6,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jax_lora as jl
-from tests.lora_cases import assert_bitwise, random_tree, randomized
+from tests.lora_cases import assert_bitwise, merged_tree, random_tree, randomized
 
 X = jnp.ones((64, 32))
 
@@ -225,7 +225,7 @@ def test_in_shards_the_mean_of_output_and_gradient_is_that_of_merged_weights(che
         return jax.jit(jax.value_and_grad(summed))(adapter, tokens)
 
     ours = mean(lambda each, x: run_dropped(apply, tree, each, x))
-    theirs = mean(lambda each, x: x @ jl.merge(tree, each)["kernel"])
+    theirs = mean(lambda each, x: x @ merged_tree(tree, each)["kernel"])
     for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(got, want, atol=0.05 * float(jnp.abs(want).max()))
 

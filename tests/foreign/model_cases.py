@@ -12,7 +12,7 @@ import numpy as np
 
 import jax_lora as jl
 from jax_lora.kernel import Kernel
-from tests.lora_cases import assert_close
+from tests.lora_cases import assert_close, merged_tree
 
 
 def assert_runs_adapted(
@@ -80,7 +80,7 @@ def assert_equals_its_merged_self(fn: Any, tree: Any, adapter: Any, *args: Any) 
         with_lora = jl.lora_apply(fn, on_materialize="allow", form=form)
         return lambda each: with_lora(jl.combine(tree, each), *args)
 
-    theirs = lambda each: fn(jl.merge(tree, each), *args)  # noqa: E731
+    theirs = lambda each: fn(merged_tree(tree, each), *args)  # noqa: E731
     draw = np.random.default_rng(5).standard_normal
     cotangent = jax.tree.map(
         lambda leaf: jnp.asarray(draw(leaf.shape), leaf.dtype), jax.eval_shape(theirs, adapter)

@@ -10,7 +10,7 @@ import pytest
 import jax_lora as jl
 from jax_lora.bundled import data_path, model_path
 from jax_lora.models import load
-from tests.lora_cases import adapt
+from tests.lora_cases import adapt, merged_tree
 
 tokenizers = pytest.importorskip("tokenizers")
 SENTENCE = "The builder of the city sets a new price for every window. The author is silent.\n"
@@ -96,7 +96,7 @@ def test_a_batch_of_training_is_the_same_in_every_form():
     variables = {"params": params}
     tokens = jax.random.randint(jax.random.key(0), (16, 80), 3, 2048)
     adapter = adapt(model.apply, variables, tokens, rank=32, targets="all-linear")
-    merged = model.apply(jl.merge(variables, adapter), tokens)
+    merged = model.apply(merged_tree(variables, adapter), tokens)
     for form in ("auto", "merged", "factored"):
         with_lora = jl.lora_apply(model.apply, form=form, on_materialize="error")
         logits = jax.jit(with_lora)(jl.combine(variables, adapter), tokens)

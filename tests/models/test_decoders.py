@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import jax_lora as jl
 from jax_lora.errors import ModelError
 from jax_lora.models import load, save
+from tests.lora_cases import assert_close, merged_tree
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # Family -> the variant with the most to it, and how many kernels "all-linear" adapts.
@@ -118,9 +119,11 @@ def test_every_kernel_is_found_named_and_adapted_and_merging_changes_nothing(fam
         adapter = jax.tree.map(lambda x: x + 0.1, adapter)  # no B of zeros
         apply = jl.lora_apply(model.apply, on_materialize="error")
         factored = apply(jl.combine(variables, adapter), ids)
-        return factored, model.apply(jl.merge(variables, adapter), ids)
+        merged = merged_tree(variables, adapter)
+        return (jl.merge(variables, adapter), merged), factored, model.apply(merged, ids)
 
-    factored, merged = run(variables)
+    trees, factored, merged = run(variables)
+    assert_close(*trees, 1e-5)
     np.testing.assert_allclose(factored, merged, atol=1e-4)
     assert np.abs(merged - batch(family, variant)[2][:1, :3]).max() > 0.1  # it is not the base
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 import jax_lora as jl
 from jax_lora.errors import ConfigError, ModelError
 from jax_lora.models import load, save
+from tests.lora_cases import assert_close, merged_tree
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 EVERY = [(family, kind) for family in ("bert", "roberta") for kind in ("classifier", "masked_lm")]
@@ -120,10 +121,12 @@ def test_merging_adapters_of_kernels_and_embeddings_changes_nothing(family, kind
         adapter = jax.tree.map(lambda x: x + 0.1, adapter)  # no B of zeros
         apply = jl.lora_apply(model.apply, on_materialize="error")
         factored = apply(jl.combine(variables, adapter), ids)
-        merged = model.apply(jl.merge(variables, adapter), ids)
-        return factored, merged, model.apply(variables, ids)
+        merged = merged_tree(variables, adapter)
+        plain = [model.apply(each, ids) for each in (merged, variables)]
+        return (jl.merge(variables, adapter), merged), factored, *plain
 
-    factored, merged, base = run(variables)
+    trees, factored, merged, base = run(variables)
+    assert_close(*trees, 1e-5)
     np.testing.assert_allclose(factored, merged, atol=1e-4)
     assert np.abs(merged - base).max() > 0.1
 

@@ -13,6 +13,7 @@ import jax_lora as jl
 from jax_lora.errors import ConfigError
 from jax_lora.models import T5, T5Config, generate
 from jax_lora.models.generate import advance, begin
+from tests.lora_cases import assert_close, merged_tree
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GREEDY = load_file(FIXTURES / "generation/greedy.safetensors")
@@ -47,7 +48,8 @@ def test_an_adapter_answers_as_when_it_is_merged(llama):
     adapter = jax.tree.map(lambda leaf: leaf + 0.1, adapter)
     options = {"max_new_tokens": 8, "eos_id": ()}
     base, _ = generate(model, variables, IDS, MASK, **options)
-    merged, _ = generate(model, jl.merge(variables, adapter), IDS, MASK, **options)
+    assert_close(jl.merge(variables, adapter), merged_tree(variables, adapter), 1e-5)
+    merged, _ = generate(model, merged_tree(variables, adapter), IDS, MASK, **options)
     beside, _ = generate(model, jl.combine(variables, adapter), IDS, MASK, **options)
     np.testing.assert_array_equal(beside, merged)
     assert (merged != base).any()

@@ -16,6 +16,7 @@ import jax_lora as jl
 from jax_lora.errors import ConfigError, ModelError
 from jax_lora.models import T5Config, load, replicate_layers, save, untie
 from jax_lora.models.buckets import bucket_table
+from tests.lora_cases import assert_close, merged_tree
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "t5"
 VARIANTS = ["relu", "gated", "gated_tied", "unscaled"]
@@ -147,11 +148,12 @@ def test_every_kernel_is_found_named_and_adapted_and_merging_changes_nothing(var
             jl.lora_apply(model.apply, on_materialize="error"), decoder_input_ids=answers
         )
         factored = apply(jl.combine(variables, adapter), text)
-        merged = jl.merge(variables, adapter)
+        merged = merged_tree(variables, adapter)
         plain = [model.apply(v, text, decoder_input_ids=answers) for v in (merged, variables)]
-        return factored, *plain
+        return (jl.merge(variables, adapter), merged), factored, *plain
 
-    factored, merged, base = run(variables)
+    trees, factored, merged, base = run(variables)
+    assert_close(*trees, 1e-5)
     np.testing.assert_allclose(factored, merged, atol=1e-4)
     assert np.abs(merged - base).max() > 0.1
 

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 import jax_lora as jl
 from jax_lora.errors import AmbiguousKernelError
+from tests.lora_cases import merged_tree
 
 
 class Block(nn.Module):
@@ -49,7 +50,7 @@ def test_kernels_of_several_axes_are_matrices_in_the_file(trained, tmp_path):
     again = jl.peft.load(tmp_path, variables, names=NAMES, kernels=kernels)
     jax.tree.map(np.testing.assert_array_equal, again.pairs, adapter.pairs)
     y = jl.lora_apply(model.apply)(jl.combine(variables, again), x)
-    np.testing.assert_allclose(y, model.apply(jl.merge(variables, adapter), x), rtol=1e-4)
+    np.testing.assert_allclose(y, model.apply(merged_tree(variables, adapter), x), rtol=1e-4)
 
 
 def test_axes_that_the_name_does_not_tell_are_asked_for(trained, tmp_path):

@@ -17,7 +17,8 @@ import jax_lora as jl
 from jax_lora.transform.apply import with_settings
 from jax_lora.transform.interpreter import RULES
 from jax_lora.transform.sites import Settings, Site
-from tests.properties.programs import Program, merged, numbers
+from tests.lora_cases import merged_tree
+from tests.properties.programs import Program, numbers
 
 # Quick to compile matters more than quick to run: every program is compiled once and run once.
 _OPTIONS = {
@@ -136,7 +137,7 @@ def _lora_side(
 
 def _merged_side(program: Program, precision: str | None, tree: Any) -> Callable[..., Any]:
     function = program.function(precision)
-    return lambda adapter, *inputs: function(merged(tree, adapter), *inputs)
+    return lambda adapter, *inputs: function(merged_tree(tree, adapter), *inputs)
 
 
 def _everything(

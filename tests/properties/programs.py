@@ -216,33 +216,6 @@ def numbers(name: str, shape: Shape, size: float = 0.7) -> np.ndarray:
     return size * np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
 
 
-def merged(tree: Any, adapter: Adapter) -> Any:
-    """W0 + scale * a @ b by one einsum for each kernel: nothing of the library takes part."""
-    leaves = dict(tree)
-    for name, pair in adapter.pairs.items():
-        axes = {axis: chr(ord("a") + axis) for axis in range(leaves[name].ndim)}
-        letters = lambda of, axes=axes: "".join(axes[axis] for axis in of)  # noqa: E731
-        stack = letters(pair.stack_axes)
-        terms = f"{stack}{letters(pair.in_axes)}z,{stack}z{letters(pair.out_axes)}"
-        wide = jnp.float64 if leaves[name].dtype == jnp.float64 else jnp.float32
-        a, b = pair.a.astype(wide), pair.b.astype(wide)
-        if isinstance(pair.scale, tuple):
-            each = jnp.asarray(pair.scale, wide)  # (*stack,)
-            delta = jnp.einsum(f"{terms},{stack}->{letters(axes)}", a, b, each)
-        else:
-            delta = jnp.einsum(f"{terms}->{letters(axes)}", a, b) * jnp.asarray(pair.scale, wide)
-        formed = leaves[name].astype(wide) + delta
-        if pair.magnitude is not None:
-            squares = jnp.sum(formed**2, axis=pair.in_axes, keepdims=True)
-            norms = jax.lax.stop_gradient(jnp.sqrt(squares))
-            vector = f"{stack}{letters(pair.out_axes)}"  # each once, whatever their order
-            magnitude = jnp.einsum(f"{vector},{letters(axes)}->{letters(axes)}",
-                pair.magnitude.astype(wide), jnp.ones_like(formed))  # fmt: skip
-            formed = magnitude / norms * formed
-        leaves[name] = formed.astype(leaves[name].dtype)
-    return {**leaves, **{name: value for name, value in adapter.whole.items()}}
-
-
 # -----------------------------------------------------------------------------------------------
 # What programs are written with
 # -----------------------------------------------------------------------------------------------

@@ -76,11 +76,11 @@ def test_a_fault_is_not_taken_for_rounding(precision, monkeypatch):
     program = next(program for program in drawn if program.precision == precision)
     verdict = judge(program)
     assert verdict.failure is None and verdict.moved
-    merged = judging.merged
+    merged_tree = judging.merged_tree
 
     def wrong(tree, adapter):
         pairs = {k: dataclasses.replace(v, b=v.b * 1.1) for k, v in adapter.pairs.items()}
-        return merged(tree, dataclasses.replace(adapter, pairs=pairs))
+        return merged_tree(tree, dataclasses.replace(adapter, pairs=pairs))
 
-    monkeypatch.setattr(judging, "merged", wrong)
+    monkeypatch.setattr(judging, "merged_tree", wrong)
     assert judge(program).failure is not None

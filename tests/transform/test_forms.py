@@ -8,7 +8,7 @@ from jax import lax
 
 import jax_lora as jl
 from jax_lora.transform import forms
-from tests.lora_cases import adapt, assert_bitwise, assert_close, random_tree
+from tests.lora_cases import adapt, assert_bitwise, assert_close, merged_tree, random_tree
 
 
 def sizes(**changes):
@@ -89,7 +89,7 @@ def run(form, adapter, x=X, tree=TREE):
 
 
 def run_merged(adapter, x=X):
-    return model(jl.merge(TREE, adapter), x)
+    return model(merged_tree(TREE, adapter), x)
 
 
 @pytest.mark.parametrize("form", forms.FORMS)
@@ -153,7 +153,7 @@ class TestEveryForm:
         adapter = adapt(gained, TREE, gain, X)
         with_lora = jl.lora_apply(gained, on_materialize="error", form=form)
         ours = lambda gain: (with_lora(jl.combine(TREE, adapter), gain, X) ** 2).sum()  # noqa: E731
-        theirs = lambda gain: (gained(jl.merge(TREE, adapter), gain, X) ** 2).sum()  # noqa: E731
+        theirs = lambda gain: (gained(merged_tree(TREE, adapter), gain, X) ** 2).sum()  # noqa: E731
         assert_close(*jax.jit(lambda: (jax.grad(ours)(gain), jax.grad(theirs)(gain)))(), 1e-4)
 
 
