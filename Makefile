@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: demo test test-quick test-newest test-matrix test-random notebooks explorer lint types format clean
+.PHONY: demo test test-slow test-all test-newest test-matrix test-random notebooks explorer lint types format clean
 
 demo: $(INSTALLED)
 	@DEMO=$(DEMO) BIN=$(BIN) sh scripts/demo.sh
@@ -14,10 +14,13 @@ demo: $(INSTALLED)
 # Each process keeps to neighbouring tests, which share fixtures and compiled programs, till it is idle.
 PYTEST := -m pytest -q -n auto --dist worksteal
 test: $(INSTALLED)
-	$(BIN)/python $(PYTEST)
-
-test-quick: $(INSTALLED)
 	$(BIN)/python $(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python $(PYTEST) -m slow
+
+test-all: $(INSTALLED)
+	$(BIN)/python $(PYTEST)
 
 test-newest:
 	@sh scripts/test_newest.sh

@@ -25,6 +25,7 @@ COMMANDS = [
     for name, text in PAGES.items()
     for line in re.findall(r"^    (?:\$ )?(jax-lora [a-z].*)$", text.replace("\\\n", " "), re.M)
 ]
+TARGETS = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
@@ -73,6 +74,12 @@ def _anchor(heading):
 def test_commands_are_understood(page, command):
     words = [word for word in shlex.split(command)[1:] if word != "..."]
     make_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_make_has_the_targets_that_a_page_names(page):
+    named = re.findall(r"(?:`|^    )make ([a-z][a-z-]*)", PAGES[page], re.M)
+    assert set(named) <= set(TARGETS)
 
 
 def test_every_architecture_is_in_the_table_of_models():
