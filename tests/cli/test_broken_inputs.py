@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -129,8 +130,12 @@ def test_weights_that_are_cut(refused, rows, model_folder, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to(train, capsys, tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied", "adapters")
+    mkdir = Path.mkdir
+
+    def refuse(path, *args, **kwargs):
+        if "adapters" in path.parts:
+            raise PermissionError(13, "Permission denied", "adapters")
+        mkdir(path, *args, **kwargs)
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     assert train() == 2
