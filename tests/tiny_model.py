@@ -63,10 +63,15 @@ TINY = LlamaConfig(
 )
 
 
+def random_params(model, seed=0):
+    """Random parameters; one compiled function instead of one for every operation of `init`."""
+    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A random model and its variables."""
     model = Llama(TINY)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = random_params(model)
     # Larger weights than at the start of training, so that different prompts differ.
     return model, {"params": jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, params)}

@@ -3,12 +3,11 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from jax_lora.cli import main
 from jax_lora.models import Llama, save
-from tests.tiny_model import TINY, write_tokenizer
+from tests.tiny_model import TINY, random_params, write_tokenizer
 
 ROWS = [
     {"prompt": f"how many rows {n}?", "completion": f" count {n}", "seen": n % 2 == 0}
@@ -27,7 +26,7 @@ def promotion():
 def model_folder(tmp_path_factory):
     folder = write_tokenizer(tmp_path_factory.mktemp("model"))
     model = Llama(TINY)
-    save(folder, model, model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    save(folder, model, random_params(model))
     return folder
 
 

@@ -1,13 +1,11 @@
 import io
 import signal
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from jax_lora.cli import main
 from jax_lora.models import Llama, save
-from tests.tiny_model import TINY, write_tokenizer
+from tests.tiny_model import TINY, random_params, write_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -16,7 +14,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 def chat_folder(tmp_path_factory):
     folder = write_tokenizer(tmp_path_factory.mktemp("chat"), template=TEMPLATE)
     model = Llama(TINY)
-    save(folder, model, model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    save(folder, model, random_params(model))
     return folder
 
 

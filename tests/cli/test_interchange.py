@@ -17,7 +17,7 @@ from jax_lora.cli.adapters import Trained
 from jax_lora.cli.base_model import load_base
 from jax_lora.cli.fuse import logit_difference
 from jax_lora.models import Llama
-from tests.tiny_model import TINY
+from tests.tiny_model import TINY, random_params
 
 pytestmark = pytest.mark.slow  # each trains, writes, reads and answers
 
@@ -162,7 +162,7 @@ def test_an_adapter_of_another_shape_of_model_makes_no_run(
     ok("export", "--adapter-path", run_folder, "served")
     other = shutil.copytree(model_folder, tmp_path / "other")
     model = Llama(TINY).clone(config=TINY.__class__(**{**vars(TINY), "num_hidden_layers": 1}))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = random_params(model)
     jl.models.save(other, model, params)
     error = refused(capsys, "import", "served", "--model", "other", "--adapter-path", "made")
     assert "layers.1.self_attn.q_proj" in error

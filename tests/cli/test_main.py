@@ -5,13 +5,11 @@ import shutil
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from jax_lora.cli import main
 from jax_lora.models import Llama, LlamaConfig, save
-from tests.tiny_model import TINY, write_tokenizer
+from tests.tiny_model import TINY, random_params, write_tokenizer
 
 VERBS = ("train", "generate", "chat", "eval", "fuse", "export", "import", "plot")
 
@@ -143,7 +141,7 @@ def test_an_adapter_of_another_base_is_refused(train, model_folder, tmp_path, ca
     assert train() == 0
     other = shutil.copytree(model_folder, tmp_path / "other")
     model = Llama(TINY)
-    save(other, model, model.init(jax.random.key(9), jnp.zeros((1, 4), jnp.int32))["params"])
+    save(other, model, random_params(model, seed=9))
     capsys.readouterr()
     assert main(["eval", str(other)]) == 2
     assert "base" in capsys.readouterr().err
@@ -152,7 +150,7 @@ def test_an_adapter_of_another_base_is_refused(train, model_folder, tmp_path, ca
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, data_folder, capsys):
     folder = write_tokenizer(tmp_path / "model")
     model = Llama(LlamaConfig(**{**vars(TINY), "vocab_size": 20}))
-    save(folder, model, model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+    save(folder, model, random_params(model))
     assert main(["train", str(folder), "--data", str(data_folder)]) == 2
     assert "at most the model's vocabulary of 20" in capsys.readouterr().err
 
