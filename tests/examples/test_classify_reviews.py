@@ -101,6 +101,7 @@ def test_every_row_is_in_one_batch_and_fillers_weigh_nothing(script):
     assert examples.rows[0] == [0, 4, 5, 2]
 
 
+@pytest.mark.slow
 def test_it_learns_reviews_and_writes_what_peft_reads(script, tmp_path, capsys):
     train, dev = script.write_reviews(tmp_path)
     lines = train.read_text(encoding="utf-8").splitlines()
@@ -120,6 +121,7 @@ def test_it_learns_reviews_and_writes_what_peft_reads(script, tmp_path, capsys):
     assert saved["modules_to_save"] == ["classifier.dense", "out_proj"]
 
 
+@pytest.mark.slow
 def test_a_folder_brings_its_own_tokenizer(script, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")

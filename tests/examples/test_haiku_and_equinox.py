@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["haiku_model", "equinox_model"])
 def test_an_adapter_follows_the_turned_picture(script, make):
     outcome = script.fine_tune(getattr(script, make)(), steps=150, rank=4, pretraining=150)

@@ -97,6 +97,7 @@ def test_log_probabilities_are_sums_over_the_answers_tokens(script, small):
     np.testing.assert_allclose(found, by_hand, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_reference_knows_nothing_of_the_adapter(script, small):
     model, variables, pairs, adapter = small
     moved = randomized(adapter)
@@ -111,6 +112,7 @@ def test_the_reference_knows_nothing_of_the_adapter(script, small):
     np.testing.assert_allclose(margin, expected, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_base_has_no_gradient_and_the_adapter_has(script, small):
     model, variables, pairs, adapter = small
     gradient = jax.jit(jax.grad(script.make_loss(model, 0.1), (0, 1), has_aux=True))
@@ -119,6 +121,7 @@ def test_the_base_has_no_gradient_and_the_adapter_has(script, small):
     assert all(leaf.any() for leaf in jax.tree.leaves(of_adapter))
 
 
+@pytest.mark.slow
 def test_a_step_takes_the_base_once(script, small):
     model, variables, pairs, adapter = small
     tx = optax.adam(1e-3)

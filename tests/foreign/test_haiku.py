@@ -32,8 +32,11 @@ def test_attention():
     assert_network_runs_adapted(build, TOKENS, data(2, 7, 6))
 
 
-@pytest.mark.parametrize("core", ["VanillaRNN", "LSTM", "GRU", "DeepRNN"])
-@pytest.mark.parametrize("unroll", ["dynamic_unroll", "static_unroll"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("core", ["VanillaRNN", "LSTM", "GRU", pytest.param("DeepRNN", marks=SLOW)])
+@pytest.mark.parametrize("unroll", ["dynamic_unroll", pytest.param("static_unroll", marks=SLOW)])
 def test_recurrence(core, unroll):
     def build(x):
         make = lambda: hk.DeepRNN([hk.Linear(7), jax.nn.relu, hk.LSTM(6), hk.GRU(5)])  # noqa: E731
@@ -67,6 +70,7 @@ def residual_network(version_2, training):
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version_2", "training"), [(False, True), (True, False)], ids=["v1 training", "v2"]
 )
