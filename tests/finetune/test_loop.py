@@ -117,12 +117,8 @@ def test_the_checkpoint_holds_the_adapter_alone_and_fits_the_base(make_loop, tin
     assert all(np.any(pair.b) for pair in adapter.pairs.values())
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "kind", ["lora", pytest.param("dora", marks=SLOW), pytest.param("full", marks=SLOW)]
-)
+@pytest.mark.slow  # that a resumed run ends in the same bits is a fast test of the command
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(make_loop, log, kind):
     options = {"fine_tune_type": kind, "learning_rate": 3e-3, "save_every": 2}
     options |= {} if kind == "full" else {"dropout": 0.1}
