@@ -16,14 +16,10 @@ import jax_lora as jl
 
 
 def randomized(adapter: Any, seed: int = 0, size: float = 0.3) -> Any:
-    """The same adapter with no zero in it."""
-    leaves, treedef = jax.tree.flatten(adapter)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [
-        (size * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, drawn)
+    """The same adapter with no zero in it; of shapes, an adapter of these shapes."""
+    rng = np.random.default_rng(seed)  # JAX's own would compile a function for every shape
+    draw = lambda leaf: jnp.asarray(size * rng.standard_normal(leaf.shape), leaf.dtype)  # noqa: E731
+    return jax.tree.map(draw, adapter)
 
 
 def merged_tree(tree: Any, adapter: Any) -> Any:
@@ -74,13 +70,12 @@ def merged_weight(weight: Any, pair: Any) -> Any:
 
 def random_tree(shapes: Any, seed: int = 1, dtype: Any = jnp.float32) -> Any:
     """A tree of Gaussian arrays from a tree of shapes."""
-    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda node: isinstance(node, tuple))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [
-        (jax.random.normal(key, shape) / np.sqrt(max(shape[0], 1))).astype(dtype)
-        for key, shape in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, drawn)
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: tuple[int, ...]) -> Any:
+        return jnp.asarray(rng.standard_normal(shape) / np.sqrt(max(shape[0], 1)), dtype)
+
+    return jax.tree.map(draw, shapes, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def adapt(fn: Any, tree: Any, *args: Any, **config: Any) -> Any:
@@ -89,7 +84,8 @@ def adapt(fn: Any, tree: Any, *args: Any, **config: Any) -> Any:
     config.setdefault("targets", list(kernels))
     config.setdefault("rank", 2)
     settings = jl.LoraConfig(**config)
-    return randomized(jl.lora_init(jax.random.key(0), tree, settings, kernels=kernels))
+    init = lambda tree: jl.lora_init(jax.random.key(0), tree, settings, kernels=kernels)  # noqa: E731
+    return randomized(jax.eval_shape(init, tree))
 
 
 def assert_equals_merged(
@@ -110,10 +106,7 @@ def assert_equals_merged(
 
     theirs = lambda each: fn(merged_tree(tree, each), *args)  # noqa: E731
     tangent = randomized(adapter, seed=7)
-    cotangent = jax.tree.map(
-        lambda leaf: jax.random.normal(jax.random.key(5), leaf.shape).astype(leaf.dtype),
-        jax.eval_shape(theirs, adapter),
-    )
+    cotangent = randomized(jax.eval_shape(theirs, adapter), seed=5, size=1.0)
 
     @jax.jit  # one program for all sides and all derivatives: compiling is what tests wait for
     def everything() -> Any:

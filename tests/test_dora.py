@@ -208,6 +208,7 @@ def test_every_magnitude_and_b_gets_a_gradient_at_step_zero_and_the_base_none():
         assert pair.magnitude.all() and pair.b.any() and not pair.a.any()
 
 
+@pytest.mark.slow
 def test_the_derivative_by_the_magnitude_agrees_with_finite_differences():
     with jax.enable_x64(True):
         tree = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), random_tree(SHAPES))

@@ -69,7 +69,7 @@ def test_a_program_prints_as_source_that_can_be_pasted():
     compile(program.source(), "pasted", "exec")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_fault_is_not_taken_for_rounding(precision, monkeypatch):
     """Roundings are forgiven where merged weights make them too; a wrong factor is not."""
     drawn = (draw_program(0, number, FORMS) for number in range(500))
