@@ -179,7 +179,7 @@ def _check_second_order():
     }.values():
         tree = {"w": random_tree(shape).astype(jnp.float64)}
         x = jax.random.normal(jax.random.key(1), (2, 3), jnp.float64)
-        adapter = adapt(fn, tree, x, dtype="float64")
+        adapter = randomized(adapt(fn, tree, x, dtype="float64"), size=0.1)
         run = jl.lora_apply(fn, on_materialize="error")
         check_grads(
             lambda each, run=run, tree=tree, x=x: run(jl.combine(tree, each), x),

@@ -57,7 +57,7 @@ class Decoder(nn.Module):
 
 def decoder(dtype=jnp.float32):
     model = Decoder(dtype)
-    return model, model.init(jax.random.key(0), TOKENS)
+    return model, jax.jit(model.init)(jax.random.key(0), TOKENS)
 
 
 # Flax's LayerNorm and Optax's schedules mix types themselves: with them, JAX's usual promotion.
