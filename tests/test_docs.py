@@ -29,7 +29,8 @@ TARGETS = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
-LONG = ("docs/models.md",)  # pages whose code takes long to compile
+# Pages whose code takes long to compile.
+LONG = ("docs/coming_from.md", "docs/models.md", "docs/symptoms.md")
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,10 @@ def run_dropped(apply, tree, adapter, x=X, seed=1):
     return jl.lora_apply(apply, on_materialize="error")(combined, x)
 
 
-check_or_not = pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
+check_or_not = pytest.mark.parametrize(
+    "check",
+    [pytest.param(True, id="checked"), pytest.param(False, id="unchecked", marks=pytest.mark.slow)],
+)
 
 
 @check_or_not

@@ -55,7 +55,7 @@ def test_attention_with_rotated_heads():
     assert_module_runs_adapted(make, TOKENS, call=call)
 
 
-@pytest.mark.parametrize("cell", ["GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("cell", ["GRUCell", pytest.param("LSTMCell", marks=pytest.mark.slow)])
 def test_recurrence(cell):
     def scan(model, x):
         start = (jnp.zeros(6), jnp.zeros(6)) if cell == "LSTMCell" else jnp.zeros(6)

@@ -35,7 +35,9 @@ def test_attention():
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("core", ["VanillaRNN", "LSTM", "GRU", pytest.param("DeepRNN", marks=SLOW)])
+@pytest.mark.parametrize(
+    "core", ["LSTM", "GRU", *(pytest.param(n, marks=SLOW) for n in ("VanillaRNN", "DeepRNN"))]
+)
 @pytest.mark.parametrize("unroll", ["dynamic_unroll", pytest.param("static_unroll", marks=SLOW)])
 def test_recurrence(core, unroll):
     def build(x):

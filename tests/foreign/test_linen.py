@@ -53,7 +53,12 @@ def test_attention_that_decodes_from_a_cache():
 
 
 @pytest.mark.parametrize(
-    "cell", [nn.LSTMCell, nn.GRUCell, nn.MGUCell], ids=lambda cell: cell.__name__
+    "cell",
+    [
+        nn.LSTMCell,
+        *(pytest.param(cell, marks=pytest.mark.slow) for cell in (nn.GRUCell, nn.MGUCell)),
+    ],
+    ids=lambda cell: cell.__name__,
 )
 def test_recurrence(cell):
     assert_module_runs_adapted(nn.RNN(cell(features=6)), TOKENS)

@@ -52,7 +52,12 @@ def test_attention_that_decodes_from_a_cache():
 
 
 @pytest.mark.parametrize(
-    "cell", [nnx.LSTMCell, nnx.GRUCell, nnx.SimpleCell], ids=lambda cell: cell.__name__
+    "cell",
+    [
+        nnx.LSTMCell,
+        *(pytest.param(cell, marks=pytest.mark.slow) for cell in (nnx.GRUCell, nnx.SimpleCell)),
+    ],
+    ids=lambda cell: cell.__name__,
 )
 def test_recurrence(cell):
     assert_module_runs_adapted(lambda rngs: nnx.RNN(cell(8, 6, rngs=rngs), rngs=rngs), TOKENS)

@@ -90,6 +90,7 @@ def test_paths_lead_to_what_is_bundled():
     assert (data_path() / "train.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_a_batch_of_training_is_the_same_in_every_form():
     # As many tokens and as high a rank as the bundled task has: sizes at which a kernel is merged.
     model, params = load(model_path(), dtype="float32")

@@ -7,8 +7,16 @@ import jax_lora as jl
 
 from .peft_cases import CASES, expected_of, load_case, logits_of
 
+# Adapters with a feature that another case has as well; that all are read is a fast test of `save`.
+VARIANTS = (
+    "bfloat16", "dora_embedding", "head", "patterns", "replication", "router", "tied_embedding",
+    "tokens_tied",
+)  # fmt: skip
 
-@pytest.mark.parametrize("case", CASES)
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(each, marks=[pytest.mark.slow] * (each in VARIANTS)) for each in CASES]
+)
 def test_logits_equal_pytorchs_with_the_adapter_beside_the_base_and_merged_into_it(case):
     model, variables, adapter = load_case(case)
     ids, expected = expected_of(case)

@@ -158,7 +158,10 @@ class TestEveryForm:
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (256, 256), (256, 448), (384, 1024), (512, 512)])
-@pytest.mark.parametrize("rank", [1, 8, 9, 32])
+@pytest.mark.parametrize(
+    "rank",
+    [pytest.param(1, marks=pytest.mark.slow), 8, 9, pytest.param(32, marks=pytest.mark.slow)],
+)
 def test_the_merged_form_is_right_at_the_sizes_of_real_kernels(shape, rank):
     # XLA for CPU once fused the sum over the rank into the product, and gave wrong numbers.
     keys = jax.random.split(jax.random.key(0), 4)
