@@ -128,6 +128,7 @@ CASES = [
 STATES = [dict(zip(FIELDS, case, strict=True)) for case in CASES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", STATES, ids=[state["model"] for state in STATES])
 def test_its_numbers_are_the_librarys(builder, browser, state):
     got = open_page(browser, **state)
@@ -154,6 +155,7 @@ def test_its_numbers_are_the_librarys(builder, browser, state):
     assert browser.find_element("id", "flops").text == show_count(expected["LoRA"].flops)
 
 
+@pytest.mark.slow
 def test_the_kernel_of_the_paper(browser):
     open_page(browser, model="llama-2-7b", kernel="layers/attn/q_proj/kernel", rank=8)
     headline = browser.find_element("id", "headline")
@@ -162,6 +164,7 @@ def test_the_kernel_of_the_paper(browser):
     assert (pair, whole, spared) == (65536, 16777216, 1 - 65536 / 16777216)
 
 
+@pytest.mark.slow
 def test_the_matrices_are_drawn_to_scale(browser):
     open_page(browser, model="llama-3-8b", kernel="layers/mlp/down_proj/kernel", rank=1024)
     boxes = browser.execute_script(
@@ -173,6 +176,7 @@ def test_the_matrices_are_drawn_to_scale(browser):
         assert box == pytest.approx([unit * size for size in shape])
 
 
+@pytest.mark.slow
 def test_it_works_by_keyboard_alone(browser):
     from selenium.webdriver.common.keys import Keys
 
@@ -209,12 +213,14 @@ def test_it_works_by_keyboard_alone(browser):
     assert browser.find_element("id", "table").is_displayed()
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name(browser):
     open_page(browser)
     for control in browser.find_elements("css selector", "input, select, button"):
         assert control.accessible_name.strip()
 
 
+@pytest.mark.slow
 def test_an_address_with_nonsense_shows_something_that_exists(browser):
     got = open_page(
         browser,
@@ -229,6 +235,7 @@ def test_an_address_with_nonsense_shows_something_that_exists(browser):
     assert browser.find_element("id", "rank-number").get_attribute("value") == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_it_fits_the_screen_and_can_be_read(browser, width, scheme):
@@ -270,6 +277,7 @@ def luminance(colour):
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
+@pytest.mark.slow
 def test_nothing_is_requested_and_nothing_goes_wrong(browser):
     for log in ("browser", "performance"):  # what earlier tests left in them
         browser.get_log(log)

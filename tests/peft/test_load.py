@@ -7,7 +7,7 @@ import jax_lora as jl
 
 from .peft_cases import CASES, expected_of, load_case, logits_of
 
-# Adapters with a feature that another case has as well; that all are read is a fast test of `save`.
+# Every case is read by a fast test of `save`; the logits of these are compared by `make test-slow`.
 VARIANTS = (
     "bfloat16", "dora_embedding", "head", "patterns", "replication", "router", "tied_embedding",
     "tokens_tied",
