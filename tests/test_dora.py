@@ -143,7 +143,12 @@ def dora_of(tree, **config):
     reason="XLA then rounds tanh(x) and tanh(x * 1) differently",
 )
 @pytest.mark.parametrize(
-    ("dtype", "jitted"), [("float32", False), ("float32", True), ("bfloat16", True)]
+    ("dtype", "jitted"),
+    [
+        pytest.param("float32", False, marks=pytest.mark.slow),
+        ("float32", True),
+        ("bfloat16", True),
+    ],
 )
 def test_step_zero_is_the_base_bit_by_bit(dtype, jitted):
     wrap = jax.jit if jitted else lambda fn: fn

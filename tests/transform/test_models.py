@@ -97,7 +97,7 @@ def test_all_linear_adapts_every_dense_kernel_of_the_decoder():
 
 @mixed_types
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("jitted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_step_zero_is_the_base_model_bit_by_bit(dtype, jitted):
     model, variables = decoder(dtype)
     kernels = jl.find_kernels(model.apply, variables, TOKENS)
