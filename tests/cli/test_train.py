@@ -89,6 +89,7 @@ def test_presets_stand_below_what_is_typed(train, tmp_path):
     assert {*PRESETS["mlx"]} <= {*chosen}
 
 
+@pytest.mark.slow
 def test_what_is_typed_takes_the_place_of_its_rival(train, tmp_path):
     assert train("--preset", "mlx", "--alpha", "8") == 0
     assert (config(tmp_path / "adapters")["alpha"], config(tmp_path / "adapters")["scale"]) == (

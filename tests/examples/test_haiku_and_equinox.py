@@ -12,6 +12,7 @@ def test_an_adapter_follows_the_turned_picture(script, make):
     assert outcome.base_unchanged
 
 
+@pytest.mark.slow
 def test_the_axes_of_each_library_are_found_and_shown(script, capsys):
     script.main(["--steps", "1", "--pretraining", "1"])
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]

@@ -178,6 +178,7 @@ def test_the_best_checkpoint_is_saved_unless_that_is_not_wanted(make_loop, tmp_p
     assert names("yes") == ["step-000003", "step-000005"] and names("no") == ["step-000005"]
 
 
+@pytest.mark.slow
 def test_one_layer_out_of_two_is_adapted_on_demand(make_loop, tiny):
     _, variables = tiny
     result = make_loop(num_layers=1, iters=2).train()

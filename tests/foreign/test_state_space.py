@@ -49,7 +49,11 @@ class SelectiveStateSpace(nn.Module):
         return nn.Dense(D, use_bias=False, name="out_proj")(y * nn.silu(gate))
 
 
-@pytest.mark.parametrize("recur", [in_parallel, step_by_step], ids=lambda recur: recur.__name__)
+@pytest.mark.parametrize(
+    "recur",
+    [pytest.param(in_parallel, marks=pytest.mark.slow), step_by_step],
+    ids=lambda recur: recur.__name__,
+)
 def test_state_space_block(recur):
     module = SelectiveStateSpace(recur)
     variables = drawn(jax.eval_shape(module.init, jax.random.key(0), TOKENS))

@@ -107,7 +107,10 @@ def test_every_kernel_is_found_and_named_and_all_but_the_head_is_linear(family, 
     assert not heads & set(adapter.pairs)
 
 
-@pytest.mark.parametrize(("family", "kind"), [("bert", "masked_lm"), ("roberta", "classifier")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("bert", "masked_lm"), pytest.param("roberta", "classifier", marks=pytest.mark.slow)],
+)
 def test_merging_adapters_of_kernels_and_embeddings_changes_nothing(family, kind):
     model, params, _ = loaded(family, kind)
     variables, ids = {"params": params}, batch(family, kind)[0][:1, :3]

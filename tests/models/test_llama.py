@@ -146,7 +146,7 @@ def test_hidden_states_then_unembed_are_the_logits(tiny):
     np.testing.assert_array_equal(logits, run(model, params, ids))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bfloat16_parameters_give_bfloat16_logits_near_float32(tied):
     config = LlamaConfig(**{**TINY.__dict__, "tie_word_embeddings": tied, "initializer_range": 0.1})
     ids = jnp.array([[3, 4, 5, 6]], jnp.int32)

@@ -128,7 +128,9 @@ def test_tokens_three_at_a_time_through_a_cache_get_pytorchs_logits():
     np.testing.assert_allclose(run(params)[real], expected[real], atol=1e-4)
 
 
-@pytest.mark.parametrize(("variant", "count"), [("relu", 16), ("gated", 18)])
+@pytest.mark.parametrize(
+    ("variant", "count"), [pytest.param("relu", 16, marks=pytest.mark.slow), ("gated", 18)]
+)
 def test_every_kernel_is_found_named_and_adapted_and_merging_changes_nothing(variant, count):
     model, params = loaded(variant)
     variables, (inputs, _, _, _) = {"params": params}, batch(variant)

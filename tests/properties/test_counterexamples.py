@@ -84,6 +84,7 @@ def test_a_rounding_that_the_flat_end_of_a_tanh_makes_large_is_no_fault():
     hold(program, kernels, inputs, "0/7447", precision="float32", outer="data")
 
 
+@pytest.mark.slow
 def test_what_xla_makes_of_a_slice_of_a_slice_is_not_held_against_the_library():
     # Of b's first columns, the last. XLA (jax 0.10, 0.11) makes one slice of the two, and forgets
     # where the inner one ends (openxla/xla issue 49121). Merged weights happen to be spared here.

@@ -148,6 +148,7 @@ def _update(tx, loss, adapter, state):
     return optax.apply_updates(adapter, updates), state
 
 
+@pytest.mark.slow
 def test_differentiating_the_whole_tree_costs_what_the_adapter_alone_costs():
     model, variables = decoder()
     kernels = jl.find_kernels(model.apply, variables, TOKENS)
