@@ -3,9 +3,10 @@
 # Run by `make test-newest`. Without such an interpreter it says so and succeeds. With the word `setup`
 # it makes the environment and stops.
 #
-# It takes what touches JAX most and what uses all of the rest: transform, models, PEFT's files, the
-# commands. Left to `make test` is what is no part of the library (benchmarks, examples, notebooks,
-# pages), knows nothing of JAX (rows, reports), or is met by the commands or `make test-matrix` too.
+# It runs the tests of what touches JAX most and of what uses all of the rest: transform, models, PEFT's
+# files, the commands. `make test` and `make test-slow` alone test what is not part of the library
+# (benchmarks, examples, notebooks, pages), what does not use JAX (rows, reports), and what the commands
+# or `make test-matrix` cover too.
 # XLA optimises little here, as in `make test-matrix`: what a new JAX changes are its interfaces.
 set -eu
 VENV=.venv-newest
