@@ -74,9 +74,8 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, context: Context, memory: Memory | None
     ) -> tuple[jax.Array, Memory | None]:
-        """x: (batch * tokens, hidden) -> the same shape, and the layer's cache if it has one."""
-        batch, tokens, _ = context.cos.shape
-        heads = (batch, tokens, -1, self.config.head_dim)
+        """x: (batch, tokens, hidden) -> the same shape, and the layer's cache if it has one."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (part.reshape(heads) for part in self._project(x))  # (b, t, h or g, d)
         if self.qk_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -86,7 +85,7 @@ class Attention(nn.Module):
             memory = remember(memory, k, v, context.filled)
             k, v = (part.astype(x.dtype) for part in memory)  # (b, length, g, d)
         y = attend(q, k, v, context.mask, scale=self.scale, soft_cap=self.soft_cap)
-        return self.o_proj(y.reshape(batch * tokens, -1)), memory
+        return self.o_proj(y.reshape(*x.shape[:2], -1)), memory
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         if not self.fused:

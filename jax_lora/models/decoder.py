@@ -49,7 +49,7 @@ class DecoderLayer(nn.Module):
     def block(
         self, x: jax.Array, context: Context, memory: Memory | None
     ) -> tuple[jax.Array, Memory | None]:
-        """x: (batch * tokens, hidden) -> the same shape, and the layer's cache if it has one."""
+        """x: (batch, tokens, hidden) -> the same shape, and the layer's cache if it has one."""
         raise NotImplementedError
 
     def __call__(
@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
         """Scanned, so it returns (carry, this layer's output).
 
         Args:
-          x: (batch * tokens, hidden).
+          x: (batch, tokens, hidden).
           contexts: What every layer shares; with several kinds of layers, stacked by kind.
           memory: The layer's cache, or None.
           kind: int32 scalar, which of the kinds this layer is; None if there is one kind only.
@@ -105,7 +105,7 @@ class Decoder(StandsInFiles, nn.Module):
         return RMSNorm(self.config.rms_norm_eps, param_dtype=self.param_dtype)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
-        """(tokens,) integers -> (tokens, hidden)."""
+        """(batch, tokens) integers -> (batch, tokens, hidden)."""
         return self.embed_tokens(input_ids)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -170,13 +170,11 @@ class Decoder(StandsInFiles, nn.Module):
         keys = input_ids.shape[1] if cache is None else cache.keys.shape[2]
         given = (attention_mask, segment_ids, filled)
         contexts, kinds = _contexts(self.config, positions, keys, given)
-        # Tokens of all rows in one axis: 2-D products are what XLA's CPU backward is fastest at.
-        x = self.embed(input_ids.reshape(-1))  # (batch * tokens, hidden)
+        x = self.embed(input_ids)  # (batch, tokens, hidden)
         memory = None if cache is None else (cache.keys, cache.values)
         x, memory = self.layers(x, contexts, memory, kinds)
         x = self.norm(x)
         y = x if return_hidden else self.unembed(x)
-        y = y.reshape(*input_ids.shape, -1)  # (batch, tokens, vocabulary or hidden)
         if cache is None or memory is None:
             return y
         return y, KVCache(*memory, filled=cache.filled + jnp.int32(input_ids.shape[1]))

@@ -155,10 +155,9 @@ class _Attention(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """x: (batch, tokens, hidden) -> the same shape."""
         heads = (*x.shape[:2], self.config.num_attention_heads, -1)
-        flat = x.reshape(-1, x.shape[-1])  # (batch * tokens, hidden)
-        q, k, v = (part(flat).reshape(heads) for part in (self.query, self.key, self.value))
+        q, k, v = (part(x).reshape(heads) for part in (self.query, self.key, self.value))
         y = attend(q, k, v, mask)  # (batch, tokens, heads, channels)
-        return self.output(y.reshape(flat.shape)).reshape(x.shape)
+        return self.output(y.reshape(x.shape))
 
 
 class _MLP(nn.Module):
@@ -172,8 +171,7 @@ class _MLP(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (batch, tokens, hidden) -> the same shape."""
-        inner = self.intermediate(x.reshape(-1, x.shape[-1]))  # (batch * tokens, intermediate)
-        return self.output(ACTIVATIONS[self.config.hidden_act](inner)).reshape(x.shape)
+        return self.output(ACTIVATIONS[self.config.hidden_act](self.intermediate(x)))
 
 
 class EncoderLayer(nn.Module):
@@ -207,10 +205,8 @@ class MaskedLMHead(nn.Module):
 
     def __call__(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """x: (batch, tokens, hidden) -> (batch, tokens, vocabulary)."""
-        flat = self.norm(self.activation(self.dense(x.reshape(-1, x.shape[-1]))))
-        logits = attend(flat)  # (batch * tokens, vocabulary)
-        logits = logits + self.bias.astype(logits.dtype)[None]
-        return logits.reshape(*x.shape[:2], -1)
+        logits = attend(self.norm(self.activation(self.dense(x))))
+        return logits + self.bias.astype(logits.dtype)[None, None]
 
 
 class Encoder(StandsInFiles, nn.Module):

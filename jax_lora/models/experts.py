@@ -56,8 +56,8 @@ class SparseMLP(nn.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (tokens, hidden) -> the same shape."""
-        weights, indices = route(self.gate(x), self.chosen, self.normalised)  # (tokens, chosen)
+        """x: (batch, tokens, hidden) -> the same shape."""
+        weights, indices = route(self.gate(x), self.chosen, self.normalised)
         return self.expert_stack(x, weights, indices)
 
 
@@ -74,12 +74,12 @@ class Experts(nn.Module):
         """Send each token to its experts and add up what they say.
 
         Args:
-          x: (tokens, hidden).
-          weights: (tokens, chosen) float32.
-          indices: (tokens, chosen) int32, each token's experts.
+          x: (batch, tokens, hidden).
+          weights: (batch, tokens, chosen) float32.
+          indices: (batch, tokens, chosen) int32, each token's experts.
 
         Returns:
-          (tokens, hidden), in x's dtype.
+          (batch, tokens, hidden), in x's dtype.
         """
         initial = nn.initializers.normal(self.config.initializer_range)
         shapes = {
@@ -90,28 +90,28 @@ class Experts(nn.Module):
             self.param(name, initial, shape, self.param_dtype).astype(x.dtype)
             for name, shape in shapes.items()
         )
-        tokens, chosen = indices.shape
-        visits = indices.reshape(-1)  # (tokens * chosen,), which expert
+        chosen = indices.shape[-1]
+        visits = indices.reshape(-1)  # (batch * tokens * chosen,), which expert
         order = jnp.argsort(visits)  # stable: the visits to expert 0 first, in order of tokens
         sizes = jnp.zeros(self.experts, jnp.int32).at[visits].add(1)
-        rows = x[order // chosen]  # (tokens * chosen, hidden)
+        rows = x.reshape(-1, x.shape[-1])[order // chosen]  # (visits, hidden), sorted by expert
         gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
-        hidden = ACTIVATIONS[self.config.hidden_act](gate) * up  # (tokens * chosen, width)
-        said = jax.lax.ragged_dot(hidden, down, sizes)  # (tokens * chosen, hidden)
-        said = said[jnp.argsort(order)].reshape(tokens, chosen, -1)  # by token again
-        return jnp.einsum("tc,tch->th", weights, said.astype(jnp.float32)).astype(x.dtype)
+        hidden = ACTIVATIONS[self.config.hidden_act](gate) * up  # (visits, width)
+        said = jax.lax.ragged_dot(hidden, down, sizes)  # (visits, hidden)
+        said = said[jnp.argsort(order)].reshape(*indices.shape, -1)  # by token again
+        return jnp.einsum("btc,btch->bth", weights, said.astype(jnp.float32)).astype(x.dtype)
 
 
 def route(logits: jax.Array, chosen: int, normalised: bool) -> tuple[jax.Array, jax.Array]:
     """Choose the most probable experts of every token.
 
     Args:
-      logits: (tokens, experts).
+      logits: (..., experts).
       chosen: how many each token visits.
       normalised: whether their weights are made to sum to 1.
 
     Returns:
-      Weights (tokens, chosen), float32 whatever the logits are, and the experts' indices.
+      Weights (..., chosen), always float32, and the experts' indices, of the same shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,7 +122,7 @@ def route(logits: jax.Array, chosen: int, normalised: bool) -> tuple[jax.Array, 
       (1, 2)
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, indices = jax.lax.top_k(probabilities, chosen)  # (tokens, chosen)
+    weights, indices = jax.lax.top_k(probabilities, chosen)  # (..., chosen)
     if normalised:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return weights, indices

@@ -82,7 +82,7 @@ class GemmaDecoder(Decoder):
         return gemma_norm(self.config, self.param_dtype)
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
-        """(tokens,) integers -> (tokens, hidden): sqrt(hidden) times the table's rows."""
+        """(batch, tokens) integers -> (batch, tokens, hidden): table rows times sqrt(hidden)."""
         x = self.embed_tokens(input_ids)
         return x * jnp.float32(math.sqrt(self.config.hidden_size)).astype(x.dtype)
 

@@ -100,7 +100,7 @@ class _Attention(nn.Module):
     ) -> tuple[jax.Array, Memory | None]:
         """x: (batch, tokens, hidden) -> the same shape, and the layer's cache if it has one."""
         c = self.config
-        qkv = self.c_attn(x.reshape(-1, c.n_embd))  # (batch * tokens, 3 * hidden)
+        qkv = self.c_attn(x)  # (batch, tokens, 3 * hidden)
         heads = (*x.shape[:2], c.n_head, c.head_dim)
         q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))  # (b, t, h, d)
         if number is not None:  # dividing queries divides their scores
@@ -110,7 +110,7 @@ class _Attention(nn.Module):
             k, v = (part.astype(x.dtype) for part in memory)  # (b, length, h, d)
         scale = None if c.scale_attn_weights else 1.0
         y = attend(q, k, v, shared.mask, scale=scale)
-        return self.c_proj(y.reshape(-1, c.n_embd)).reshape(x.shape), memory
+        return self.c_proj(y.reshape(x.shape)), memory
 
 
 class _MLP(nn.Module):
@@ -124,9 +124,7 @@ class _MLP(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (batch, tokens, hidden) -> the same shape."""
-        inner = self.c_fc(x.reshape(-1, x.shape[-1]))  # (batch * tokens, inner)
-        y = self.c_proj(ACTIVATIONS[self.config.activation_function](inner))
-        return y.reshape(x.shape)
+        return self.c_proj(ACTIVATIONS[self.config.activation_function](self.c_fc(x)))
 
 
 class GPT2Layer(nn.Module):

@@ -27,7 +27,7 @@ class PreNormLayer(DecoderLayer):
     def block(
         self, x: jax.Array, context: Context, memory: Memory | None
     ) -> tuple[jax.Array, Memory | None]:
-        """x: (batch * tokens, hidden) -> the same shape, and the layer's cache if it has one."""
+        """x: (batch, tokens, hidden) -> the same shape, and the layer's cache if it has one."""
         attended, memory = self.attn(self.input_norm(x), context, memory)
         x = x + attended
         return x + self.mlp(self.post_attention_norm(x)), memory
@@ -50,7 +50,7 @@ class SandwichLayer(DecoderLayer):
     def block(
         self, x: jax.Array, context: Context, memory: Memory | None
     ) -> tuple[jax.Array, Memory | None]:
-        """x: (batch * tokens, hidden) -> the same shape, and the layer's cache if it has one."""
+        """x: (batch, tokens, hidden) -> the same shape, and the layer's cache if it has one."""
         attended, memory = self.attn(self.input_norm(x), context, memory)
         x = x + self.post_attention_norm(attended)
         fed = self.mlp(self.pre_feedforward_norm(x))

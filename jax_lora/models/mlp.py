@@ -37,9 +37,9 @@ class GatedMLP(nn.Module):
         self.down_proj = linear(c, c.hidden_size, self.bias, self.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (tokens, hidden) -> the same shape."""
+        """x: (batch, tokens, hidden) -> the same shape."""
         if self.fused:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)  # (tokens, intermediate) each
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)  # (b, t, intermediate) each
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(ACTIVATIONS[self.config.hidden_act](gate) * up)

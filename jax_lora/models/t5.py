@@ -167,20 +167,19 @@ class _Attention(nn.Module):
     def remembered(self, x: jax.Array) -> Memory:
         """Keys and values of x: (batch, keys, d_model) -> (batch, keys, heads, d_kv) each."""
         heads = (*x.shape[:2], self.config.num_heads, self.config.d_kv)
-        flat = x.reshape(-1, x.shape[-1])  # (batch * keys, d_model)
-        return self.k(flat).reshape(heads), self.v(flat).reshape(heads)
+        return self.k(x).reshape(heads), self.v(x).reshape(heads)
 
     def __call__(
         self, x: jax.Array, memory: Memory, bias: jax.Array | None, mask: jax.Array | None
     ) -> jax.Array:
         """x: (batch, queries, d_model) -> the same shape."""
         heads = (*x.shape[:2], self.config.num_heads, self.config.d_kv)
-        q = self.q(x.reshape(-1, x.shape[-1])).reshape(heads)
+        q = self.q(x).reshape(heads)
         k, v = (part.astype(x.dtype) for part in memory)
         # Its own promotion of bfloat16 scores to float32 is refused by strict dtype promotion.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=1.0)
-        return self.o(y.reshape(-1, heads[2] * heads[3])).reshape(x.shape)
+        return self.o(y.reshape(*x.shape[:2], -1))
 
 
 class _MLP(nn.Module):
@@ -199,12 +198,11 @@ class _MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: (batch, tokens, d_model) -> the same shape."""
         activation = ACTIVATIONS[self.config.dense_act_fn]
-        flat = x.reshape(-1, x.shape[-1])  # (batch * tokens, d_model)
         if self.config.is_gated_act:
-            inner = activation(self.wi_0(flat)) * self.wi_1(flat)  # (batch * tokens, d_ff)
+            inner = activation(self.wi_0(x)) * self.wi_1(x)  # (batch, tokens, d_ff)
         else:
-            inner = activation(self.wi(flat))
-        return self.wo(inner).reshape(x.shape)
+            inner = activation(self.wi(x))
+        return self.wo(inner)
 
 
 class T5Layer(nn.Module):

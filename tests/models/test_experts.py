@@ -19,7 +19,7 @@ CONFIG = MixtralConfig(
     hidden_size=8, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5
 )
 PART = SparseMLP(CONFIG, jnp.float32, experts=4, chosen=2, width=6, normalised=True)
-TOKENS = jax.random.normal(jax.random.key(1), (5, 8))
+TOKENS = jax.random.normal(jax.random.key(1), (2, 5, 8))  # (batch, tokens, hidden)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def one_by_one(params, tokens, normalised=True):
     """The same, a token and an expert at a time."""
     gate_up, down = (np.asarray(params["experts"][k]) for k in ("gate_up_proj", "down_proj"))
     answers = []
-    for token in np.asarray(tokens):
+    for token in np.asarray(tokens).reshape(-1, 8):
         logits = token @ np.asarray(params["gate"]["kernel"])
         weights = np.exp(logits) / np.exp(logits).sum()
         chosen = np.argsort(-weights)[:2]
@@ -42,7 +42,7 @@ def one_by_one(params, tokens, normalised=True):
             hidden = gate / (1 + np.exp(-gate)) * up
             answer += weights[expert] / total * (hidden @ down[expert])
         answers.append(answer)
-    return np.stack(answers)
+    return np.stack(answers).reshape(tokens.shape)
 
 
 @pytest.mark.parametrize("normalised", [True, False])
@@ -53,7 +53,7 @@ def test_experts_together_equal_experts_one_by_one(params, normalised):
 
 
 def test_no_token_is_dropped_when_all_choose_the_same_experts(params):
-    same = jnp.repeat(TOKENS[:1], 50, axis=0)
+    same = jnp.broadcast_to(TOKENS[:1, :1], (2, 50, 8))
     together = jax.jit(PART.apply)({"params": params}, same)
     np.testing.assert_allclose(together, one_by_one(params, same), atol=1e-5)
 
