@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jax_lora import errors, paths
-from jax_lora.adapter import Adapter, LoraWeight, RowsWeight, WholeWeight, combine, partition
+from jax_lora.adapter import Adapter, LoraWeight, combine, partition
+from jax_lora.algebra.base_weight import Recipe
 from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.config import LoraConfig
 from jax_lora.dropout import dropout
@@ -19,10 +20,10 @@ from jax_lora.init import lora_init
 from jax_lora.kernel import Kernel
 from jax_lora.merge import merge, unmerge
 from jax_lora.optimizers import lora_plus, masked_optimizer, trainable_mask
-from jax_lora.pair import LoraPair
+from jax_lora.quantize import QuantizedWeight, dequantize, quantize
 from jax_lora.summary import summary
-from jax_lora.token_rows import TokenRows
 from jax_lora.transform import explain, find_kernels, lora_apply
+from jax_lora.updates import LoraPair, TokenRows
 
 if TYPE_CHECKING:
     from jax_lora import models, peft
@@ -35,10 +36,11 @@ __all__ = (
     "LoraConfig",
     "LoraPair",
     "LoraWeight",
-    "RowsWeight",
+    "QuantizedWeight",
+    "Recipe",
     "TokenRows",
-    "WholeWeight",
     "combine",
+    "dequantize",
     "dropout",
     "errors",
     "explain",
@@ -53,6 +55,7 @@ __all__ = (
     "partition",
     "paths",
     "peft",
+    "quantize",
     "save_adapter",
     "summary",
     "trainable_mask",

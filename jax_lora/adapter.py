@@ -1,4 +1,4 @@
-"""Adapter: a small pytree with one pair (a, b) per adapted kernel; combine and partition.
+"""Adapter: a small pytree of updates, one per adapted leaf; combine and partition.
 
 params  --combine(params, adapter)-->  params with LoraWeight leaves  --partition-->  both again
 """
@@ -6,27 +6,50 @@ params  --combine(params, adapter)-->  params with LoraWeight leaves  --partitio
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
 
-from jax_lora import dora, paths
+from jax_lora import flax_state, paths
+from jax_lora.algebra.base_weight import Recipe
+from jax_lora.algebra.low_rank import static
 from jax_lora.config import LoraConfig
 from jax_lora.errors import StructureError, explain
-from jax_lora.lowrank import LowRank
-from jax_lora.pair import LoraPair, static
-from jax_lora.token_rows import TokenRows
+from jax_lora.updates import LoraPair, TokenRows, Update, WholeLeaf
 
 
-class _NoArray:
-    """A leaf that is no array by itself: whoever computes with it is told what to call."""
+@flax_state.node
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraWeight:
+    """A leaf of the parameters with an adapter: a frozen base and a trainable update.
 
-    path: str
+    Args:
+      base: The frozen leaf: an array or a `Recipe`.
+      update: What is trained: a `LoraPair`, a `WholeLeaf` or `TokenRows`.
+      dropout_key: Key that switches dropout on, or None.
+      config: The adapter's configuration.
+      path: The leaf's own path.
+    """
+
+    base: Any
+    update: Any
+    dropout_key: Any
+    config: LoraConfig = static()
+    path: str = static()
+
+    def __post_init__(self) -> None:
+        """Let Flax's serialization know this node."""
+        flax_state.register()
+
+    @property
+    def pair(self) -> Any:
+        """The update of a leaf that has a `LoraPair`."""
+        return self.update
 
     def __jax_array__(self) -> NoReturn:
-        """Refuse, where JAX asks for an array in its place.
+        """Refuse, where JAX asks for an array instead.
 
         Raises:
           StructureError: Always.
@@ -41,72 +64,17 @@ class _NoArray:
         )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoraWeight(_NoArray):
-    """A leaf that stands for W0 + scale * a @ b.
-
-    Args:
-      base: W0, frozen.
-      pair: The trainable factors.
-      dropout_key: Key that switches dropout on, or None.
-      config: The adapter's configuration.
-      path: The leaf's own path.
-    """
-
-    base: Any
-    pair: LoraPair
-    dropout_key: Any
-    config: LoraConfig = static()
-    path: str = static()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WholeWeight(_NoArray):
-    """A leaf that is trained whole: `value` stands in for `base`, which is kept.
-
-    Args:
-      base: The frozen leaf.
-      value: The trainable leaf of the same shape.
-      config: The adapter's configuration.
-      path: The leaf's own path.
-    """
-
-    base: Any
-    value: Any
-    config: LoraConfig = static()
-    path: str = static()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RowsWeight(_NoArray):
-    """A table of which some rows are trained: `rows` stand in for those of `base`.
-
-    Args:
-      base: The frozen table, `(vocab, dim)`.
-      rows: The trainable rows.
-      config: The adapter's configuration.
-      path: The leaf's own path.
-    """
-
-    base: Any
-    rows: TokenRows
-    config: LoraConfig = static()
-    path: str = static()
-
-
+@flax_state.node
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """All that training changes: pairs, whole leaves and rows by path, and the configuration.
+    """All trainable parameters: pairs, whole leaves and token rows by path, and the configuration.
 
     Args:
       pairs: `{"params/layers/attn/q_proj/kernel": LoraPair, ...}`.
-      whole: Leaves trained whole (`modules_to_save`) by path.
+      whole: Leaves that are trained whole (`modules_to_save`) by path.
       config: What the adapter was made from.
-      rows: Rows trained in place of a table's own by path.
+      rows: Trained rows that replace those of a table by path.
     """
 
     pairs: dict[str, LoraPair]
@@ -114,16 +82,55 @@ class Adapter:
     config: LoraConfig = static()
     rows: dict[str, TokenRows] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Let Flax's serialization know this node."""
+        flax_state.register()
+
+    @classmethod
+    def of(cls, updates: Mapping[str, Update], config: LoraConfig) -> Adapter:
+        """Build an adapter from updates of any kind by path."""
+        groups: dict[str, dict[str, Any]] = {"pairs": {}, "whole": {}, "rows": {}}
+        for path, update in updates.items():
+            groups[update.group][path] = update
+        whole = {path: each.value for path, each in groups["whole"].items()}
+        return cls(groups["pairs"], whole, config, groups["rows"])
+
+    @property
+    def updates(self) -> dict[str, Any]:
+        """The update of every adapted leaf by path."""
+        whole = {path: WholeLeaf(value) for path, value in self.whole.items()}
+        return {**self.pairs, **whole, **self.rows}
+
     @property
     def size(self) -> int:
-        """Count the trainable numbers."""
-        whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((self.whole, self.rows)))
-        return whole + sum(pair.size for pair in self.pairs.values())
+        """Number of trainable elements."""
+        return sum(update.size for update in self.updates.values())
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the paths of the adapted leaves."""
+        return iter(self.updates)
+
+    def __contains__(self, path: object) -> bool:
+        """Tell whether the leaf of this path is adapted."""
+        return path in self.updates
+
+
+flax_state.node(Recipe)  # which belongs to the algebra, that knows no Flax
 
 
 def is_adapted(node: Any) -> bool:
     """Tell whether a node is a leaf with an adapter: `is_leaf` for tree functions."""
-    return isinstance(node, (LoraWeight, WholeWeight, RowsWeight))
+    return isinstance(node, LoraWeight)
+
+
+def is_weight(node: Any) -> bool:
+    """Tell whether a node is one leaf of the parameters, though it holds several arrays."""
+    return isinstance(node, LoraWeight | Recipe)
+
+
+def base_of(node: Any) -> Any:
+    """Return the frozen leaf of a node, which is the node itself where there is no adapter."""
+    return node.base if isinstance(node, LoraWeight) else node
 
 
 def not_combined(
@@ -172,7 +179,7 @@ def combine(tree: Any, adapter: Adapter) -> Any:
       >>> jl.partition(lora_params)[0]["dense"]["kernel"] is params["dense"]["kernel"]
       True
     """
-    leaves, treedef = paths.flatten_with_paths(tree, is_leaf=is_adapted)
+    leaves, treedef = paths.flatten_with_paths(tree, is_leaf=is_weight)
     problems = _combine_problems(dict(leaves), adapter)
     if problems:
         raise StructureError(
@@ -183,52 +190,46 @@ def combine(tree: Any, adapter: Adapter) -> Any:
                 fix="Pass the same tree as to lora_init, or partition it first.",
             )
         )
-    return jax.tree.unflatten(treedef, [_adapted(path, leaf, adapter) for path, leaf in leaves])
-
-
-def _adapted(path: str, leaf: Any, adapter: Adapter) -> Any:
-    if path in adapter.pairs:
-        return LoraWeight(leaf, adapter.pairs[path], None, adapter.config, path)
-    if path in adapter.whole:
-        return WholeWeight(leaf, adapter.whole[path], adapter.config, path)
-    if path in adapter.rows:
-        return RowsWeight(leaf, adapter.rows[path], adapter.config, path)
-    return leaf
+    updates = adapter.updates
+    return jax.tree.unflatten(
+        treedef,
+        [
+            LoraWeight(leaf, updates[path], None, adapter.config, path) if path in updates else leaf
+            for path, leaf in leaves
+        ],
+    )
 
 
 def _combine_problems(leaves: Mapping[str, Any], adapter: Adapter) -> list[str]:
-    problems = _own_problems(adapter)
-    for path, part in (*adapter.pairs.items(), *adapter.whole.items(), *adapter.rows.items()):
+    paths_of_parts = [*adapter.pairs, *adapter.whole, *adapter.rows]
+    twice = dict.fromkeys(path for path in paths_of_parts if paths_of_parts.count(path) > 1)
+    problems = [f"{path}: is more than one of a pair, a whole leaf and rows" for path in twice]
+    for path, update in adapter.updates.items():
         if path not in leaves:
             near = ", ".join(paths.nearest(path, leaves, 3))
             problems.append(f"{path}: not in the tree; the nearest are {near}")
         elif is_adapted(leaves[path]):
             problems.append(f"{path}: has an adapter already")
-        elif isinstance(part, TokenRows):
-            shaped = all(hasattr(each, "shape") for each in (leaves[path], part.values))
-            if shaped and (why := part.problem(leaves[path].shape)) is not None:
-                problems.append(f"{path}: {why}")
-        elif (want := _shape_wanted(part)) != (have := getattr(leaves[path], "shape", want)):
-            problems.append(f"{path}: the tree has shape {have}, the adapter is for {want}")
+        elif (why := misfit(update, leaves[path])) is not None:
+            problems.append(f"{path}: {why}")
     return problems
 
 
-def _own_problems(adapter: Adapter) -> list[str]:
-    """Say what in an adapter does not go together, whatever the tree."""
-    parts = [*adapter.pairs, *adapter.whole, *adapter.rows]
-    twice = dict.fromkeys(path for path in parts if parts.count(path) > 1)
-    both = [path for path, pair in adapter.pairs.items() if {"magnitude", "bias"} <= {*pair.arrays}]
-    return [
-        *(f"{path}: is more than one of a pair, a whole leaf and rows" for path in twice),
-        *(f"{path}: has a magnitude and a bias, which do not go together" for path in both),
-    ]
+def misfit(update: Any, leaf: Any, holder: str = "tree") -> str | None:
+    """Say why an update does not fit a leaf, or return None.
 
+    Args:
+      update: The update; one of masks, shardings or other stand-ins has no shape and fits any leaf.
+      leaf: The leaf.
+      holder: What messages call the owner of the leaf.
 
-def _shape_wanted(part: Any) -> tuple[int, ...] | None:
+    Returns:
+      The reason.
+    """
     try:
-        return part.kernel_shape if isinstance(part, LoraPair) else part.shape
+        return update.problem(leaf.shape, holder)
     except (AttributeError, TypeError, ValueError):
-        return None  # a tree of masks, specs or other stand-ins, which have no shape
+        return None
 
 
 def partition(lora_tree: Any) -> tuple[Any, Adapter]:
@@ -251,40 +252,10 @@ def partition(lora_tree: Any) -> tuple[Any, Adapter]:
       >>> jax.tree.structure(same) == jax.tree.structure(adapter)
       True
     """
-    leaves, treedef = paths.flatten_with_paths(lora_tree, is_leaf=is_adapted)
+    leaves, treedef = paths.flatten_with_paths(lora_tree, is_leaf=is_weight)
     adapted = [leaf for _, leaf in leaves if is_adapted(leaf)]
     if not adapted:
         raise not_combined("partition")
-    base = [leaf.base if is_adapted(leaf) else leaf for _, leaf in leaves]
-    pairs = {leaf.path: leaf.pair for leaf in adapted if isinstance(leaf, LoraWeight)}
-    whole = {leaf.path: leaf.value for leaf in adapted if isinstance(leaf, WholeWeight)}
-    rows = {leaf.path: leaf.rows for leaf in adapted if isinstance(leaf, RowsWeight)}
-    return jax.tree.unflatten(treedef, base), Adapter(pairs, whole, adapted[0].config, rows)
-
-
-# -----------------------------------------------------------------------------------------------
-# What a leaf stands for
-# -----------------------------------------------------------------------------------------------
-
-
-def to_lowrank(weight: LoraWeight) -> LowRank:
-    """View a leaf as the low-rank value that `lora_apply` computes with."""
-    pair = weight.pair
-    b, scale = pair.scaled_b()
-    gain = None if pair.magnitude is None else dora.gain(weight.base, pair)
-    return LowRank(
-        w=jax.lax.stop_gradient(weight.base),
-        a=pair.a,
-        b=b,
-        key=weight.dropout_key,
-        w_labels=tuple(range(weight.base.ndim)),
-        a_labels=pair.a_labels,
-        b_labels=pair.b_labels,
-        scale=scale,
-        rate=weight.config.dropout if weight.dropout_key is not None else 0.0,
-        path=weight.path,
-        gain=gain,
-        gain_labels=() if gain is None else pair.vector_labels,
-        bias=None if pair.bias is None else pair.scaled_bias(),
-        bias_labels=() if pair.bias is None else pair.vector_labels,
-    )
+    base = jax.tree.unflatten(treedef, [base_of(leaf) for _, leaf in leaves])
+    updates = {leaf.path: leaf.update for leaf in adapted}
+    return base, Adapter.of(updates, adapted[0].config)

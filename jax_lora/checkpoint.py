@@ -24,12 +24,10 @@ import numpy as np
 from jax.core import Tracer
 
 from jax_lora import array_files, manifest, paths, processes
-from jax_lora.adapter import Adapter, is_adapted
+from jax_lora.adapter import Adapter, base_of, is_weight, misfit
 from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning, explain
 from jax_lora.fingerprint import LeafPrint, differences, fingerprint
 from jax_lora.manifest import Manifest
-from jax_lora.pair import LoraPair
-from jax_lora.token_rows import TokenRows
 
 _MANIFEST = "adapter.json"
 _SHOWN_VALUES = 10  # another base of the same shape differs in every leaf; this many are named
@@ -291,21 +289,14 @@ def _base_problems(folder: Path, what: Manifest, base: Any, force: bool) -> list
 
 def _unfit(adapter: Adapter, base: Any) -> dict[str, str]:
     """Say where the base has no place for an adapter's leaf."""
-    leaves = dict(paths.flatten_with_paths(base, is_leaf=is_adapted)[0])
+    leaves = dict(paths.flatten_with_paths(base, is_leaf=is_weight)[0])
     problems = {}
-    for path, part in (*adapter.pairs.items(), *adapter.whole.items(), *adapter.rows.items()):
+    for path, update in adapter.updates.items():
         if path not in leaves:
             near = ", ".join(paths.nearest(path, leaves, 3))
             problems[path] = f"{path}: not in this base; the nearest are {near}"
-            continue
-        leaf = leaves[path].base if is_adapted(leaves[path]) else leaves[path]
-        if isinstance(part, TokenRows):
-            if (why := part.problem(leaf.shape)) is not None:
-                problems[path] = f"{path}: {why}"
-            continue
-        want = part.kernel_shape if isinstance(part, LoraPair) else part.shape
-        if tuple(leaf.shape) != want:
-            problems[path] = f"{path}: the base has shape {tuple(leaf.shape)}, trained for {want}"
+        elif (why := misfit(update, base_of(leaves[path]), "base")) is not None:
+            problems[path] = f"{path}: {why}"
     return problems
 
 

@@ -17,38 +17,48 @@ from jax_lora.errors import ConfigError, explain
 INITIALISERS = ("gaussian",)
 
 
-class Patterns(Mapping[str, Any]):
-    """An ordered, hashable mapping from pattern to value; the first pattern that matches wins."""
+class FrozenMapping(Mapping[str, Any]):
+    """A mapping that cannot be changed, and that can be hashed."""
 
     def __init__(self, items: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()):
-        """Keep the items in the order given."""
+        """Copy the items, in the order given."""
         self._items = dict(items)
 
-    def __getitem__(self, pattern: str) -> Any:
-        """Return the value given for exactly this pattern."""
-        return self._items[pattern]
+    def __getitem__(self, key: str) -> Any:
+        """Return the value of exactly this key."""
+        return self._items[key]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the patterns in order."""
+        """Iterate over the keys in order."""
         return iter(self._items)
 
     def __len__(self) -> int:
-        """Count the patterns."""
+        """Count the items."""
         return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare items, in any order, with those of any mapping."""
+        return isinstance(other, Mapping) and self._items == dict(other)
+
+    def __hash__(self) -> int:
+        """Hash the items, so that a config can be part of a treedef."""
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        """Show as the dict it was made from."""
+        return repr(self._items)
+
+
+class Patterns(FrozenMapping):
+    """Values by pattern, in order; the first pattern that matches wins."""
 
     def __eq__(self, other: object) -> bool:
         """Compare items; between two `Patterns` order counts, since the first match wins."""
         if isinstance(other, Patterns):
             return list(self._items.items()) == list(other._items.items())
-        return isinstance(other, Mapping) and self._items == dict(other)
+        return super().__eq__(other)
 
-    def __hash__(self) -> int:
-        """Hash the items, so that a config can be part of a treedef."""
-        return hash(tuple(self._items.items()))
-
-    def __repr__(self) -> str:
-        """Show as the dict it was made from."""
-        return repr(self._items)
+    __hash__ = FrozenMapping.__hash__
 
     def first_match(self, path: str) -> str | None:
         """Return the first pattern that matches the path, or None."""
@@ -78,8 +88,9 @@ class LoraConfig:
       init: How `a` starts; `"gaussian"` has deviation 1 / sqrt(in). `b` starts at zero.
       dtype: Type of a and b, whatever the base's.
       allow_unused: Warn instead of raising when one pattern of several matches nothing.
-      peft_config: The text of the `adapter_config.json` that the adapter was loaded from, so that
-        saving it unchanged writes the same again. Two configurations that differ in it are equal.
+      metadata: Text by name that another file format keeps with the adapter, such as the
+        configuration that `jl.peft.load` read under `"peft"`. Nothing else interprets it, and two
+        configurations that differ only in it are equal.
 
     Raises:
       ConfigError: A value that cannot mean anything.
@@ -111,7 +122,9 @@ class LoraConfig:
     init: str = "gaussian"
     dtype: np.dtype = np.dtype("float32")
     allow_unused: bool = False
-    peft_config: str = dataclasses.field(default="", repr=False, compare=False)
+    metadata: Mapping[str, str] = dataclasses.field(
+        default_factory=FrozenMapping, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Normalise what has several spellings, then check every value."""
@@ -130,6 +143,7 @@ class LoraConfig:
         set_field("dropout", _dropout(self.dropout))
         set_field("init", _init(self.init))
         set_field("dtype", _dtype(self.dtype))
+        set_field("metadata", _metadata(self.metadata))
 
     def scale(self, rank: int, alpha: float) -> float:
         """Return the factor in front of a @ b for one kernel.
@@ -174,6 +188,7 @@ class LoraConfig:
         values["alpha_pattern"] = [list(item) for item in self.alpha_pattern.items()]
         for name in ("targets", "exclude", "modules_to_save", "layers"):
             values[name] = list(values[name]) if isinstance(values[name], tuple) else values[name]
+        values["metadata"] = dict(self.metadata)
         return values
 
     @classmethod
@@ -290,6 +305,17 @@ def _dtype(value: Any) -> np.dtype:
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise _refuse("dtype", value, "a floating-point type", 'Use "float32" or "bfloat16".')
     return dtype
+
+
+def _metadata(value: Any) -> FrozenMapping:
+    if not isinstance(value, Mapping):
+        raise _refuse("metadata", value, "a mapping from name to text", 'Such as {"note": "text"}.')
+    for name, text in value.items():
+        if not isinstance(name, str) or not name:
+            raise _refuse("metadata", name, "names that are strings, not empty", "Rename it.")
+        if not isinstance(text, str):
+            raise _refuse(f"metadata[{name!r}]", text, "a string", "Pass json.dumps(value).")
+    return FrozenMapping(value)
 
 
 def _names(where: str, value: Any) -> tuple[str, ...]:

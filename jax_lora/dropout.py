@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jax_lora.adapter import LoraWeight, is_adapted, not_combined
+from jax_lora.adapter import is_adapted, not_combined
 from jax_lora.init import path_key
 
 
@@ -50,6 +50,6 @@ def dropout(lora_tree: Any, key: jax.Array) -> Any:
 
 
 def _switched_on(node: Any, key: jax.Array) -> Any:
-    if not isinstance(node, LoraWeight) or node.config.dropout == 0.0:
+    if not is_adapted(node) or node.update.group != "pairs" or node.config.dropout == 0.0:
         return node
     return dataclasses.replace(node, dropout_key=path_key(key, node.path))

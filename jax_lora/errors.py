@@ -58,6 +58,10 @@ class DataError(LoraError, ValueError):
     """A row of a data file cannot be used; the message carries `file:line`."""
 
 
+class SkippedKernelWarning(UserWarning):
+    """A target is a matrix that the function uses in a way that no adapter can reach."""
+
+
 class MergeWarning(UserWarning):
     """A merge rounded a large share of the update away."""
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora import paths
-from jax_lora.adapter import is_adapted
+from jax_lora.adapter import base_of, is_weight
+from jax_lora.algebra.base_weight import Recipe
 
 _SAMPLES = 256
 # Knuth's multiplicative hashing: 2**64 / golden ratio spreads k * _STEP evenly over the range and
@@ -57,8 +58,8 @@ def fingerprint(tree: Any) -> dict[str, LeafPrint]:
       >>> print(fingerprint({"kernel": jnp.ones((2, 3))})["kernel"].shape)
       (2, 3)
     """
-    leaves, _ = paths.flatten_with_paths(tree, is_leaf=is_adapted)
-    return {path: _leaf_print(leaf.base if is_adapted(leaf) else leaf) for path, leaf in leaves}
+    leaves, _ = paths.flatten_with_paths(tree, is_leaf=is_weight)
+    return {path: _leaf_print(base_of(leaf)) for path, leaf in leaves}
 
 
 def differences(saved: Mapping[str, LeafPrint], tree: Any) -> dict[str, str]:
@@ -87,6 +88,10 @@ def differences(saved: Mapping[str, LeafPrint], tree: Any) -> dict[str, str]:
 
 
 def _leaf_print(leaf: Any) -> LeafPrint:
+    if isinstance(leaf, Recipe):
+        prints = [_leaf_print(array).sample for array in jax.tree.leaves(leaf.arrays)]
+        sample = None if None in prints else "".join(map(str, prints))
+        return LeafPrint(tuple(leaf.shape), str(leaf.dtype), sample)
     if isinstance(leaf, jax.ShapeDtypeStruct) or not _within_reach(leaf):
         return LeafPrint(tuple(leaf.shape), str(leaf.dtype), None)
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
+from jax_lora.algebra.low_rank import accumulation_dtype
 from jax_lora.errors import MergeError, explain
-from jax_lora.lowrank import accumulation_dtype
-from jax_lora.pair import LoraPair
+from jax_lora.updates import LoraPair
 
 
 def fold_biases(
@@ -65,6 +65,6 @@ def _beside(path: str) -> str | None:
 
 def _in_order(pair: LoraPair) -> jax.Array:
     """Lay scale * bias out in the order of the kernel's own axes, as the layer's bias is."""
-    labels = list(pair.vector_labels)
-    order = sorted(range(len(labels)), key=lambda place: labels[place])  # type: ignore[arg-type]
+    axes = list(pair.vector_axes)
+    order = sorted(range(len(axes)), key=lambda place: axes[place])  # type: ignore[arg-type]
     return pair.scaled_bias().transpose(order)

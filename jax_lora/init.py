@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_lora import dora, paths
-from jax_lora.adapter import Adapter, is_adapted
+from jax_lora import paths
+from jax_lora.adapter import Adapter, is_adapted, is_weight
 from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError, StructureError, explain
 from jax_lora.kernel import Kernel
 from jax_lora.layers import extent, rank_mask
-from jax_lora.pair import LoraPair, empty_pair
+from jax_lora.parameters import not_parameters
 from jax_lora.targets import select, select_whole
+from jax_lora.updates import LoraPair
+from jax_lora.updates.pair import empty_pair
 
 _ALWAYS_ALLOWED_RANK = 256  # larger ranks must be below the kernel's own size
 
@@ -62,7 +64,10 @@ def lora_init(
       65536
     """
     leaves = _plain_leaves(tree)
-    selected = select(leaves, config, kernels)
+    # Without `kernels`, names alone tell what a kernel is: among parameters only.
+    others = not_parameters(tree) if kernels is None else {}
+    candidates = {path: leaf for path, leaf in leaves.items() if path not in others}
+    selected = select(candidates, config, kernels)
     pairs = _pairs(key, selected, config)
     if config.use_dora:
         pairs = {path: _with_magnitude(leaves[path], pair) for path, pair in pairs.items()}
@@ -76,7 +81,7 @@ def _own_copy(leaf: Any) -> Any:
 
 
 def _plain_leaves(tree: Any) -> dict[str, Any]:
-    leaves = dict(paths.flatten_with_paths(tree, is_leaf=is_adapted)[0])
+    leaves = dict(paths.flatten_with_paths(tree, is_leaf=is_weight)[0])
     for path, leaf in leaves.items():
         if is_adapted(leaf):
             raise StructureError(
@@ -115,10 +120,10 @@ def _empty(kernel: Kernel, config: LoraConfig) -> LoraPair:
 
 
 def _with_magnitude(base: Any, pair: LoraPair) -> LoraPair:
-    make = lambda base: dora.magnitude(base, pair, pair.a.dtype)  # noqa: E731
-    shape_only = isinstance(base, jax.ShapeDtypeStruct)
-    magnitude = jax.eval_shape(make, base) if shape_only else make(base)
-    return dataclasses.replace(pair, magnitude=magnitude)
+    if not isinstance(base, jax.ShapeDtypeStruct):
+        return pair.with_magnitude(base)
+    shape = jax.eval_shape(pair.with_magnitude, base).magnitude
+    return dataclasses.replace(pair, magnitude=shape)
 
 
 def _padded(a: jax.Array, pair: LoraPair) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -76,6 +77,31 @@ class Kernel:
           65536
         """
         return math.prod(self.stack_shape) * rank * (self.in_size + self.out_size)
+
+
+class Kernels(dict[str, Kernel]):
+    """The kernels of a function by path, and what no adapter can reach.
+
+    Attributes:
+      skipped: `{path: reason}` for every matrix that the function uses and that cannot be adapted.
+        The reason names the operation and its `file:line`.
+      acting: The paths in `skipped` that are contracted with data all the same: people expect an
+        adapter there.
+      added: The paths in `skipped` that are only added to data, as biases and positions are.
+    """
+
+    def __init__(
+        self,
+        kernels: Mapping[str, Kernel],
+        skipped: Mapping[str, str],
+        acting: frozenset[str] = frozenset(),
+        added: frozenset[str] = frozenset(),
+    ):
+        """Keep them all."""
+        super().__init__(kernels)
+        self.skipped = dict(skipped)
+        self.acting = acting
+        self.added = added
 
 
 def kernels_by_name(leaves: dict[str, Any]) -> dict[str, Kernel]:

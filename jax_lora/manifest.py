@@ -22,12 +22,14 @@ from jax_lora.config import LoraConfig
 from jax_lora.errors import CheckpointError, ConfigError, explain
 from jax_lora.fingerprint import LeafPrint
 from jax_lora.json_files import digest, read_json
-from jax_lora.pair import VECTORS, LoraPair
-from jax_lora.token_rows import TokenRows
+from jax_lora.updates import LoraPair, TokenRows
+from jax_lora.updates.pair import VECTORS
 
 FORMAT = "jax_lora adapter"
-VERSION = 2
-_READABLE = (1, 2)  # 1 had pairs of factors alone, all of a stack of one rank
+VERSION = 3
+# 1 had pairs of factors alone, all of a stack of one rank; up to 2, a config had the field
+# `peft_config` where `metadata` is now.
+_READABLE = (1, 2, 3)
 
 _ARRAYS_NAME = re.compile(r"arrays-[0-9a-f]{12}")
 _MOST_BYTES = 2**38  # an adapter of 256 GiB is a mistake or an attack
@@ -171,7 +173,7 @@ def _broken(path: Path, got: str, expected: str) -> CheckpointError:
 
 
 def _from_dict(values: dict[str, Any]) -> Manifest:
-    config = LoraConfig.from_dict(values["config"])
+    config = LoraConfig.from_dict(_current_config(values["config"], values["version"]))
     pairs = {path: _pair_from_dict(item) for path, item in values["pairs"].items()}
     whole = {path: _leaf_from_dict(item) for path, item in values["whole"].items()}
     rows = {path: _rows_from_dict(item) for path, item in values.get("rows", {}).items()}
@@ -186,6 +188,13 @@ def _from_dict(values: dict[str, Any]) -> Manifest:
         for path, item in values["base"].items()
     }
     return Manifest(config, adapter, values["arrays"], files, base)
+
+
+def _current_config(settings: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Bring the settings of an earlier format up to date."""
+    settings = dict(settings)
+    text = settings.pop("peft_config", "") if version < 3 else ""
+    return {**settings, "metadata": {"peft": text}} if text else settings
 
 
 def _inside(name: str) -> str:

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jax_lora import dora, paths
-from jax_lora.adapter import Adapter, LoraWeight, RowsWeight, WholeWeight, combine, is_adapted
+from jax_lora import paths
+from jax_lora.adapter import Adapter, combine, is_adapted, is_weight
+from jax_lora.algebra.base_weight import made
 from jax_lora.errors import MergeError, MergeWarning, explain
 from jax_lora.folded_bias import fold_biases
-from jax_lora.lowrank import accumulation_dtype
-from jax_lora.pair import LoraPair, dense_delta
 
 # A hundredth of W0, a usual update, loses a quarter of its entries in bfloat16, the smallest ones.
 _LOST_SHARE_WORTH_A_WARNING = 0.5
@@ -89,23 +88,14 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
       >>> bool(jnp.abs(again["kernel"] - params["kernel"]).max() < 2e-7)
       True
     """
-    if adapter.whole or adapter.rows:
+    lost = {path: why for path, each in adapter.updates.items() if (why := each.irreversible)}
+    if lost:
         raise MergeError(
             explain(
-                f"unmerge: {', '.join((*adapter.whole, *adapter.rows))}",
-                got="leaves or rows that were trained whole, so that merging replaced them",
-                expected="an adapter of pairs only",
-                fix="Use the base variables themselves: merge left them as they were.",
-            )
-        )
-    rescaled = [path for path, pair in adapter.pairs.items() if pair.magnitude is not None]
-    if rescaled:
-        raise MergeError(
-            explain(
-                f"unmerge: {', '.join(rescaled)}",
-                got="magnitudes, which took the place of the norms of W0 + scale * a @ b",
-                expected="an adapter without magnitudes; the norms are in no merged tree",
-                fix="Use the base variables themselves: merge left them as they were.",
+                f"unmerge: {', '.join(lost)}",
+                got="; ".join(dict.fromkeys(lost.values())),
+                expected="an adapter of pairs without magnitudes",
+                fix="Use the base variables themselves: merge left them unchanged.",
             )
         )
     return _with_update(merged, adapter, sign=-1)
@@ -128,17 +118,12 @@ class _Report:
 
 
 @functools.partial(jax.jit, static_argnames="sign")
-def _merged_leaf(base: jax.Array, pair: LoraPair, sign: int) -> tuple[jax.Array, _Report]:
-    wide = accumulation_dtype(base.dtype)
-    delta = dense_delta(pair, wide)  # (*kernel)
-    formed, changed = base.astype(wide) + sign * delta, delta != 0  # (*kernel)
-    if pair.magnitude is not None:
-        formed = dora.rescaled(formed, base, pair)
-        changed = formed != base.astype(wide)
-    merged = formed.astype(base.dtype)  # (*kernel)
+def _merged_leaf(base: jax.Array, update: Any, sign: int) -> tuple[jax.Array, _Report]:
+    total, changed = update.merged(base, sign)  # (*leaf)
+    merged = total.astype(base.dtype)  # (*leaf)
     overflown = ~jnp.isfinite(merged) & jnp.isfinite(base)
     report = _Report(
-        bad={name: jnp.sum(~jnp.isfinite(array)) for name, array in pair.arrays.items()},
+        bad={name: jnp.sum(~jnp.isfinite(array)) for name, array in update.arrays.items()},
         overflown=jnp.mean(overflown.astype(jnp.float32)),
         changed=jnp.mean(changed.astype(jnp.float32)),
         lost=jnp.mean((changed & (merged == base)).astype(jnp.float32)),
@@ -147,10 +132,14 @@ def _merged_leaf(base: jax.Array, pair: LoraPair, sign: int) -> tuple[jax.Array,
 
 
 def _like(array: jax.Array, base: Any) -> jax.Array:
-    """Put a result where its base is: the compiler may have chosen another layout."""
-    if isinstance(base, jax.Array) and not isinstance(array, Tracer):
-        return jax.device_put(array, base.sharding)
-    return array
+    """Put a result where its base is, unless that may go to any device.
+
+    The compiler may have chosen another layout. Moving an array binds it to its devices, which
+    would keep merged weights from running on a mesh that the base runs on.
+    """
+    if not isinstance(base, jax.Array) or isinstance(array, Tracer) or not base.committed:
+        return array
+    return jax.device_put(array, base.sharding)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -159,21 +148,18 @@ def _like(array: jax.Array, base: Any) -> jax.Array:
 
 
 def _with_update(tree: Any, adapter: Adapter, sign: int) -> Any:
-    nodes, treedef = paths.flatten_with_paths(combine(tree, adapter), is_leaf=is_adapted)
+    nodes, treedef = paths.flatten_with_paths(combine(tree, adapter), is_leaf=is_weight)
     leaves, reports = {}, {}
     for path, node in nodes:
-        if isinstance(node, LoraWeight):
-            merged, reports[path] = _merged_leaf(node.base, node.pair, sign)
-            node = _like(merged, node.base)
-        elif isinstance(node, WholeWeight):
-            node = node.value.astype(node.base.dtype)
-        elif isinstance(node, RowsWeight):
-            node = _like(node.rows.put(node.base), node.base)
+        if is_adapted(node):
+            base = made(node.base)
+            merged, reports[path] = _merged_leaf(base, node.update, sign)
+            node = _like(merged, base)
         leaves[path] = node
     verb = "merge" if sign > 0 else "unmerge"
     leaves |= fold_biases(verb, leaves, adapter.pairs, sign)
-    _check_whole(verb, adapter)
-    _check(verb, {path: report for path, report in reports.items() if _is_concrete(report)})
+    concrete = {path: report for path, report in reports.items() if _is_concrete(report)}
+    _check(verb, concrete, adapter)
     return jax.tree.unflatten(treedef, list(leaves.values()))
 
 
@@ -181,24 +167,13 @@ def _is_concrete(tree: Any) -> bool:
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def _check_whole(verb: str, adapter: Adapter) -> None:
-    problems = [
-        f"{path}: {bad} entries of {what} are NaN or Inf"
-        for what, path, leaf in (
-            *(("the leaf trained whole", path, leaf) for path, leaf in adapter.whole.items()),
-            *(("the trained rows", path, rows.values) for path, rows in adapter.rows.items()),
-        )
-        if _is_concrete(leaf) and (bad := int(jnp.sum(~jnp.isfinite(leaf))))
-    ]
-    _refuse(verb, problems)
-
-
-def _check(verb: str, reports: dict[str, _Report]) -> None:
+def _check(verb: str, reports: dict[str, _Report], adapter: Adapter) -> None:
     problems, lost = [], []
     for path, report in reports.items():
+        called = adapter.updates[path].called
         for name, bad in report.bad.items():
             if int(bad):
-                problems.append(f"{path}: {int(bad)} entries of {name} are NaN or Inf")
+                problems.append(f"{path}: {int(bad)} entries of {called(name)} are NaN or Inf")
         if float(report.overflown) and not any(map(int, report.bad.values())):
             problems.append(
                 f"{path}: {float(report.overflown):.2%} of the sums are beyond the base's type"

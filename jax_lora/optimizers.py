@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_lora.adapter import Adapter, LoraWeight, RowsWeight, WholeWeight, not_combined
+from jax_lora.adapter import Adapter, LoraWeight, is_adapted, not_combined
 from jax_lora.errors import ConfigError, explain
-from jax_lora.pair import LoraPair
-from jax_lora.token_rows import TokenRows
+from jax_lora.updates import Update
 
 # -----------------------------------------------------------------------------------------------
 # The mask
@@ -57,16 +56,12 @@ def trainable_mask(lora_tree: Any) -> Any:
 
 
 def _is_part(node: Any) -> bool:
-    return isinstance(node, (LoraWeight, WholeWeight, RowsWeight, LoraPair, TokenRows, Adapter))
+    return isinstance(node, LoraWeight | Adapter | Update)
 
 
 def _node_mask(node: Any) -> Any:
-    if isinstance(node, LoraWeight):
-        return dataclasses.replace(_filled(node, False), pair=_filled(node.pair, True))
-    if isinstance(node, WholeWeight):
-        return dataclasses.replace(_filled(node, False), value=_filled(node.value, True))
-    if isinstance(node, RowsWeight):
-        return dataclasses.replace(_filled(node, False), rows=_filled(node.rows, True))
+    if is_adapted(node):
+        return dataclasses.replace(_filled(node, False), update=_filled(node.update, True))
     return _filled(node, _is_part(node))  # an adapter on its own is trained in full
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_lora.adapter import Adapter, combine, partition
-from jax_lora.pair import LoraPair
+from jax_lora.adapter import Adapter, combine, is_weight, partition
 from jax_lora.paths import flatten_with_paths
+from jax_lora.updates import LoraPair
 
 _PATH_WIDTH = 48  # with the other columns, a line fits 100 characters
 
@@ -104,41 +104,33 @@ def summary(variables: Any, adapter: Adapter | None = None) -> Summary:
       adapter 24.6 kB, base 525.3 kB
     """
     base, adapter = partition(variables if adapter is None else combine(variables, adapter))
-    leaves = jax.tree.leaves(base)
-    pairs = [_pair_row(path, pair) for path, pair in adapter.pairs.items()]
-    whole = [
-        SummaryRow(path, "whole", tuple(leaf.shape), None, None, math.prod(leaf.shape))
-        for path, leaf in adapter.whole.items()
-    ]
-    tables = dict(flatten_with_paths(base)[0])
-    rows = [
-        SummaryRow(
-            path, "rows", tuple(tables[path].shape), None, None, math.prod(each.values.shape)
-        )
-        for path, each in adapter.rows.items()
-    ]
+    leaves = dict(flatten_with_paths(base, is_leaf=is_weight)[0])
+    rows = [_row(path, leaves[path], update) for path, update in adapter.updates.items()]
     return Summary(
-        rows=(*pairs, *whole, *rows),
-        trainable=sum(row.trainable for row in (*pairs, *whole, *rows)),
-        # A leaf trained whole takes the place of one of the base's; factors come on top.
-        total=sum(map(_count, leaves)) + sum(row.trainable for row in pairs),
+        rows=tuple(rows),
+        trainable=sum(row.trainable for row in rows),
+        # A leaf trained whole replaces one of the base's; factors are added to it.
+        total=sum(map(_count, leaves.values()))
+        + sum(row.trainable for row in rows if row.rank is not None),
         adapter_bytes=sum(map(_bytes, jax.tree.leaves(adapter))),
-        base_bytes=sum(map(_bytes, leaves)),
+        base_bytes=sum(map(_bytes, jax.tree.leaves(base))),
     )
 
 
-def _pair_row(path: str, pair: LoraPair) -> SummaryRow:
+def _row(path: str, leaf: Any, update: Any) -> SummaryRow:
+    row = SummaryRow(path, update.kind, tuple(leaf.shape), None, None, update.size)
+    return row if getattr(update, "rank", None) is None else _with_ranks(row, update)
+
+
+def _with_ranks(row: SummaryRow, pair: LoraPair) -> SummaryRow:
     scales = np.asarray(pair.scale, float)
     ranks = np.asarray(pair.rank if pair.ranks is None else pair.ranks)
     if scales.shape == ranks.shape and ranks.any():
         scales = scales[ranks > 0]  # a layer left out has no scale
-    return SummaryRow(
-        path=path,
-        kind="lora" if pair.magnitude is None else "dora",
-        shape=pair.kernel_shape,
+    return dataclasses.replace(
+        row,
         rank=pair.rank,
         scale=(float(scales.min()), float(scales.max())),
-        trainable=pair.size,
         ranks=(int(ranks.min()), int(ranks.max())),
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from jax_lora import layers, paths
 from jax_lora.config import LoraConfig
-from jax_lora.errors import LoraError, NoMatchError, explain
-from jax_lora.kernel import Kernel, ambiguous, is_floating, kernels_by_name
+from jax_lora.errors import LoraError, NoMatchError, SkippedKernelWarning, explain
+from jax_lora.kernel import Kernel, Kernels, ambiguous, is_floating, kernels_by_name
 
 # Names that Flax, Hugging Face and the papers give to the parts of a Transformer block.
 ATTENTION = (
@@ -42,6 +42,7 @@ MLP = (
     "c_fc",
     "experts",
 )
+_GROUPS = {"attention": ATTENTION, "mlp": MLP}
 
 
 def select(
@@ -60,13 +61,23 @@ def select(
     Raises:
       NoMatchError: A pattern that matches no kernel.
       AmbiguousKernelError: A chosen leaf whose axes are not known without `find_kernels`.
+
+    Warns:
+      SkippedKernelWarning: A target is in `kernels.skipped`.
     """
-    known = dict(kernels) if kernels is not None else kernels_by_name(dict(leaves))
-    known = {path: kernel for path, kernel in known.items() if path in leaves}
+    known = kernels if kernels is not None else kernels_by_name(dict(leaves))
+    about = known if isinstance(known, Kernels) else Kernels({}, {})
+    known = Kernels(
+        {path: kernel for path, kernel in known.items() if path in leaves},
+        about.skipped,
+        about.acting,
+        about.added,
+    )
     chosen = _chosen(leaves, config, known, guessed=kernels is None)
+    _warn_of_skipped(known, config)
     _check_patterns("exclude", config.exclude, known, leaves, config)
-    chosen = [p for p in chosen if not any(paths.matches(e, p) for e in config.exclude)]
-    chosen = [p for p in chosen if not any(paths.matches(e, p) for e in config.modules_to_save)]
+    chosen = [p for p in chosen if not _any_matches(config.exclude, p)]
+    chosen = [p for p in chosen if not _any_matches(config.modules_to_save, p)]
     if not chosen:
         raise _no_match("exclude", " ".join(config.exclude), known, "everything was excluded")
     selected = layers.with_layers({path: known[path] for path in sorted(chosen)}, config)
@@ -80,9 +91,7 @@ def select_whole(leaves: Mapping[str, Any], config: LoraConfig) -> list[str]:
     """Choose the leaves that `modules_to_save` trains whole."""
     floating = {path: leaf for path, leaf in leaves.items() if is_floating(leaf)}
     _check_patterns("modules_to_save", config.modules_to_save, floating, leaves, config)
-    return sorted(
-        path for path in floating if any(paths.matches(p, path) for p in config.modules_to_save)
-    )
+    return sorted(path for path in floating if _any_matches(config.modules_to_save, path))
 
 
 def _chosen(
@@ -90,11 +99,11 @@ def _chosen(
 ) -> list[str]:
     if config.targets == "all-linear":
         return _all_linear(leaves, known, guessed=guessed)
-    if config.targets in ("attention", "mlp"):
+    if config.targets in _GROUPS:
         # A model may well name a module "mlp" or "attention" itself: the group includes it.
-        group = ATTENTION if config.targets == "attention" else MLP
+        group = _GROUPS[config.targets]
         dense = [path for path, kernel in known.items() if kernel.kind == "dense"]
-        chosen = [path for path in dense if any(paths.matches(name, path) for name in group)]
+        chosen = [path for path in dense if _any_matches(group, path)]
         if not chosen:
             raise _no_match(
                 "targets", str(config.targets), known, "no dense kernel has such a name"
@@ -104,7 +113,7 @@ def _chosen(
     if guessed:
         _refuse_ambiguous(leaves, patterns, known)
     _check_patterns("targets", patterns, known, leaves, config)
-    return [path for path in known if any(paths.matches(name, path) for name in patterns)]
+    return [path for path in known if _any_matches(patterns, path)]
 
 
 def _all_linear(
@@ -119,6 +128,41 @@ def _all_linear(
         raise _no_match("targets", "all-linear", known, "there is no dense kernel")
     body = [path for path in dense if not known[path].is_output_head]
     return body or dense  # a model that is nothing but a head: adapt that
+
+
+def _warn_of_skipped(kernels: Kernels, config: LoraConfig) -> None:
+    """Name the targets that no adapter can reach, in one warning."""
+    targets = config.targets
+    if targets == "all-linear" or targets in _GROUPS:
+        # What is never contracted with data, such as a table of positions, is no dense kernel.
+        wanted = [
+            path
+            for path in kernels.acting
+            if targets == "all-linear" or _any_matches(_GROUPS[str(targets)], path)
+        ]
+    else:
+        patterns = (targets,) if isinstance(targets, str) else targets
+        named = (path for path in kernels.skipped if _any_matches(patterns, path))
+        wanted = [path for path in named if path not in kernels.added]
+    left_out = (*config.exclude, *config.modules_to_save)
+    is_settled = lambda path: path in kernels or _any_matches(left_out, path)  # noqa: E731
+    wanted = sorted(path for path in wanted if not is_settled(path))
+    if wanted:
+        lines = [f"    {path}: {kernels.skipped[path]}" for path in wanted]
+        warnings.warn(
+            explain(
+                f"lora_init: {len(wanted)} of the targets get no adapter",
+                got="\n" + "\n".join(lines),
+                expected="matrices that are contracted with data, looked up or convolved",
+                fix="Exclude them to silence this warning, or train them with modules_to_save.",
+            ),
+            SkippedKernelWarning,
+            stacklevel=4,  # the caller of lora_init
+        )
+
+
+def _any_matches(patterns: Iterable[str], path: str) -> bool:
+    return any(paths.matches(pattern, path) for pattern in patterns)
 
 
 def _refuse_ambiguous(
@@ -152,7 +196,10 @@ def _unused(
     setting: str, pattern: str, legal: Mapping[str, Any], leaves: Mapping[str, Any]
 ) -> LoraError:
     others = [path for path in leaves if paths.matches(pattern, path)]
-    if others:
+    skipped = getattr(legal, "skipped", {})
+    if reasons := [f"{path}: {skipped[path]}" for path in others if path in skipped]:
+        why = f"no adapter can reach {'; '.join(reasons[:5])}"
+    elif others:
         shown = ", ".join(f"{path} {tuple(leaves[path].shape)}" for path in others[:5])
         why = f"it matches only leaves that are not kernels: {shown}"
     else:

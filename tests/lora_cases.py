@@ -122,6 +122,17 @@ def assert_equals_merged(
         assert_close(reverse, reverse_, gradient_rtol)
 
 
+def jit_by_operation(fn: Any) -> Any:
+    """Jit without kernels that join operations, which round differently on some CPUs.
+
+    XLA of jax 0.12 gives a product and what surrounds it to a library, if the CPU allows it.
+    What it joins depends on the whole program, so a product has other bits in another program.
+    """
+    joins = jax.__version_info__ >= (0, 12)
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if joins else {}
+    return jax.jit(fn, compiler_options=options)
+
+
 def equations(jaxpr: Any) -> Iterator[Any]:
     """Every equation of a program and of the programs inside it."""
     for eqn in jaxpr.eqns:

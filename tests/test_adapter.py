@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import jax_lora as jl
-from jax_lora.pair import dense_delta
 from tests.lora_cases import assert_bitwise, assert_close, random_tree, randomized
 
 
@@ -71,7 +70,7 @@ def test_the_scale_by_hand():
     tree = {"kernel": jnp.zeros((2, 3))}
     adapter = jl.lora_init(jax.random.key(0), tree, jl.LoraConfig(rank=8, alpha=16.0))
     ones = jax.tree.map(jnp.ones_like, adapter)
-    np.testing.assert_array_equal(dense_delta(ones.pairs["kernel"]), np.full((2, 3), 16.0))
+    np.testing.assert_array_equal(ones.pairs["kernel"].delta(), np.full((2, 3), 16.0))
 
 
 def test_layers_of_a_stack_may_differ_in_scale_and_rank():

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import pickle
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jax_lora import LoraConfig
+from jax_lora.config import FrozenMapping
 from jax_lora.errors import ConfigError
 
 
@@ -65,6 +67,10 @@ def test_the_order_of_patterns_counts():
         ({"rank_pattern": ["q"]}, "rank_pattern", "a mapping"),
         ({"use_rslora": "yes"}, "use_rslora", "True or False"),
         ({"use_dora": 1}, "use_dora", "True or False"),
+        ({"metadata": "text"}, "metadata", "a mapping from name to text"),
+        ({"metadata": {"": "text"}}, "metadata", "names that are strings, not empty"),
+        ({"metadata": {3: "text"}}, "metadata", "names that are strings, not empty"),
+        ({"metadata": {"peft": {"r": 8}}}, "metadata\\['peft'\\]", "a string"),
     ],
 )
 def test_a_value_that_means_nothing_is_refused(settings, where, expected):
@@ -81,6 +87,28 @@ def test_an_unknown_setting_asks_what_was_meant():
 def test_json_that_is_no_config_is_refused(text):
     with pytest.raises(ConfigError):
         LoraConfig.from_json(text)
+
+
+def test_metadata_is_kept_and_never_compared_or_shown():
+    text = {"note": "something long"}
+    config, plain = LoraConfig(metadata=text), LoraConfig()
+    assert config == plain and hash(config) == hash(plain) and repr(config) == repr(plain)
+    text["note"] = "changed"
+    assert config.metadata == {"note": "something long"} and plain.metadata == {}
+    assert hash(config.metadata) == hash(FrozenMapping({"note": "something long"}))
+    for again in (
+        LoraConfig.from_json(config.to_json()),
+        pickle.loads(pickle.dumps(config)),
+        dataclasses.replace(config, rank=2),
+    ):
+        assert again.metadata == config.metadata
+    with pytest.raises(TypeError):
+        config.metadata["note"] = "changed"
+
+
+def test_mappings_are_equal_in_any_order_and_hash_alike():
+    one, other = FrozenMapping({"a": "1", "b": "2"}), FrozenMapping({"b": "2", "a": "1"})
+    assert one == other and hash(one) == hash(other) and repr(one) == "{'a': '1', 'b': '2'}"
 
 
 def test_a_config_is_frozen():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from jax_lora import peft
 from jax_lora.adapter import Adapter
 from jax_lora.checkpoint import load_adapter, save_adapter
-from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base
+from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base, model_folder
 from jax_lora.errors import ConfigError, explain
 from jax_lora.finetune.run_folder import RunFolder
 from jax_lora.finetune.settings import DTYPES
+from jax_lora.models.companions import copy_companions
+from jax_lora.models.save_checkpoint import save
 
 HELP = "read an adapter of PEFT or mlx-lm"
 # The file by which each format is known.
@@ -40,9 +43,11 @@ def run(options: argparse.Namespace) -> int:
     """Make the run, and return the exit code."""
     source = Path(options.folder)
     kind = options.source or _recognise(source)
-    base = load_base(options.model, options.dtype)
-    adapter = _read(kind, source, base)
+    loaded = load_base(options.model, options.dtype)
+    base, adapter = _read(kind, source, loaded)
     folder, moved = RunFolder.prepare(options.adapter_path)
+    if base.model is not loaded.model:
+        base = _keep_base(base, folder.path / "base", source)
     folder.write_config(_settings(base, adapter), note=f"Made of the adapter in {source}.")
     folder.save(0, lambda path: save_adapter(path, adapter, base=base.variables))
     if moved is not None:
@@ -72,11 +77,32 @@ def _recognise(folder: Path) -> str:
     )
 
 
-def _read(kind: str, folder: Path, base: BaseModel) -> Adapter:
+def _read(kind: str, folder: Path, base: BaseModel) -> tuple[BaseModel, Adapter]:
+    """Read the adapter, and change the base into the model that PEFT trained it on."""
     if kind == "orbax":
-        return load_adapter(folder, base=base.variables)
-    load = peft.load if kind == "peft" else peft.load_mlx
-    return load(folder, base.variables, names=base.model.hf_names)
+        return base, load_adapter(folder, base=base.variables)
+    if kind == "mlx":
+        return base, peft.load_mlx(folder, base.variables, names=base.model.hf_names)
+    model, variables, adapter = peft.load_model(folder, base.model, base.variables)
+    return dataclasses.replace(base, model=model, variables=variables), adapter
+
+
+def _keep_base(base: BaseModel, target: Path, adapter: Path) -> BaseModel:
+    """Write a changed base into the run, where the other verbs find it.
+
+    Args:
+      base: The changed model under the name of the one that it was made of.
+      target: The folder that is made.
+      adapter: The folder of the adapter; its tokenizer, if it has one, has the added tokens.
+
+    Returns:
+      The base under its new name.
+    """
+    save(target, base.model, base.variables["params"])
+    copy_companions(model_folder(base.name), target)
+    copy_companions(adapter, target)
+    print(f"{target}: {base.name}, changed into the model that the adapter was trained on")
+    return dataclasses.replace(base, name=str(target))
 
 
 def _settings(base: BaseModel, adapter: Adapter) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 Adapters from elsewhere are made for such models: an adapter on one end of a tied embedding, a stack
 with layers repeated, added tokens. The model changes first; then the adapter fits it.
+`jl.peft.load_model` calls these functions as a PEFT adapter needs them.
 """
 
 from __future__ import annotations

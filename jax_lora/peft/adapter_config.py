@@ -7,18 +7,22 @@ known at all was written by a newer PEFT; it is dropped with a warning, as PEFT 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_lora.config import LoraConfig
 from jax_lora.errors import AdapterFileError, AdapterFileWarning, explain
 from jax_lora.json_files import read_json
 
 CONFIG = "adapter_config.json"
 _MOST_BYTES = 2**20
 _MOST_RANK = 2**16
+_MOST_LAYERS = 2**16
+_KEPT = "peft"  # the name in LoraConfig.metadata
 
 # Every field that PEFT 0.21.2 writes for LoRA, and its default.
 DEFAULTS: dict[str, Any] = {
@@ -155,6 +159,8 @@ def _type_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     for name in ("target_modules", "modules_to_save", "target_parameters"):
         if not _is_names(raw.get(name)):
             yield f"{name} = {_short(raw[name])}: no list of names"
+    if not _is_ranges(raw.get("layer_replication")):
+        yield f"layer_replication = {_short(raw['layer_replication'])}: no list of [start, stop)"
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -167,6 +173,18 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
+def _is_ranges(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, list) and all(
+        isinstance(each, list)
+        and len(each) == 2
+        and all(type(bound) is int for bound in each)
+        and 0 <= each[0] < each[1] <= _MOST_LAYERS
+        for each in value
+    )
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -175,3 +193,27 @@ def _short(value: Any) -> str:
 def config_text(config: Mapping[str, Any]) -> str:
     """Write a configuration down as PEFT does, with every field and its names in order."""
     return json.dumps({**DEFAULTS, **config}, indent=2, sort_keys=True)
+
+
+# -----------------------------------------------------------------------------------------------
+# Between reading and writing
+# -----------------------------------------------------------------------------------------------
+
+
+def keep(config: LoraConfig, text: str) -> LoraConfig:
+    """Keep the text of an `adapter_config.json` in the configuration of its adapter."""
+    return dataclasses.replace(config, metadata={**config.metadata, _KEPT: text})
+
+
+def kept(config: LoraConfig) -> dict[str, Any] | None:
+    """The fields of the text that `keep` kept, or None."""
+    try:
+        return {**DEFAULTS, **json.loads(config.metadata.get(_KEPT, ""))}
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def forget(config: LoraConfig) -> LoraConfig:
+    """Drop what `keep` kept."""
+    others = {name: text for name, text in config.metadata.items() if name != _KEPT}
+    return dataclasses.replace(config, metadata=others)

@@ -28,6 +28,9 @@ A, B, B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 TABLE_A, TABLE_B = ".lora_embedding_A", ".lora_embedding_B"
 MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
+ROWS_FROZEN = ".token_adapter.base_layer.weight"
+# PEFT writes some of a module's tensors up to three times.
+_COPIES = (".original_module.", ".modules_to_save.")
 _PARTS = re.compile(
     r"(?P<module>.*?)(?P<nested>(\.base_layer)*)"
     r"(?P<part>\.lora_A\.weight|\.lora_B\.weight|\.lora_B\.bias|\.lora_embedding_A"
@@ -48,6 +51,16 @@ class Key:
     module: str
     depth: int
     part: str
+
+
+def is_copy(name: str) -> bool:
+    """Tell a tensor that repeats another one of the file.
+
+    Example:
+      >>> is_copy("base_model.model.lm_head.original_module.weight")
+      True
+    """
+    return any(copy in name for copy in _COPIES)
 
 
 def parse(name: str) -> Key | None:

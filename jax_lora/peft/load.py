@@ -18,18 +18,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jax_lora import paths
 from jax_lora.adapter import Adapter, LoraPair
 from jax_lora.errors import AdapterFileError, explain
 from jax_lora.kernel import Kernel
 from jax_lora.peft import keys, whole_tensors
-from jax_lora.peft.adapter_config import config_text, read_config
+from jax_lora.peft.adapter_config import config_text, keep, read_config
 from jax_lora.peft.factors import Factors, join
 from jax_lora.peft.our_config import our_config
 from jax_lora.peft.scaling import scale_of
 from jax_lora.peft.sites import Leaf, Site, find_leaves, sites_of
 from jax_lora.peft.targets import expected_modules
 from jax_lora.peft.tensor_file import read_tensors
-from jax_lora.peft.tied import settle, tied_table
+from jax_lora.peft.tied import UNTIE, settle, tied_table
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -60,7 +61,8 @@ def load(
 
     Raises:
       AdapterFileError: The files are broken, ask for what is not implemented, or do not fit the
-        base.
+        base. If they fit a changed base (untied, with layers repeated, of another vocabulary), the
+        message says so, and `load_model` makes it.
       StructureError: A path of `names` is none of the parameters'.
       AmbiguousKernelError: A kernel's axes only `kernels` could tell.
 
@@ -82,16 +84,48 @@ def load(
       True
     """
     folder = Path(path)
-    tensors = read_tensors(folder, WEIGHTS)
-    config = read_config(folder)
+    tensors, config = read_tensors(folder, WEIGHTS), read_config(folder)
+    return assemble(folder, tensors, config, variables, names=names, kernels=kernels, dtype=dtype)
+
+
+def assemble(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    variables: Any,
+    *,
+    names: Mapping[str, str],
+    kernels: Mapping[str, Kernel] | None = None,
+    dtype: Any = jnp.float32,
+) -> Adapter:
+    """Make an adapter of the contents of its folder.
+
+    Args:
+      folder: The folder, for messages.
+      tensors: The tensors by name.
+      config: The configuration.
+      variables: As for `load`, and so are `names`, `kernels` and `dtype`.
+      names: Names of modules by path.
+      kernels: What `find_kernels` found.
+      dtype: Type of the factors.
+
+    Returns:
+      The adapter.
+
+    Raises:
+      AdapterFileError: They do not fit the base.
+    """
     leaves = find_leaves(variables, names, kernels)
     sites = sites_of(leaves)
-    grouped, rest = _grouped(tensors, sites)
-    rest, tied = settle(grouped, rest, tied_table(names), config)
-    whole, rows, others = whole_tensors.read(rest, variables, sites, config)
+    grouped, rest = group(tensors, sites)
+    base = dict(paths.flatten_with_paths(variables)[0])
+    table = tied_table(names)
+    ends = settle(grouped, rest, table, config, lambda: base.get(sites[table or ""].leaf.path))
+    whole, rows, others = whole_tensors.read(ends.rest, base, sites, config)
     problems = [
         *_replication_problems(config, leaves),
-        *tied,
+        *(f"{reason}, and {UNTIE}" for reason in ends.one_sided),
+        *ends.problems,
         *(problem for module in grouped for problem in _problems(grouped[module], sites[module])),
         *_missing(grouped, config, sites),
         *others,
@@ -99,7 +133,7 @@ def load(
     if problems:
         raise _refusal(folder, problems)
     pairs = _pairs(grouped, sites, config, dtype)
-    settings = our_config(config, pairs, whole, dtype, config_text(config))
+    settings = keep(our_config(config, pairs, whole, dtype), config_text(config))
     cast = {name: jnp.asarray(leaf, dtype or leaf.dtype) for name, leaf in whole.items()}
     return Adapter(pairs, cast, settings, rows)
 
@@ -107,10 +141,18 @@ def load(
 Parts = dict[str, np.ndarray]
 
 
-def _grouped(
+def group(
     tensors: Mapping[str, np.ndarray], sites: Mapping[str, Site]
 ) -> tuple[dict[str, Parts], dict[str, np.ndarray]]:
-    """Sort the tensors of factors by the site that they belong to; the others are left over."""
+    """Sort the tensors of factors by the site that they belong to; the others are left over.
+
+    Args:
+      tensors: Every tensor of the file by name.
+      sites: Every site of the base by name.
+
+    Returns:
+      Tensors of factors by site and by what they hold, and the other tensors by name.
+    """
     by_place: dict[str, dict[int, Parts]] = {}
     rest = {}
     of_place: dict[str, list[str]] = {}
@@ -197,8 +239,8 @@ def _replication_problems(config: Mapping[str, Any], leaves: Mapping[str, Leaf])
     depths = {leaf.shape[0] for leaf in leaves.values() if leaf.depth}
     if ranges and depths != {sum(stop - start for start, stop in ranges)}:
         yield (
-            f"layer_replication {ranges}: the base has {max(depths, default=0)} layers; repeat "
-            f"them first: model, params = jax_lora.models.replicate_layers(model, params, {ranges})"
+            f"layer_replication {ranges}: the base has {max(depths, default=0)} layers; "
+            "jl.peft.load_model(path, model, params) repeats them"
         )
 
 
@@ -209,6 +251,7 @@ def _refusal(folder: Path, problems: list[str]) -> AdapterFileError:
             got=f"{len(problems)} things that do not fit the base:"
             + "".join(f"\n    {problem}" for problem in problems),
             expected="exactly the tensors that its configuration and the base call for",
-            fix="Load it for the base that it was trained on, with that model's names.",
+            fix="Load it for the base that it was trained on, with that model's names. Where a "
+            "line names it: model, params, adapter = jl.peft.load_model(path, model, params).",
         )
     )

@@ -167,7 +167,7 @@ def assembled(
         by_path.setdefault(sites[module].leaf.path, {})[sites[module].position] = factors
     leaves = {site.leaf.path: site.leaf for site in sites.values()}
     pairs = {path: join(leaves[path], found, dtype) for path, found in sorted(by_path.items())}
-    return Adapter(pairs, {}, our_config(config, pairs, (), dtype, ""))
+    return Adapter(pairs, {}, our_config(config, pairs, (), dtype))
 
 
 def _config_problems(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -18,7 +18,6 @@ def our_config(
     pairs: Mapping[str, LoraPair],
     whole: Iterable[str],
     dtype: Any,
-    text: str,
 ) -> LoraConfig:
     """Describe an adapter in our terms.
 
@@ -27,7 +26,6 @@ def our_config(
       pairs: The pairs by path; their ranks and scales are what counts.
       whole: Paths of leaves that are trained whole.
       dtype: Type of the factors; None: that of the first pair.
-      text: The configuration as it stood in its file.
 
     Returns:
       A configuration: `lora_init` with it makes an adapter of the same ranks and scales.
@@ -52,7 +50,6 @@ def our_config(
         use_dora=bool(config["use_dora"]),
         dropout=float(config["lora_dropout"] or 0.0),
         dtype=np.dtype(dtype or (some.a.dtype if some is not None else "float32")),
-        peft_config=text,
     )
 
 

@@ -82,7 +82,8 @@ def save(
     config = their_config(adapter, found, sites, every, whole, rows, tied_table(names))
     if base_model is not None:
         config["base_model_name_or_path"] = base_model
-    _add_tied(tensors, config)
+    if (table := tied_table(names)) is not None:
+        tensors |= mirror(tensors, table)  # PEFT takes a head that the file lacks for frozen
     _add_tables(tensors, config, sites, base)
     write_files(Path(path), WEIGHTS, tensors, CONFIG, config_text(config))
 
@@ -155,14 +156,6 @@ def _all_leaves(names: Mapping[str, str], leaves: Mapping[str, Leaf]) -> list[li
     """Every module that `names` knows: those of leaves without an adapter by any index at hand."""
     depth = max((leaf.shape[0] for leaf in leaves.values() if leaf.depth), default=1)
     return [[name.format(layer=i, expert=0) for i in range(depth)] for name in names.values()]
-
-
-def _add_tied(tensors: dict[str, np.ndarray], config: Mapping[str, Any]) -> None:
-    if config["ensure_weight_tying"]:
-        tables = [name for name in tensors if name.endswith(keys.TABLE_A)]
-        for name in tables:
-            table = name.removeprefix(keys.PREFIX).removesuffix(keys.TABLE_A)
-            tensors |= mirror(tensors, table)
 
 
 def _add_tables(

@@ -23,6 +23,16 @@ def matches(name: str, module: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
+def listed(names: str | Sequence[str] | None) -> list[str]:
+    """The names of a field that holds one name, a list of them or null.
+
+    Example:
+      >>> listed("lm_head"), listed(None)
+      (['lm_head'], [])
+    """
+    return [names] if isinstance(names, str) else list(names or [])
+
+
 def expected_modules(config: Mapping[str, Any], sites: Mapping[str, Site]) -> Iterator[str]:
     """The modules that a configuration names by list, so that factors of each are expected.
 
@@ -43,12 +53,12 @@ def expected_modules(config: Mapping[str, Any], sites: Mapping[str, Site]) -> It
 
 
 def _left_out(config: Mapping[str, Any], module: str) -> bool:
-    excluded, saved = config["exclude_modules"], config["modules_to_save"] or []
+    excluded, saved = config["exclude_modules"], listed(config["modules_to_save"])
     if isinstance(excluded, str):
         return True  # a regular expression out of the file: it may mean this one
     if any(matches(name, module) for name in excluded or []):
         return True
-    if any(name in module.split(".") for name in saved):
+    if any(f".{name}." in f".{module}." for name in saved):
         return True
     layers = config["layers_to_transform"]
     if layers is None or not layers_apply(config):

@@ -8,14 +8,13 @@ patterns in alphabetical order and goes by the first that matches.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jax_lora.adapter import Adapter
-from jax_lora.peft.adapter_config import DEFAULTS
+from jax_lora.peft.adapter_config import DEFAULTS, kept
 from jax_lora.peft.factors import Factors
 from jax_lora.peft.scaling import scale_of, value_of
 from jax_lora.peft.sites import Site
@@ -46,8 +45,9 @@ def their_config(
     Returns:
       Every field of PEFT's configuration.
     """
-    loaded = _loaded(adapter.config.peft_config)
-    if loaded is not None and _still_true(loaded, adapter, found, sites):
+    loaded = kept(adapter.config)
+    one_sided = tied in found and not (loaded or {}).get("ensure_weight_tying")
+    if loaded is not None and not one_sided and _still_true(loaded, adapter, found, sites):
         for field in ("target_modules", "target_parameters", "modules_to_save"):
             if isinstance(loaded[field], list):
                 loaded[field] = sorted(loaded[field])
@@ -60,9 +60,12 @@ def their_config(
     biased = [name for name, only_bias in whole.items() if only_bias]
     targets = _named(modules, every) + [HEAD] * (tied in found)  # its pair changes both ends
     config["target_modules"] = sorted(targets) or None
-    config["ensure_weight_tying"] = tied in found
+    config["ensure_weight_tying"] = tied in found or tied in saved
     config["target_parameters"] = _named(parameters, every, segments=2) or None
-    config["modules_to_save"] = _named(saved, every) or None
+    # PEFT ties a saved table to the head only where the list has its full name.
+    untied = [name for name in saved if name != tied]
+    full = [tied] if tied in saved else []
+    config["modules_to_save"] = sorted(_named(untied, every) + full) or None
     if biased:
         config["bias"] = "lora_only" if set(biased) <= set(modules) else "all"
     if rows:
@@ -70,16 +73,15 @@ def their_config(
     return config
 
 
-def _loaded(text: str) -> dict[str, Any] | None:
-    try:
-        return {**DEFAULTS, **json.loads(text)}
-    except ValueError:
-        return None
-
-
 def _informative(loaded: Mapping[str, Any] | None) -> dict[str, Any]:
-    kept = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
-    return {**DEFAULTS, **{name: loaded[name] for name in kept if loaded}}
+    informative = (
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "auto_mapping",
+        "layer_replication",
+    )
+    return {**DEFAULTS, **{name: loaded[name] for name in informative if loaded}}
 
 
 def _still_true(

@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_lora.adapter import Adapter
 from jax_lora.errors import AdapterFileError, explain
+from jax_lora.peft.adapter_config import forget
 from jax_lora.peft.factors import Factors
 from jax_lora.peft.sites import Site
 
@@ -60,7 +61,7 @@ def uniform(adapter: Adapter, found: Mapping[str, Factors]) -> tuple[Adapter, di
     """
     rank = max(each.rank for each in found.values())
     config = dataclasses.replace(
-        adapter.config, rank=rank, alpha=float(rank), use_rslora=False, peft_config=""
+        forget(adapter.config), rank=rank, alpha=float(rank), use_rslora=False
     )
     folded = {module: _folded(each, rank) for module, each in found.items()}
     return dataclasses.replace(adapter, config=config), folded

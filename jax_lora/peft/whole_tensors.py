@@ -3,6 +3,7 @@
 <module>.weight, <module>.bias                 modules_to_save, biases, a resized vocabulary
 <module>.base_layer.bias                       the bias of an adapted module
 <module>.base_layer.weight                     a copy of the base's own table or head
+<module>.token_adapter.base_layer.weight       the same beside trained rows
 <module>.token_adapter.trainable_tokens_delta  rows of a table that were trained
 """
 
@@ -18,14 +19,15 @@ import numpy as np
 from jax_lora import paths
 from jax_lora.peft import keys
 from jax_lora.peft.sites import Leaf, Site
-from jax_lora.token_rows import TokenRows
+from jax_lora.updates import TokenRows
 
-_COPIES = (".original_module.", ".modules_to_save.")  # PEFT writes a trained bias up to three times
+# The base's own weight, by where PEFT keeps it.
+_FROZEN = (keys.ROWS_FROZEN, ".base_layer.weight")
 
 
 def read(
     rest: Mapping[str, np.ndarray],
-    variables: Any,
+    base: Mapping[str, Any],
     sites: Mapping[str, Site],
     config: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, TokenRows], list[str]]:
@@ -33,20 +35,19 @@ def read(
 
     Args:
       rest: The tensors by name.
-      variables: The base.
+      base: The base's leaves by path.
       sites: Every site by name.
       config: The configuration.
 
     Returns:
       Leaves trained whole by path, rows by path, and what is wrong.
     """
-    base = dict(paths.flatten_with_paths(variables)[0])
     whole: dict[str, Any] = {}
     rows: dict[str, TokenRows] = {}
     problems: list[str] = []
     for name, tensor in rest.items():
         bare = name.removeprefix(keys.PREFIX)
-        if any(copy in bare for copy in _COPIES):
+        if keys.is_copy(bare):
             continue
         module, what = _taken_apart(bare)
         site = sites.get(module)
@@ -54,7 +55,7 @@ def read(
             problems.append(_extra(bare, tensor, sites))
         elif what == keys.ROWS:
             problems += _read_rows(rows, tensor, site, config)
-        elif what == ".base_layer.weight":
+        elif what in _FROZEN:
             problems += _compare_copy(bare, tensor, site, base)
         else:
             path = site.leaf.path if what == ".weight" else bias_path(site.leaf.path)
@@ -68,7 +69,7 @@ def bias_path(path: str) -> str:
 
 
 def _taken_apart(name: str) -> tuple[str, str]:
-    for what in (keys.ROWS, ".base_layer.weight", ".base_layer.bias", ".weight", ".bias"):
+    for what in (keys.ROWS, *_FROZEN, ".base_layer.bias", ".weight", ".bias"):
         if name.endswith(what):
             return name.removesuffix(what), what
     return name, ""
@@ -107,13 +108,14 @@ def _compare_copy(
     elif not isinstance(leaf, jax.ShapeDtypeStruct):
         have = np.asarray(leaf if site.leaf.is_table else leaf.T)
         if not np.array_equal(have, tensor.astype(have.dtype)):
-            yield f"{name}: other numbers than the base's: the adapter is for another base"
+            yield f"{name}: other values than the base's: the adapter is for another base"
 
 
 def _resize(tensor: np.ndarray, want: tuple[int, ...]) -> str:
     if tensor.ndim != 2 or tensor.shape[1] != want[1]:
         return ""
-    return f"; model, params = jax_lora.models.resize_vocab(model, params, {tensor.shape[0]}) first"
+    size = tensor.shape[0]
+    return f"; jl.peft.load_model(path, model, params) resizes the vocabulary to {size} tokens"
 
 
 def _read_whole(

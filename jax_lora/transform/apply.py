@@ -8,37 +8,46 @@ from typing import Any
 
 import jax
 
-from jax_lora.adapter import LoraWeight, RowsWeight, WholeWeight, is_adapted, to_lowrank
-from jax_lora.transform import consumers, contraction, control_flow, structural  # noqa: F401 - the rules
-from jax_lora.transform.interpreter import Interpreter
+from jax_lora.adapter import is_adapted, is_weight
+from jax_lora.algebra.base_weight import Recipe
+from jax_lora.algebra.low_rank import LowRank
+from jax_lora.transform.evaluate import Evaluate
+from jax_lora.transform.programs import Body
 from jax_lora.transform.sites import Settings
+from jax_lora.transform.strategies import Strategy, target_platform
 
 
 def lora_apply(
-    fn: Callable[..., Any], *, on_materialize: str = "warn", form: str = "auto"
+    fn: Callable[..., Any],
+    *,
+    on_materialize: str = "warn",
+    form: str = "auto",
+    platform: str | None = None,
 ) -> Callable[..., Any]:
     """Turn `model.apply`, or any function, into its LoRA version.
 
-    The result takes the same arguments, with `LoraWeight` leaves anywhere among them. It computes
-    what `fn` would compute on the merged weights W0 + scale * a @ b: where such a leaf meets a
-    contraction, x · W0 + scale * (x · a) · b, and no gradient of W0's size is ever formed. Kernels
-    that read the same x share their thin products. `fn` is traced as by `jax.jit`; wrap the call
-    in `jax.jit` for speed. W0 is behind `stop_gradient`.
+    The result accepts the same arguments, with leaves from `combine` anywhere among them. It
+    computes what `fn` computes on the merged weights W0 + scale * a @ b: where such a leaf is used
+    in a contraction, x · W0 + scale * (x · a) · b, and no gradient of W0's size is ever computed.
+    Kernels that read the same x share their down-projections. `fn` is traced as by `jax.jit`; wrap
+    the call in `jax.jit` for speed. W0 is behind `stop_gradient`.
 
     Args:
       fn: The function. Static arguments, `method=`, `mutable=` and `rngs=` work as before: whatever
-        is not a JAX array is passed on as it is.
+        is not a JAX array is passed on unchanged.
       on_materialize: What to do where an operation has no low-rank rule and the full weight has to
-        be formed: `"warn"` once per site, `"error"`, or `"allow"`.
+        be materialized: `"warn"` once per site, `"error"`, or `"allow"`.
       form: How contractions are computed. `"auto"` decides for each by its shapes and types;
-        `"factored"` and `"merged"` pin the two forms of `jax_lora/transform/forms.py`, of which the
-        second gives way where it would round the update off. `explain` shows what was chosen.
+        `"factored"` and `"merged"` pin the two forms of `jax_lora/transform/strategies.py`, of
+        which the second gives way where it would round the update off. `explain` shows the choice.
+      platform: The target: `"cpu"`, `"gpu"` or `"tpu"`. By default the platform of the inputs, or
+        the default backend inside `jax.jit`. Pass it to compile for a device that is not there.
 
     Returns:
       A function with `fn`'s signature.
 
     Raises:
-      ConfigError: Another `on_materialize` or `form`.
+      ConfigError: An unknown `on_materialize`, `form` or `platform`.
       MaterializeError: From the result, under `on_materialize="error"`.
 
     Reference:
@@ -53,7 +62,7 @@ def lora_apply(
       >>> bool((y == model(params, x)).all())  # b is zero: the base model, bit by bit
       True
     """
-    return with_settings(fn, Settings(on_materialize, form))
+    return with_settings(fn, Settings(on_materialize, form, platform))
 
 
 def with_settings(fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
@@ -69,16 +78,17 @@ def with_settings(fn: Callable[..., Any], settings: Settings) -> Callable[..., A
 
     @functools.wraps(fn)
     def with_lora(*args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
-        if not any(map(is_adapted, leaves)):
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
+        if not any(map(is_weight, leaves)):
             return fn(*args, **kwargs)
         data = [index for index, leaf in enumerate(leaves) if _is_data(leaf)]
         program = _Program(fn, leaves, treedef, data)
         closed = jax.make_jaxpr(program)(*[_stand_in(leaves[index]) for index in data])
+        platform = settings.platform or target_platform(jax.tree.leaves((args, kwargs)))
+        evaluator = Evaluate(settings, Strategy(platform, settings.form))
         inputs = [_value(leaves[index]) for index in data]
-        interpreter = Interpreter(settings)
-        outputs = interpreter.evaluate(closed.jaxpr, closed.consts, inputs)
-        return program.rebuild(interpreter.dense(outputs, None, "return"))
+        outputs = evaluator.run(Body(closed.jaxpr, closed.consts), inputs)
+        return program.rebuild(evaluator.dense(outputs, None, "return"))
 
     return with_lora
 
@@ -116,18 +126,20 @@ class _Program:
 
 
 def _is_data(leaf: Any) -> bool:
-    return is_adapted(leaf) or isinstance(leaf, jax.Array)
+    return is_weight(leaf) or isinstance(leaf, jax.Array)
 
 
 def _stand_in(leaf: Any) -> Any:
-    return leaf.base if is_adapted(leaf) else leaf
+    """Return an array, or the shape and type of one, for `fn` to be traced with."""
+    base = leaf.base if is_adapted(leaf) else leaf
+    return jax.ShapeDtypeStruct(base.shape, base.dtype) if isinstance(base, Recipe) else base
 
 
 def _value(leaf: Any) -> Any:
-    if isinstance(leaf, LoraWeight):
-        return to_lowrank(leaf)
-    if isinstance(leaf, WholeWeight):
-        return leaf.value.astype(leaf.base.dtype)
-    if isinstance(leaf, RowsWeight):
-        return leaf.rows.put(leaf.base)
+    """Return what the interpretation computes with: an array or a low-rank value."""
+    if isinstance(leaf, Recipe):
+        frozen = jax.tree.map(jax.lax.stop_gradient, leaf)
+        return LowRank(frozen, tuple(range(leaf.ndim)), "a base without an adapter")
+    if is_adapted(leaf):
+        return leaf.update.applied(leaf.base, leaf.path, leaf.dropout_key, leaf.config.dropout)
     return leaf

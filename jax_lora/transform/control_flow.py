@@ -1,6 +1,6 @@
-"""Rules for operations that hold a program: they are entered, and written again around it.
+"""Programs, evaluated inside and built again: jit, remat, scan, while, cond and shard_map.
 
-jit, remat, scan, while, cond and shard_map come out as themselves, with the factors beside W0.
+Each comes out as itself, with the factors beside W0.
 """
 
 from __future__ import annotations
@@ -15,26 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_lora.lowrank import FACTORS, LowRank
-from jax_lora.transform import varying
-from jax_lora.transform.interpreter import Interpreter, Rule, Value, is_lowrank, opened, rule
-from jax_lora.transform.layout import scan_layout
-from jax_lora.transform.sites import Settings
+from jax_lora.algebra.base_weight import Recipe, made
+from jax_lora.algebra.low_rank import FACTORS, LowRank
+from jax_lora.algebra.named_array import NamedArray
+from jax_lora.transform.programs import Body, Call, Cond, Scan, ShardMap, While, unchanged
 
-Outputs = list[Value] | None
+Value = Any  # an array or a LowRank
+Evaluator = Any  # the `Evaluate` that came upon the program
 
 
-def _reads(*names: str) -> Callable[[Rule], Rule]:
-    """Let a rule pass on an equation without the parameters that it reads: JAX may rename them."""
-
-    def decorate(function: Rule) -> Rule:
-        @functools.wraps(function)
-        def guarded(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-            return function(interpreter, eqn, inputs) if set(names) <= set(eqn.params) else None
-
-        return guarded
-
-    return decorate
+def _is_low_rank(value: Value) -> bool:
+    return isinstance(value, LowRank)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -42,26 +33,30 @@ def _reads(*names: str) -> Callable[[Rule], Rule]:
 # -----------------------------------------------------------------------------------------------
 
 
-@rule("jit", "pjit")
-@_reads("jaxpr")
-def _jit(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    jaxpr, consts = opened(eqn.params["jaxpr"])
-    inputs = [interpreter.fresh(value) for value in inputs]
+def jit(evaluator: Evaluator, eqn: Any, program: Call, inputs: list[Value]) -> list[Value]:
+    """Evaluate under `jax.jit`."""
     inputs = _constrained(inputs, eqn.params.get("in_shardings", ()))
-    name, where = eqn.params.get("name", "jit"), interpreter.locate(eqn)
-    function = _jitted(jaxpr, name, interpreter.settings, interpreter.times, where)
-    outputs = function(tuple(consts), tuple(inputs))
+    function = _jitted(
+        type(evaluator),
+        evaluator.settings,
+        evaluator.strategy,
+        evaluator.times,
+        evaluator.locate(eqn),
+        program.body.jaxpr,
+        eqn.params.get("name", "jit"),
+    )
+    outputs = function(tuple(program.body.consts), tuple(inputs))
     return _constrained(outputs, eqn.params.get("out_shardings", ()))
 
 
 @functools.lru_cache(maxsize=512)
 def _jitted(
-    jaxpr: Any, name: str, settings: Settings, times: int, called_at: str
+    evaluator: Any, settings: Any, strategy: Any, times: int, called_at: str, jaxpr: Any, name: str
 ) -> Callable[..., Any]:
     """Return the jitted evaluation of a program: the same one again, so that it compiles once."""
 
     def evaluate(consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
-        return Interpreter(settings, times, called_at).evaluate(jaxpr, consts, inputs)
+        return evaluator(settings, strategy, times, called_at).run(Body(jaxpr, consts), inputs)
 
     evaluate.__name__ = name
     return jax.jit(evaluate)
@@ -72,33 +67,22 @@ def _constrained(values: Sequence[Value], shardings: Sequence[Any]) -> list[Valu
     wanted = [*shardings, *[None] * (len(values) - len(shardings))]
     return [
         lax.with_sharding_constraint(value, sharding)
-        if isinstance(sharding, NamedSharding) and not is_lowrank(value)
+        if isinstance(sharding, NamedSharding) and not _is_low_rank(value)
         else value
         for value, sharding in zip(values, wanted, strict=True)
     ]
 
 
-@rule("checkpoint", "remat", "remat2")
-@_reads("jaxpr", "prevent_cse", "policy")
-def _remat(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    jaxpr, consts = opened(eqn.params["jaxpr"])
-    inputs = [interpreter.fresh(value) for value in inputs]
-
-    def evaluate(*values: Value) -> list[Value]:
-        return interpreter.inner().evaluate(jaxpr, consts, values)
-
+def remat(evaluator: Evaluator, eqn: Any, program: Call, inputs: list[Value]) -> list[Value]:
+    """Evaluate under `jax.checkpoint`, with the same policy."""
+    run = lambda *values: evaluator.run(program.body, values)  # noqa: E731
     options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
-    return jax.checkpoint(evaluate, **options)(*inputs)
+    return jax.checkpoint(run, **options)(*inputs)
 
 
-@rule("closed_call", "core_call")
-def _call(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    program = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
-    if program is None:
-        return None
-    jaxpr, consts = opened(program)
-    inputs = [interpreter.fresh(value) for value in inputs]
-    return interpreter.inner().evaluate(jaxpr, consts, inputs)
+def call(evaluator: Evaluator, eqn: Any, program: Call, inputs: list[Value]) -> list[Value]:
+    """Evaluate a plain call."""
+    return evaluator.run(program.body, inputs)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -106,25 +90,15 @@ def _call(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
 # -----------------------------------------------------------------------------------------------
 
 
-@rule("scan")
-@_reads("jaxpr", "length", "reverse", "unroll")
-def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    layout = scan_layout(eqn)
-    if layout is None:
-        return None
-    body, body_consts = opened(eqn.params["jaxpr"])
-    n_consts, n_carry = layout
-    inputs = [interpreter.fresh(value) for value in inputs]
-    consts, carry, xs = (
-        inputs[:n_consts],
-        inputs[n_consts : n_consts + n_carry],
-        inputs[n_consts + n_carry :],
-    )
-    still = _invariant(body, carry, n_consts)
-    moving = interpreter.dense(
+def scan(evaluator: Evaluator, eqn: Any, program: Scan, inputs: list[Value]) -> list[Value]:
+    """Evaluate under `lax.scan`: stacks are sliced, factors and all."""
+    n_carry = program.n_carry
+    consts, carry, xs = program.split(inputs)
+    still = _still(program.body, carry, program.n_consts)
+    moving = evaluator.dense(
         [value for value, fixed in zip(carry, still, strict=True) if not fixed], eqn, "scan carry"
     )
-    xs = [value if _is_sliceable(value) else interpreter.dense([value], eqn)[0] for value in xs]
+    xs = [value if _is_sliceable(value) else evaluator.dense([value], eqn)[0] for value in xs]
     slices = [_StackSlices.of(value) for value in xs]
 
     def step(moving: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
@@ -132,47 +106,48 @@ def _scan(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
         layer = [each.at(array) for each, array in zip(slices, arrays, strict=True)]
         values = [*consts, *_interleave(carry, moving, still), *layer]
         values = [_keyed(value, index) for value in values]
-        inner = interpreter.inner(eqn.params["length"])
-        outputs = inner.evaluate(body, body_consts, values)
+        outputs = evaluator.run(program.body, values, times=program.length)
         new_carry = [out for out, fixed in zip(outputs[:n_carry], still, strict=True) if not fixed]
-        # Whole kernels that the body hands out stay in factors; a row of one is smaller formed.
+        # Whole kernels that the body returns stay factored; a single row is smaller materialized.
         ys = [
-            out if is_lowrank(out) and out.is_matrix else interpreter.dense([out], eqn)[0]
+            out if _is_stackable(out) else evaluator.dense([out], eqn)[0]
             for out in outputs[n_carry:]
         ]
-        return interpreter.dense(new_carry, eqn, "scan carry"), ys
+        return evaluator.dense(new_carry, eqn, "scan carry"), ys
 
-    length = eqn.params["length"]
-    steps = jnp.arange(length) if any(map(_has_key, inputs)) else None
+    steps = jnp.arange(program.length) if any(map(_has_key, inputs)) else None
     moved, ys = lax.scan(
         step,
         moving,
         (steps, [each.arrays for each in slices]),
-        length=length,
+        length=program.length,
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
     return [*_interleave(carry, moved, still), *(_stacked(value, inputs) for value in ys)]
 
 
+def _is_stackable(value: Value) -> bool:
+    return _is_low_rank(value) and value.is_matrix and not isinstance(value.base, Recipe)
+
+
 def _stacked(value: Value, inputs: Sequence[Value]) -> Value:
     """View a value whose arrays the scan has stacked as one with a stack axis in front."""
-    if not is_lowrank(value):
+    if not _is_low_rank(value):
         return value
-    taken = {*value.w_labels, *value.a_labels, *value.b_labels}
-    label = next(each for n in itertools.count() if (each := ("scan", n)) not in taken)
+    factors = [each for name in FACTORS if (each := getattr(value, name)) is not None]
+    taken = {*value.axes}.union(*(each.axes for each in factors))
+    name = next(each for n in itertools.count() if (each := ("scan", n)) not in taken)
     # The keys of the steps were stacked as well; each step's is folded in again where it is used.
     keys = (each.key for each in inputs if _has_key(each) and each.path == value.path)
-    stacked = value.on_factors(lambda factor, labels: (factor, (label, *labels)))
-    return stacked.replace(key=next(keys, None), w_labels=(label, *value.w_labels))
+    stacked = value.on_factors(lambda each: NamedArray(each.array, (name, *each.axes)))
+    return stacked.replace(key=next(keys, None), axes=(name, *value.axes))
 
 
-def _invariant(body: Any, carry: Sequence[Value], n_consts: int) -> list[bool]:
-    """Tell which low-rank carries the body hands on untouched: constants under another name."""
-    return [
-        is_lowrank(value) and body.outvars[i] is body.invars[n_consts + i]
-        for i, value in enumerate(carry)
-    ]
+def _still(body: Body, carry: Sequence[Value], n_consts: int) -> list[bool]:
+    """Tell which low-rank values of the carry are handed on untouched."""
+    fixed = unchanged(body, n_consts, len(carry))
+    return [_is_low_rank(value) and same for value, same in zip(carry, fixed, strict=True)]
 
 
 def _interleave(carry: Sequence[Value], moving: Sequence[Any], still: Sequence[bool]) -> list:
@@ -181,12 +156,12 @@ def _interleave(carry: Sequence[Value], moving: Sequence[Any], still: Sequence[b
 
 
 def _is_sliceable(value: Value) -> bool:
-    """Tell whether a scan may take a value apart: not along the inputs that a bias is beside."""
-    return not is_lowrank(value) or value.bias is None or value.w_labels[0] in value.bias_labels
+    """Tell whether a scan may slice a value: not along the inputs that an addend goes with."""
+    return not _is_low_rank(value) or not value.addend or value.axes[0] in value.addend.axes
 
 
 def _has_key(value: Value) -> bool:
-    return is_lowrank(value) and value.key is not None
+    return _is_low_rank(value) and value.key is not None
 
 
 def _keyed(value: Value, index: Any) -> Value:
@@ -205,34 +180,35 @@ class _StackSlices:
 
     @classmethod
     def of(cls, value: Value) -> _StackSlices:
-        """Take the leading axis of W0 to the front of the factors that have it."""
-        if not is_lowrank(value):
+        """Move the leading axis of W0 to the front of the factors that have it."""
+        if not _is_low_rank(value):
             return cls(value, value)
-        label = value.w_labels[0]
+        if isinstance(value.base, Recipe) and not value.base.sliceable:
+            value = value.replace(base=made(value.base))
+        name = value.axes[0]
 
-        def leading(factor: Any, labels: tuple[Any, ...]) -> Any:
-            return jnp.moveaxis(factor, labels.index(label), 0) if label in labels else None
+        def leading(factor: NamedArray | None) -> Any:
+            if factor is None or name not in factor.axes:
+                return None
+            return jnp.moveaxis(factor.array, factor.axes.index(name), 0)
 
-        factors = [
-            leading(getattr(value, each), getattr(value, f"{each}_labels")) for each in FACTORS
-        ]
-        return cls(value, (value.w, *factors))
+        base = value.base.arrays if isinstance(value.base, Recipe) else value.base
+        return cls(value, (base, {each: leading(getattr(value, each)) for each in FACTORS}))
 
     def at(self, arrays: Any) -> Value:
         """Build the value of one step from its slices."""
         value = self._value
-        if not is_lowrank(value):
+        if not _is_low_rank(value):
             return arrays
-        w, *sliced = arrays
-        held = [getattr(value, name) is not None for name in FACTORS]
-        label, slices = value.w_labels[0], itertools.compress(sliced, held)
-
-        def layer(factor: jax.Array, labels: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-            mine = next(slices)
-            without = tuple(each for each in labels if each != label)
-            return (factor, labels) if mine is None else (mine, without)
-
-        return value.on_factors(layer).replace(w=w, w_labels=value.w_labels[1:])
+        base, slices = arrays
+        name = value.axes[0]
+        changed = {
+            each: NamedArray(array, tuple(x for x in getattr(value, each).axes if x != name))
+            for each, array in slices.items()
+            if array is not None
+        }
+        base = value.base.at(base) if isinstance(value.base, Recipe) else base
+        return value.replace(**changed, base=base, axes=value.axes[1:])
 
 
 # -----------------------------------------------------------------------------------------------
@@ -240,34 +216,27 @@ class _StackSlices:
 # -----------------------------------------------------------------------------------------------
 
 
-@rule("while")
-@_reads("cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts")
-def _while(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    params = eqn.params
-    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-    test, test_consts = opened(params["cond_jaxpr"])
-    body, body_consts = opened(params["body_jaxpr"])
-    inputs = [interpreter.fresh(value) for value in inputs]
-    for_test, for_body = inputs[:n_cond], inputs[n_cond : n_cond + n_body]
-    carry = inputs[n_cond + n_body :]
-    still = _invariant(body, carry, n_body)
-    moving = interpreter.dense(
+def while_loop(evaluator: Evaluator, eqn: Any, program: While, inputs: list[Value]) -> list[Value]:
+    """Evaluate under `lax.while_loop`."""
+    for_test, for_body, carry = program.split(inputs)
+    still = _still(program.body, carry, program.n_body)
+    moving = evaluator.dense(
         [value for value, fixed in zip(carry, still, strict=True) if not fixed], eqn, "while carry"
     )
 
     def keep_going(state: tuple[Any, list[Any]]) -> Any:
         values = [*for_test, *_interleave(carry, state[1], still)]
-        return interpreter.inner().evaluate(test, test_consts, values)[0]
+        return evaluator.run(program.test, values)[0]
 
     def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         index, moving = state
         values = [*for_body, *_interleave(carry, moving, still)]
         values = [_keyed(value, index) for value in values]
-        outputs = interpreter.inner().evaluate(body, body_consts, values)
+        outputs = evaluator.run(program.body, values)
         outputs = [out for out, fixed in zip(outputs, still, strict=True) if not fixed]
         return (
             None if index is None else index + 1,
-            interpreter.dense(outputs, eqn, "while carry"),
+            evaluator.dense(outputs, eqn, "while carry"),
         )
 
     start = jnp.zeros((), jnp.int32) if any(map(_has_key, inputs)) else None
@@ -275,22 +244,14 @@ def _while(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
     return _interleave(carry, moved, still)
 
 
-@rule("cond")
-@_reads("branches")
-def _cond(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
+def cond(evaluator: Evaluator, eqn: Any, program: Cond, inputs: list[Value]) -> list[Value]:
+    """Evaluate under `lax.switch`."""
     index, *operands = inputs
-    operands = [interpreter.fresh(value) for value in operands]
 
-    def branch(closed: Any) -> Callable[..., list[Any]]:
-        jaxpr, consts = opened(closed)
+    def branch(body: Body) -> Callable[..., list[Any]]:
+        return lambda *values: evaluator.dense(evaluator.run(body, values), eqn, "cond output")
 
-        def evaluate(*values: Value) -> list[Any]:
-            outputs = interpreter.inner().evaluate(jaxpr, consts, values)
-            return interpreter.dense(outputs, eqn, "cond output")
-
-        return evaluate
-
-    return lax.switch(index, [branch(closed) for closed in eqn.params["branches"]], *operands)
+    return lax.switch(index, [branch(body) for body in program.branches], *operands)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -298,58 +259,59 @@ def _cond(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
 # -----------------------------------------------------------------------------------------------
 
 
-@rule("shard_map")
-@_reads("mesh", "in_specs", "out_specs", "jaxpr", "check_vma")
-def _shard_map(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    params = eqn.params
-    body, consts = opened(params["jaxpr"])
-    inputs = [interpreter.fresh(value) for value in inputs]
-    keyed = [_has_key(value) for value in inputs]
-    folds = varying.axes_met(body, [varying.axes_of(spec) for spec in params["in_specs"]], keyed)
+def shard_map(
+    evaluator: Evaluator, eqn: Any, program: ShardMap, inputs: list[Value]
+) -> list[Value]:
+    """Evaluate under `jax.shard_map`: factors are sharded as W0 is."""
+    folds = evaluator.varying_axes(program, [_has_key(value) for value in inputs])
 
     def evaluate(*values: Value) -> tuple[Any, ...]:
         values = tuple(map(_keyed_by_shard, values, folds))
-        outputs = interpreter.inner().evaluate(body, consts, values)
-        return tuple(interpreter.dense(outputs, eqn, "shard_map output"))
+        outputs = evaluator.run(program.body, values)
+        return tuple(evaluator.dense(outputs, eqn, "shard_map output"))
 
     inputs = [
-        interpreter.dense([value], eqn)[0] if _splits_bias(value, spec) else value
-        for value, spec in zip(inputs, params["in_specs"], strict=True)
+        _shardable(evaluator, eqn, *each) for each in zip(inputs, program.in_specs, strict=True)
     ]
     in_specs = tuple(
-        _spec_of(value, spec) if is_lowrank(value) else spec
-        for value, spec in zip(inputs, params["in_specs"], strict=True)
+        _spec_of(value, spec) if _is_low_rank(value) else spec
+        for value, spec in zip(inputs, program.in_specs, strict=True)
     )
     mapped = jax.shard_map(
         evaluate,
-        mesh=params["mesh"],
+        mesh=program.mesh,
         in_specs=in_specs,
-        out_specs=tuple(params["out_specs"]),
-        axis_names=params.get("newly_manual_axes", params.get("manual_axes", frozenset())),
-        check_vma=params["check_vma"],
+        out_specs=program.out_specs,
+        axis_names=program.axis_names,
+        check_vma=program.check_vma,
     )
     return list(mapped(*inputs))
 
 
 def _keyed_by_shard(value: Value, axes: Collection[str]) -> Value:
-    """Give a value with dropout a key of its own on every shard whose data are its own."""
+    """Give a value with dropout a different key on every shard whose data are different."""
     for axis in sorted(axes):
         value = value.replace(key=jax.random.fold_in(value.key, lax.axis_index(axis)))
     return value
 
 
-def _splits_bias(value: Value, spec: PartitionSpec) -> bool:
-    """Tell whether shards would each add the bias to a sum over some of the inputs."""
-    if not is_lowrank(value) or value.bias is None:
-        return False
-    axes = zip(spec, value.w_labels, strict=False)
-    return any(names and label not in value.bias_labels for names, label in axes)
+def _shardable(evaluator: Evaluator, eqn: Any, value: Value, spec: PartitionSpec) -> Value:
+    """Return a value whose parts can be sharded like W0."""
+    if not _is_low_rank(value):
+        return value
+    axes = zip(spec, value.axes, strict=False)
+    if value.addend is not None and any(
+        names and name not in value.addend.axes for names, name in axes
+    ):
+        # Each shard would add the addend to a sum over some of the inputs.
+        return evaluator.dense([value], eqn)[0]
+    return value.replace(base=made(value.base))
 
 
 def _spec_of(value: LowRank, spec: PartitionSpec) -> LowRank:
-    """Shard every factor's axis as W0's axis of the same label is sharded."""
-    by_label = dict(zip(value.w_labels, [*spec, *[None] * len(value.shape)], strict=False))
-    along = lambda labels: PartitionSpec(*(by_label.get(label) for label in labels))  # noqa: E731
+    """Shard every factor's axis like W0's axis of the same name."""
+    by_name = dict(zip(value.axes, [*spec, *[None] * len(value.shape)], strict=False))
+    along = lambda axes: PartitionSpec(*(by_name.get(name) for name in axes))  # noqa: E731
     key = None if value.key is None else PartitionSpec()
-    specs = value.on_factors(lambda _, labels: (along(labels), labels))
-    return specs.replace(w=spec, key=key)
+    specs = value.on_factors(lambda each: NamedArray(along(each.axes), each.axes))
+    return specs.replace(base=spec, key=key)

@@ -6,44 +6,27 @@ together has to prepare those kernels early; this file says where that is possib
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
-from jax.extend import core as jex_core
+from jax_lora.transform.equations import is_literal
+from jax_lora.transform.table import RULES
+from jax_lora.transform.walker import Group
 
 Var = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Contractions of one program that read the same data.
-
-    Args:
-      members: Their indices among the program's equations, the first of them first.
-      data: Position of the data among each member's two operands.
-      early: Indices of the equations that prepare the later members' kernels, in order.
-    """
-
-    members: tuple[int, ...]
-    data: tuple[int, ...]
-    early: tuple[int, ...]
-
-
-def find_groups(
-    jaxpr: Any, lowrank_vars: Collection[Var], structural: Collection[str]
-) -> dict[int, Group]:
+def find_groups(jaxpr: Any, weights: Collection[Var]) -> dict[int, Group]:
     """Find the contractions that can be computed together.
 
     Args:
       jaxpr: An open jaxpr.
-      lowrank_vars: Its variables that come in as low-rank values.
-      structural: Names of the primitives that keep a low-rank value what it is.
+      weights: Its inputs that are low-rank values.
 
     Returns:
       The groups of two or more, by the index of their first member.
     """
-    program = _Program(jaxpr, lowrank_vars, structural)
+    program = _Program(jaxpr, weights)
     alike: dict[Hashable, list[int]] = {}
     for index, eqn in enumerate(jaxpr.eqns):
         key = program.reads(eqn)
@@ -54,17 +37,16 @@ def find_groups(
 
 
 class _Program:
-    def __init__(self, jaxpr: Any, lowrank_vars: Collection[Var], structural: Collection[str]):
+    def __init__(self, jaxpr: Any, weights: Collection[Var]):
         self._eqns = jaxpr.eqns
-        self._structural = structural
         self._maker = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
-        self._weights = set(lowrank_vars)
+        self._weights = set(weights)
         for eqn in jaxpr.eqns:
-            if eqn.primitive.name in structural and any(map(self._is_weight, eqn.invars)):
+            if _moves(eqn) and any(map(self._is_weight, eqn.invars)):
                 self._weights.update(eqn.outvars)
 
     def _is_weight(self, var: Var) -> bool:
-        return not _is_literal(var) and var in self._weights
+        return not is_literal(var) and var in self._weights
 
     def reads(self, eqn: Any) -> Hashable | None:
         """Name what a contraction of a weight does with its data: alike names can be shared."""
@@ -80,7 +62,7 @@ class _Program:
 
     def _same(self, var: Var) -> Hashable:
         """Name a value by how it was made: every Dense casts its input for itself."""
-        index = None if _is_literal(var) else self._maker.get(var)
+        index = None if is_literal(var) else self._maker.get(var)
         if index is None:
             return var
         eqn = self._eqns[index]
@@ -105,11 +87,11 @@ class _Program:
 
     def _needs(self, var: Var, before: int) -> set[int] | None:
         """Return the equations at or after `before` that make a kernel, or None if it must wait."""
-        index = None if _is_literal(var) else self._maker.get(var)
+        index = None if is_literal(var) else self._maker.get(var)
         if index is None or index < before:
             return set()
         eqn = self._eqns[index]
-        if eqn.effects or eqn.primitive.name not in self._structural:
+        if eqn.effects or not _moves(eqn):
             return None
         needed = [self._needs(each, before) for each in eqn.invars]
         if any(each is None for each in needed):
@@ -117,5 +99,6 @@ class _Program:
         return {index}.union(*(each for each in needed if each is not None))
 
 
-def _is_literal(var: Var) -> bool:
-    return isinstance(var, jex_core.Literal)
+def _moves(eqn: Any) -> bool:
+    rule = RULES.get(eqn.primitive.name)
+    return rule is not None and rule.move is not None and rule.read is None

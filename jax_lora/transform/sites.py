@@ -1,50 +1,18 @@
-"""Sites: where in the user's code an operation came from, and what to say when it materialises."""
+"""Sites: what `lora_apply` did at each place that uses a weight, and what it says about it."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import os
 import warnings
 from typing import Any
 
+from jax_lora.algebra.low_rank import LowRank
+from jax_lora.algebra.named_axes import RANK
 from jax_lora.errors import ConfigError, MaterializeError, MaterializeWarning, explain
-from jax_lora.labels import RANK
-from jax_lora.lowrank import LowRank
-from jax_lora.transform.forms import MATERIALIZED, check_form
+from jax_lora.transform.strategies import MATERIALIZED, check_form, check_platform
 
 POLICIES = ("warn", "error", "allow")
-UNKNOWN = "an unknown place"
-
-
-def _package_folder(name: str) -> str | None:
-    spec = importlib.util.find_spec(name)
-    return os.path.dirname(spec.origin) + os.sep if spec is not None and spec.origin else None
-
-
-# Frames of these packages are machinery: the reader wants the line of the model.
-_MACHINERY = tuple(
-    folder
-    for folder in map(_package_folder, ("jax", "jaxlib", "flax", "jax_lora", "contextlib"))
-    if folder is not None and not folder.endswith(f"python{os.sep}")
-)
-
-
-def location(eqn: Any) -> str:
-    """Return the `file:line` in the user's code that an equation came from.
-
-    Args:
-      eqn: An equation of a jaxpr.
-
-    Returns:
-      The innermost frame outside of JAX, Flax and this package, or `UNKNOWN`.
-    """
-    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
-    for frame in getattr(traceback, "frames", ()):
-        if not frame.file_name.startswith((*_MACHINERY, "<")):
-            return f"{frame.file_name}:{frame.line_num}"
-    return UNKNOWN
 
 
 def check_policy(policy: str) -> str:
@@ -65,8 +33,8 @@ def check_policy(policy: str) -> str:
     return policy
 
 
-def bias_error(path: str, operation: str, where: str) -> MaterializeError:
-    """Build the error for a use of a kernel with a bias that the bias has no meaning in.
+def addend_error(path: str, operation: str, where: str) -> MaterializeError:
+    """Build the error for a use of a kernel to which the bias of its pair does not apply.
 
     Args:
       path: Path of the leaf.
@@ -132,11 +100,11 @@ class Site:
       operation: Name of the operation.
       form: "factored", "merged" or "materialized".
       why: The reason for the form.
-      tokens: Rows of x that meet the kernel.
       inputs: Length of the sum.
       outputs: Results per token.
       rank: Rank of the factors.
       times: How often the place is run: the length of the scans around it.
+      tokens: Rows of x that are multiplied with the kernel.
       beside: Paths of the kernels that share their thin products with this one.
     """
 
@@ -145,12 +113,12 @@ class Site:
     operation: str
     form: str
     why: str
-    tokens: int
     inputs: int
     outputs: int
     rank: int
     times: int
-    beside: tuple[str, ...]
+    tokens: Any = 0
+    beside: tuple[str, ...] = ()
 
 
 class Settings:
@@ -159,36 +127,47 @@ class Settings:
     Args:
       on_materialize: "warn", "error" or "allow".
       form: "auto", "factored" or "merged".
+      platform: The target, or None for that of the inputs.
     """
 
-    def __init__(self, on_materialize: str = "warn", form: str = "auto"):
-        """Check both; nothing has been seen yet."""
+    def __init__(
+        self, on_materialize: str = "warn", form: str = "auto", platform: str | None = None
+    ):
+        """Check all of them; nothing has been seen yet."""
         self.form = check_form(form)
+        self.platform = check_platform(platform)
         self.sites: dict[Site, None] = {}  # an ordered set: JAX may trace a program twice
         self._materializations = Materializations(on_materialize)
 
     def note(self, site: Site) -> None:
-        """Write down what was chosen for a site."""
+        """Record how a weight is used at a site."""
         self.sites[site] = None
 
     def materialized(self, value: LowRank, operation: str, where: str, times: int) -> None:
-        """Say that a value is about to be formed, and write it down.
+        """Report that a full weight is about to be computed, and record it.
 
         Raises:
           MaterializeError: The policy is "error".
         """
         self._materializations.report(value.path, operation, where)
         why = "no low-rank rule for this operation"
-        self.note(site_of(value, operation, where, MATERIALIZED, why, times=times))
+        place: dict[str, Any] = {"where": where, "operation": operation, "times": times}
+        self.note(site_of(value, form=MATERIALIZED, why=why, **place))
 
 
 def site_of(
-    value: LowRank, operation: str, where: str, form: str, why: str, *, tokens: int = 0, times: int
+    value: LowRank, *, inputs: int | None = None, outputs: int | None = None, **known: Any
 ) -> Site:
-    """Describe a use of a value whose sides tell its sizes: inputs in `a`, outputs in `b`."""
-    size = lambda side: math.prod(  # noqa: E731
-        n for n, label in zip(value.shape, value.w_labels, strict=True) if value.side(label) == side
+    """Describe a use of a value; its own axes tell the sizes that are not given."""
+
+    def size(side: tuple[bool, bool]) -> int:
+        sides = zip(value.shape, map(value.side, value.axes), strict=True)
+        return math.prod(n for n, each in sides if each == side)
+
+    return Site(
+        path=value.path,
+        rank=value.factors[0].size_of(RANK),
+        inputs=size((True, False)) if inputs is None else inputs,
+        outputs=size((False, True)) if outputs is None else outputs,
+        **known,
     )
-    rank = value.a.shape[value.a_labels.index(RANK)]
-    inputs, outputs = size((True, False)), size((False, True))
-    return Site(value.path, where, operation, form, why, tokens, inputs, outputs, rank, times, ())

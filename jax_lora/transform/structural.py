@@ -1,7 +1,8 @@
-"""Rules for operations that move, cut, cast or scale a weight: the structure goes along."""
+"""How the axes of a weight move: operations after which a weight is still a weight."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,57 +10,64 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core as jex_core
 
-from jax_lora import lowrank
-from jax_lora.lowrank import LowRank
-from jax_lora.transform.interpreter import Interpreter, Value, bind, is_lowrank, structural_rule
+from jax_lora.algebra.low_rank import accumulation_dtype
+from jax_lora.algebra.moves import (
+    Move,
+    along,
+    drop,
+    everywhere,
+    gather_shards,
+    regroup,
+    scale,
+    select,
+    shift,
+)
+from jax_lora.algebra.moves import multiply as multiply_by
+from jax_lora.algebra.named_array import NamedArray
+from jax_lora.algebra.named_axes import AxisName, merge_names, reshape_groups, split_name
+from jax_lora.transform.equations import is_literal
+from jax_lora.transform.rules import Operand
 
-Outputs = list[Value] | None
+Moves = list[Move] | None
 
 
 # -----------------------------------------------------------------------------------------------
-# The same numbers
+# The same elements
 # -----------------------------------------------------------------------------------------------
 
 
-@structural_rule("copy", "copy_p", "name", "device_put", "optimization_barrier", "pvary", "pcast")
-def _same(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    arrays = bind(eqn, *(value.w if is_lowrank(value) else value for value in inputs))
-    return [
-        value.replace(w=array) if is_lowrank(value) else array
-        for value, array in zip(inputs, arrays, strict=True)
-    ]
+def unchanged(weight: Operand) -> Moves:
+    """`copy`, `name`, `optimization_barrier`: nothing happens to the factors."""
+    return [Move(weight.axes)]
 
 
-@structural_rule("stop_gradient")
-def _stop_gradient(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    return [jax.tree.map(lax.stop_gradient, inputs[0])]
+def stop_gradient(weight: Operand) -> Moves:
+    """`stop_gradient`: the model freezes the whole weight, so its factors are frozen as well."""
+    frozen = everywhere(lambda array, axes: lax.stop_gradient(array))
+    return [Move(weight.axes, (frozen,))]
 
 
-@structural_rule("convert_element_type")
-def _convert(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
-        return None
-    # The factors keep their own type; they are cast where they meet data.
-    return [inputs[0].replace(w=bind(eqn, inputs[0].w)[0])]
+def convert(weight: Operand) -> Moves:
+    """`convert_element_type`: the factors keep their type; they are cast where they are used."""
+    floating = jnp.issubdtype(weight.params["new_dtype"], jnp.floating)
+    return [Move(weight.axes)] if floating else None
 
 
-@structural_rule("sharding_constraint")
-def _sharding_constraint(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    (value,) = inputs
-    value = value.replace(w=bind(eqn, value.w)[0])
-    sharding = eqn.params.get("sharding")
+def constrain_sharding(weight: Operand) -> Moves:
+    """`sharding_constraint`: an axis of a factor is sharded like W0's axis of that name."""
+    sharding = weight.params.get("sharding")
     if not isinstance(sharding, jax.sharding.NamedSharding):
-        return [value]  # only W0 is constrained; the factors go where the compiler wants them
-    by_label = dict(zip(value.w_labels, [*sharding.spec, *[None] * len(value.shape)], strict=False))
+        return [Move(weight.axes)]  # only W0 is constrained; the compiler places the factors
+    entries = itertools.chain(sharding.spec, itertools.repeat(None))
+    by_name = dict(zip(weight.axes, entries, strict=False))
 
-    def constrain(factor: jax.Array, labels: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-        spec = jax.sharding.PartitionSpec(*(by_label.get(label) for label in labels))
+    def constrain(array: jax.Array, axes: tuple[AxisName, ...]) -> jax.Array:
+        spec = jax.sharding.PartitionSpec(*(by_name.get(name) for name in axes))
         named = jax.sharding.NamedSharding(sharding.mesh, spec)
-        return lax.with_sharding_constraint(factor, named), labels
+        return lax.with_sharding_constraint(array, named)
 
-    return [value.on_factors(constrain)]
+    return [Move(weight.axes, (everywhere(constrain),))]
 
 
 # -----------------------------------------------------------------------------------------------
@@ -67,156 +75,244 @@ def _sharding_constraint(interpreter: Interpreter, eqn: Any, inputs: list[Value]
 # -----------------------------------------------------------------------------------------------
 
 
-@structural_rule("transpose")
-def _transpose(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    return [lowrank.transpose(inputs[0], eqn.params["permutation"])]
+def transpose(weight: Operand) -> Moves:
+    """`transpose`: the factors stay."""
+    return [Move(tuple(weight.axes[axis] for axis in weight.params["permutation"]))]
 
 
-@structural_rule("reshape")
-def _reshape(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    if eqn.params.get("dimensions") is not None:
+def squeeze(weight: Operand) -> Moves:
+    """`squeeze`: axes of size 1 go."""
+    gone = {axis % len(weight.axes) for axis in weight.params["dimensions"]}
+    kept = tuple(name for axis, name in enumerate(weight.axes) if axis not in gone)
+    return [Move(kept, (_dropped(weight, gone),))]
+
+
+def _dropped(weight: Operand, axes: Any) -> Any:
+    names = (weight.axes[axis] for axis in axes)
+    return drop(tuple(name for name in names if name is not None))
+
+
+def reshape(weight: Operand) -> Moves:
+    """`reshape`: axes are merged and split, each group on one side."""
+    if weight.params.get("dimensions") is not None:
         return None
-    return _one(lowrank.reshape(inputs[0], eqn.outvars[0].aval.shape))
+    shape, new_shape = weight.shape, weight.out_shape
+    units = [axis for axis, size in enumerate(shape) if size == 1]
+    old = [axis for axis, size in enumerate(shape) if size != 1]
+    new = [axis for axis, size in enumerate(new_shape) if size != 1]
+    groups = reshape_groups([shape[axis] for axis in old], [new_shape[axis] for axis in new])
+    if groups is None:
+        return None
+    axes: list[AxisName | None] = [None] * len(new_shape)
+    steps: list[Any] = [_dropped(weight, units)]
+    for before, after in groups:
+        names = tuple(weight.axes[old[axis]] for axis in before)
+        sizes = tuple(new_shape[new[axis]] for axis in after)
+        renamed = split_name(merge_names(names), sizes)
+        steps.append(regroup(names, renamed, sizes))
+        for axis, name in zip(after, renamed, strict=True):
+            axes[new[axis]] = name
+    return [Move(tuple(axes), tuple(steps))]
 
 
-@structural_rule("squeeze")
-def _squeeze(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    axes = [axis % len(inputs[0].shape) for axis in eqn.params["dimensions"]]
-    return [lowrank.squeeze(inputs[0], axes)]
+def expand(weight: Operand) -> Moves:
+    """`broadcast_in_dim`: new axes of size 1; anything else would repeat the weight."""
+    if math.prod(weight.out_shape) != math.prod(weight.shape):
+        return None
+    axes: list[AxisName | None] = [None] * len(weight.out_shape)
+    for axis, name in zip(weight.params["broadcast_dimensions"], weight.axes, strict=True):
+        axes[axis] = name
+    return [Move(tuple(axes))]
 
 
-@structural_rule("broadcast_in_dim")
-def _broadcast(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    shape, axes = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
-    return _one(lowrank.expand(inputs[0], shape, axes))
-
-
-@structural_rule("slice")
-def _slice(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    value = inputs[0]
-    strides = eqn.params["strides"] or (1,) * len(value.shape)
-    bounds = zip(eqn.params["start_indices"], eqn.params["limit_indices"], strides, strict=True)
-    for axis, (start, limit, stride) in enumerate(bounds):
-        if (start, limit, stride) != (0, value.shape[axis], 1):
-            value = _sliced(value, axis, _slice_of(start, limit, stride), start)
-            if value is None:
-                return None
-    return [value]
+def slice_axes(weight: Operand) -> Moves:
+    """`slice`."""
+    params = weight.params
+    strides = params["strides"] or (1,) * len(weight.axes)
+    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    steps = [
+        along(weight.axes[axis], _slice_of(start, limit, stride), start)
+        for axis, (start, limit, stride) in enumerate(bounds)
+        if (start, limit, stride) != (0, weight.shape[axis], 1)
+    ]
+    return [Move(weight.axes, tuple(steps))]
 
 
 def _slice_of(start: int, limit: int, stride: int) -> Callable[[jax.Array, int], jax.Array]:
     return lambda array, axis: lax.slice_in_dim(array, start, limit, stride, axis)
 
 
-def _sliced(value: LowRank, axis: int, operation: Any, start: Any) -> LowRank | None:
-    stacked = value.side(value.w_labels[axis]) == (True, True)
-    if stacked and value.key is not None:  # another layer drops other inputs
-        value = value.replace(key=jax.random.fold_in(value.key, start))
-    return lowrank.along_axis(value, axis, operation)
-
-
-@structural_rule("dynamic_slice")
-def _dynamic_slice(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    value, *starts = inputs
-    if not is_lowrank(value) or any(map(is_lowrank, starts)):
+def dynamic_slice(weight: Operand) -> Moves:
+    """`dynamic_slice`."""
+    if weight.position != 0:
         return None
-    for axis, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):
-        if size != value.shape[axis]:
-            value = _sliced(value, axis, _dynamic_slice_of(start, size), start)
-            if value is None:
-                return None
-    return [value]
+    cut = [
+        axis for axis, size in enumerate(weight.params["slice_sizes"]) if size != weight.shape[axis]
+    ]
+    steps = tuple(
+        along(
+            weight.axes[axis],
+            _dynamic_slice_of(weight, axis),
+            None if weight.values is None else weight.value(1 + axis),
+        )
+        for axis in cut
+    )
+    return [Move(weight.axes, steps)]
 
 
-def _dynamic_slice_of(start: Any, size: int) -> Callable[[jax.Array, int], jax.Array]:
-    # The primitive counts no start from the end: it moves one that is out of range to the nearest.
-    return lambda array, axis: lax.dynamic_slice_in_dim(
-        array, start, size, axis, allow_negative_indices=False
+def _dynamic_slice_of(weight: Operand, axis: int) -> Callable[[jax.Array, int], jax.Array]:
+    size = weight.params["slice_sizes"][axis]
+    # The primitive does not count a start from the end: it clamps one that is out of range.
+    return lambda array, place: lax.dynamic_slice_in_dim(
+        array, weight.value(1 + axis), size, place, allow_negative_indices=False
     )
 
 
-@structural_rule("split")
-def _split(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    pieces, start = [], 0
-    for size in map(int, eqn.params["sizes"]):
-        take = _slice_of(start, start + size, 1)
-        pieces.append(_sliced(inputs[0], eqn.params["axis"], take, start))
-        start += size
-    return None if any(piece is None for piece in pieces) else pieces
+def split(weight: Operand) -> Moves:
+    """`split`."""
+    axis, ends = weight.params["axis"], list(itertools.accumulate(weight.params["sizes"]))
+    starts = [0, *ends[:-1]]
+    return [
+        Move(weight.axes, (along(weight.axes[axis], _slice_of(start, end, 1), start),))
+        for start, end in zip(starts, ends, strict=True)
+    ]
 
 
-@structural_rule("rev")
-def _reverse(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    value = inputs[0]
-    for axis in eqn.params["dimensions"]:
-        value = lowrank.along_axis(value, axis, lambda array, axis: lax.rev(array, [axis]))
-        if value is None:
-            return None
-    return [value]
+def unstack(weight: Operand) -> Moves:
+    """`unstack`: every entry along one axis, as iterating over an array takes them."""
+    axis = weight.params["axis"]
+    name = weight.axes[axis]
+    rest = tuple(other for i, other in enumerate(weight.axes) if i != axis)
+    gone = drop(() if name is None else (name,))
+    entries = (along(name, _slice_of(i, i + 1, 1), i) for i in range(weight.shape[axis]))
+    return [Move(rest, (entry, gone)) for entry in entries]
+
+
+def reverse(weight: Operand) -> Moves:
+    """`rev`."""
+    flip = lambda array, axis: lax.rev(array, [axis])  # noqa: E731
+    names = [weight.axes[axis] for axis in weight.params["dimensions"]]
+    return [Move(weight.axes, tuple(along(name, flip) for name in names))]
+
+
+def choose(weight: Operand) -> Moves:
+    """`gather` that takes whole entries along one stack axis: some layers, some experts."""
+    axis = looked_up_axis(weight)
+    if axis is None:
+        return None
+    name = weight.axes[axis]
+    found = [("index", name, i) for i in range(weight.eqn.invars[1].aval.ndim - 1)]
+    numbers = weight.params["dimension_numbers"]
+    gone = numbers.collapsed_slice_dims
+    # An axis that is looked up and not collapsed has size 1, and belongs to no factor.
+    kept = [None if i == axis else other for i, other in enumerate(weight.axes) if i not in gone]
+    rest, chosen = iter(kept), iter(found)
+    out = range(len(weight.out_shape))
+    axes = tuple(next(rest) if i in numbers.offset_dims else next(chosen) for i in out)
+    take = lambda array, place: taken(weight, array, place, weight.value(1))  # noqa: E731
+    return [Move(axes, (select(name, take, tuple(found)),))]
+
+
+def looked_up_axis(weight: Operand) -> int | None:
+    """Return the axis along which a gather takes whole entries, or None for another gather."""
+    if weight.position != 0:
+        return None
+    numbers = weight.params["dimension_numbers"]
+    sizes = weight.params["slice_sizes"]
+    cut = [axis for axis in numbers.start_index_map if sizes[axis] != weight.shape[axis]]
+    cut = cut or list(numbers.start_index_map[:1])  # a table of one row
+    others_clamped = len(numbers.start_index_map) == 1 or (
+        weight.params["mode"] == lax.GatherScatterMode.CLIP  # an index into a whole axis is then 0
+    )
+    if len(cut) != 1 or not others_clamped or getattr(numbers, "operand_batching_dims", ()):
+        return None
+    whole = tuple(1 if axis == cut[0] else size for axis, size in enumerate(weight.shape))
+    plain = tuple(sizes) == whole and numbers.collapsed_slice_dims in ((), (cut[0],))
+    return cut[0] if plain and weight.axes[cut[0]] is not None else None
+
+
+def taken(weight: Operand, factor: jax.Array, axis: int, indices: jax.Array) -> jax.Array:
+    """Take entries of a factor as the equation takes them of W0: (*ids, *rest)."""
+    entries = jnp.moveaxis(factor, axis, 0)
+    ids = indices.ndim - 1
+    column = weight.params["dimension_numbers"].start_index_map.index(looked_up_axis(weight))
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(ids, ids + entries.ndim - 1)),
+        collapsed_slice_dims=(0,),
+        start_index_map=(0,),
+    )
+    return lax.gather(
+        entries,
+        indices[..., column : column + 1],
+        numbers,
+        (1, *entries.shape[1:]),
+        mode=weight.params["mode"],
+        fill_value=0,
+    )
 
 
 # -----------------------------------------------------------------------------------------------
-# Other numbers
+# Other devices
 # -----------------------------------------------------------------------------------------------
 
 
-@structural_rule("neg")
-def _negate(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    if inputs[0].bias is not None:
+def all_gather(weight: Operand) -> Moves:
+    """`all_gather` that concatenates the shards of one axis, inside `shard_map`."""
+    params = weight.params
+    if not params.get("tiled") or params.get("axis_index_groups") is not None:
         return None
-    return [inputs[0].replace(w=bind(eqn, inputs[0].w)[0], scale=-inputs[0].scale)]
+    mesh_axes = params["axis_name"]
+    mesh_axes = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
+    gather = lambda array, axis: lax.all_gather(array, mesh_axes, axis=axis, tiled=True)  # noqa: E731
+    name = weight.axes[params["all_gather_dimension"]]
+    return [Move(weight.axes, (gather_shards(name, gather, frozenset(mesh_axes)),))]
 
 
-@structural_rule("mul")
-def _multiply(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    if all(map(is_lowrank, inputs)):
-        return None
-    value, other = inputs if is_lowrank(inputs[0]) else inputs[::-1]
-    return _scaled(eqn, value, other, inputs, inverse=False)
+# -----------------------------------------------------------------------------------------------
+# Other values
+# -----------------------------------------------------------------------------------------------
 
 
-@structural_rule("div")
-def _divide(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    value, other = inputs
-    if not is_lowrank(value) or is_lowrank(other):
-        return None
-    return _scaled(eqn, value, other, inputs, inverse=True)
+def negate(weight: Operand) -> Moves:
+    """`neg`."""
+    return [Move(weight.axes, (scale(-1.0),))]
 
 
-def _scaled(eqn: Any, value: LowRank, other: Any, inputs: list[Value], *, inverse: bool) -> Outputs:
-    if eqn.outvars[0].aval.shape != value.shape or value.bias is not None:
-        return None  # the multiplication repeats the weight, or is none of the layer's own
-    w = bind(eqn, *(each.w if is_lowrank(each) else each for each in inputs))[0]
-    constant = _constant(eqn, other)
-    if constant is not None:
+def multiply(weight: Operand) -> Moves:
+    """`mul` by a constant, or by an array that varies along axes of one side."""
+    return _scaled(weight, 1 - weight.position, inverse=False)
+
+
+def divide(weight: Operand) -> Moves:
+    """`div` of a weight."""
+    return _scaled(weight, 1, inverse=True) if weight.position == 0 else None
+
+
+def _scaled(weight: Operand, other: int, *, inverse: bool) -> Moves:
+    if weight.out_shape != weight.shape:
+        return None  # the multiplication repeats the weight
+    var = weight.eqn.invars[other]
+    if is_literal(var) and jnp.ndim(var.val) == 0:
+        constant = float(var.val)
         factor = (1.0 / constant if constant else math.inf) if inverse else constant
         if math.isfinite(factor):
-            return [value.replace(w=w, scale=value.scale * factor)]
-    other = jnp.asarray(other)
-    varying = [axis for axis in range(other.ndim) if other.shape[axis] != 1]
-    kept = lax.squeeze(other, [axis for axis in range(other.ndim) if axis not in varying])
-    wide = kept.astype(lowrank.accumulation_dtype(kept.dtype))
-    return _one(lowrank.multiply(value, w, 1.0 / wide if inverse else wide, varying))
+            return [Move(weight.axes, (scale(factor),))]
+    shape = jnp.shape(var.val) if is_literal(var) else var.aval.shape
+    varying = [axis for axis, size in enumerate(shape) if size != 1]
+
+    def by() -> NamedArray:
+        array = jnp.asarray(weight.value(other))
+        units = [axis for axis in range(array.ndim) if axis not in varying]
+        wide = lax.squeeze(array, units).astype(accumulation_dtype(array.dtype))
+        names = tuple(weight.axes[axis] for axis in varying)
+        return NamedArray(1.0 / wide if inverse else wide, names)
+
+    return [Move(weight.axes, (multiply_by(by),))]
 
 
-def _constant(eqn: Any, other: Any) -> float | None:
-    """Return a scalar written into the program as a number, or None."""
-    literal = any(isinstance(var, jex_core.Literal) and var.val is other for var in eqn.invars)
-    return float(other) if literal and jnp.ndim(other) == 0 else None
-
-
-@structural_rule("add", "sub")
-def _add(interpreter: Interpreter, eqn: Any, inputs: list[Value]) -> Outputs:
-    if all(map(is_lowrank, inputs)):
+def add(weight: Operand) -> Moves:
+    """`add` and `sub`: the other array changes W0 alone."""
+    if weight.out_shape != weight.shape:
         return None
-    value = inputs[0] if is_lowrank(inputs[0]) else inputs[1]
-    beside = value.gain is not None or value.bias is not None
-    if eqn.outvars[0].aval.shape != value.shape or beside:
-        return None  # what is added is not multiplied by the gain
-    w = bind(eqn, *(each.w if is_lowrank(each) else each for each in inputs))[0]
-    subtracted = eqn.primitive.name == "sub" and is_lowrank(inputs[1])
-    return [value.replace(w=w, scale=-value.scale if subtracted else value.scale)]
-
-
-def _one(value: LowRank | None) -> Outputs:
-    return None if value is None else [value]
+    subtracted = weight.eqn.primitive.name == "sub" and weight.position == 1
+    return [Move(weight.axes, (shift, scale(-1.0)) if subtracted else (shift,), adds=True)]

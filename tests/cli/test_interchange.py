@@ -183,3 +183,31 @@ def test_the_bundled_model_goes_out_and_back(tmp_path, capsys):
     )
     assert first.pairs.keys() == back.pairs.keys()
     jax.tree.map(np.testing.assert_array_equal, first.pairs, back.pairs)
+
+
+def test_an_adapter_of_a_changed_model_brings_that_model_along(model_folder, tmp_path, capsys):
+    model, params = jl.models.load(model_folder, dtype=jnp.float32)
+    deeper, params = jl.models.replicate_layers(model, params, [[0, 2], [0, 1]])
+    config = jl.LoraConfig(rank=2, targets=["q_proj"])
+    kernels = jl.find_kernels(deeper.apply, {"params": params}, jnp.zeros((1, 4), jnp.int32))
+    adapter = jl.lora_init(jax.random.key(0), {"params": params}, config, kernels=kernels)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1, adapter)
+    jl.peft.save("served", adapter, names=deeper.hf_names)
+    settings = json.loads(Path("served/adapter_config.json").read_text())
+    settings["layer_replication"] = [[0, 2], [0, 1]]
+    Path("served/adapter_config.json").write_text(json.dumps(settings))
+
+    ok("import", "served", "--model", model_folder)
+    assert "adapters/base: " in capsys.readouterr().out
+    assert f"model: {tmp_path}/adapters/base\n" in Path("adapters/config.yaml").read_text()
+    _, kept = jl.models.load("adapters/base")
+    jax.tree.map(np.testing.assert_array_equal, kept, params)
+    ok("fuse", "--adapter-path", "adapters", "--save-path", "fused")
+    _, fused = jl.models.load("fused")
+    jax.tree.map(
+        np.testing.assert_array_equal, fused, jl.merge({"params": params}, adapter)["params"]
+    )
+    ok("generate", "--adapter-path", "adapters", "--prompt", "how many", "--max-tokens", 2)
+    ok("export", "--adapter-path", "adapters", "again")
+    again = json.loads(Path("again/adapter_config.json").read_text())
+    assert again["layer_replication"] == [[0, 2], [0, 1]]

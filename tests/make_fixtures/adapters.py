@@ -61,6 +61,23 @@ CASES = {
     "tokens": ("llama/untied", {**PLAIN, "trainable_token_indices": [3, 7, 1]}),
     "tokens_tied": ("llama/tied", {**PLAIN, "trainable_token_indices": [3, 7, 1]}),
     "resized": ("llama/untied", {**PLAIN, "resize": 35}),
+    "resized_tied": ("llama/tied", {**PLAIN, "resize": 35}),
+    "tied_whole": (
+        "llama/tied",
+        {**PLAIN, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    # These two change each end of a tied table in its own way.
+    "tied_whole_lookup": ("llama/tied", {**PLAIN, "modules_to_save": ["embed_tokens"]}),
+    "tied_whole_ends": ("llama/tied", {**PLAIN, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "tied_resized_replication": (
+        "llama/tied",
+        {
+            **PLAIN,
+            "target_modules": ["embed_tokens", "q_proj"],
+            "resize": 35,
+            "layer_replication": [[0, 2], [1, 2]],
+        },
+    ),
     "replication": ("llama/untied", {**PLAIN, "layer_replication": [[0, 2], [1, 2]]}),
     "bfloat16": ("llama/untied", {**PLAIN, "file_dtype": torch.bfloat16}),
     "float16": ("llama/untied", {**PLAIN, "file_dtype": torch.float16}),

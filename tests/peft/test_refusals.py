@@ -145,6 +145,10 @@ def test_a_link_out_of_the_folder_is_refused(base, folder, tmp_path):
         ({"bias": "some"}, "bias = 'some'"),
         ({"use_dora": "yes"}, "use_dora = 'yes': neither true nor false"),
         ({"target_modules": [1]}, "target_modules = [1]: no list of names"),
+        ({"layer_replication": 3}, "layer_replication = 3: no list of [start, stop)"),
+        ({"layer_replication": [[0, "2"]]}, "layer_replication = [[0, '2']]: no list of"),
+        ({"layer_replication": [[2, 1]]}, "layer_replication = [[2, 1]]: no list of"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication = [[0, 1000000000]]: no list"),
     ],
 )
 def test_a_configuration_that_asks_for_what_is_not_there_is_refused_by_name(
@@ -190,22 +194,51 @@ def test_a_regular_expression_of_targets_is_never_compiled(base, folder):
     ]
 
 
-def test_an_adapter_of_one_end_of_a_tied_table_asks_for_an_untied_model():
-    model, params = jl.models.load(FOLDERS.parent / "llama" / "tied")
-    with pytest.raises(AdapterFileError, match="untie it first"):
-        jl.peft.load(FOLDERS / "tied_embedding", params, names=model.hf_names)
-    with pytest.raises(AdapterFileError, match="of the head alone"):
-        jl.peft.load(FOLDERS / "head", params, names=model.hf_names)
+LOAD_MODEL = "jl.peft.load_model(path, model, params)"
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("tied_embedding", "model.embed_tokens: factors of the lookup alone"),
+        ("head", "lm_head.lora_A.weight: of the head alone"),
+        ("tied_whole_lookup", "model.embed_tokens.weight: of the lookup alone"),
+        ("tied_whole_ends", "lm_head.weight: other values than model.embed_tokens.weight"),
+        ("whole", "lm_head.weight: other values than model.embed_tokens.weight"),
+    ],
+)
+def test_an_adapter_of_one_end_of_a_tied_table_asks_for_an_untied_model(case, reason):
+    base = jl.models.load(FOLDERS.parent / "llama" / "tied")
+    message = refusal(base, FOLDERS / case)
+    assert f"{reason}, and the model is tied; {LOAD_MODEL} unties it" in message
+    assert "fix:      Load it for the base" in message
+    assert f"model, params, adapter = {LOAD_MODEL}." in message
+
+
+def test_factors_of_a_tied_head_that_are_not_the_tables_are_refused(tmp_path):
+    base = jl.models.load(FOLDERS.parent / "llama" / "tied")
+    folder = shutil.copytree(FOLDERS / "tied_both", tmp_path / "adapter")
+    head = "base_model.model.lm_head"
+    spoil(
+        folder,
+        **{
+            f"{head}.lora_B.weight": load_file(folder / WEIGHTS)[f"{head}.lora_B.weight"] + 1,
+            f"{head}.surprise": np.ones((2, 3), np.float32),
+        },
+    )
+    message = refusal(base, folder)
+    assert "lm_head.lora_B.weight: other factors than the table's, and the model is" in message
+    assert "extra: lm_head.surprise (2, 3)" in message
 
 
 def test_a_resized_vocabulary_asks_for_a_resized_model(base):
     message = refusal(base, FOLDERS / "resized")
-    assert "resize_vocab(model, params, 35) first" in message
+    assert f"{LOAD_MODEL} resizes the vocabulary to 35 tokens" in message
 
 
 def test_repeated_layers_ask_for_a_model_that_repeats_them(base):
     message = refusal(base, FOLDERS / "replication")
-    assert "replicate_layers(model, params, [[0, 2], [1, 2]])" in message
+    assert f"[[0, 2], [1, 2]]: the base has 2 layers; {LOAD_MODEL} repeats them" in message
 
 
 def test_a_copy_of_the_base_that_is_not_the_base_is_noticed():
@@ -213,7 +246,7 @@ def test_a_copy_of_the_base_that_is_not_the_base_is_noticed():
     table = variables["params"]["embed_tokens"]["embedding"]
     params = {**variables["params"], "embed_tokens": {"embedding": table + 1}}
     message = refusal((model, params), FOLDERS / "embedding")
-    assert "other numbers than the base's: the adapter is for another base" in message
+    assert "other values than the base's: the adapter is for another base" in message
 
 
 def test_names_of_another_model_are_refused(base):

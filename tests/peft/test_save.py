@@ -39,7 +39,7 @@ def test_what_was_read_is_written_byte_for_byte(case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_a_new_configuration_means_the_same_as_the_one_that_was_read(case, tmp_path):
     model, variables, adapter = load_case(case)
-    config = dataclasses.replace(adapter.config, peft_config="")
+    config = dataclasses.replace(adapter.config, metadata={})
     fresh = dataclasses.replace(adapter, config=config)
     jl.peft.save(tmp_path, fresh, names=model.hf_names, base=variables)
     again = jl.peft.load(tmp_path, variables, names=model.hf_names)

@@ -15,7 +15,7 @@ import numpy as np
 
 import jax_lora as jl
 from jax_lora.transform.apply import with_settings
-from jax_lora.transform.interpreter import RULES
+from jax_lora.transform.evaluate import Evaluate
 from jax_lora.transform.sites import Settings, Site
 from tests.lora_cases import merged_tree
 from tests.properties.programs import Program, numbers
@@ -104,22 +104,25 @@ def _holds_uncompiled(program: Program) -> bool:
 def _counted_rules() -> Iterator[collections.Counter[str]]:
     """Count, by primitive, how often a rule kept a weight's structure or used it."""
     applied: collections.Counter[str] = collections.Counter()
-    rules = dict(RULES)
+    originals = {name: getattr(Evaluate, name) for name in ("move", "consume", "enter")}
 
-    def counted(name: str, rule: Any) -> Any:
-        @functools.wraps(rule)
-        def count(*args: Any) -> Any:
-            outputs = rule(*args)
-            applied[name] += outputs is not None
+    def counted(original: Any) -> Any:
+        @functools.wraps(original)
+        def count(self: Any, eqns: Any, *args: Any) -> Any:
+            outputs = original(self, eqns, *args)
+            for eqn in eqns if isinstance(eqns, list) else [eqns]:
+                applied[eqn.primitive.name] += outputs is not None
             return outputs
 
         return count
 
-    RULES.update({name: counted(name, rule) for name, rule in rules.items()})
+    for name, original in originals.items():
+        setattr(Evaluate, name, counted(original))
     try:
         yield applied
     finally:
-        RULES.update(rules)
+        for name, original in originals.items():
+            setattr(Evaluate, name, original)
 
 
 # -----------------------------------------------------------------------------------------------

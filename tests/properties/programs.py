@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jax_lora as jl
 from jax_lora.adapter import Adapter
-from jax_lora.pair import LoraPair
+from jax_lora.updates import LoraPair
 
 Shape = tuple[int, ...]
 Scale = float | tuple[Any, ...]

@@ -17,7 +17,7 @@ from typing import Any
 import tests.conftest  # isort: skip  # noqa: F401 - strict promotion and the CPU, as in every test
 import jax
 
-from jax_lora.transform.forms import FORMS, MATERIALIZED
+from jax_lora.transform.strategies import FORMS, MATERIALIZED
 from tests.properties.judge import Verdict, judge
 from tests.properties.programs import Program
 from tests.properties.shrink import shrink

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 import jax_lora as jl
-from jax_lora.transform.forms import FORMS
+from jax_lora.transform.strategies import FORMS
 from tests.lora_cases import adapt, merged_tree, random_tree
 from tests.properties.judge import judge
 from tests.properties.programs import Block, KernelSpec, Program, choice, fit

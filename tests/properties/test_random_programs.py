@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import pytest
 
-from jax_lora.transform.forms import FORMS
+from jax_lora.transform.strategies import FORMS
 from tests.properties import judge as judging
 from tests.properties.judge import judge
 from tests.properties.run import report, run_range, summary

@@ -11,8 +11,8 @@ from jax.test_util import check_grads
 
 import jax_lora as jl
 from jax_lora.adapter import Adapter
-from jax_lora.pair import LoraPair
-from jax_lora.transform.forms import FACTORED, MERGED
+from jax_lora.transform.strategies import FACTORED, MERGED
+from jax_lora.updates import LoraPair
 
 # name -> (shape of the kernel, its in, out and stack axes, shape of x, the function)
 CONSUMERS = {

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_lora as jl
-from jax_lora.transform.forms import FORMS
+from jax_lora.transform.strategies import FORMS
 from tests.lora_cases import assert_close, randomized
 
 P = PartitionSpec

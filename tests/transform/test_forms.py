@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import jax_lora as jl
-from jax_lora.transform import forms
+from jax_lora.transform import strategies
 from tests.lora_cases import adapt, assert_bitwise, assert_close, merged_tree, random_tree
 
 
@@ -21,40 +21,41 @@ def sizes(**changes):
         w_dtype=jnp.float32,
         precision=None,
         dropout=False,
+        stored=True,
     )
-    return forms.Sizes(**{**usual, **changes})
+    return strategies.Sizes(**{**usual, **changes})
 
 
 @pytest.mark.parametrize(
     "form, changes, platform, want, why",
     [
-        ("auto", {}, "cpu", "merged", "1,024 tokens, at least 279: forming the sum costs less"),
-        ("auto", {"tokens": 279}, "cpu", "factored", "279 tokens, under 279: forming the sum costs more"),
-        ("auto", {"tokens": 280}, "cpu", "merged", "280 tokens, at least 279: forming the sum costs less"),
-        ("auto", {"tokens": 1}, "cpu", "factored", "1 tokens, under 279: forming the sum costs more"),
+        ("auto", {}, "cpu", "merged", "1,024 tokens, at least 279: merging costs less"),
+        ("auto", {"tokens": 279}, "cpu", "factored", "279 tokens, under 279: merging costs more"),
+        ("auto", {"tokens": 280}, "cpu", "merged", "280 tokens, at least 279: merging costs less"),
+        ("auto", {"tokens": 1}, "cpu", "factored", "1 tokens, under 279: merging costs more"),
         ("auto", {"w_dtype": jnp.bfloat16}, "cpu", "factored", "W0 is bfloat16, which would round the update away"),
         ("auto", {"x_dtype": jnp.float16}, "cpu", "factored", "x is float16, which would round the update away"),
-        ("auto", {"dropout": True}, "cpu", "factored", "dropout: the factors see another x than W0"),
+        ("auto", {"dropout": True}, "cpu", "factored", "dropout: the factors see other data than W0"),
         ("auto", {}, "gpu", "factored", "gpu multiplies float32 in fewer bits at this precision, which would round the update away"),
         ("auto", {}, "tpu", "factored", "tpu multiplies float32 in fewer bits at this precision, which would round the update away"),
-        ("auto", {"precision": (lax.Precision.HIGHEST,) * 2}, "gpu", "merged", "1,024 tokens, at least 279: forming the sum costs less"),
+        ("auto", {"precision": (lax.Precision.HIGHEST,) * 2}, "gpu", "merged", "1,024 tokens, at least 279: merging costs less"),
         ("auto", {"precision": (lax.Precision.HIGHEST, lax.Precision.HIGH)}, "gpu", "factored", None),
         ("auto", {"w_dtype": jnp.float64, "x_dtype": jnp.float64}, "gpu", "merged", None),
         ("factored", {}, "cpu", "factored", "pinned"),
         ("merged", {"tokens": 1}, "cpu", "merged", "pinned"),
         ("merged", {"w_dtype": jnp.bfloat16}, "cpu", "factored", "W0 is bfloat16, which would round the update away"),
-        ("merged", {"dropout": True}, "cpu", "factored", "dropout: the factors see another x than W0"),
+        ("merged", {"dropout": True}, "cpu", "factored", "dropout: the factors see other data than W0"),
     ],
 )  # fmt: skip
 def test_the_form_follows_from_shapes_types_and_platform(form, changes, platform, want, why):
-    choice = forms.choose(form, sizes(**changes), platform)
+    choice = strategies.Strategy(platform, form).choose(sizes(**changes))
     assert choice.form == want
     assert why is None or choice.why == why
 
 
 def test_the_default_precision_of_the_process_counts():
     with jax.default_matmul_precision("highest"):
-        assert forms.choose("auto", sizes(), "gpu").form == "merged"
+        assert strategies.Strategy("gpu").choose(sizes()).form == "merged"
 
 
 def test_an_unknown_form_is_refused():
@@ -92,7 +93,7 @@ def run_merged(adapter, x=X):
     return model(merged_tree(TREE, adapter), x)
 
 
-@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize("form", strategies.FORMS)
 class TestEveryForm:
     def test_starts_as_the_base_model_bit_by_bit(self, form):
         kernels = jl.find_kernels(model, TREE, X)

@@ -17,6 +17,7 @@ from tests.lora_cases import (
     assert_bitwise,
     assert_close,
     assert_equals_merged,
+    jit_by_operation,
     merged_tree,
     randomized,
 )
@@ -102,9 +103,9 @@ def test_step_zero_is_the_base_model_bit_by_bit(dtype, jitted):
     model, variables = decoder(dtype)
     kernels = jl.find_kernels(model.apply, variables, TOKENS)
     adapter = jl.lora_init(jax.random.key(0), variables, everything(kernels), kernels=kernels)
-    base = jax.jit(model.apply) if jitted else model.apply
+    base = jit_by_operation(model.apply) if jitted else model.apply
     lora = jl.lora_apply(model.apply, on_materialize="error")
-    lora = jax.jit(lora) if jitted else lora
+    lora = jit_by_operation(lora) if jitted else lora
     assert_bitwise(lora(jl.combine(variables, adapter), TOKENS), base(variables, TOKENS))
 
 

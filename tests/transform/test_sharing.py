@@ -105,7 +105,7 @@ def test_a_group_names_what_has_to_be_prepared_early():
 
     jaxpr = jax.make_jaxpr(program)(*[jnp.ones((6, 6))] * 3).jaxpr
     structural = {"transpose", "reshape"}
-    groups = sharing.find_groups(jaxpr, set(jaxpr.invars[:2]), structural)
+    groups = sharing.find_groups(jaxpr, set(jaxpr.invars[:2]))
     (group,) = groups.values()
     names = [jaxpr.eqns[index].primitive.name for index in group.early]
     assert [jaxpr.eqns[index].primitive.name for index in group.members] == ["dot_general"] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import warnings
 
@@ -13,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_lora as jl
 from jax_lora.errors import MaterializeWarning
-from jax_lora.transform.analysis import _HANDLERS
-from jax_lora.transform.interpreter import RULES
+from jax_lora.transform.table import RULES
 from tests.lora_cases import assert_close, merged_tree, random_tree, randomized
 
 X = jax.random.normal(jax.random.key(2), (2, 6))
@@ -94,17 +94,23 @@ def test_the_programs_are_readable_on_this_jax(name):
         jl.lora_apply(PROGRAMS[name])(jl.combine(tree, adapter), X)
 
 
-@pytest.mark.parametrize(("name", "parameter"), CASES)
-def test_a_parameter_of_another_name_forms_the_weight(name, parameter, monkeypatch):
+def unreadable(monkeypatch, name, parameter):
+    """A JAX that calls one parameter of a program by another name; what it was asked to open."""
     primitive = primitive_name(name)
     rule = RULES[primitive]
     seen = []
 
-    def unreadable(interpreter, eqn, inputs):
+    def open_renamed(eqn):
         seen.append(parameter)
-        return rule(interpreter, renamed(eqn, parameter), inputs)
+        return rule.open(renamed(eqn, parameter))
 
-    monkeypatch.setitem(RULES, primitive, unreadable)
+    monkeypatch.setitem(RULES, primitive, dataclasses.replace(rule, open=open_renamed))
+    return seen
+
+
+@pytest.mark.parametrize(("name", "parameter"), CASES)
+def test_a_parameter_of_another_name_forms_the_weight(name, parameter, monkeypatch):
+    seen = unreadable(monkeypatch, name, parameter)
     assert_forms_the_weight(name)
     assert seen
 
@@ -116,19 +122,12 @@ def test_a_program_of_another_name_forms_the_weight(name, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "parameter"), CASES)
-def test_find_kernels_passes_over_a_program_that_it_cannot_read(name, parameter, monkeypatch):
-    primitive = primitive_name(name)
-    handler = _HANDLERS[primitive]
-
-    def unreadable(visit):
-        eqn = renamed(visit.eqn, parameter)
-        return handler(type(visit)(visit.recorder, eqn, visit.values, visit.trips, visit.makers))
-
-    monkeypatch.setitem(_HANDLERS, primitive, unreadable)
-    found = jl.find_kernels(PROGRAMS[name], adapted()[0], X)
-    only_lora_apply_reads = ("prevent_cse", "policy", "mesh", "in_specs", "out_specs", "check_vma")
-    assert list(found) == (["w"] if parameter in only_lora_apply_reads else [])
+def test_find_kernels_names_a_kernel_in_a_program_that_it_cannot_read(name, parameter, monkeypatch):
+    unreadable(monkeypatch, name, parameter)
+    kernels = jl.find_kernels(PROGRAMS[name], adapted()[0], X)
+    assert not kernels
+    assert f"{primitive_name(name)} has no low-rank rule at {__file__}" in kernels.skipped["w"]
 
 
-def test_a_call_without_a_program_is_passed_over():
-    assert RULES["closed_call"](None, types.SimpleNamespace(params={}), []) is None
+def test_a_call_without_a_program_has_nothing_to_open():
+    assert RULES["closed_call"].open(types.SimpleNamespace(params={})) is None

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jax_lora.transform import varying
+from jax_lora.transform import vary
 
 MESH = jax.make_mesh((2, 4), ("d", "m"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 ROWS, COLUMNS = P("d"), P(None, "m")
@@ -89,8 +89,8 @@ def test_axes_met(name):
     (eqn,) = jax.make_jaxpr(mapped)(jnp.ones((8, 8)), jnp.ones((8, 8))).jaxpr.eqns
     jaxpr, specs = eqn.params["jaxpr"], eqn.params["in_specs"]  # constants, x, w
     asked = [index == len(specs) - 1 for index in range(len(specs))]
-    *others, met = varying.axes_met(
-        getattr(jaxpr, "jaxpr", jaxpr), [varying.axes_of(spec) for spec in specs], asked
+    *others, met = vary.axes_met(
+        getattr(jaxpr, "jaxpr", jaxpr), [vary.axes_of(spec) for spec in specs], asked
     )
     assert met == frozenset(expected.split())
     assert not any(others)

@@ -1,0 +1,144 @@
+"""DoRA: a trained magnitude for every output, beside a low-rank change of direction.
+
+    W' = m / ||W0 + scale * a @ b|| * (W0 + scale * a @ b)
+
+The norm is taken over the input axes, so there is one per output, and it is a constant under
+differentiation. The rest of the library sees only the gain, m divided by the norm.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_lora.algebra.base_weight import Base, made
+from jax_lora.algebra.low_rank import accumulation_dtype
+from jax_lora.algebra.named_array import NamedArray, product
+from jax_lora.algebra.named_axes import RANK, AxisName
+
+Array = jax.Array
+_OTHER_RANK: AxisName = "other rank"
+
+
+def magnitude(base: Base, in_axes: Sequence[int], out_names: Sequence[AxisName]) -> Array:
+    """Return the magnitude that training starts from: the norms of W0, so that W' is W0.
+
+    Args:
+      base: W0.
+      in_axes: The axes of W0 that are inputs.
+      out_names: The stack and output axes of W0 in the order of the result.
+
+    Returns:
+      `(*stack, *out)`, in float32 or wider.
+    """
+    return jnp.sqrt(_squares(base, tuple(in_axes), tuple(out_names)))
+
+
+def gain(
+    base: Base, a: NamedArray, b: NamedArray, scale: float, magnitude: NamedArray, used: Any
+) -> NamedArray:
+    """Return m / ||W0 + scale * a @ b||, which multiplies the results of the plain update.
+
+    Nothing of W0's size is computed: ||W + D||^2 = ||W||^2 + 2 W·D + ||D||^2, and the last two
+    need W·a and a·a only. At the start D is zero and the first term is the magnitude's own, up to
+    the order in which a compiler adds it. A magnitude that close to the norm is therefore treated
+    as equal, and the gain is exactly 1. An output whose weights are all zero has a gain of 1.
+
+    Args:
+      base: W0.
+      a: `(*stack, *in, rank)`.
+      b: `(*stack, rank, *out)`.
+      scale: Multiplier of a @ b.
+      magnitude: m, `(*stack, *out)`.
+      used: A mask that broadcasts against m: False for the layers that have no update.
+
+    Returns:
+      `(*stack, *out)`, differentiable by the magnitude alone.
+
+    Reference:
+      Liu et al., DoRA (arXiv:2402.09353), equation 5, and section 4.3 for the constant norm.
+    """
+    wide = accumulation_dtype(base.dtype)
+    frozen = jax.tree.map(lax.stop_gradient, (base, a, b))
+    norms = _norms(*frozen, scale, magnitude.axes)  # (*stack, *out)
+    safe = jnp.where(norms == 0, jnp.ones((), wide), norms)
+    # Not m / norm: on some devices fast division makes x / x differ from 1.
+    ratio = 1 + _beyond_rounding(magnitude.array.astype(wide) - safe, safe) / safe
+    used = (norms != 0) & jnp.asarray(used)
+    return NamedArray(jnp.where(used, ratio, jnp.ones((), wide)), magnitude.axes)
+
+
+def _beyond_rounding(difference: Array, norms: Array) -> Array:
+    """Replace a difference that rounding of the norm explains by zero; its derivative stays 1."""
+    noise = 8 * jnp.finfo(norms.dtype).eps * norms
+    small = jnp.abs(difference) <= noise.astype(norms.dtype)
+    rounding = jnp.where(small, difference, jnp.zeros_like(difference))
+    return difference - lax.stop_gradient(rounding)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _squares(base: Base, in_axes: tuple[int, ...], out_names: tuple[AxisName, ...]) -> Array:
+    """Sum the squares of every output's weights: (*stack, *out).
+
+    The barriers keep the surrounding operations out of the sum, so that they do not change its
+    bits.
+    """
+    w = made(base)
+    wide = lax.optimization_barrier(w).astype(accumulation_dtype(w.dtype))
+    squares = lax.optimization_barrier(jnp.sum(wide * wide, in_axes))
+    kept = tuple(axis for axis in range(w.ndim) if axis not in in_axes)
+    return NamedArray(squares, kept).arranged(out_names, _sizes(w, out_names))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _norms(
+    base: Base, a: NamedArray, b: NamedArray, scale: float, out_names: tuple[AxisName, ...]
+) -> Array:
+    w = made(base)
+    wide = accumulation_dtype(w.dtype)
+    stack = len([name for name in out_names if name in a.axes])
+    b = NamedArray(b.array.astype(wide) * jnp.asarray(scale, wide), b.axes)  # (*stack, r, *out)
+    wa = _w_times_a(w, a, b)  # (*stack, r, *out)
+    a = a.astype(wide)
+    keep = {*b.axes, _OTHER_RANK}
+    aa = product(a, _renamed(a), keep, "highest")  # (*stack, r, r)
+    aab = product(aa, _renamed(b), b.axes, "highest").arranged(b.axes, b.array.shape)
+    more = jnp.sum(b.array * (2 * wa + aab), stack)  # (*stack, *out)
+    in_axes = tuple(axis for axis in range(w.ndim) if axis not in out_names)
+    squares = _squares(w, in_axes, out_names) + more
+    return jnp.sqrt(jnp.maximum(squares, jnp.zeros((), wide)))
+
+
+def _w_times_a(w: Array, a: NamedArray, b: NamedArray) -> Array:
+    """Contract W0 with a over the inputs, at the precision of float32: (*stack, r, *out)."""
+    wide = accumulation_dtype(w.dtype)
+    # W0 is not cast up, which would copy it: two parts of a, each of W0's type, are as precise.
+    full = a.array.astype(wide)
+    parts = [full.astype(w.dtype)]
+    if w.dtype != wide:
+        parts.append((full - parts[0].astype(wide)).astype(w.dtype))
+    beside = NamedArray(lax.concatenate(parts, full.ndim - 1), a.axes)  # (*stack, *in, parts * r)
+    named = NamedArray(w, tuple(range(w.ndim)))
+    # XLA for CPU multiplies bfloat16 into float32 only where axes of one role are merged.
+    result = product(named, beside, b.axes, "highest", wide, flatten=True)
+    axis = b.axes.index(RANK)
+    shape = (*b.array.shape[:axis], beside.array.shape[-1], *b.array.shape[axis + 1 :])
+    pieces = lax.split(result.arranged(b.axes, shape), [a.size_of(RANK)] * len(parts), axis=axis)
+    total = pieces[0]
+    for piece in pieces[1:]:
+        total = lax.add(total, piece)
+    return total
+
+
+def _renamed(factor: NamedArray) -> NamedArray:
+    names = tuple(_OTHER_RANK if name == RANK else name for name in factor.axes)
+    return NamedArray(factor.array, names)
+
+
+def _sizes(w: Array, names: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(w.shape[axis] for axis in names)

@@ -1,0 +1,228 @@
+"""The factored product of data with a low-rank value: scale * (x · a) · b, in two products.
+
+`project_down` multiplies x with the first factor, down to the rank; `project_up` multiplies the
+result with the second one. Values that read the same data share one down-projection, because most
+of its time goes into reading x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_lora.algebra.low_rank import LowRank, accumulation_dtype
+from jax_lora.algebra.named_array import NamedArray, product
+from jax_lora.algebra.named_axes import RANK, AxisName
+
+Array = jax.Array
+Pair = tuple[NamedArray, NamedArray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """How the axes of x pair with those of the factors. It holds no array.
+
+    Args:
+      x_axes: The name of every axis of x: the weight's own where they are paired.
+      a_first: Whether x is multiplied with `a` first; with `b` first, x was contracted with the
+        output axes.
+      out_axes: The name of every axis of the result; None for an axis of size 1.
+      out_shape: Shape of the result.
+      scale: Multiplier of the product.
+      dtype: Type of the result.
+      precision: As in `lax.dot_general`.
+      x_first: Whether x's own axes come before the weight's in the result: a hint that saves a
+        transpose.
+      flatten: Whether to merge adjacent axes before the products.
+    """
+
+    x_axes: tuple[AxisName, ...]
+    a_first: bool
+    out_axes: tuple[AxisName | None, ...]
+    out_shape: tuple[int, ...]
+    scale: float
+    dtype: Any
+    precision: Any
+    x_first: bool
+    flatten: bool
+
+    def order(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """Return what belongs to `a` and to `b` in the order in which x is multiplied."""
+        return (a, b) if self.a_first else (b, a)
+
+    def paired_axes(self, first: NamedArray, second: NamedArray) -> tuple[int, ...] | None:
+        """Return the axes of x that the first factor sums, if no others are paired; else None."""
+        paired = tuple(axis for axis, name in enumerate(self.x_axes) if name in first.axes)
+        names = {self.x_axes[axis] for axis in paired}
+        only_sums = names == {*first.axes} - {RANK} and not names & {*second.axes, *self.out_axes}
+        return paired if only_sums and not {*self.x_axes} & {*second.axes} else None
+
+
+def projection(
+    value: LowRank,
+    x: Array,
+    x_axes: Sequence[AxisName],
+    out_axes: Sequence[AxisName | None],
+    out_shape: Sequence[int],
+    *,
+    dtype: Any,
+    precision: Any = None,
+    x_first: bool = True,
+    flatten: bool = False,
+) -> Projection | None:
+    """Plan the product of x with a value's factors.
+
+    Args:
+      value: The low-rank value; W0 takes no part.
+      x: Data.
+      x_axes: The name of every axis of `x`.
+      out_axes: The name of every axis of the result; None for an axis of size 1.
+      out_shape: Shape of the result.
+      dtype: Type of the result.
+      precision: As in `lax.dot_general`.
+      x_first: Whether x's own axes come before the weight's in the result.
+      flatten: Whether to merge adjacent axes before the products.
+
+    Returns:
+      The plan, or None if x sums over no axis of either factor, so that the full weight is needed.
+    """
+    sizes = dict(zip(x_axes, x.shape, strict=True))
+    summed = [
+        [name for name in sizes if name in factor.axes and name not in out_axes]
+        for factor in value.factors
+    ]
+    if not any(summed):
+        return None
+    by_a, by_b = (math.prod(sizes[name] for name in names) for names in summed)
+    return Projection(
+        x_axes=tuple(x_axes),
+        a_first=by_a >= by_b,  # the factor that sums over more of x
+        out_axes=tuple(out_axes),
+        out_shape=tuple(out_shape),
+        scale=value.scale,
+        dtype=jnp.dtype(dtype),
+        precision=precision,
+        x_first=x_first,
+        flatten=flatten,
+    )
+
+
+def multiply(plans: Sequence[Projection], x: Array, factors: Sequence[Pair]) -> list[Array]:
+    """Compute scale * (x · a) · b for every value that reads the same data.
+
+    Args:
+      plans: A projection per value.
+      x: The data of all of them.
+      factors: `(a, b)` per value.
+
+    Returns:
+      The updates of the products, in the shapes of the results.
+
+    Reference:
+      Hu et al., LoRA (arXiv:2106.09685), equation 3.
+    """
+    return _multiply(tuple(plans), x, tuple(factors))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # layers that are alike are traced once
+def _multiply(plans: tuple[Projection, ...], x: Array, factors: Sequence[Pair]) -> list[Array]:
+    pairs = [plan.order(*pair) for plan, pair in zip(plans, factors, strict=True)]
+    downs = project_down(plans, x, pairs)  # (tokens, r) each
+    return [
+        project_up(plan, down, second)  # (tokens, out)
+        for plan, down, (_, second) in zip(plans, downs, pairs, strict=True)
+    ]
+
+
+def project_down(
+    plans: Sequence[Projection], x: Array, pairs: Sequence[Pair], *, hidden: bool = True
+) -> list[NamedArray]:
+    """Multiply x with the first factor of each value: together where they sum the same axes.
+
+    Args:
+      plans: A projection per value, all with the same precision.
+      x: Data, (tokens, in).
+      pairs: The factors of each value in the order of its plan: (in, r) and (r, out).
+      hidden: As in `named_array.product`.
+
+    Returns:
+      Per value, scale * x · first: (tokens, r).
+    """
+    leader, paired = plans[0], plans[0].paired_axes(*pairs[0])
+    alike = all(plan.paired_axes(*pair) == paired for plan, pair in zip(plans, pairs, strict=True))
+    if len(plans) == 1 or paired is None or not alike:
+        return [
+            _scaled(plan, _times_first(plan, x, pair, hidden), x.dtype)
+            for plan, pair in zip(plans, pairs, strict=True)
+        ]
+    aligned = [
+        first.arranged(  # (in, r), the input axes in x's order
+            (*(plan.x_axes[axis] for axis in paired), RANK),
+            (*(x.shape[axis] for axis in paired), first.size_of(RANK)),
+        ).astype(x.dtype)
+        for plan, (first, _) in zip(plans, pairs, strict=True)
+    ]
+    beside = NamedArray(  # (in, sum of r)
+        lax.concatenate(aligned, len(paired)), (*(leader.x_axes[axis] for axis in paired), RANK)
+    )
+    down = _times_first(leader, x, (beside, pairs[0][1]), hidden)  # (tokens, sum of r)
+    ranks = [each.shape[-1] for each in aligned]
+    pieces = lax.split(down.array, ranks, axis=down.axes.index(RANK))
+    return [
+        _scaled(plan, NamedArray(piece, down.axes), x.dtype)
+        for plan, piece in zip(plans, pieces, strict=True)
+    ]
+
+
+def _times_first(plan: Projection, x: Array, pair: Pair, hidden: bool) -> NamedArray:
+    first, second = pair
+    return product(
+        NamedArray(x, plan.x_axes),
+        first.astype(x.dtype),
+        {*plan.out_axes, *second.axes},
+        plan.precision,
+        accumulation_dtype(x.dtype),
+        hidden=hidden,
+        flatten=plan.flatten,
+    )
+
+
+def _scaled(plan: Projection, down: NamedArray, dtype: Any) -> NamedArray:
+    """Scale the array with the fewest elements, then round once."""
+    scale = jnp.asarray(plan.scale, down.array.dtype)
+    return NamedArray((down.array * scale).astype(dtype), down.axes)
+
+
+def project_up(
+    plan: Projection, down: NamedArray, second: NamedArray, *, hidden: bool = True
+) -> Array:
+    """Multiply by the second factor, and lay the product out as the result of the contraction.
+
+    Args:
+      plan: The projection.
+      down: scale * x · first, (tokens, r).
+      second: The other factor, (r, out).
+      hidden: As in `named_array.product`.
+
+    Returns:
+      An array of `plan.out_shape`.
+    """
+    operands = (down, second.astype(down.array.dtype))
+    left, right = operands if plan.x_first else operands[::-1]
+    result = product(
+        left,
+        right,
+        set(plan.out_axes),
+        plan.precision,
+        plan.dtype,
+        hidden=hidden,
+        flatten=plan.flatten,
+    )
+    return result.arranged(plan.out_axes, plan.out_shape)

@@ -1,0 +1,207 @@
+"""The merged product: x · (W0 + scale * a · b) forward and for dx; da and db stay factored.
+
+Plain automatic differentiation of this product would compute a gradient of W0's size on its way to
+da and db. Its derivative is therefore given here:
+
+    d(x · M) = dx · M + x · dW0 + scale * ((x · da) · b + (x · a) · db),    M = W0 + scale * a · b
+
+as a `custom_jvp`, from which JAX derives reverse mode by transposition. The backward pass computes
+M of the first term again, so no residual holds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jax_lora.algebra.factored_product import Projection, project_down, project_up
+from jax_lora.algebra.low_rank import Axes, accumulation_dtype
+from jax_lora.algebra.named_array import NamedArray, product
+from jax_lora.algebra.named_axes import RANK, AxisName
+
+Array = jax.Array
+_ONE: AxisName = "one"  # the batch dimension
+_FEW = 8  # outer products that are added one by one; XLA keeps twice as many unfused
+
+
+@dataclasses.dataclass(frozen=True)
+class DotGeneral:
+    """A `dot_general` of x with an array of W0's shape, in the model's own order of operands."""
+
+    dimension_numbers: Any
+    precision: Any
+    preferred_element_type: Any
+    out_sharding: Any
+    weight_first: bool
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """Contract."""
+        left, right = (w, x) if self.weight_first else (x, w)
+        sharding = {} if self.out_sharding is None else {"out_sharding": self.out_sharding}
+        return lax.dot_general(
+            left,
+            right,
+            self.dimension_numbers,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            **sharding,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One of the values that read the same x: its contraction, and the axes of its weight."""
+
+    contraction: DotGeneral
+    plan: Projection
+    axes: Axes
+
+    def merged(self, w: Array, a: NamedArray, b: NamedArray) -> Array:
+        """Compute M = W0 + scale * a · b: (in, out).
+
+        Never by multiply and reduce, which XLA for CPU fuses into some of the products that read
+        M, with wrong results.
+        """
+        wide = accumulation_dtype(w.dtype)
+        a = NamedArray(a.array.astype(wide) * jnp.asarray(self.plan.scale, wide), a.axes)
+        b = b.astype(wide)
+        update = self._outer_products(a, b) if a.size_of(RANK) <= _FEW else self._product(a, b)
+        return w + update.arranged(self.axes, w.shape).astype(w.dtype)
+
+    def _outer_products(self, a: NamedArray, b: NamedArray) -> NamedArray:
+        """Add r outer products: fused, W0 is read once and M written once.
+
+        They are added by halves, because each operation that XLA fuses costs compile time.
+        """
+        names = (RANK, *self._names)
+        terms = a.spread(names) * b.spread(names)  # (r, in, out)
+        while len(terms) % 2 == 0:
+            terms = lax.add(*jnp.split(terms, 2))
+        each = [lax.index_in_dim(terms, i, keepdims=False) for i in range(len(terms))]
+        return NamedArray(functools.reduce(lax.add, each), names[1:])
+
+    def _product(self, a: NamedArray, b: NamedArray) -> NamedArray:
+        """Multiply in a batch of 1, so that rematerialization policies do not save it."""
+        full = product(  # (1, in, out) in some order
+            NamedArray(a.array[None], (_ONE, *a.axes)),
+            NamedArray(b.array[None], (_ONE, *b.axes)),
+            (_ONE, *self._names),
+            "highest",
+        )
+        squeezed = lax.squeeze(full.array, [full.axes.index(_ONE)])
+        return NamedArray(squeezed, tuple(name for name in full.axes if name != _ONE))
+
+    @property
+    def _names(self) -> tuple[AxisName, ...]:
+        return tuple(name for name in self.axes if name is not None)
+
+
+Weights = tuple[tuple[Array, NamedArray, NamedArray], ...]  # (W0, a, b) per member
+
+
+def multiply(members: Sequence[Member], x: Array, weights: Weights) -> list[Array]:
+    """Contract x with W0 + scale * a · b of every member.
+
+    Args:
+      members: The contractions of x.
+      x: The data of all of them.
+      weights: `(W0, a, b)` per member.
+
+    Returns:
+      The results of the contractions.
+
+    Reference:
+      Hu et al., LoRA (arXiv:2106.09685), equation 3, with the sum before the product.
+    """
+    return _multiply(tuple(members))(x, weights)
+
+
+@functools.lru_cache(maxsize=1024)
+def _multiply(members: tuple[Member, ...]) -> Callable[[Array, Weights], list[Array]]:
+    """Return the rule for these members: the same object each time, so layers are traced once.
+
+    It is jitted so that computing M is fused even where the model runs op by op.
+    """
+
+    def products(x: Array, weights: Weights) -> list[Array]:
+        return [
+            member.contraction(x, member.merged(*weight))
+            for member, weight in zip(members, weights, strict=True)
+        ]
+
+    computed_again = jax.checkpoint(products)
+    rule = jax.custom_jvp(products)
+
+    @functools.partial(rule.defjvp, symbolic_zeros=True)
+    def derivative(primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
+        (x, weights), (dx, dweights) = primals, tangents
+        # The products themselves, not a call of the rule: rematerialization policies must see them.
+        outs = products(x, weights)
+        terms: list[list[Array]] = [[] for _ in members]
+        if not _is_zero(dx):
+            _append(terms, range(len(members)), computed_again(dx, weights))
+        _append_base_products(terms, members, x, dweights)
+        _append_factor_products(terms, members, x, weights, dweights)
+        return outs, [_sum(each, out) for each, out in zip(terms, outs, strict=True)]
+
+    return jax.jit(rule)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _sum(terms: Sequence[Array], out: Array) -> Array:
+    """Add the terms of one tangent, sharded like its primal where types hold shardings."""
+    if not terms:
+        return jnp.zeros_like(out)
+    want = jax.typeof(out).sharding
+    laid_out = [
+        term if jax.typeof(term).sharding == want else jax.sharding.reshard(term, want)
+        for term in terms
+    ]
+    return functools.reduce(lax.add, laid_out)
+
+
+def _append(terms: list[list[Array]], where: Sequence[int], new: Sequence[Array]) -> None:
+    for index, term in zip(where, new, strict=True):
+        terms[index].append(term)
+
+
+def _append_base_products(
+    terms: list[list[Array]], members: Sequence[Member], x: Array, dweights: Any
+) -> None:
+    """Add x · dW0: W0 is frozen, but the model may multiply it with something that is trained."""
+    moving = [i for i, (dw, _, _) in enumerate(dweights) if not _is_zero(dw)]
+    _append(terms, moving, [members[i].contraction(x, dweights[i][0]) for i in moving])
+
+
+def _append_factor_products(
+    terms: list[list[Array]], members: Sequence[Member], x: Array, weights: Weights, dweights: Any
+) -> None:
+    """Add scale * (x · da) · b and scale * (x · a) · db, with the down-projections shared."""
+    plans = [member.plan for member in members]
+    factors = [plan.order(a, b) for plan, (_, a, b) in zip(plans, weights, strict=True)]
+    tangents = [plan.order(da, db) for plan, (_, da, db) in zip(plans, dweights, strict=True)]
+    for place in (0, 1):  # the first factor has a tangent, then the second
+        moving = [i for i, pair in enumerate(tangents) if not _is_zero(pair[place].array)]
+        if not moving:
+            continue
+        pairs = [
+            (tangents[i][0], factors[i][1]) if place == 0 else (factors[i][0], tangents[i][1])
+            for i in moving
+        ]
+        those = [plans[i] for i in moving]
+        downs = project_down(those, x, pairs, hidden=place == 1)  # x · a is no tangent
+        ups = [
+            project_up(plan, down, second, hidden=False)
+            for plan, down, (_, second) in zip(those, downs, pairs, strict=True)
+        ]
+        _append(terms, moving, ups)

@@ -1,0 +1,124 @@
+"""The model that PEFT makes of a base before it adds an adapter.
+
+    layer_replication          -> replicate_layers
+    tables of another size     -> resize_vocab
+    one end of a tied table    -> untie
+
+The configuration and the tensors of the adapter tell which of them are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jax_lora import paths
+from jax_lora.models.families import family_of
+from jax_lora.models.variants import replicate_layers, resize_vocab, untie
+from jax_lora.peft import keys
+from jax_lora.peft.load import group
+from jax_lora.peft.sites import find_leaves, sites_of
+from jax_lora.peft.tied import HEAD, settle, tied_table
+
+_Tensors = Mapping[str, np.ndarray]
+_Params = Mapping[str, Any]
+# Tensors of a table that hold the base's own values.
+_FROZEN = (".base_layer.weight", keys.ROWS_FROZEN, ".original_module.weight")
+
+
+def changed_model(
+    model: Any, params: _Params, tensors: _Tensors, config: Mapping[str, Any]
+) -> tuple[Any, _Params]:
+    """Change a model into the one that an adapter was trained on.
+
+    Args:
+      model: The base, a model of `jax_lora.models`.
+      params: Its parameters, without the "params" level.
+      tensors: The adapter's tensors by name.
+      config: Its configuration.
+
+    Returns:
+      The model and its parameters; the very same where the adapter fits them.
+
+    Raises:
+      ModelError: The model is not one of `jax_lora.models`, or cannot be changed so.
+    """
+    model, params = _replicated(model, params, config)
+    before = _table(model, params).shape[0]
+    model, params = _resized(model, params, tensors)
+    # Before untying, since the new head is the table with its new rows; and after it, since the
+    # file may have rows of the head alone.
+    params = _with_rows(model, params, tensors, before)
+    model, params = _untied(model, params, tensors, config)
+    return model, _with_rows(model, params, tensors, before)
+
+
+def _replicated(model: Any, params: _Params, config: Mapping[str, Any]) -> tuple[Any, _Params]:
+    family, ranges = family_of(model), config["layer_replication"]
+    order = [layer for start, stop in ranges or [] for layer in range(start, stop)]
+    if not order or (family.depth and order == list(range(getattr(model.config, family.depth)))):
+        return model, params
+    return replicate_layers(model, params, ranges)
+
+
+def _table(model: Any, params: _Params) -> Any:
+    """The embedding, (vocabulary, hidden)."""
+    flat: dict[str, Any] = flatten_dict(dict(params), sep="/")
+    return flat[family_of(model).embedding]
+
+
+def _resized(model: Any, params: _Params, tensors: _Tensors) -> tuple[Any, _Params]:
+    have, width = _table(model, params).shape
+    sizes = [
+        tensor.shape[0]
+        for _, name in _tables(model)
+        for suffix in (".weight", *_FROZEN)
+        if (tensor := tensors.get(name + suffix)) is not None
+        and tensor.ndim == 2
+        and tensor.shape[1] == width
+    ]
+    if not sizes or sizes[0] == have:
+        return model, params
+    return resize_vocab(model, params, sizes[0])
+
+
+def _with_rows(model: Any, params: _Params, tensors: _Tensors, first: int) -> _Params:
+    """Take the base's embeddings of added tokens, from `first` on, from the file."""
+    if _table(model, params).shape[0] <= first:
+        return params
+    flat: dict[str, Any] = flatten_dict(dict(params), sep="/")
+    for path, name in _tables(model):
+        frozen = next((tensors[name + each] for each in _FROZEN if name + each in tensors), None)
+        if frozen is None or path not in flat:
+            continue
+        is_table = path == family_of(model).embedding
+        leaf = flat[path] if is_table else flat[path].T  # (vocabulary, hidden)
+        if leaf.shape == frozen.shape:
+            leaf = leaf.at[first:].set(jnp.asarray(frozen[first:], leaf.dtype))
+            flat[path] = leaf if is_table else leaf.T
+    return unflatten_dict(flat, sep="/")
+
+
+def _tables(model: Any) -> Iterator[tuple[str, str]]:
+    """The paths of the embedding and of the head, each with the name that PEFT's tensors have."""
+    family, names = family_of(model), model.hf_names
+    yield family.embedding, keys.PREFIX + names[family.embedding]
+    if family.head is not None:
+        yield family.head, keys.PREFIX + names.get(family.head, HEAD)
+
+
+def _untied(
+    model: Any, params: _Params, tensors: _Tensors, config: Mapping[str, Any]
+) -> tuple[Any, _Params]:
+    table = tied_table(model.hf_names)
+    if table is None:
+        return model, params
+    sites = sites_of(find_leaves(params, model.hf_names))
+    grouped, rest = group(tensors, sites)
+    base = dict(paths.flatten_with_paths(params)[0])
+    ends = settle(grouped, rest, table, config, lambda: base.get(sites[table].leaf.path))
+    return untie(model, params) if ends.one_sided else (model, params)

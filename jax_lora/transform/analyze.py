@@ -1,0 +1,389 @@
+"""analyze: the interpretation that follows the names of axes, and computes nothing.
+
+A weight is followed through the same rules as `evaluate` applies. Where it is used up, the names
+that are summed over say which of its axes are inputs. Where it loses its structure, the place and
+the reason are recorded. Everything else is a stream: data on its way from kernel to kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax_lora.transform.abstract import Abstract
+from jax_lora.transform.equations import UNKNOWN, location
+from jax_lora.transform.programs import ShardMap
+from jax_lora.transform.record import NO_PATHS, Leaf, Paths, Record, origins_of
+from jax_lora.transform.rules import Operand, Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Any other variable.
+
+    Args:
+      size: Number of elements before it was broadcast.
+      external: Whether it depends on more than the parameters.
+      heads: Kernels whose product it is, with at most a bias, a cast or a soft cap since.
+      after: Kernels whose products it depends on.
+      from_parameters: Whether it depends on parameters.
+      lost: Leaves that were materialized to compute it, from parameters alone.
+      entries: Leaves of which entries were looked up to compute it, likewise.
+    """
+
+    size: Any = 1
+    external: bool = False
+    heads: Paths = NO_PATHS
+    after: Paths = NO_PATHS
+    from_parameters: bool = False
+    lost: Paths = NO_PATHS
+    entries: Paths = NO_PATHS
+
+
+Value = Leaf | Stream
+
+# A product is still the output of a head after these.
+_HEAD_PRESERVING = frozenset(
+    "add sub mul div tanh neg convert_element_type copy stop_gradient name select_n "
+    "sharding_constraint optimization_barrier reshape transpose squeeze broadcast_in_dim slice "
+    "dynamic_slice split".split()
+)
+_BROADCASTS = frozenset(("broadcast_in_dim", "convert_element_type", "reshape"))
+# How the output of one layer joins the stream that goes on to the next ones.
+_JOINS = frozenset(("add", "sub", "concatenate"))
+_CONTRACTIONS = frozenset(
+    "dot_general ragged_dot ragged_dot_general conv_general_dilated gather".split()
+)
+
+
+class Analyze(Abstract[Value]):
+    """Follows weights by the names of their axes.
+
+    Args:
+      record: Where to write down what is seen.
+      times: How often the program runs.
+      called_at: Where the program is called from, if it lies inside another one.
+    """
+
+    def __init__(self, record: Record, times: int = 1, called_at: str = UNKNOWN):
+        """Keep them."""
+        self._record, self._times, self._called_at = record, times, called_at
+
+    # -------------------------------------------------------------------------------------------
+    # The interpretation
+    # -------------------------------------------------------------------------------------------
+
+    def constant(self, array: Any) -> Value:
+        """Describe a constant."""
+        size = math.prod(getattr(array, "shape", ()))
+        return Stream(size, external=size != 1)  # data that the function holds are data as well
+
+    def concerns(self, inputs: Sequence[Value]) -> bool:
+        """Tell whether a leaf is among the inputs. Programs are opened for streams as well."""
+        return any(isinstance(value, Leaf) for value in inputs) or any(
+            value.after or value.lost or value.entries
+            for value in inputs
+            if isinstance(value, Stream)
+        )
+
+    def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
+        """Describe what an operation makes of streams."""
+        return [self._stream(eqn, place, inputs) for place in range(len(eqn.outvars))]
+
+    def move(self, eqn: Any, rule: Rule, inputs: Sequence[Any]) -> list[Value] | None:
+        """Move the names."""
+        leaves = [i for i, value in enumerate(inputs) if isinstance(value, Leaf)]
+        if rule.move is None or not leaves:
+            return None
+        if len(inputs) > 1 and not rule.each:
+            streams = [value for value in inputs if isinstance(value, Stream)]
+            # A bias, or a row of a table, joins a kernel's product: it is no weight here.
+            joins = any(value.heads for value in streams)
+            leaves = [i for i in leaves if inputs[i].is_matrix or not joins]
+            inputs = [
+                value if i in leaves else self.materialized(value, eqn, eqn.primitive.name)
+                for i, value in enumerate(inputs)
+            ]
+        moved = {position: self._moved(eqn, rule, inputs, position) for position in leaves}
+        if not any(moved.values()):
+            return None
+        rest = [
+            value if moved.get(i) else self.materialized(value, eqn, eqn.primitive.name)
+            for i, value in enumerate(inputs)
+        ]
+        outputs = self.plain(eqn, rest)
+        for result in moved.values():
+            for place, leaf in (result or {}).items():
+                before = outputs[place]
+                if isinstance(before, Leaf):
+                    leaf = dataclasses.replace(before, others=(*before.others, *leaf.all))
+                outputs[place] = leaf
+        return outputs
+
+    def consume(
+        self, eqns: Sequence[Any], rule: Rule, inputs: Sequence[Sequence[Value]]
+    ) -> list[list[Value] | None]:
+        """Record how weights are used."""
+        return [self._consume(eqn, rule, each) for eqn, each in zip(eqns, inputs, strict=True)]
+
+    def without_rule(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
+        """Record that leaves had to be materialized."""
+        name = eqn.primitive.name
+        return self.plain(eqn, [self.materialized(value, eqn, name) for value in inputs])
+
+    # -------------------------------------------------------------------------------------------
+    # Programs
+    # -------------------------------------------------------------------------------------------
+
+    def inside(self, eqn: Any, times: int = 1) -> Analyze:
+        """Record in the same place, as often as the program runs."""
+        return Analyze(self._record, self._times * times, self._locate(eqn))
+
+    def unrecorded(self) -> Analyze:
+        """Record elsewhere."""
+        return Analyze(copy.deepcopy(self._record), self._times, self._called_at)
+
+    def join(self, values: Sequence[Value]) -> Value:
+        """Describe a value that is one of several."""
+        if all(value == values[0] for value in values):
+            return values[0]
+        streams = [_as_stream(value) for value in values]
+        heads = [each.heads for each in streams]
+        return dataclasses.replace(_union(streams), heads=frozenset.intersection(*heads))
+
+    def sliced(self, value: Value) -> Value:
+        """Describe a slice: the first axis holds several kernels."""
+        if isinstance(value, Stream):
+            return value
+        for leaf in value.all:
+            self._record.stack(leaf.path, leaf.axes[:1])
+        return value.map(
+            lambda leaf: dataclasses.replace(leaf, axes=leaf.axes[1:], shape=leaf.shape[1:])
+        )
+
+    def stacked(self, value: Value, eqn: Any) -> Value:
+        """Describe a stack: kernels stay kernels, a row of one is materialized."""
+        if isinstance(value, Stream):
+            return value
+        if sum(name is not None for name in value.axes) < 2:
+            return self.materialized(value, eqn, "scan")
+        return value.map(
+            lambda leaf: dataclasses.replace(
+                leaf,
+                axes=(("scan", 0), *leaf.axes),
+                shape=(eqn.params["length"], *leaf.shape),
+            )
+        )
+
+    def materialized(self, value: Value, eqn: Any, operation: str) -> Stream:
+        """Record that a leaf loses its structure."""
+        if isinstance(value, Stream):
+            return value
+        streams = [self._lost(leaf, operation, self._locate(eqn)) for leaf in value.all]
+        return dataclasses.replace(_union(streams), size=math.prod(value.shape))
+
+    def _lost(self, leaf: Leaf, operation: str, where: str) -> Stream:
+        if leaf.looked_up and not leaf.is_matrix:  # rows of a table
+            self._record.use(leaf, "embedding", leaf.looked_up, 0, where)
+            return Stream(external=True, from_parameters=True)
+        why = f"the operation {operation} has no low-rank rule at {where}"
+        self._record.lose(leaf, why, added=operation in ("add", "sub"))
+        path = frozenset({leaf.path})
+        lost = {"entries" if leaf.looked_up else "lost": path}
+        return Stream(external=leaf.meets_data, from_parameters=True, **lost)
+
+    def into_shards(
+        self, eqn: Any, program: ShardMap, inputs: Sequence[Value]
+    ) -> tuple[Analyze, Sequence[Value]]:
+        """Go on with the same values: a shard of a kernel is a kernel."""
+        return self.inside(eqn), inputs
+
+    def out_of_shards(self, inner: Any, program: ShardMap, outputs: Sequence[Value]) -> list[Value]:
+        """Return what the shards return."""
+        return list(outputs)
+
+    # -------------------------------------------------------------------------------------------
+    # Weights
+    # -------------------------------------------------------------------------------------------
+
+    def _locate(self, eqn: Any) -> str:
+        where = location(eqn)
+        return self._called_at if where == UNKNOWN else where
+
+    def _moved(
+        self, eqn: Any, rule: Rule, inputs: Sequence[Any], position: int
+    ) -> dict[int, Leaf] | None:
+        """Return what becomes of one operand, by the output that it is."""
+        value = inputs[position]
+        rest = [other for i, other in enumerate(inputs) if i != position]
+        moved: dict[int, Leaf] = {}
+        for leaf in value.all:
+            moves = rule.move(Operand(eqn, position, leaf.axes)) if rule.move else None
+            if moves is None:
+                return None
+            self._record.touch(leaf.path)
+            places = [position] if rule.each else range(len(moves))
+            for place, move in zip(places, moves, strict=True):
+                added = move.adds and any(map(_is_external, rest))
+                after = dataclasses.replace(
+                    leaf,
+                    axes=move.axes,
+                    shape=eqn.outvars[place].aval.shape,
+                    meets_data=leaf.meets_data or added,
+                    others=(),
+                )
+                after = self._picked(eqn, leaf, after)
+                first = moved.get(place)
+                moved[place] = (
+                    after
+                    if first is None
+                    else dataclasses.replace(first, others=(*first.others, after))
+                )
+        return moved
+
+    def _picked(self, eqn: Any, before: Leaf, after: Leaf) -> Leaf:
+        """Record that an axis of which one entry is left holds several kernels.
+
+        If data tell which entry, the leaf may be a table instead: that is decided by its use.
+        """
+        left = dict(zip(after.axes, after.shape, strict=True))
+        gone = [
+            name
+            for name, size in zip(before.axes, before.shape, strict=True)
+            if name is not None and size != 1 and left.get(name, size) == 1
+        ]
+        if eqn.primitive.name in ("gather", "unstack"):  # the axis itself is gone
+            gone += [name for name in before.axes if name is not None and name not in left]
+        if eqn.primitive.name in ("slice", "unstack"):
+            self._record.stack(before.path, gone)
+            return after
+        self._record.look_up(before.path, gone)
+        return dataclasses.replace(after, looked_up=(*after.looked_up, *gone))
+
+    def _consume(self, eqn: Any, rule: Rule, inputs: Sequence[Any]) -> list[Value] | None:
+        inputs = self._data_materialized(eqn, inputs)
+        uses = {
+            position: use
+            for position, value in enumerate(inputs)
+            for leaf in (value.all if isinstance(value, Leaf) else ())
+            if rule.read is not None
+            and (use := rule.read(Operand(eqn, position, leaf.axes))) is not None
+            and origins_of(use.summed)
+        }
+        rest = [
+            value if position in uses else self.materialized(value, eqn, eqn.primitive.name)
+            for position, value in enumerate(inputs)
+        ]
+        if not uses:
+            return self.plain(eqn, rest)
+        out = self._stream(eqn, 0, rest)
+        for position, use in uses.items():
+            for leaf in inputs[position].all:
+                self._use(eqn, rule, position, leaf)
+            self._record.feed(_as_stream(inputs[use.data]).after)
+        used = frozenset(leaf.path for position in uses for leaf in inputs[position].all)
+        return [Stream(out.size, out.external, used, out.after | used, from_parameters=True)]
+
+    def _data_materialized(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+        """Treat leaves that data have become part of as data, where another leaf is the weight."""
+        leaves = [value for value in inputs if isinstance(value, Leaf)]
+        weights = [leaf for leaf in leaves if not leaf.meets_data]
+        result = list(inputs)
+        for place, value in enumerate(inputs):
+            if not isinstance(value, Leaf):
+                continue
+            if value.looked_up and not value.is_matrix:
+                result[place] = self.materialized(value, eqn, eqn.primitive.name)
+            elif value.meets_data and weights:
+                why = f"data are added to it, and {weights[0].path} multiplies the sum at"
+                for leaf in value.all:
+                    self._record.lose(leaf, f"{why} {self._locate(eqn)}")
+                result[place] = Stream(math.prod(value.shape), external=True, from_parameters=True)
+        return result
+
+    def _use(self, eqn: Any, rule: Rule, position: int, leaf: Leaf) -> None:
+        use = rule.read(Operand(eqn, position, leaf.axes)) if rule.read is not None else None
+        if use is None or not origins_of(use.summed):
+            self._lost(leaf, eqn.primitive.name, self._locate(eqn))
+            return
+        self._record.stack(leaf.path, (*use.batched, *leaf.looked_up))
+        flops = 2 * self._times * math.prod(eqn.outvars[0].aval.shape) * use.terms
+        self._record.use(leaf, use.kind, use.summed, flops, self._locate(eqn))
+
+    # -------------------------------------------------------------------------------------------
+    # Streams
+    # -------------------------------------------------------------------------------------------
+
+    def _stream(self, eqn: Any, place: int, inputs: Sequence[Value]) -> Stream:
+        """Describe what an operation makes of streams, and record where they join."""
+        streams = [_as_stream(value) for value in inputs]
+        size = math.prod(getattr(eqn.outvars[place].aval, "shape", ()))
+        name = eqn.primitive.name
+        if name in _JOINS or name in _CONTRACTIONS:
+            self._join(name, size, inputs)
+        if name in _CONTRACTIONS and any(each.external for each in streams):
+            for each in streams:
+                self._record.contract_lost(each.lost, each.entries)
+        union = _union(streams)
+        keeps_head = name in _HEAD_PRESERVING and all(_is_small(each, size) for each in inputs)
+        kept = [each for each in streams if not union.external or each.size == size]
+        return dataclasses.replace(
+            union,
+            size=streams[0].size if name in _BROADCASTS and len(streams) == 1 else size,
+            heads=union.heads if keeps_head else NO_PATHS,
+            lost=NO_PATHS.union(*(each.lost for each in kept)),
+            entries=NO_PATHS.union(*(each.entries for each in kept)),
+        )
+
+    def _join(self, name: str, size: Any, inputs: Sequence[Value]) -> None:
+        """Record the kernels whose products become part of a stream that does not end in them."""
+        streams = [value for value in inputs if isinstance(value, Stream)]
+        for value in streams:
+            for other in streams:
+                is_stream = other.external and other.from_parameters
+                is_stream = is_stream and (name != "add" or not _is_less(other, size))
+                if other is value or not is_stream:
+                    continue
+                if value.heads and other.heads:
+                    self._record.add_up(value.heads | other.heads)
+                else:
+                    self._record.join(value.after - other.after)
+
+
+def _as_stream(value: Value) -> Stream:
+    if isinstance(value, Stream):
+        return value
+    return Stream(math.prod(value.shape), value.meets_data, from_parameters=True)
+
+
+def _union(streams: Sequence[Stream]) -> Stream:
+    every = lambda field: NO_PATHS.union(*(getattr(each, field) for each in streams))  # noqa: E731
+    return Stream(
+        size=max((each.size for each in streams if isinstance(each.size, int)), default=1),
+        external=any(each.external for each in streams),
+        heads=every("heads"),
+        after=every("after"),
+        from_parameters=any(each.from_parameters for each in streams),
+        lost=every("lost"),
+        entries=every("entries"),
+    )
+
+
+def _is_external(value: Value) -> bool:
+    return value.meets_data if isinstance(value, Leaf) else value.external
+
+
+def _is_small(value: Value, size: Any) -> bool:
+    """Tell whether an operand is a product, a bias, a mask or a number, not another stream."""
+    if isinstance(value, Leaf) or value.heads or not value.external:
+        return True  # a parameter is no stream, however small the product
+    return _is_less(value, size)
+
+
+def _is_less(value: Stream, size: Any) -> bool:
+    if isinstance(value.size, int) and isinstance(size, int):
+        return value.size < size or size == 1
+    return isinstance(value.size, int)  # a symbolic size is that of a stream

@@ -1,0 +1,215 @@
+"""dot_general: every matrix product, einsum and DenseGeneral.
+
+`read_dot_general` is the rule in names. `dot_general` computes it: contractions that read the same
+data arrive together, so that they share their down-projections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+
+from jax_lora.algebra import base_weight, factored_product, merged_product
+from jax_lora.algebra.factored_product import Projection
+from jax_lora.algebra.low_rank import LowRank, Parts, dropped, gained
+from jax_lora.algebra.merged_product import DotGeneral
+from jax_lora.algebra.named_axes import RANK
+from jax_lora.transform.contraction import Contraction, Evaluator
+from jax_lora.transform.rules import Operand, Use
+from jax_lora.transform.strategies import FACTORED, MERGED, Choice, Sizes
+
+Array = jax.Array
+Result = tuple[LowRank, Parts] | None
+
+
+def read_dot_general(weight: Operand) -> Use | None:
+    """Name the axes of a contraction's operands and result."""
+    contract, batch = weight.params["dimension_numbers"]
+    mine, other = weight.position, 1 - weight.position
+    names = [("unit", axis) if name is None else name for axis, name in enumerate(weight.axes)]
+    paired = {
+        x_axis: names[w_axis]
+        for axes in (contract, batch)
+        for w_axis, x_axis in zip(axes[mine], axes[other], strict=True)
+    }
+    x_ndim = len(weight.eqn.invars[other].aval.shape)
+    x_names = [paired.get(axis, ("x", axis)) for axis in range(x_ndim)]
+    batched = [names[axis] for axis in batch[mine]]
+    gone = {*paired.values()}
+    free = [[name for name in each if name not in gone] for each in (names, x_names)]
+    out = [*batched, *free[mine], *free[1 - mine]]
+    return Use(
+        kind="dense",
+        summed=tuple(weight.axes[axis] for axis in contract[mine]),
+        batched=tuple(weight.axes[axis] for axis in batch[mine]),
+        data=other,
+        data_axes=tuple(x_names),
+        out_axes=tuple(out),
+        terms=math.prod(weight.shape[axis] for axis in contract[mine]),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """One contraction, and how it is computed."""
+
+    contraction: Contraction
+    plan: Projection
+    gain_first: bool  # whether the gain is applied to x, not to the result
+    product: DotGeneral | None
+    sizes: Sizes
+    choice: Choice
+
+
+def dot_general(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
+    """Contract one x with one or several low-rank values; None where that needs the full weight."""
+    planned = [_plan(evaluator, each) for each in contractions]
+    results: list[Result] = [None] * len(contractions)
+    for form, compute in ((FACTORED, _factored), (MERGED, _merged)):
+        those = [i for i, each in enumerate(planned) if each and each.choice.form == form]
+        together = [each for i in those if (each := planned[i])]
+        for index, each, parts in zip(those, together, compute(together), strict=True):
+            value = each.contraction.value
+            results[index] = (value.replace(gain=None) if each.gain_first else value, parts)
+        for each in together:
+            _note(evaluator, each, together)
+    return results
+
+
+def _plan(evaluator: Evaluator, each: Contraction) -> _Planned | None:
+    value, x, use = each.value, each.data, each.use
+    out = each.eqn.outvars[0].aval
+    gain_axes = set() if value.gain is None else {*value.gain.axes}
+    gain_first = not gain_axes <= {*use.out_axes}
+    if gain_first and not gain_axes <= {*use.data_axes}:
+        return None  # the gain varies along an axis that is summed away and along one that is not
+    a, b = value.factors
+    plan = factored_product.projection(
+        value,
+        x,
+        use.data_axes,
+        use.out_axes,
+        out.shape,
+        dtype=out.dtype,
+        precision=each.eqn.params.get("precision"),
+        x_first=use.data == 0,
+        flatten=evaluator.strategy.flattens(x, a.array, b.array),
+    )
+    if plan is None:
+        return None
+    product, sizes = _product(each), _sizes(plan, each)
+    choice = evaluator.strategy.choose(sizes)
+    if product is None:
+        choice = Choice(FACTORED, "this JAX has a dot_general with unknown options")
+    return _Planned(each, plan, gain_first, product, sizes, choice)
+
+
+def _product(each: Contraction) -> DotGeneral | None:
+    """Read a `dot_general` equation, or return None if it has parameters unknown here."""
+    names = {field.name for field in dataclasses.fields(DotGeneral)} - {"weight_first"}
+    params = each.eqn.params
+    if not set(params) <= names:
+        return None
+    return DotGeneral(**{name: params.get(name) for name in names}, weight_first=each.use.data == 1)
+
+
+def _sizes(plan: Projection, each: Contraction) -> Sizes:
+    value, x, use = each.value, each.data, each.use
+    paired = {
+        name: size for name, size in zip(use.data_axes, x.shape, strict=True) if name in value.axes
+    }
+    summed = math.prod(size for name, size in paired.items() if name not in use.out_axes)
+    batched = math.prod(size for name, size in paired.items() if name in use.out_axes)
+    return Sizes(
+        tokens=math.prod(x.shape) // max(summed * batched, 1),
+        inputs=summed,
+        outputs=math.prod(value.shape) // max(summed * batched, 1),
+        rank=value.factors[0].size_of(RANK),
+        x_dtype=x.dtype,
+        w_dtype=value.dtype,
+        precision=plan.precision,
+        dropout=value.key is not None,
+        stored=not isinstance(value.base, base_weight.Recipe),
+    )
+
+
+# -----------------------------------------------------------------------------------------------
+# The two forms
+# -----------------------------------------------------------------------------------------------
+
+
+def _factored(those: Sequence[_Planned]) -> list[Parts]:
+    """Compute x · W0 + scale * (x · a) · b."""
+    if any(each.contraction.value.key is not None for each in those):
+        return [_with_dropout(each) for each in those]
+    results = []
+    for group in _of_same_data(those):
+        x = _data(group[0])
+        bases = [_base(each, x) for each in group]
+        factors = [each.contraction.value.factors for each in group]
+        updates = factored_product.multiply([each.plan for each in group], x, factors)
+        results += map(Parts, bases, updates)
+    return results
+
+
+def _with_dropout(each: _Planned) -> Parts:
+    """Compute the factored form where the factors see other data than W0 does."""
+    value, x = each.contraction.value, each.contraction.data
+    seen = dropped(value, x)
+    base = _base(each, x)
+    multiply = functools.partial(factored_product.multiply, [each.plan], factors=[value.factors])
+    if not each.gain_first:
+        (update,) = multiply(seen)
+        return Parts(base, update, None if value.gain is None else _base(each, seen))
+    axes = each.plan.x_axes
+    (update,) = multiply(gained(value, seen, axes))
+    return Parts(base + _base(each, gained(value, seen, axes, less=1.0)), update)
+
+
+def _merged(those: Sequence[_Planned]) -> list[Parts]:
+    """Compute x · (W0 + scale * a · b)."""
+    results = []
+    for group in _of_same_data(those):
+        members = [
+            merged_product.Member(each.product, each.plan, each.contraction.value.axes)
+            for each in group
+            if each.product is not None
+        ]
+        weights = tuple(
+            (base_weight.made(each.contraction.value.base), *each.contraction.value.factors)
+            for each in group
+        )
+        results += map(Parts, merged_product.multiply(members, _data(group[0]), weights))
+    return results
+
+
+def _of_same_data(those: Sequence[_Planned]) -> list[Sequence[_Planned]]:
+    """Separate, in order, what is contracted with different data: x times its own gain."""
+    if any(each.gain_first for each in those):
+        return [[each] for each in those]
+    return [those] if those else []
+
+
+def _data(each: _Planned) -> Array:
+    value, x = each.contraction.value, each.contraction.data
+    return gained(value, x, each.plan.x_axes) if each.gain_first else x
+
+
+def _base(each: _Planned, x: Array) -> Array:
+    """Contract W0: the model's own equation."""
+    return each.contraction.on_base(x)
+
+
+def _note(evaluator: Evaluator, each: _Planned, together: Sequence[_Planned]) -> None:
+    evaluator.note(
+        each.contraction,
+        each.choice,
+        tokens=each.sizes.tokens,
+        inputs=each.sizes.inputs,
+        outputs=each.sizes.outputs,
+        beside=tuple(other.contraction.value.path for other in together if other is not each),
+    )

@@ -1,0 +1,73 @@
+"""Equations of a jaxpr: how to evaluate one, open its sub-programs, and find its source line."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+from jax.extend import core as jex_core
+
+_DEBUG_INFO = jex_core.DebugInfo("lora_apply", "lora_apply", None, None)
+UNKNOWN = "an unknown place"
+
+
+def is_literal(var: Any) -> bool:
+    """Tell whether an input of an equation is a constant written into the program."""
+    return isinstance(var, jex_core.Literal)
+
+
+def bind(eqn: Any, *inputs: Any) -> list[Any]:
+    """Evaluate one equation on arrays.
+
+    `eval_jaxpr` of a jaxpr with this equation alone hides the differences between JAX versions in
+    how primitives are bound, and keeps name scopes.
+    """
+    # A variable that occurs twice has the same value twice.
+    values = {
+        var: value for var, value in zip(eqn.invars, inputs, strict=True) if not is_literal(var)
+    }
+    jaxpr = jex_core.Jaxpr((), list(values), eqn.outvars, [eqn], eqn.effects, _DEBUG_INFO)
+    return jax.core.eval_jaxpr(jaxpr, (), *values.values())
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """Split an open or closed jaxpr into the open jaxpr and its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+# -----------------------------------------------------------------------------------------------
+# Source lines
+# -----------------------------------------------------------------------------------------------
+
+
+def _package_folder(name: str) -> str | None:
+    spec = importlib.util.find_spec(name)
+    return os.path.dirname(spec.origin) + os.sep if spec is not None and spec.origin else None
+
+
+# Frames of these packages are machinery: the reader wants the line of the model.
+_MACHINERY = tuple(
+    folder
+    for folder in map(_package_folder, ("jax", "jaxlib", "flax", "jax_lora", "contextlib"))
+    if folder is not None and not folder.endswith(f"python{os.sep}")
+)
+
+
+def location(eqn: Any) -> str:
+    """Return the `file:line` in the user's code that an equation came from.
+
+    Args:
+      eqn: An equation of a jaxpr.
+
+    Returns:
+      The innermost frame outside of JAX, Flax and this package, or `UNKNOWN`.
+    """
+    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+    for frame in getattr(traceback, "frames", ()):
+        if not frame.file_name.startswith((*_MACHINERY, "<")):
+            return f"{frame.file_name}:{frame.line_num}"
+    return UNKNOWN

@@ -1,0 +1,267 @@
+"""evaluate: the interpretation that runs a program with low-rank values instead of arrays.
+
+A weight moves by its rule: W0 undergoes the operation, and the factors the steps of the move. Where
+it is used up, the rule computes the product. Where there is no rule, or the rule does not apply,
+the full weight is materialized for that equation alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_lora.algebra import moves
+from jax_lora.algebra.base_weight import Recipe
+from jax_lora.algebra.low_rank import (
+    LowRank,
+    Parts,
+    epilogue,
+    has_epilogue,
+    joined,
+    materialize,
+)
+from jax_lora.transform import sharing, vary
+from jax_lora.transform.contraction import Contraction
+from jax_lora.transform.equations import UNKNOWN, bind, location
+from jax_lora.transform.programs import Body, ShardMap
+from jax_lora.transform.rules import Operand, Rule
+from jax_lora.transform.sites import Settings, addend_error, site_of
+from jax_lora.transform.strategies import Choice, Strategy
+from jax_lora.transform.walker import Group, Interpretation, walk
+
+Value = Any  # an array or a LowRank
+
+
+def is_low_rank(value: Any) -> bool:
+    """Tell whether a value is a low-rank one: `is_leaf` for tree functions."""
+    return isinstance(value, LowRank)
+
+
+class Evaluate(Interpretation[Value]):
+    """Runs programs on arrays and low-rank values.
+
+    Args:
+      settings: What the caller of `lora_apply` asked for.
+      strategy: How products are computed on the target.
+      times: How often the program runs: more than once inside a scan.
+      called_at: Where the program is called from, if it lies inside another one.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        strategy: Strategy,
+        times: int = 1,
+        called_at: str = UNKNOWN,
+    ):
+        """Start with no use of any weight counted."""
+        self.settings = settings
+        self.strategy = strategy
+        self.times = times
+        self.called_at = called_at
+        self._uses = 0
+
+    # -------------------------------------------------------------------------------------------
+    # The interpretation
+    # -------------------------------------------------------------------------------------------
+
+    def constant(self, array: Any) -> Value:
+        """Return the array."""
+        return array
+
+    def concerns(self, inputs: Sequence[Value]) -> bool:
+        """Tell whether a low-rank value is among the inputs."""
+        return any(map(is_low_rank, inputs))
+
+    def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
+        """Evaluate on arrays."""
+        return bind(eqn, *inputs)
+
+    def move(self, eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Value] | None:
+        """Apply the equation to W0, and the steps of its move to the factors."""
+        weights = [i for i, value in enumerate(inputs) if is_low_rank(value)]
+        if rule.move is None or (len(weights) > 1 and not rule.each):
+            return None
+        if len(inputs) > 1 and not rule.each and not inputs[weights[0]].is_weight:
+            return None  # a row or a column is materialized where it is combined with data
+        outputs: list[Value] = list(_on_bases(eqn, rule, inputs))
+        for position in weights:
+            planned = rule.move(Operand(eqn, position, inputs[position].axes, inputs))
+            if planned is None:
+                return None
+            places = [position] if rule.each else range(len(outputs))
+            for place, move in zip(places, planned, strict=True):
+                changed = moves.moved(inputs[position], move, outputs[place])
+                if changed is None:
+                    return None
+                outputs[place] = changed
+        return outputs
+
+    def consume(
+        self, eqns: Sequence[Any], rule: Rule, inputs: Sequence[Sequence[Value]]
+    ) -> list[list[Value] | None]:
+        """Compute what uses weights up; None for an equation that needs the full weight."""
+        contractions = [self._contraction(*each, rule) for each in zip(eqns, inputs, strict=True)]
+        known = [each for each in contractions if each is not None]
+        results = iter(self._computed(rule, known))
+        return [None if each is None else next(results) for each in contractions]
+
+    def enter(self, eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Value] | None:
+        """Evaluate the programs that an equation holds, and build it again around them."""
+        program = rule.open(eqn) if rule.open is not None else None
+        if program is None or rule.rebuild is None:
+            return None
+        return rule.rebuild(self, eqn, program, [self.fresh(value) for value in inputs])
+
+    def without_rule(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
+        """Materialize, and evaluate on arrays."""
+        return bind(eqn, *self.dense(inputs, eqn))
+
+    def groups(self, jaxpr: Any, weights: Collection[Any]) -> Mapping[int, Group]:
+        """Group the contractions that read the same data."""
+        return sharing.find_groups(jaxpr, weights)
+
+    # -------------------------------------------------------------------------------------------
+    # What rules need
+    # -------------------------------------------------------------------------------------------
+
+    def run(self, body: Body, inputs: Sequence[Value], times: int = 1) -> list[Value]:
+        """Evaluate a program inside this one, which counts its uses of weights for itself."""
+        inner = Evaluate(self.settings, self.strategy, self.times * times, self.called_at)
+        return walk(inner, body.jaxpr, body.consts, inputs)
+
+    def varying_axes(self, program: ShardMap, weights: Sequence[bool]) -> list[frozenset[str]]:
+        """Return, per input, the mesh axes along which all the data that a weight meets differ."""
+        specs = list(map(vary.axes_of, program.in_specs))
+        return vary.axes_met(program.body.jaxpr, specs, weights)
+
+    def dense(self, values: Sequence[Value], eqn: Any, operation: str | None = None) -> list[Any]:
+        """Materialize every low-rank value among some, reporting it once per site.
+
+        Args:
+          values: Arrays and low-rank values.
+          eqn: The equation that needs arrays.
+          operation: What to call it; by default the name of its primitive.
+
+        Returns:
+          Arrays only.
+
+        Raises:
+          MaterializeError: A value has an addend; or the policy is "error".
+        """
+        return [
+            self._materialized(value, eqn, operation or eqn.primitive.name)
+            if is_low_rank(value)
+            else value
+            for value in values
+        ]
+
+    def _materialized(self, value: LowRank, eqn: Any, operation: str) -> Any:
+        if value.addend is not None:
+            raise addend_error(value.path, operation, self.locate(eqn))
+        if value.is_matrix:
+            self.settings.materialized(value, operation, self.locate(eqn), self.times)
+        return materialize(value)
+
+    def note(self, contraction: Contraction, choice: Choice, **sizes: Any) -> None:
+        """Record how a contraction is computed, and the sizes of its site."""
+        eqn = contraction.eqn
+        place: dict[str, Any] = {
+            "where": self.locate(eqn),
+            "operation": eqn.primitive.name,
+            "times": self.times,
+        }
+        chosen = {"form": choice.form, "why": choice.why}
+        self.settings.note(site_of(contraction.value, **place, **chosen, **sizes))
+
+    def locate(self, eqn: Any) -> str:
+        """Return the line of an equation, or of the call where a library's function holds it."""
+        where = location(eqn)
+        return self.called_at if where == UNKNOWN else where
+
+    def fresh(self, value: Value) -> Value:
+        """Give a value with dropout a key for this use of it."""
+        if not is_low_rank(value) or value.key is None:
+            return value
+        self._uses += 1
+        return value.replace(key=jax.random.fold_in(value.key, self._uses))
+
+    # -------------------------------------------------------------------------------------------
+    # Contractions
+    # -------------------------------------------------------------------------------------------
+
+    def _contraction(self, eqn: Any, inputs: Sequence[Value], rule: Rule) -> Contraction | None:
+        """Read how an equation uses a weight; None where that has no low-rank form."""
+        weights = [i for i, value in enumerate(inputs) if is_low_rank(value)]
+        if len(weights) != 1 or rule.read is None:
+            return None
+        (position,) = weights
+        value = inputs[position]
+        weight = Operand(eqn, position, value.axes, inputs)
+        use = rule.read(weight)
+        if use is None or not _is_floating(value):
+            return None
+        if use.kind != "embedding" and not _is_floating(inputs[use.data]):
+            return None
+        if value.addend is not None and (
+            use.kind == "embedding" or not has_epilogue(value, use.summed, use.out_axes)
+        ):
+            return None
+        fresh = [*inputs[:position], self.fresh(value), *inputs[position + 1 :]]
+        return Contraction(eqn, tuple(fresh), weight, use)
+
+    def _computed(
+        self, rule: Rule, contractions: Sequence[Contraction]
+    ) -> list[list[Value] | None]:
+        """Compute contractions, and finish each result with its gain and its epilogue."""
+        if rule.compute is None or not contractions:
+            return [None] * len(contractions)
+        adapted = [each for each in contractions if each.value.a is not None]
+        results: Iterator[Any] = iter(rule.compute(self, adapted) if adapted else ())
+        finished: list[list[Value] | None] = []
+        for each in contractions:
+            if each.value.a is None:
+                finished.append([each.on_base()])
+            else:
+                result = next(results)
+                finished.append(None if result is None else [_finished(each, *result)])
+        return finished
+
+
+def _finished(each: Contraction, value: LowRank, parts: Parts) -> Any:
+    axes = each.use.out_axes
+    return epilogue(value, joined(value, parts, axes), axes)
+
+
+def _is_floating(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _on_bases(eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Any]:
+    """Evaluate an equation on W0 instead of each low-rank value; of a recipe, make a longer one."""
+    bases = [value.base if is_low_rank(value) else value for value in inputs]
+    recipes = [i for i, base in enumerate(bases) if isinstance(base, Recipe)]
+    if not recipes:
+        return bind(eqn, *bases)
+    if len(bases) > 1 and rule.each:
+        return bases  # a barrier between several arrays means nothing to one that is not there yet
+    (position,) = recipes
+    others = tuple(base for i, base in enumerate(bases) if i != position)
+
+    def output(place: int, w: Any, *others: Any) -> Any:
+        operands = list(others)
+        operands.insert(position, w)
+        return bind(eqn, *operands)[place]
+
+    return [
+        bases[position].then(
+            lambda w, *others, place=place: output(place, w, *others),
+            (eqn, place),
+            others,
+            rule.elementwise,
+        )
+        for place in range(len(eqn.outvars))
+    ]

@@ -1,0 +1,140 @@
+"""explain: what lora_apply does at every place where a function uses an adapted kernel, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jax_lora.adapter import is_adapted, not_combined
+from jax_lora.transform.apply import with_settings
+from jax_lora.transform.sites import Settings, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What was chosen, site by site; prints as a table.
+
+    Args:
+      sites: The sites in the order in which they run.
+    """
+
+    sites: tuple[Site, ...]
+
+    def __str__(self) -> str:
+        """Lay the sites out as a table, with the sites that are alike in one row."""
+        rows = [_row(alike) for alike in _alike(self.sites)]
+        return "\n".join(_columns([_HEADER, *rows]))
+
+
+def explain(fn: Callable[..., Any], *args: Any, form: str = "auto", **kwargs: Any) -> Explanation:
+    """Show how `lora_apply(fn, form=form)` computes each contraction of these arguments.
+
+    Use it to see why a step is slow: a site that says "materialized" forms the whole weight. The
+    function is traced, not run.
+
+    Args:
+      fn: The function given to `lora_apply`.
+      *args: Its arguments, with `LoraWeight` leaves among them; a `jax.ShapeDtypeStruct` will do
+        for an array.
+      form: As in `lora_apply`.
+      **kwargs: Its keyword arguments.
+
+    Returns:
+      An `Explanation`: `str()` of it is a table, `.sites` is what stands in it.
+
+    Raises:
+      ConfigError: An unknown `form`.
+      StructureError: No argument has an adapter.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jax_lora as jl
+      >>> model = lambda params, x: (x @ params["gate"]["kernel"]) * (x @ params["up"]["kernel"])
+      >>> params = {name: {"kernel": jnp.ones((64, 64))} for name in ("gate", "up")}
+      >>> adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=4))
+      >>> sites = jl.explain(model, jl.combine(params, adapter), jnp.ones((512, 64))).sites
+      >>> sites[0].form, sites[0].beside
+      ('merged', ('up/kernel',))
+    """
+    settings = Settings("allow", form)
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    if not any(map(is_adapted, jax.tree.leaves((args, kwargs), is_leaf=is_adapted))):
+        raise not_combined("explain", "an argument from jl.combine(variables, adapter)")
+    data = [i for i, leaf in enumerate(leaves) if isinstance(leaf, _ARRAYS)]
+
+    def run(*arrays: Any) -> None:
+        filled = list(leaves)
+        for index, array in zip(data, arrays, strict=True):
+            filled[index] = array
+        args, kwargs = jax.tree.unflatten(treedef, filled)
+        with_settings(fn, settings)(*args, **kwargs)
+
+    jax.eval_shape(run, *[leaves[index] for index in data])
+    return Explanation(tuple(settings.sites))
+
+
+_ARRAYS = (jax.Array, jax.ShapeDtypeStruct)
+_HEADER = ("kernel", "form", "tokens", "in", "out", "rank", "runs", "at", "why")
+
+
+def _alike(sites: Sequence[Site]) -> list[list[Site]]:
+    """Group the sites that differ in nothing but the kernel's place in the model."""
+    groups: dict[Any, list[Site]] = {}
+    for site in sites:
+        count = (str(len(site.beside)),)
+        key = dataclasses.replace(site, path=_without_numbers(site.path), beside=count)
+        groups.setdefault(key, []).append(site)
+    return list(groups.values())
+
+
+def _without_numbers(path: str) -> str:
+    """Write `*` for every number in a path, so that layers look alike.
+
+    Example:
+      >>> _without_numbers("layers_11/mlp/up/kernel")
+      'layers_*/mlp/up/kernel'
+    """
+    result = ""
+    for character in path:
+        result += character if not character.isdigit() else "" if result.endswith("*") else "*"
+    return result
+
+
+def _row(sites: Sequence[Site]) -> tuple[str, ...]:
+    site = sites[0]
+    names = site.path if len(sites) == 1 else f"{_without_numbers(site.path)} ({len(sites)})"
+    folder, line = os.path.split(site.where)
+    shared = f"; shares x with {len(site.beside)} more" if site.beside else ""
+    return (
+        names,
+        site.form,
+        _count(site.tokens),
+        f"{site.inputs:,}",
+        f"{site.outputs:,}",
+        str(site.rank),
+        f"{site.times:,}",
+        os.path.join(os.path.basename(folder), line),
+        f"{site.operation}: {site.why}{shared}",
+    )
+
+
+def _count(tokens: Any) -> str:
+    """Write a number of tokens, which may be symbolic."""
+    if not isinstance(tokens, int):
+        return str(tokens)
+    return f"{tokens:,}" if tokens else ""
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = range(2, 7)
+    return [
+        "  ".join(
+            cell.rjust(width) if i in numeric else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

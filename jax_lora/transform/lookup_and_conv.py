@@ -1,0 +1,215 @@
+"""Lookups, grouped products and convolutions: W0's own operation, plus that of the factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_lora.algebra.low_rank import LowRank, Parts, accumulation_dtype, dropped, gained
+from jax_lora.algebra.moves import selected
+from jax_lora.algebra.named_array import NamedArray, product
+from jax_lora.algebra.named_axes import RANK, AxisName
+from jax_lora.transform.contraction import Contraction, Evaluator
+from jax_lora.transform.rules import Operand, Use
+from jax_lora.transform.strategies import FACTORED, Choice
+from jax_lora.transform.structural import choose, looked_up_axis, taken
+
+Array = jax.Array
+Result = tuple[LowRank, Parts] | None
+
+_TOKEN: AxisName = "token"
+_ONLY = Choice(FACTORED, "the only low-rank form of this operation")
+
+
+def _was_dropped_with_gain(value: LowRank) -> bool:
+    return value.gain is not None and value.key is not None
+
+
+# -----------------------------------------------------------------------------------------------
+# gather: embedding lookup
+# -----------------------------------------------------------------------------------------------
+
+
+def read_lookup(weight: Operand) -> Use | None:
+    """Name the axes of an embedding lookup: whole rows along one axis."""
+    axis, moves = looked_up_axis(weight), choose(weight)
+    if axis is None or moves is None:
+        return None
+    return Use("embedding", (weight.axes[axis],), (), 1, (), moves[0].axes, 0)
+
+
+def lookup(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
+    """Look up rows of W0 and of the factor that has the axis."""
+    (each,) = contractions
+    value, ids, (name,) = each.value, each.data, each.use.summed
+    new = tuple(n for n in each.use.out_axes if n is not None and n not in value.axes)
+    rows = each.on_base()  # (*ids, *rest)
+    take = lambda factor, axis: taken(each.weight, factor, axis, ids)  # noqa: E731
+    found = value.on_factors(selected(name, take, new))
+    found = found.replace(base=rows, axes=each.use.out_axes)
+    evaluator.note(each, _ONLY, tokens=math.prod(ids.shape[:-1]))
+    result = _with_gain(found, rows, _rows_update(found, new))
+    return [(value.replace(gain=None), Parts(result))]
+
+
+def _rows_update(found: LowRank, new: Sequence[AxisName]) -> Array:
+    """Contract the rows of the factors over the rank: (*ids, r) · (r, out) -> (*ids, out)."""
+    a, b = found.factors
+    rows, other = (a, b) if {*new} & {*a.axes} else (b, a)
+    wide = accumulation_dtype(found.dtype)
+    scaled = rows.array.astype(wide) * jnp.asarray(found.scale, wide)
+    down = NamedArray(scaled.astype(found.dtype), rows.axes)
+    keep = {name for name in found.axes if name is not None}
+    up = product(down, other.astype(found.dtype), keep, dtype=found.dtype)
+    return up.arranged(found.axes, found.shape)
+
+
+def _with_gain(found: LowRank, rows: Array, update: Array) -> Array:
+    if found.gain is None:
+        return rows + update
+    # An id out of range may have given NaN, which the derivative of the gain must not see.
+    known = ~jnp.isnan(rows)
+    safe = jnp.where(known, rows, jnp.zeros((), rows.dtype))
+    return jnp.where(known, gained(found, safe + update, found.axes), rows)
+
+
+# -----------------------------------------------------------------------------------------------
+# ragged_dot: tokens sorted by expert
+# -----------------------------------------------------------------------------------------------
+
+
+def read_ragged_dot(weight: Operand) -> Use | None:
+    """Name the axes of (tokens, in) · (experts, in, out)."""
+    numbers = weight.params.get("ragged_dot_dimension_numbers")
+    operands = [len(var.aval.shape) for var in weight.eqn.invars]
+    if numbers is None or weight.position != 1 or operands != [2, 3, 1]:
+        return None
+    contract, batch = (tuple(map(tuple, each)) for each in numbers.dot_dimension_numbers)
+    ragged = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
+    is_plain = contract == ((1,), (1,)) and batch == ((), ()) and ragged == ((0,), (0,))
+    if not is_plain or weight.params.get("group_offset") is not None:
+        return None
+    expert, inside, outside = weight.axes
+    return Use(
+        "dense", (inside,), (expert,), 0, (_TOKEN, inside), (_TOKEN, outside), weight.shape[1]
+    )
+
+
+def ragged_dot(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
+    """Multiply each group of tokens with its expert's W0, and with its expert's factors."""
+    (each,) = contractions
+    x, value, sizes = each.inputs
+    expert, inside, outside = value.axes
+    a, b = value.factors
+    if a.axes != (expert, inside, RANK) or b.axes != (expert, RANK, outside):
+        return [None]
+    evaluator.note(each, _ONLY, tokens=x.shape[0])
+    base = each.on_base()
+    wide, precision = accumulation_dtype(x.dtype), each.eqn.params.get("precision")
+    seen = dropped(value, x)
+    down = lax.ragged_dot(  # (tokens, in) · (experts, in, r) -> (tokens, r)
+        seen, a.array.astype(x.dtype), sizes, precision=precision, preferred_element_type=wide
+    )
+    down = (down * jnp.asarray(value.scale, wide)).astype(x.dtype)
+    update = lax.ragged_dot(  # (tokens, r) · (experts, r, out) -> (tokens, out)
+        down,
+        b.array.astype(x.dtype),
+        sizes,
+        precision=precision,
+        preferred_element_type=base.dtype,
+    )
+    again = each.on_base(seen) if _was_dropped_with_gain(value) else None
+    if value.gain is not None:
+        value = value.replace(gain=_gain_by_token(value.gain, expert, x, sizes))
+    return [(value, Parts(base, update, again))]
+
+
+def _gain_by_token(gain: NamedArray, expert: AxisName, x: Array, sizes: Array) -> NamedArray:
+    """Give every token its expert's gain: (experts, out) -> (tokens, out)."""
+    ends = jnp.cumsum(sizes)
+    which = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
+    by_token = jnp.take(gain.array, which, axis=gain.axes.index(expert), mode="clip")
+    return NamedArray(by_token, tuple(_TOKEN if name == expert else name for name in gain.axes))
+
+
+# -----------------------------------------------------------------------------------------------
+# conv_general_dilated
+# -----------------------------------------------------------------------------------------------
+
+
+def read_convolution(weight: Operand) -> Use | None:
+    """Name the axes of a convolution: it sums over the window and over input channels."""
+    if weight.position != 1:
+        return None
+    numbers = weight.params["dimension_numbers"]
+    out_axis, *in_axes = numbers.rhs_spec  # (out, in, *spatial) as axes of the kernel
+    out = range(len(weight.out_shape))
+    channel = numbers.out_spec[1]
+    return Use(
+        kind="conv",
+        summed=tuple(weight.axes[axis] for axis in in_axes),
+        batched=(),
+        data=0,
+        data_axes=(),
+        out_axes=tuple(weight.axes[out_axis] if axis == channel else None for axis in out),
+        terms=math.prod(weight.shape[axis] for axis in in_axes),
+    )
+
+
+def convolution(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
+    """Convolve with W0, and down to the rank and up again with the factors."""
+    (each,) = contractions
+    x, value = each.inputs
+    a, b = value.factors
+    numbers = each.eqn.params["dimension_numbers"]
+    out_name = value.axes[numbers.rhs_spec[0]]
+    by_groups = each.eqn.params["batch_group_count"] != 1
+    ins = {name for name in each.use.summed if name is not None}
+    if by_groups or {*b.axes} != {RANK, out_name} or {*a.axes} != {RANK, *ins}:
+        return [None]
+    base = each.on_base()
+    evaluator.note(each, _ONLY, tokens=base.size // base.shape[numbers.out_spec[1]])
+    seen = dropped(value, x)
+    update = _mix_channels(_narrow_convolution(each, seen, a, numbers), b, each.eqn, base)
+    again = each.on_base(seen) if _was_dropped_with_gain(value) else None
+    return [(value, Parts(base, update, again))]
+
+
+def _narrow_convolution(each: Contraction, x: Array, a: NamedArray, numbers: Any) -> Array:
+    """Convolve to rank channels per group, with the kernel's own window."""
+    value, params = each.value, each.eqn.params
+    out_axis = numbers.rhs_spec[0]
+    order, shape = list(value.axes), list(value.shape)
+    order[out_axis], shape[out_axis] = RANK, a.size_of(RANK)
+    kernel = a.arranged(order, shape)
+    groups = params["feature_group_count"]
+    kernel = jnp.concatenate([kernel.astype(x.dtype)] * groups, axis=out_axis)
+    wide = accumulation_dtype(x.dtype)
+    same = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
+    down = lax.conv_general_dilated(
+        x,
+        kernel,
+        dimension_numbers=numbers,
+        feature_group_count=groups,
+        preferred_element_type=wide,
+        **{name: params[name] for name in same},
+    )
+    return (down * jnp.asarray(value.scale, wide)).astype(x.dtype)
+
+
+def _mix_channels(down: Array, b: NamedArray, eqn: Any, base: Array) -> Array:
+    """Turn each group's rank channels into its output channels: a 1x1 convolution with b."""
+    groups = eqn.params["feature_group_count"]
+    channel = eqn.params["dimension_numbers"].out_spec[1]
+    up = b.array if b.axes[0] == RANK else b.array.T  # (r, out)
+    rank, outs = up.shape
+    down = jnp.moveaxis(down, channel, -1)  # (..., groups * r)
+    down = down.reshape(*down.shape[:-1], groups, rank)
+    up = up.astype(down.dtype).reshape(rank, groups, outs // groups)
+    mixed = jnp.einsum("...gr,rgo->...go", down, up, preferred_element_type=base.dtype)
+    return jnp.moveaxis(mixed.reshape(*mixed.shape[:-2], math.prod(mixed.shape[-2:])), -1, channel)

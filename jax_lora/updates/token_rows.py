@@ -1,0 +1,114 @@
+"""TokenRows: rows of a table that are trained, such as the embeddings of new tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_lora import flax_state
+from jax_lora.algebra.base_weight import Base, made
+from jax_lora.algebra.low_rank import static
+
+
+@flax_state.node
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Rows that take the place of a table's own. The values are the rows, not a difference.
+
+    Args:
+      values: The trained rows, `(rows, dim)`.
+      indices: Which row of the table each of them replaces; none twice.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> table = jnp.zeros((5, 2))
+      >>> rows = TokenRows(values=jnp.ones((2, 2)), indices=(1, 4))
+      >>> rows.put(table)[:, 0].tolist()
+      [0.0, 1.0, 0.0, 0.0, 1.0]
+    """
+
+    values: Any
+    indices: tuple[int, ...] = static()
+    group: ClassVar[str] = "rows"
+    kind: ClassVar[str] = "rows"
+    irreversible: ClassVar[str | None] = "rows that are trained whole, so merging replaced them"
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The rows."""
+        return {"values": self.values}
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.values.shape)
+
+    def called(self, name: str) -> str:
+        """Return what messages call the array."""
+        return "the trained rows"
+
+    @classmethod
+    def of(cls, table: Any, indices: Sequence[int], dtype: Any = jnp.float32) -> TokenRows:
+        """Start from a table's own rows, so that training starts from the base.
+
+        Args:
+          table: The table, `(vocab, dim)`.
+          indices: The rows to train.
+          dtype: Type of the trained rows, whatever the table's.
+
+        Returns:
+          Copies of the rows.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> TokenRows.of(jnp.ones((5, 2), jnp.bfloat16), [3]).values.dtype.name
+          'float32'
+        """
+        rows = tuple(int(index) for index in indices)
+        return cls(jnp.asarray(table)[np.asarray(rows, np.int32)].astype(dtype), rows)
+
+    def put(self, table: jax.Array) -> jax.Array:
+        """Replace the rows of a table: differentiable by the values alone.
+
+        Args:
+          table: The frozen table, `(vocab, dim)`.
+
+        Returns:
+          The table with the trained rows in it, in its own type.
+        """
+        where = np.asarray(self.indices, np.int32)  # (rows,)
+        rows = self.values.astype(table.dtype)  # (rows, dim)
+        return jax.lax.stop_gradient(table).at[where].set(rows, unique_indices=True)
+
+    def problem(self, shape: Sequence[int], holder: str = "tree") -> str | None:
+        """Say what keeps these rows out of a table.
+
+        Args:
+          shape: Shape of the table.
+          holder: What messages call the owner of the table.
+
+        Returns:
+          A reason, or None if they fit.
+        """
+        have, count = tuple(self.values.shape), len(self.indices)
+        if len(shape) != 2 or have != (count, shape[1]):
+            return f"the {holder} has shape {tuple(shape)}, the {count} rows are of shape {have}"
+        if len(set(self.indices)) != count:
+            return "a row stands twice"
+        outside = [index for index in self.indices if not 0 <= index < shape[0]]
+        return f"the table of {shape[0]} rows has no row {outside[0]}" if outside else None
+
+    def applied(self, base: Base, path: str, key: Any, rate: float) -> jax.Array:
+        """Return the table with the trained rows in it."""
+        return self.put(made(base))
+
+    def merged(self, base: jax.Array, sign: int) -> tuple[jax.Array, jax.Array]:
+        """Put the rows into the table."""
+        return self.put(base), jnp.zeros(base.shape, bool)
