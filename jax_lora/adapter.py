@@ -27,7 +27,7 @@ class LoraWeight:
 
     Args:
       base: The frozen leaf: an array or a `Recipe`.
-      update: What is trained: a `LoraPair`, a `WholeLeaf` or `TokenRows`.
+      update: The trainable part: a `LoraPair`, a `WholeLeaf` or `TokenRows`.
       dropout_key: Key that switches dropout on, or None.
       config: The adapter's configuration.
       path: The leaf's own path.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -93,15 +93,20 @@ class Kernels(dict[str, Kernel]):
     def __init__(
         self,
         kernels: Mapping[str, Kernel],
-        skipped: Mapping[str, str],
+        skipped: Mapping[str, str] | None = None,
         acting: frozenset[str] = frozenset(),
         added: frozenset[str] = frozenset(),
     ):
         """Keep them all."""
         super().__init__(kernels)
-        self.skipped = dict(skipped)
+        self.skipped = dict(skipped or {})
         self.acting = acting
         self.added = added
+
+    def within(self, paths: Collection[str]) -> Kernels:
+        """Keep the kernels of some paths."""
+        some = {path: kernel for path, kernel in self.items() if path in paths}
+        return Kernels(some, self.skipped, self.acting, self.added)
 
 
 def kernels_by_name(leaves: dict[str, Any]) -> dict[str, Kernel]:

@@ -168,9 +168,9 @@ def _is_concrete(tree: Any) -> bool:
 
 
 def _check(verb: str, reports: dict[str, _Report], adapter: Adapter) -> None:
-    problems, lost = [], []
+    problems, lost, updates = [], [], adapter.updates
     for path, report in reports.items():
-        called = adapter.updates[path].called
+        called = updates[path].called
         for name, bad in report.bad.items():
             if int(bad):
                 problems.append(f"{path}: {int(bad)} entries of {called(name)} are NaN or Inf")

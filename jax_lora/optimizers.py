@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jax_lora import updates
 from jax_lora.adapter import Adapter, LoraWeight, is_adapted, not_combined
 from jax_lora.errors import ConfigError, explain
-from jax_lora.updates import Update
 
 # -----------------------------------------------------------------------------------------------
 # The mask
@@ -56,7 +56,7 @@ def trainable_mask(lora_tree: Any) -> Any:
 
 
 def _is_part(node: Any) -> bool:
-    return isinstance(node, LoraWeight | Adapter | Update)
+    return isinstance(node, (LoraWeight, Adapter, *updates.KINDS))
 
 
 def _node_mask(node: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -66,8 +66,8 @@ def quantize(
     variables: Any,
     method: str,
     *,
-    targets: str | Sequence[str] = "all-linear",
-    exclude: Sequence[str] = (),
+    targets: str | tuple[str, ...] = "all-linear",
+    exclude: tuple[str, ...] = (),
     kernels: Mapping[str, Kernel] | None = None,
 ) -> Any:
     """Store kernels in one byte per element, to fit a larger base model into memory.
@@ -114,7 +114,7 @@ def quantize(
             )
         )
     leaves, treedef = paths.flatten_with_paths(variables, is_leaf=is_weight)
-    config = LoraConfig(targets=_pattern(targets), exclude=tuple(exclude))
+    config = LoraConfig(targets=targets, exclude=exclude)
     chosen = select(dict(leaves), config, kernels)
     quantized = [
         _quantized(path, leaf, chosen[path], method) if path in chosen else leaf
@@ -138,10 +138,6 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
     return jax.tree.map(
         lambda leaf: make(leaf) if isinstance(leaf, Recipe) else leaf, tree, is_leaf=is_weight
     )
-
-
-def _pattern(targets: str | Sequence[str]) -> str | tuple[str, ...]:
-    return targets if isinstance(targets, str) else tuple(targets)
 
 
 def _quantized(path: str, leaf: Any, kernel: Kernel, method: str) -> QuantizedWeight:

@@ -65,14 +65,8 @@ def select(
     Warns:
       SkippedKernelWarning: A target is in `kernels.skipped`.
     """
-    known = kernels if kernels is not None else kernels_by_name(dict(leaves))
-    about = known if isinstance(known, Kernels) else Kernels({}, {})
-    known = Kernels(
-        {path: kernel for path, kernel in known.items() if path in leaves},
-        about.skipped,
-        about.acting,
-        about.added,
-    )
+    named = kernels_by_name(dict(leaves)) if kernels is None else kernels
+    known = (named if isinstance(named, Kernels) else Kernels(named)).within(leaves)
     chosen = _chosen(leaves, config, known, guessed=kernels is None)
     _warn_of_skipped(known, config)
     _check_patterns("exclude", config.exclude, known, leaves, config)

@@ -159,6 +159,13 @@ def _fetch(array):
     return jax.device_put(array, jax.memory.Space.Device)
 
 
+def test_a_single_name_may_be_excluded():
+    stored = jl.quantize(PARAMS, "int8", exclude="head", targets=list(KERNELS), kernels=KERNELS)
+    assert {name for name, leaf in stored.items() if isinstance(leaf, Recipe)} == {*KERNELS} - {
+        "head"
+    }
+
+
 def test_an_unknown_method_is_refused():
     with pytest.raises(ConfigError, match="got:      'nf5'\n  expected: one of float8, int8"):
         jl.quantize(PARAMS, "nf5", targets=list(KERNELS), kernels=KERNELS)

@@ -97,6 +97,16 @@ def test_a_kernel_of_any_floating_type_is_found(dtype):
     assert {*jl.find_kernels(fn, tree, X)} == {"kernel"}
 
 
+def test_a_use_is_counted_once():
+    """Rows of two tables are added, and a product is added to the sum."""
+    tree = {"words": random_tree((7, 4)), "places": random_tree((5, 4)), "up": SQUARE}
+    fn = lambda p, ids: p["words"][ids] + p["places"][ids] + jnp.tanh(p["words"][ids]) @ p["up"]  # noqa: E731
+    kernels = jl.find_kernels(fn, tree, jnp.array([0, 2]))
+    assert {path: kernel.uses for path, kernel in kernels.items()} == {
+        "places": 1, "up": 1, "words": 2,
+    }  # fmt: skip
+
+
 # -----------------------------------------------------------------------------------------------
 # Only parameters
 # -----------------------------------------------------------------------------------------------

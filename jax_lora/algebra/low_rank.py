@@ -110,6 +110,11 @@ class LowRank:
         return self.replace(**{name: change(factor) for name, factor in present.items()})
 
 
+def is_low_rank(value: Any) -> bool:
+    """Tell whether a value is a low-rank one."""
+    return isinstance(value, LowRank)
+
+
 def accumulation_dtype(dtype: Any) -> Any:
     """Return the type to accumulate products in: float64 for float64, else float32."""
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32

@@ -38,23 +38,23 @@ class Move:
     adds: bool = False
 
 
-def moved(value: LowRank, move: Move, base: Any) -> LowRank | None:
-    """Apply a move.
+def moved(value: LowRank, move: Move) -> LowRank | None:
+    """Apply the steps of a move to the factors.
 
     Args:
       value: The low-rank value.
       move: The move.
-      base: W0 after the operation.
 
     Returns:
-      The value after the operation, or None where its structure would be lost.
+      The value with the names and factors of the result, for the caller to replace W0; None where
+      the structure would be lost.
     """
     changed: LowRank | None = value
     for step in move.steps:
         changed = step(changed)
         if changed is None:
             return None
-    return changed.replace(base=base, axes=move.axes)
+    return changed.replace(axes=move.axes)
 
 
 # -----------------------------------------------------------------------------------------------

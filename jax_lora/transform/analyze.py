@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from jax_lora.transform.abstract import Abstract
 from jax_lora.transform.equations import UNKNOWN, location
 from jax_lora.transform.programs import ShardMap
 from jax_lora.transform.record import NO_PATHS, Leaf, Paths, Record, origins_of
-from jax_lora.transform.rules import Operand, Rule
+from jax_lora.transform.rules import Operand, Rule, Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +104,6 @@ class Analyze(Abstract[Value]):
             # A bias, or a row of a table, joins a kernel's product: it is no weight here.
             joins = any(value.heads for value in streams)
             leaves = [i for i in leaves if inputs[i].is_matrix or not joins]
-            inputs = [
-                value if i in leaves else self.materialized(value, eqn, eqn.primitive.name)
-                for i, value in enumerate(inputs)
-            ]
         moved = {position: self._moved(eqn, rule, inputs, position) for position in leaves}
         if not any(moved.values()):
             return None
@@ -117,10 +114,7 @@ class Analyze(Abstract[Value]):
         outputs = self.plain(eqn, rest)
         for result in moved.values():
             for place, leaf in (result or {}).items():
-                before = outputs[place]
-                if isinstance(before, Leaf):
-                    leaf = dataclasses.replace(before, others=(*before.others, *leaf.all))
-                outputs[place] = leaf
+                outputs[place] = _beside(outputs[place], leaf)
         return outputs
 
     def consume(
@@ -186,7 +180,7 @@ class Analyze(Abstract[Value]):
         return dataclasses.replace(_union(streams), size=math.prod(value.shape))
 
     def _lost(self, leaf: Leaf, operation: str, where: str) -> Stream:
-        if leaf.looked_up and not leaf.is_matrix:  # rows of a table
+        if leaf.is_row:
             self._record.use(leaf, "embedding", leaf.looked_up, 0, where)
             return Stream(external=True, from_parameters=True)
         why = f"the operation {operation} has no low-rank rule at {where}"
@@ -210,8 +204,7 @@ class Analyze(Abstract[Value]):
     # -------------------------------------------------------------------------------------------
 
     def _locate(self, eqn: Any) -> str:
-        where = location(eqn)
-        return self._called_at if where == UNKNOWN else where
+        return location(eqn, self._called_at)
 
     def _moved(
         self, eqn: Any, rule: Rule, inputs: Sequence[Any], position: int
@@ -235,13 +228,7 @@ class Analyze(Abstract[Value]):
                     meets_data=leaf.meets_data or added,
                     others=(),
                 )
-                after = self._picked(eqn, leaf, after)
-                first = moved.get(place)
-                moved[place] = (
-                    after
-                    if first is None
-                    else dataclasses.replace(first, others=(*first.others, after))
-                )
+                moved[place] = _beside(moved.get(place), self._picked(eqn, leaf, after))
         return moved
 
     def _picked(self, eqn: Any, before: Leaf, after: Leaf) -> Leaf:
@@ -265,14 +252,12 @@ class Analyze(Abstract[Value]):
 
     def _consume(self, eqn: Any, rule: Rule, inputs: Sequence[Any]) -> list[Value] | None:
         inputs = self._data_materialized(eqn, inputs)
-        uses = {
-            position: use
+        reads = {
+            position: [(leaf, self._read(eqn, rule, position, leaf)) for leaf in value.all]
             for position, value in enumerate(inputs)
-            for leaf in (value.all if isinstance(value, Leaf) else ())
-            if rule.read is not None
-            and (use := rule.read(Operand(eqn, position, leaf.axes))) is not None
-            and origins_of(use.summed)
+            if isinstance(value, Leaf)
         }
+        uses = {i: pairs for i, pairs in reads.items() if any(use for _, use in pairs)}
         rest = [
             value if position in uses else self.materialized(value, eqn, eqn.primitive.name)
             for position, value in enumerate(inputs)
@@ -280,12 +265,18 @@ class Analyze(Abstract[Value]):
         if not uses:
             return self.plain(eqn, rest)
         out = self._stream(eqn, 0, rest)
-        for position, use in uses.items():
-            for leaf in inputs[position].all:
-                self._use(eqn, rule, position, leaf)
-            self._record.feed(_as_stream(inputs[use.data]).after)
-        used = frozenset(leaf.path for position in uses for leaf in inputs[position].all)
+        for leaf, use in itertools.chain.from_iterable(uses.values()):
+            if use is None:
+                self._lost(leaf, eqn.primitive.name, self._locate(eqn))
+            else:
+                self._use(eqn, leaf, use)
+                self._record.feed(_as_stream(inputs[use.data]).after)
+        used = frozenset(leaf.path for pairs in uses.values() for leaf, _ in pairs)
         return [Stream(out.size, out.external, used, out.after | used, from_parameters=True)]
+
+    def _read(self, eqn: Any, rule: Rule, position: int, leaf: Leaf) -> Use | None:
+        use = rule.read(Operand(eqn, position, leaf.axes)) if rule.read is not None else None
+        return use if use is not None and origins_of(use.summed) else None
 
     def _data_materialized(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
         """Treat leaves that data have become part of as data, where another leaf is the weight."""
@@ -295,7 +286,7 @@ class Analyze(Abstract[Value]):
         for place, value in enumerate(inputs):
             if not isinstance(value, Leaf):
                 continue
-            if value.looked_up and not value.is_matrix:
+            if value.is_row:
                 result[place] = self.materialized(value, eqn, eqn.primitive.name)
             elif value.meets_data and weights:
                 why = f"data are added to it, and {weights[0].path} multiplies the sum at"
@@ -304,11 +295,7 @@ class Analyze(Abstract[Value]):
                 result[place] = Stream(math.prod(value.shape), external=True, from_parameters=True)
         return result
 
-    def _use(self, eqn: Any, rule: Rule, position: int, leaf: Leaf) -> None:
-        use = rule.read(Operand(eqn, position, leaf.axes)) if rule.read is not None else None
-        if use is None or not origins_of(use.summed):
-            self._lost(leaf, eqn.primitive.name, self._locate(eqn))
-            return
+    def _use(self, eqn: Any, leaf: Leaf, use: Use) -> None:
         self._record.stack(leaf.path, (*use.batched, *leaf.looked_up))
         flops = 2 * self._times * math.prod(eqn.outvars[0].aval.shape) * use.terms
         self._record.use(leaf, use.kind, use.summed, flops, self._locate(eqn))
@@ -372,8 +359,17 @@ def _union(streams: Sequence[Stream]) -> Stream:
     )
 
 
+def _beside(first: Value | None, other: Leaf) -> Leaf:
+    """Add a leaf to those that it has been combined with, if there are any."""
+    if not isinstance(first, Leaf):
+        return other
+    return dataclasses.replace(first, others=(*first.others, *other.all))
+
+
 def _is_external(value: Value) -> bool:
-    return value.meets_data if isinstance(value, Leaf) else value.external
+    if isinstance(value, Stream):
+        return value.external
+    return value.meets_data or value.is_row
 
 
 def _is_small(value: Value, size: Any) -> bool:

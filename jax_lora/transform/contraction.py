@@ -9,7 +9,7 @@ import jax
 
 from jax_lora.algebra import base_weight
 from jax_lora.algebra.low_rank import LowRank
-from jax_lora.transform.equations import bind
+from jax_lora.transform.equations import bind, with_operand
 from jax_lora.transform.rules import Operand, Use
 from jax_lora.transform.strategies import Choice, Strategy
 
@@ -55,9 +55,7 @@ class Contraction:
         del others[position]
 
         def run(w: Array, *others: Array) -> Array:
-            operands = list(others)
-            operands.insert(position, w)
-            return bind(self.eqn, *operands)[0]
+            return bind(self.eqn, *with_operand(position, w, others))[0]
 
         return base_weight.use(run, self.value.base, *others)
 

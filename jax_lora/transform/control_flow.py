@@ -16,16 +16,12 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_lora.algebra.base_weight import Recipe, made
-from jax_lora.algebra.low_rank import FACTORS, LowRank
+from jax_lora.algebra.low_rank import FACTORS, LowRank, is_low_rank
 from jax_lora.algebra.named_array import NamedArray
 from jax_lora.transform.programs import Body, Call, Cond, Scan, ShardMap, While, unchanged
 
 Value = Any  # an array or a LowRank
 Evaluator = Any  # the `Evaluate` that came upon the program
-
-
-def _is_low_rank(value: Value) -> bool:
-    return isinstance(value, LowRank)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -67,7 +63,7 @@ def _constrained(values: Sequence[Value], shardings: Sequence[Any]) -> list[Valu
     wanted = [*shardings, *[None] * (len(values) - len(shardings))]
     return [
         lax.with_sharding_constraint(value, sharding)
-        if isinstance(sharding, NamedSharding) and not _is_low_rank(value)
+        if isinstance(sharding, NamedSharding) and not is_low_rank(value)
         else value
         for value, sharding in zip(values, wanted, strict=True)
     ]
@@ -128,12 +124,12 @@ def scan(evaluator: Evaluator, eqn: Any, program: Scan, inputs: list[Value]) -> 
 
 
 def _is_stackable(value: Value) -> bool:
-    return _is_low_rank(value) and value.is_matrix and not isinstance(value.base, Recipe)
+    return is_low_rank(value) and value.is_matrix and not isinstance(value.base, Recipe)
 
 
 def _stacked(value: Value, inputs: Sequence[Value]) -> Value:
     """View a value whose arrays the scan has stacked as one with a stack axis in front."""
-    if not _is_low_rank(value):
+    if not is_low_rank(value):
         return value
     factors = [each for name in FACTORS if (each := getattr(value, name)) is not None]
     taken = {*value.axes}.union(*(each.axes for each in factors))
@@ -147,7 +143,7 @@ def _stacked(value: Value, inputs: Sequence[Value]) -> Value:
 def _still(body: Body, carry: Sequence[Value], n_consts: int) -> list[bool]:
     """Tell which low-rank values of the carry are handed on untouched."""
     fixed = unchanged(body, n_consts, len(carry))
-    return [_is_low_rank(value) and same for value, same in zip(carry, fixed, strict=True)]
+    return [is_low_rank(value) and same for value, same in zip(carry, fixed, strict=True)]
 
 
 def _interleave(carry: Sequence[Value], moving: Sequence[Any], still: Sequence[bool]) -> list:
@@ -157,11 +153,11 @@ def _interleave(carry: Sequence[Value], moving: Sequence[Any], still: Sequence[b
 
 def _is_sliceable(value: Value) -> bool:
     """Tell whether a scan may slice a value: not along the inputs that an addend goes with."""
-    return not _is_low_rank(value) or not value.addend or value.axes[0] in value.addend.axes
+    return not is_low_rank(value) or not value.addend or value.axes[0] in value.addend.axes
 
 
 def _has_key(value: Value) -> bool:
-    return _is_low_rank(value) and value.key is not None
+    return is_low_rank(value) and value.key is not None
 
 
 def _keyed(value: Value, index: Any) -> Value:
@@ -181,7 +177,7 @@ class _StackSlices:
     @classmethod
     def of(cls, value: Value) -> _StackSlices:
         """Move the leading axis of W0 to the front of the factors that have it."""
-        if not _is_low_rank(value):
+        if not is_low_rank(value):
             return cls(value, value)
         if isinstance(value.base, Recipe) and not value.base.sliceable:
             value = value.replace(base=made(value.base))
@@ -198,7 +194,7 @@ class _StackSlices:
     def at(self, arrays: Any) -> Value:
         """Build the value of one step from its slices."""
         value = self._value
-        if not _is_low_rank(value):
+        if not is_low_rank(value):
             return arrays
         base, slices = arrays
         name = value.axes[0]
@@ -274,7 +270,7 @@ def shard_map(
         _shardable(evaluator, eqn, *each) for each in zip(inputs, program.in_specs, strict=True)
     ]
     in_specs = tuple(
-        _spec_of(value, spec) if _is_low_rank(value) else spec
+        _spec_of(value, spec) if is_low_rank(value) else spec
         for value, spec in zip(inputs, program.in_specs, strict=True)
     )
     mapped = jax.shard_map(
@@ -297,7 +293,7 @@ def _keyed_by_shard(value: Value, axes: Collection[str]) -> Value:
 
 def _shardable(evaluator: Evaluator, eqn: Any, value: Value, spec: PartitionSpec) -> Value:
     """Return a value whose parts can be sharded like W0."""
-    if not _is_low_rank(value):
+    if not is_low_rank(value):
         return value
     axes = zip(spec, value.axes, strict=False)
     if value.addend is not None and any(

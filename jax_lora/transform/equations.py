@@ -34,6 +34,11 @@ def bind(eqn: Any, *inputs: Any) -> list[Any]:
     return jax.core.eval_jaxpr(jaxpr, (), *values.values())
 
 
+def with_operand(position: int, operand: Any, others: Sequence[Any]) -> list[Any]:
+    """Put one operand in its place among the others."""
+    return [*others[:position], operand, *others[position:]]
+
+
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """Split an open or closed jaxpr into the open jaxpr and its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
@@ -57,17 +62,18 @@ _MACHINERY = tuple(
 )
 
 
-def location(eqn: Any) -> str:
+def location(eqn: Any, called_at: str = UNKNOWN) -> str:
     """Return the `file:line` in the user's code that an equation came from.
 
     Args:
       eqn: An equation of a jaxpr.
+      called_at: What to return where a library's own function holds the equation.
 
     Returns:
-      The innermost frame outside of JAX, Flax and this package, or `UNKNOWN`.
+      The innermost frame outside of JAX, Flax and this package, else `called_at`.
     """
     traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
     for frame in getattr(traceback, "frames", ()):
         if not frame.file_name.startswith((*_MACHINERY, "<")):
             return f"{frame.file_name}:{frame.line_num}"
-    return UNKNOWN
+    return called_at

@@ -20,12 +20,13 @@ from jax_lora.algebra.low_rank import (
     Parts,
     epilogue,
     has_epilogue,
+    is_low_rank,
     joined,
     materialize,
 )
 from jax_lora.transform import sharing, vary
 from jax_lora.transform.contraction import Contraction
-from jax_lora.transform.equations import UNKNOWN, bind, location
+from jax_lora.transform.equations import UNKNOWN, bind, location, with_operand
 from jax_lora.transform.programs import Body, ShardMap
 from jax_lora.transform.rules import Operand, Rule
 from jax_lora.transform.sites import Settings, addend_error, site_of
@@ -33,11 +34,6 @@ from jax_lora.transform.strategies import Choice, Strategy
 from jax_lora.transform.walker import Group, Interpretation, walk
 
 Value = Any  # an array or a LowRank
-
-
-def is_low_rank(value: Any) -> bool:
-    """Tell whether a value is a low-rank one: `is_leaf` for tree functions."""
-    return isinstance(value, LowRank)
 
 
 class Evaluate(Interpretation[Value]):
@@ -87,18 +83,22 @@ class Evaluate(Interpretation[Value]):
             return None
         if len(inputs) > 1 and not rule.each and not inputs[weights[0]].is_weight:
             return None  # a row or a column is materialized where it is combined with data
-        outputs: list[Value] = list(_on_bases(eqn, rule, inputs))
+        moved: dict[int, LowRank] = {}
         for position in weights:
             planned = rule.move(Operand(eqn, position, inputs[position].axes, inputs))
             if planned is None:
                 return None
-            places = [position] if rule.each else range(len(outputs))
+            places = [position] if rule.each else range(len(planned))
             for place, move in zip(places, planned, strict=True):
-                changed = moves.moved(inputs[position], move, outputs[place])
+                changed = moves.moved(inputs[position], move)
                 if changed is None:
                     return None
-                outputs[place] = changed
-        return outputs
+                moved[place] = changed
+        bases = _on_bases(eqn, rule, inputs)
+        return [
+            moved[place].replace(base=base) if place in moved else base
+            for place, base in enumerate(bases)
+        ]
 
     def consume(
         self, eqns: Sequence[Any], rule: Rule, inputs: Sequence[Sequence[Value]]
@@ -179,8 +179,7 @@ class Evaluate(Interpretation[Value]):
 
     def locate(self, eqn: Any) -> str:
         """Return the line of an equation, or of the call where a library's function holds it."""
-        where = location(eqn)
-        return self.called_at if where == UNKNOWN else where
+        return location(eqn, self.called_at)
 
     def fresh(self, value: Value) -> Value:
         """Give a value with dropout a key for this use of it."""
@@ -250,15 +249,9 @@ def _on_bases(eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Any]:
         return bases  # a barrier between several arrays means nothing to one that is not there yet
     (position,) = recipes
     others = tuple(base for i, base in enumerate(bases) if i != position)
-
-    def output(place: int, w: Any, *others: Any) -> Any:
-        operands = list(others)
-        operands.insert(position, w)
-        return bind(eqn, *operands)[place]
-
     return [
         bases[position].then(
-            lambda w, *others, place=place: output(place, w, *others),
+            lambda w, *others, place=place: bind(eqn, *with_operand(position, w, others))[place],
             (eqn, place),
             others,
             rule.elementwise,

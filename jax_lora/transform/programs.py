@@ -48,8 +48,7 @@ class Scan:
 
     def split(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Split inputs into constants, carry, and what is scanned over."""
-        n = self.n_consts + self.n_carry
-        return list(inputs[: self.n_consts]), list(inputs[self.n_consts : n]), list(inputs[n:])
+        return _in_three(inputs, self.n_consts, self.n_carry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +62,7 @@ class While:
 
     def split(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Split inputs into constants of the test, constants of the body, and carry."""
-        n = self.n_test + self.n_body
-        return list(inputs[: self.n_test]), list(inputs[self.n_test : n]), list(inputs[n:])
+        return _in_three(inputs, self.n_test, self.n_body)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +82,13 @@ class ShardMap:
     axis_names: frozenset[str]
     mesh: Any
     check_vma: bool
+
+
+def _in_three(
+    inputs: Sequence[Any], first: int, second: int
+) -> tuple[list[Any], list[Any], list[Any]]:
+    end = first + second
+    return list(inputs[:first]), list(inputs[first:end]), list(inputs[end:])
 
 
 def unchanged(body: Body, n_consts: int, n_carry: int) -> list[bool]:

@@ -51,6 +51,11 @@ class Leaf:
         axes = zip(self.axes, self.shape, strict=True)
         return sum(n != 1 and name is not None and not is_index(name) for name, n in axes) > 1
 
+    @property
+    def is_row(self) -> bool:
+        """Whether it is rows of a table, which an index that depends on data has picked."""
+        return bool(self.looked_up) and not self.is_matrix
+
 
 @dataclasses.dataclass(frozen=True)
 class Bar:

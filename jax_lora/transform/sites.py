@@ -105,7 +105,7 @@ class Site:
       rank: Rank of the factors.
       times: How often the place is run: the length of the scans around it.
       tokens: Rows of x that are multiplied with the kernel.
-      beside: Paths of the kernels that share their thin products with this one.
+      beside: Paths of the kernels that share their down-projection with this one.
     """
 
     path: str

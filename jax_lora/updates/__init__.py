@@ -5,4 +5,6 @@ from jax_lora.updates.token_rows import TokenRows
 from jax_lora.updates.update import Update
 from jax_lora.updates.whole_leaf import WholeLeaf
 
-__all__ = ("LoraPair", "TokenRows", "Update", "WholeLeaf")
+KINDS = (LoraPair, TokenRows, WholeLeaf)  # for `isinstance`: checking a protocol runs properties
+
+__all__ = ("KINDS", "LoraPair", "TokenRows", "Update", "WholeLeaf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -13,7 +13,6 @@ from jax_lora.algebra.low_rank import LowRank
 Array = jax.Array
 
 
-@runtime_checkable
 class Update(Protocol):
     """The trainable part of one leaf.
 

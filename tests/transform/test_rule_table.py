@@ -151,6 +151,26 @@ def test_evaluate_and_analyze_agree_on_every_entry(name):
     assert_close(got, fn(merged_tree(tree, adapter), X), rtol)
 
 
+def test_an_operation_runs_on_w0_once_whether_or_not_its_rule_applies():
+    """A lookup is first read as a choice of kernels, a reshape as a move of axes."""
+    tree, ids = {"w": W}, jnp.array([0, 2])
+    for name, fn in (
+        ("gather", lambda p, x: p["w"][ids]),
+        ("reshape", lambda p, x: p["w"].reshape(36)),
+    ):
+        kernels = {"w": jl.Kernel("w", (6, 6), W.dtype, "dense", (0,), (1,))}
+        config = jl.LoraConfig(rank=2, targets="w")
+        adapter = jl.lora_init(jax.random.key(0), tree, config, kernels=kernels)
+        run = jl.lora_apply(fn, on_materialize="allow")
+        jaxpr = jax.make_jaxpr(run)(jl.combine(tree, adapter), X).jaxpr
+        of_w0 = [
+            eqn
+            for eqn in equations(jaxpr)
+            if eqn.primitive.name == name and eqn.invars[0].aval.shape == (6, 6)
+        ]
+        assert len(of_w0) == 1, name
+
+
 def test_a_weight_that_the_model_freezes_has_frozen_factors():
     fn = lambda p, x: x @ lax.stop_gradient(p["w"])  # noqa: E731
     tree = {"w": W}
