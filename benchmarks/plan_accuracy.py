@@ -33,7 +33,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_lora.bundled import model_path
 from jax_lora.finetune.devices import data_mesh, use_all_cores
-from jax_lora.finetune.optimizers import make_optimizer
+from jax_lora.finetune.optimizer_factory import make_optimizer
 from jax_lora.finetune.schedule import make_schedule
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.step import make_step, start

@@ -32,7 +32,7 @@ from jax_lora.data.examples import make_examples
 from jax_lora.data.rows import Row, RowFile
 from jax_lora.data.text_folder import read_text_folder
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import DataError, LoraError, explain
+from jax_lora.errors import DataError, LoraError, format_error
 from jax_lora.finetune.loss import summed_loss
 from jax_lora.finetune.run_folder import RunFolder
 
@@ -64,7 +64,7 @@ def split(code: Path) -> tuple[RowFile, RowFile]:
         got = f"{len(learned)} text files to learn and {len(held_out)} to hold out"
         expected = f"a folder with some of both: a file in {SHARE} is held out, by its name's hash"
         fix = "Check the path, or give a folder with more files."
-        raise DataError(explain(str(code), got=got, expected=expected, fix=fix))
+        raise DataError(format_error(str(code), got=got, expected=expected, fix=fix))
     return dataclasses.replace(texts, rows=learned), dataclasses.replace(texts, rows=held_out)
 
 

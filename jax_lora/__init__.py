@@ -17,7 +17,7 @@ from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.config import LoraConfig
 from jax_lora.dropout import dropout
 from jax_lora.init import lora_init
-from jax_lora.kernel import Kernel
+from jax_lora.kernels.kernel import Kernel
 from jax_lora.merge import merge, unmerge
 from jax_lora.optimizers import lora_plus, masked_optimizer, trainable_mask
 from jax_lora.quantize import QuantizedWeight, dequantize, quantize

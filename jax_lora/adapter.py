@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import jax
 
-from jax_lora import flax_state, paths
+from jax_lora import paths
 from jax_lora.algebra.base_weight import Recipe
 from jax_lora.algebra.low_rank import static
 from jax_lora.config import LoraConfig
-from jax_lora.errors import StructureError, explain
+from jax_lora.errors import StructureError, format_error
+from jax_lora.kernels import flax_state
 from jax_lora.updates import LoraPair, TokenRows, Update, WholeLeaf
 
 
@@ -55,7 +56,7 @@ class LoraWeight:
           StructureError: Always.
         """
         raise StructureError(
-            explain(
+            format_error(
                 self.path,
                 got=f"a {type(self).__name__} in a computation",
                 expected="an array",
@@ -138,7 +139,7 @@ def not_combined(
 ) -> StructureError:
     """Build the error for a tree that has no adapter in it."""
     return StructureError(
-        explain(
+        format_error(
             where,
             got="a tree without a single LoraWeight",
             expected=expected,
@@ -183,7 +184,7 @@ def combine(tree: Any, adapter: Adapter) -> Any:
     problems = _combine_problems(dict(leaves), adapter)
     if problems:
         raise StructureError(
-            explain(
+            format_error(
                 f"combine: {len(problems)} of the adapter's leaves do not fit the tree",
                 got="\n" + "\n".join(f"    {problem}" for problem in problems),
                 expected="the tree that the adapter was made for, not combined before",

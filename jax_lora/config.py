@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora import paths
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 
 INITIALISERS = ("gaussian",)
 
@@ -208,7 +208,7 @@ class LoraConfig:
         for name in values:
             if name not in known:
                 raise ConfigError(
-                    explain(
+                    format_error(
                         f"LoraConfig: {name!r}",
                         got="a setting that does not exist",
                         expected=f"one of {', '.join(known)}",
@@ -232,7 +232,7 @@ class LoraConfig:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
-                explain(
+                format_error(
                     "LoraConfig.from_json",
                     got=f"text that is not JSON ({error})",
                     expected="what LoraConfig.to_json wrote",
@@ -241,7 +241,7 @@ class LoraConfig:
             ) from error
         if not isinstance(values, dict):
             raise ConfigError(
-                explain(
+                format_error(
                     "LoraConfig.from_json",
                     got=f"a JSON {type(values).__name__}",
                     expected="a JSON object of settings",
@@ -259,7 +259,9 @@ def _first_value(patterns: Mapping[str, Any], names: Sequence[str], default: Any
 
 
 def _refuse(where: str, value: Any, expected: str, fix: str) -> ConfigError:
-    return ConfigError(explain(f"LoraConfig: {where}", got=repr(value), expected=expected, fix=fix))
+    return ConfigError(
+        format_error(f"LoraConfig: {where}", got=repr(value), expected=expected, fix=fix)
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Every exception that jax_lora raises on purpose.
 
 A message answers four questions, in this order: where it happened, what was got, what was
-expected, and what to do about it. `explain` lays those out so that all messages read alike.
+expected, and what to do about it. `format_error` lays those out so that all messages read alike.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class MaterializeWarning(UserWarning):
     """An operation without a low-rank rule formed a full weight: right, but slow."""
 
 
-def explain(where: str, *, got: str, expected: str, fix: str) -> str:
+def format_error(where: str, *, got: str, expected: str, fix: str) -> str:
     """Lay a message out as where / got / expected / what to do.
 
     Args:
@@ -91,10 +91,10 @@ def explain(where: str, *, got: str, expected: str, fix: str) -> str:
       A message of four lines.
 
     Example:
-      >>> print(explain("rank", got="0", expected="an integer of at least 1", fix="Pass rank=8."))
+      >>> print(format_error("rank", got="0", expected="an integer above 0", fix="Pass rank=8."))
       rank
         got:      0
-        expected: an integer of at least 1
+        expected: an integer above 0
         fix:      Pass rank=8.
     """
     return f"{where}\n  got:      {got}\n  expected: {expected}\n  fix:      {fix}"

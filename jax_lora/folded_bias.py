@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jax_lora.algebra.low_rank import accumulation_dtype
-from jax_lora.errors import MergeError, explain
+from jax_lora.errors import MergeError, format_error
 from jax_lora.updates import LoraPair
 
 
@@ -45,7 +45,7 @@ def fold_biases(
             changed[beside] = (leaf.astype(wide) + sign * added.astype(wide)).astype(leaf.dtype)
     if problems:
         raise MergeError(
-            explain(
+            format_error(
                 f"{verb}: {len(problems)} biases of pairs have no place in the base",
                 got="\n" + "\n".join(f"    {problem}" for problem in problems),
                 expected="a leaf `bias` of the kernel's outputs beside every such kernel",

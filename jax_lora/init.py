@@ -16,11 +16,11 @@ from jax.core import Tracer
 from jax_lora import paths
 from jax_lora.adapter import Adapter, is_adapted, is_weight
 from jax_lora.config import LoraConfig
-from jax_lora.errors import ConfigError, StructureError, explain
-from jax_lora.kernel import Kernel
-from jax_lora.layers import extent, rank_mask
-from jax_lora.parameters import not_parameters
-from jax_lora.targets import select, select_whole
+from jax_lora.errors import ConfigError, StructureError, format_error
+from jax_lora.kernels.kernel import Kernel
+from jax_lora.kernels.parameters import not_parameters
+from jax_lora.kernels.stacks import extent, rank_mask
+from jax_lora.kernels.targets import select, select_whole
 from jax_lora.updates import LoraPair
 from jax_lora.updates.pair import empty_pair
 
@@ -85,7 +85,7 @@ def _plain_leaves(tree: Any) -> dict[str, Any]:
     for path, leaf in leaves.items():
         if is_adapted(leaf):
             raise StructureError(
-                explain(
+                format_error(
                     f"lora_init: {path}",
                     got="a leaf that has an adapter already",
                     expected="plain parameters",
@@ -207,7 +207,7 @@ def _check_rank(rank: int, kernel: Kernel) -> None:
     largest = max(_ALWAYS_ALLOWED_RANK, kernel.in_size, kernel.out_size)
     if rank > largest:
         raise ConfigError(
-            explain(
+            format_error(
                 f"LoraConfig: rank of {kernel.path}",
                 got=f"{rank}",
                 expected=f"at most {largest}, as the kernel is {kernel.in_size} by "

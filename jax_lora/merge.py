@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax_lora import paths
 from jax_lora.adapter import Adapter, combine, is_adapted, is_weight
 from jax_lora.algebra.base_weight import made
-from jax_lora.errors import MergeError, MergeWarning, explain
+from jax_lora.errors import MergeError, MergeWarning, format_error
 from jax_lora.folded_bias import fold_biases
 
 # A hundredth of W0, a usual update, loses a quarter of its entries in bfloat16, the smallest ones.
@@ -91,7 +91,7 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
     lost = {path: why for path, each in adapter.updates.items() if (why := each.irreversible)}
     if lost:
         raise MergeError(
-            explain(
+            format_error(
                 f"unmerge: {', '.join(lost)}",
                 got="; ".join(dict.fromkeys(lost.values())),
                 expected="an adapter of pairs without magnitudes",
@@ -189,7 +189,7 @@ def _check(verb: str, reports: dict[str, _Report], adapter: Adapter) -> None:
 def _refuse(verb: str, problems: Sequence[str]) -> None:
     if problems:
         raise MergeError(
-            explain(
+            format_error(
                 f"{verb}: {len(problems)} factors or sums are not finite",
                 got="\n" + "\n".join(f"    {problem}" for problem in problems),
                 expected="finite numbers; the base is as it was",
@@ -202,7 +202,7 @@ def _warn(verb: str, lost: Sequence[tuple[float, str]]) -> None:
     worst, path = lost[0]
     others = f" and {len(lost) - 1} other leaves" if len(lost) > 1 else ""
     warnings.warn(
-        explain(
+        format_error(
             f"{verb}: {path}{others}",
             got=f"{worst:.1%} of the changed entries rounded back to the base's own value",
             expected=f"under {_LOST_SHARE_WORTH_A_WARNING:.0%}; the updates are smaller than half "

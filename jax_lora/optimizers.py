@@ -18,7 +18,7 @@ import optax
 
 from jax_lora import updates
 from jax_lora.adapter import Adapter, LoraWeight, is_adapted, not_combined
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 
 # -----------------------------------------------------------------------------------------------
 # The mask
@@ -126,7 +126,7 @@ def _as_transformation(tx: Any) -> optax.GradientTransformation:
     if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
         return tx
     raise ConfigError(
-        explain(
+        format_error(
             "masked_optimizer: tx",
             got=f"{tx!r} of type {type(tx).__name__}",
             expected="an Optax transformation, with init and update",
@@ -197,7 +197,7 @@ def lora_plus(tx: optax.GradientTransformation, ratio: float) -> optax.GradientT
     """
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < np.inf:
         raise ConfigError(
-            explain(
+            format_error(
                 "lora_plus: ratio",
                 got=repr(ratio),
                 expected="a finite number above 0",

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jax_lora import flax_state, paths
+from jax_lora import paths
 from jax_lora.adapter import is_weight
 from jax_lora.algebra.base_weight import Recipe
 from jax_lora.config import LoraConfig
-from jax_lora.errors import ConfigError, StructureError, explain
-from jax_lora.kernel import Kernel
-from jax_lora.targets import select
+from jax_lora.errors import ConfigError, StructureError, format_error
+from jax_lora.kernels import flax_state
+from jax_lora.kernels.kernel import Kernel
+from jax_lora.kernels.targets import select
 
 Array = jax.Array
 
@@ -106,7 +107,7 @@ def quantize(
     """
     if method not in METHODS:
         raise ConfigError(
-            explain(
+            format_error(
                 "quantize: method",
                 got=repr(method),
                 expected=f"one of {', '.join(METHODS)}",
@@ -143,7 +144,7 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
 def _quantized(path: str, leaf: Any, kernel: Kernel, method: str) -> QuantizedWeight:
     if is_weight(leaf):
         raise StructureError(
-            explain(
+            format_error(
                 f"quantize: {path}",
                 got=f"a {type(leaf).__name__}",
                 expected="an array",
@@ -153,7 +154,7 @@ def _quantized(path: str, leaf: Any, kernel: Kernel, method: str) -> QuantizedWe
     codes, scale, finite = _encoded(jnp.asarray(leaf), kernel.in_axes, method)
     if not isinstance(finite, Tracer) and not bool(finite):
         raise StructureError(
-            explain(
+            format_error(
                 f"quantize: {path}",
                 got="elements that are NaN or Inf",
                 expected="finite weights",

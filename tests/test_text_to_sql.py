@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_lora.finetune.judge import exact_match, execution_match, load_database
+from jax_lora.finetune.sql_metrics import exact_match, execution_match, load_database
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "jax_lora" / "bundled" / "text_to_sql"

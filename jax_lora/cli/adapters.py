@@ -10,7 +10,7 @@ from typing import Any
 from jax_lora.adapter import Adapter
 from jax_lora.checkpoint import load_adapter
 from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.run_folder import find_checkpoint, read_run_config
 from jax_lora.merge import merge
 from jax_lora.models import load
@@ -63,7 +63,7 @@ def load_trained(options: argparse.Namespace) -> Trained:
     checkpoint, settings = checkpoint_of(options.adapter_path)
     if is_model(checkpoint):
         raise ConfigError(
-            explain(
+            format_error(
                 f"--adapter-path {checkpoint}",
                 got="a whole model, from full fine-tuning",
                 expected="an adapter",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jax_lora import bundled
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import ModelError, StructureError, explain
+from jax_lora.errors import ModelError, StructureError, format_error
 from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.models import load
 from jax_lora.models.families import family_of_config
@@ -84,7 +84,7 @@ def load_base(name: str | None, dtype: str = "auto", *, remat: bool = False) -> 
     model, params = load(folder, dtype=chosen, remat=remat)
     if tokenizer.size > model.config.vocab_size:
         raise StructureError(
-            explain(
+            format_error(
                 str(folder),
                 got=f"a tokenizer of {tokenizer.size} tokens",
                 expected=f"at most the model's vocabulary of {model.config.vocab_size}",
@@ -100,7 +100,7 @@ def _check_decodes(folder: Path) -> None:
     family = family_of_config(read_config(folder))
     if not family.decodes:
         raise ModelError(
-            explain(
+            format_error(
                 str(folder),
                 got=f"a {family.module.__name__}",
                 expected="a decoder, which goes on from a prompt",

@@ -10,7 +10,7 @@ from jax_lora.cli.adapters import checkpoint_of, merged
 from jax_lora.cli.base_model import BUNDLED, load_base
 from jax_lora.cli.generate import add_sampling_options, sampling
 from jax_lora.cli.options import at_least_one
-from jax_lora.errors import ConfigError, DataError, explain
+from jax_lora.errors import ConfigError, DataError, format_error
 from jax_lora.finetune.conversation import Conversation
 from jax_lora.finetune.generation import Generator
 from jax_lora.finetune.interrupts import Interrupts
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _no_template(name: str) -> ConfigError:
     return ConfigError(
-        explain(
+        format_error(
             "--system",
             got=f"{name}, which has no chat template",
             expected="a model that knows system messages",

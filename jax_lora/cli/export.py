@@ -8,7 +8,7 @@ from jax_lora import peft
 from jax_lora.checkpoint import save_adapter
 from jax_lora.cli.adapters import add_adapter_options, load_trained
 from jax_lora.cli.base_model import model_folder
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 
 HELP = "write an adapter for PEFT, vLLM or mlx-lm"
 FORMATS = ("peft", "mlx", "orbax")
@@ -58,7 +58,7 @@ def _check(options: argparse.Namespace) -> None:
     for flag, value in (("--for", options.server), ("--base-model", options.base_model)):
         if value is not None and options.to != "peft":
             raise ConfigError(
-                explain(
+                format_error(
                     f"{flag} {value}",
                     got=f"--to {options.to}, which has no place for it",
                     expected="--to peft",

@@ -12,11 +12,11 @@ import numpy as np
 from jax_lora.adapter import combine
 from jax_lora.cli.adapters import Trained, add_adapter_options, load_trained
 from jax_lora.cli.base_model import model_folder
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.settings import DTYPES
 from jax_lora.merge import merge
 from jax_lora.models import load, save
-from jax_lora.models.companions import copy_companions
+from jax_lora.models.tokenizer_files import copy_companions
 from jax_lora.transform import lora_apply
 
 HELP = "write a Hugging Face folder with the adapter merged"
@@ -88,4 +88,4 @@ def _check_free(target: Path, overwrite: bool) -> None:
 def _not_free(target: Path, got: str) -> ConfigError:
     fix = "Give another --save-path, or --overwrite a model that was fused before."
     expected = "a new or empty folder"
-    return ConfigError(explain(f"--save-path {target}", got=got, expected=expected, fix=fix))
+    return ConfigError(format_error(f"--save-path {target}", got=got, expected=expected, fix=fix))

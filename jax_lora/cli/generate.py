@@ -12,7 +12,7 @@ from jax_lora.cli.adapters import checkpoint_of, merged
 from jax_lora.cli.base_model import BUNDLED, load_base
 from jax_lora.cli.options import at_least_one
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import ConfigError, DataError, explain
+from jax_lora.errors import ConfigError, DataError, format_error
 from jax_lora.finetune.generation import Generator
 from jax_lora.finetune.memory import peak_memory
 from jax_lora.report.printable import printable
@@ -97,7 +97,7 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 def _encode(tokenizer: Tokenizer, prompt: str, options: argparse.Namespace) -> list[int]:
     if options.system is not None and not options.chat:
         raise ConfigError(
-            explain(
+            format_error(
                 "--system",
                 got="no --chat",
                 expected="--chat, which writes prompts as turns of a conversation",
@@ -129,7 +129,7 @@ def _bad_file(path: str, got: str) -> DataError:
     fix = "Check the path, or give the prompts with --prompt."
     where = f"--prompts {path}"
     return DataError(
-        explain(where, got=got, expected="a text file, a prompt on each line", fix=fix)
+        format_error(where, got=got, expected="a text file, a prompt on each line", fix=fix)
     )
 
 

@@ -11,11 +11,11 @@ from jax_lora import peft
 from jax_lora.adapter import Adapter
 from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base, model_folder
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.run_folder import RunFolder
 from jax_lora.finetune.settings import DTYPES
-from jax_lora.models.companions import copy_companions
 from jax_lora.models.save_checkpoint import save
+from jax_lora.models.tokenizer_files import copy_companions
 
 HELP = "read an adapter of PEFT or mlx-lm"
 # The file by which each format is known.
@@ -68,7 +68,7 @@ def _recognise(folder: Path) -> str:
     else:
         got = "no such folder"
     raise ConfigError(
-        explain(
+        format_error(
             f"import {folder}",
             got=got,
             expected=f"a folder with one of {', '.join(MARKS.values())}",

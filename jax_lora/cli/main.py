@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jax_lora.errors import LoraError, explain
+from jax_lora.errors import LoraError, format_error
 
 DONE, BAD_INPUT, OUT_OF_MEMORY, NON_FINITE, INTERRUPTED = 0, 2, 3, 4, 130
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except ModuleNotFoundError as error:
         missing = LoraError(
-            explain(
+            format_error(
                 f"the package {error.name}",
                 got="not installed",
                 expected="the command's own packages beside the library",
@@ -78,11 +78,11 @@ def make_parser() -> argparse.ArgumentParser:
         fuse,
         generate,
         import_adapter,
-        init,
         plan,
         plot,
         rows,
         train,
+        write_config,
     )
     from jax_lora.cli import eval as evaluate
 
@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         "import": import_adapter,
         "data": rows,
         "plan": plan,
-        "init": init,
+        "init": write_config,
         "doctor": doctor,
         "plot": plot,
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.settings import TrainSettings
 
 DEFAULTS: dict[str, Any] = {
@@ -48,7 +48,7 @@ def read_config_file(path: str | Path, allowed: Iterable[str]) -> dict[str, Any]
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            explain(
+            format_error(
                 f"-c {path}",
                 got=str(error),
                 expected="a YAML file of options",
@@ -57,7 +57,7 @@ def read_config_file(path: str | Path, allowed: Iterable[str]) -> dict[str, Any]
         ) from error
     if not isinstance(values, dict):
         raise ConfigError(
-            explain(
+            format_error(
                 f"-c {path}",
                 got=type(values).__name__,
                 expected="options by name",
@@ -76,7 +76,9 @@ def _refuse_unknown(path: str | Path, named: Mapping[str, Any], allowed: list[st
             near = difflib.get_close_matches(key, allowed, n=1)
             meant = f"Did you mean {near[0]}?" if near else f"There are {', '.join(allowed)}."
             raise ConfigError(
-                explain(f"-c {path}", got=f"the key {key!r}", expected="a known option", fix=meant)
+                format_error(
+                    f"-c {path}", got=f"the key {key!r}", expected="a known option", fix=meant
+                )
             )
 
 

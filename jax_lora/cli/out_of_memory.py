@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from jax_lora.errors import explain
+from jax_lora.errors import format_error
 
 SHOWN = 5
 
@@ -37,7 +37,7 @@ def out_of_memory_message(error: BaseException) -> str:
     first = str(error).strip().partition("\n")[0][:200] or type(error).__name__
     lines = [first, f"held so far: {total / 1e9:.2f} GB in {len(held)} arrays, the largest:"]
     lines += [f"{a.dtype} {a.shape}, {a.nbytes / 1e9:.3f} GB" for a in held[:SHOWN]]
-    return explain(
+    return format_error(
         "out of memory",
         got="\n    ".join(lines),
         expected="arrays that fit",

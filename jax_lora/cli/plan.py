@@ -14,19 +14,19 @@ import jax.numpy as jnp
 
 from jax_lora.cli import train
 from jax_lora.cli.base_model import BUNDLED, data_folder, model_folder
-from jax_lora.cli.choices import choose
 from jax_lora.cli.options import DEFAULTS, given
-from jax_lora.errors import ConfigError, explain
+from jax_lora.cli.resolve_config import choose
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.finetune.devices import use_all_cores
 from jax_lora.plan.data_shapes import DataShapes, data_shapes
 from jax_lora.plan.fit import SHARE, Fit, fit, formula_total
+from jax_lora.plan.plan_tables import fit_lines, plan_lines
 from jax_lora.plan.planned_model import PlannedModel, plan_folder, plan_shape, with_dtype
 from jax_lora.plan.planning import Choices, Plan, make_plan, why_not_compiled
 from jax_lora.plan.program import program_memory
 from jax_lora.plan.published import NAMES
 from jax_lora.plan.rate import matmul_rate
-from jax_lora.plan.screen import fit_lines, plan_lines
 from jax_lora.plan.units import read_bytes
 
 HELP = "parameters, memory, operations and time, before anything is loaded"
@@ -71,7 +71,7 @@ def _choose(options: argparse.Namespace) -> tuple[dict[str, Any], Choices]:
         named = options.model_folder or getattr(options, "model", None)
         if named is not None:
             raise ConfigError(
-                explain(
+                format_error(
                     f"--shape {options.shape}",
                     got=f"the model {named} too",
                     expected="one of the two",

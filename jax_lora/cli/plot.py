@@ -6,7 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.report.curves import read_curves
 
 HELP = "draw the loss curves of runs"
@@ -30,12 +30,12 @@ def run(options: argparse.Namespace) -> int:
         width = shutil.get_terminal_size().columns
         print("\n".join(text_plot(curves, width, log=options.log_y)))
         return 0
-    from jax_lora.report.plot import write_plot
+    from jax_lora.report.loss_plot import write_plot
 
     target = Path(options.output or "loss.png")
     if target.suffix != ".png":
         raise ConfigError(
-            explain(
+            format_error(
                 f"--output {target}",
                 got=f"the ending {target.suffix!r}",
                 expected="a name that ends in .png",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.cli.base_model import BUNDLED, BaseModel, data_folder, load_base, model_folder
-from jax_lora.cli.choices import Choice, choose
+from jax_lora.cli.resolve_config import Choice, choose
 from jax_lora.cli.train_flags import add_options
 from jax_lora.data.batches import Batches
 from jax_lora.data.data_folder import DataSet, read_data
@@ -26,8 +26,8 @@ from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.trainable import Trainable, make_trainable
 from jax_lora.finetune.training_state import read_record
 from jax_lora.report.events import Reporter, RunPlan, RunResult
+from jax_lora.report.loss_plot import write_run_plot
 from jax_lora.report.metrics import JSONL, MetricsLog
-from jax_lora.report.plot import write_run_plot
 from jax_lora.report.reporters import make_reporter
 from jax_lora.report.versions import write_versions
 

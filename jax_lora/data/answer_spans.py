@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import DataError, explain
+from jax_lora.errors import DataError, format_error
 
 Span = tuple[int, int]  # first character and the one behind the last
 
@@ -48,7 +48,7 @@ def answer_spans(
     spans = [span for span in found if span is not None]
     if not spans:
         raise DataError(
-            explain(
+            format_error(
                 "the chat template",
                 got="a conversation in which no answer follows its own prompt unchanged",
                 expected="at least one answer that stands where generation would put it",

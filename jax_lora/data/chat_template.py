@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.data.bounds import time_limit
-from jax_lora.errors import DataError, ModelError, explain
+from jax_lora.errors import DataError, ModelError, format_error
 
 SECONDS = 10.0  # of one conversation; a template takes a thousandth
 LONGEST = 2**24  # characters
@@ -63,7 +63,7 @@ class ChatTemplate:
 
     def _refused(self, got: str) -> DataError:
         return DataError(
-            explain(
+            format_error(
                 f"the chat template of {self._folder}",
                 got=got[:300],
                 expected="a conversation that the template accepts",
@@ -80,7 +80,7 @@ def _load(folder: Path) -> Any:
         AutoTokenizer = _auto_tokenizer()
     except ImportError as error:
         raise ModelError(
-            explain(
+            format_error(
                 "chat rows",
                 got="the package transformers is not installed",
                 expected="transformers, which renders chat templates",
@@ -96,7 +96,7 @@ def _load(folder: Path) -> Any:
         raise _unusable(folder, f"{type(error).__name__}: {str(error)[:200]}") from error
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
-            explain(
+            format_error(
                 str(folder),
                 got="a tokenizer without a chat template (this is a base model)",
                 expected='a template, as the data has "messages"',
@@ -128,7 +128,7 @@ def _size(file: Path) -> int:
 
 def _unusable(folder: Path, got: str) -> ModelError:
     return ModelError(
-        explain(
+        format_error(
             f"the tokenizer of {folder}",
             got=got,
             expected="a tokenizer that transformers loads without running code from the folder",

@@ -9,7 +9,7 @@ from pathlib import Path
 from jax_lora.data.row_files import READERS, is_row_file
 from jax_lora.data.rows import RowFile, read_rows
 from jax_lora.data.text_folder import read_text_folder
-from jax_lora.errors import DataError, explain
+from jax_lora.errors import DataError, format_error
 
 NAMES = {
     "train": ("train",),
@@ -49,7 +49,7 @@ class DataSet:
             have = ", ".join(self.splits) or "none"
             files = " or ".join(f"{stem}.jsonl" for stem in NAMES[name])
             raise DataError(
-                explain(
+                format_error(
                     str(self.path),
                     got=f"the splits: {have}",
                     expected=f'a "{name}" split: {files}',
@@ -91,7 +91,7 @@ def read_data(path: str | Path) -> DataSet:
 
 def _missing(path: Path, got: str) -> str:
     kinds = ", ".join(READERS)
-    return explain(
+    return format_error(
         str(path),
         got=got,
         expected="a folder with train.jsonl (and valid.jsonl, test.jsonl), a folder of texts, or "
@@ -108,7 +108,7 @@ def _file_of(folder: Path, name: str) -> Path | None:
     files = [file for file in files if file.is_file()]
     if len(files) > 1:
         raise DataError(
-            explain(
+            format_error(
                 str(folder),
                 got=f"{' and '.join(file.name for file in files)}",
                 expected=f'one file for the "{name}" split',

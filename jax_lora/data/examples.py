@@ -10,7 +10,7 @@ import numpy as np
 from jax_lora.data.encoding import Encoded, encode_row
 from jax_lora.data.rows import RowFile
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import DataError, explain
+from jax_lora.errors import DataError, format_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def make_examples(
         dropped += [] if useful else [row.line]
     if not examples:
         raise DataError(
-            explain(
+            format_error(
                 str(file.path),
                 got=f"{len(dropped)} rows, of which none has a token to learn within {max_length}",
                 expected="at least one",
@@ -133,7 +133,7 @@ def _part(example: Example, start: int, stop: int) -> Example:
 
 
 def _too_long(where: str, length: int, max_length: int) -> str:
-    return explain(
+    return format_error(
         where,
         got=f"{length} tokens",
         expected=f"at most {max_length} (--max-seq-length)",

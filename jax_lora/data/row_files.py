@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_lora.data.problem import Problem, kind_of
-from jax_lora.errors import DataError, explain
+from jax_lora.errors import DataError, format_error
 
 BOM = b"\xef\xbb\xbf"
 MOST_BYTES = 8 * 2**30  # of a file as it is read
@@ -236,5 +236,5 @@ def _text(raw: bytes) -> str:
 def _unreadable(path: Path, got: str, fix: str) -> DataError:
     kinds = ", ".join(READERS)
     return DataError(
-        explain(str(path), got=got, expected=f"a readable file of rows: {kinds}", fix=fix)
+        format_error(str(path), got=got, expected=f"a readable file of rows: {kinds}", fix=fix)
     )

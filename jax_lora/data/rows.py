@@ -11,7 +11,7 @@ from typing import Any
 from jax_lora.data.formats import check_fields
 from jax_lora.data.problem import Problem
 from jax_lora.data.row_files import RawFile, read_content, read_raw
-from jax_lora.errors import DataError, explain
+from jax_lora.errors import DataError, format_error
 
 SHOWN_PROBLEMS = 10
 SHOWN_CHARACTERS = 200
@@ -92,7 +92,7 @@ def read_rows(path: str | Path) -> RowFile:
         raise DataError(_refusal(path, refused, len(rows), raw))
     if not rows:
         raise DataError(
-            explain(
+            format_error(
                 str(path),
                 got=f"no row in {raw.lines} lines",
                 expected="at least one row",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax_lora.data.chat_template import ChatTemplate
-from jax_lora.errors import DataError, ModelError, explain
+from jax_lora.errors import DataError, ModelError, format_error
 
 if TYPE_CHECKING:
     import tokenizers
@@ -73,7 +73,7 @@ class Tokenizer:
         eos = _text_of(settings.get("eos_token")) or _eos_of_model(folder, backend)
         if eos is None or backend.token_to_id(eos) is None:
             raise ModelError(
-                explain(
+                format_error(
                     str(folder / "tokenizer_config.json"),
                     got=f"eos_token {eos!r}",
                     expected="an end token that tokenizer.json has: answers could never end",
@@ -116,7 +116,7 @@ class Tokenizer:
             return ids, ends
         if ids[:2] == [self.bos_id, self.bos_id]:
             raise DataError(
-                explain(
+                format_error(
                     f"the text {text[:60]!r}",
                     got="two start tokens in front",
                     expected="exactly one",
@@ -175,7 +175,7 @@ class Tokenizer:
 
 
 def _cannot_read(file: Path, got: str) -> str:
-    return explain(
+    return format_error(
         str(file),
         got=got,
         expected="a tokenizer in the format of the tokenizers library",
@@ -192,7 +192,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
-            explain(
+            format_error(
                 str(file),
                 got=str(error)[:200],
                 expected="a JSON object",

@@ -14,7 +14,7 @@ from jax_lora.data.examples import make_examples
 from jax_lora.data.rows import Row, RowFile, boolean_field
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.finetune.generation import Generator
-from jax_lora.finetune.judge import exact_match, execution_match, load_database
+from jax_lora.finetune.sql_metrics import exact_match, execution_match, load_database
 from jax_lora.finetune.step import make_validation
 from jax_lora.finetune.total_loss import total_loss
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import ConfigError, explain
-from jax_lora.models.generate import Progress, advance, begin, end_mask, make_choice
+from jax_lora.errors import ConfigError, format_error
+from jax_lora.models.decoding import Progress, advance, begin, end_mask, make_choice
 
 # Prompts are padded to a multiple of this: few programs, and not much padding.
 PROMPT_MULTIPLE = 64
@@ -62,7 +62,7 @@ class Generator:
         self._choice([0])
         if isinstance(self.stop, str) or not all(self.stop):
             raise ConfigError(
-                explain(
+                format_error(
                     "stop",
                     got=f"{self.stop!r}",
                     expected="a tuple of texts, none of them empty",
@@ -99,7 +99,7 @@ class Generator:
         most = self._most
         if not prompt or len(prompt) + self.max_tokens > most:
             raise ConfigError(
-                explain(
+                format_error(
                     "the prompt",
                     got=f"{len(prompt)} tokens, and up to {self.max_tokens} for the answer",
                     expected=f"at least one token, and no more than the model's {most} together",

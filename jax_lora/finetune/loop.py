@@ -15,18 +15,18 @@ import optax
 from jax_lora.data.batches import Batch, Batches
 from jax_lora.data.loading import load_ahead
 from jax_lora.dropout import dropout
-from jax_lora.errors import DataError, LoraError, explain
+from jax_lora.errors import DataError, LoraError, format_error
 from jax_lora.finetune.devices import data_mesh, replicate, split_rows
 from jax_lora.finetune.interrupts import Interrupts
-from jax_lora.finetune.ledger import Ledger, Tokens
 from jax_lora.finetune.memory import counts_resident_memory, peak_memory
-from jax_lora.finetune.optimizers import make_optimizer
-from jax_lora.finetune.programs import Programs
+from jax_lora.finetune.optimizer_factory import make_optimizer
 from jax_lora.finetune.run_folder import RunFolder, checkpoint_name
+from jax_lora.finetune.run_progress import Ledger, Tokens
 from jax_lora.finetune.samples import Sampler
 from jax_lora.finetune.schedule import make_schedule
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.step import StepReport, make_step, make_validation, start
+from jax_lora.finetune.step_cache import Programs
 from jax_lora.finetune.total_loss import total_loss
 from jax_lora.finetune.trainable import Trainable
 from jax_lora.finetune.training_state import load_moments, save_state
@@ -204,7 +204,7 @@ class TrainLoop:
 
     def _non_finite(self, index: int, loss: float, report: StepReport) -> str:
         lines = ", ".join(map(str, self._batches.lines(index)[:10]))
-        return explain(
+        return format_error(
             f"step {index + 1}, rows at lines {lines}",
             got=f"loss {loss}, gradient norm {float(report.gradient_norm)}",
             expected="finite numbers",
@@ -217,7 +217,7 @@ class TrainLoop:
         report = ledger.close_window(float(jnp.asarray(self._schedule(ledger.step - 1))))
         if ledger.learned == 0 and ledger.step >= self._batches.per_epoch:
             raise DataError(
-                explain(
+                format_error(
                     f"the training rows, after {ledger.step} steps",
                     got="not one token to learn",
                     expected="answers that are learned",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.run_folder import find_checkpoint, is_run
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.training_state import has_state
@@ -49,7 +49,7 @@ def find_resumable(path: str | Path) -> Path | None:
     checkpoint = find_checkpoint(path, last=True)
     if not has_state(checkpoint):
         raise ConfigError(
-            explain(
+            format_error(
                 f"--resume {checkpoint}",
                 got="an adapter alone, without the state of its training",
                 expected="a checkpoint that jax-lora train wrote",
@@ -87,7 +87,7 @@ def refuse_changes(
             problems.append(f"the {split} rows are other ones than when the run began")
     if problems:
         raise ConfigError(
-            explain(
+            format_error(
                 "--resume",
                 got="\n    " + "\n    ".join(problems),
                 expected="the settings and the rows that the run began with",

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from jax_lora.errors import CheckpointError, ConfigError, explain
+from jax_lora.errors import CheckpointError, ConfigError, format_error
 
 CHECKPOINT = re.compile(r"step-\d{6,}")
 PART = ".part"  # of what is not all there yet
@@ -54,7 +54,7 @@ class RunFolder:
             path.rename(moved)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(
-                explain(
+                format_error(
                     f"--adapter-path {path}",
                     got="a file, or a folder with something else in it",
                     expected="a new or empty folder, or an earlier run (which is moved aside)",
@@ -180,7 +180,7 @@ def find_checkpoint(path: str | Path, *, last: bool = False) -> Path:
     elif path.is_dir() and not is_run(path):
         return path
     raise CheckpointError(
-        explain(
+        format_error(
             f"--adapter-path {path}",
             got="no checkpoint there" if path.exists() else "no such folder",
             expected="the folder of a run, or one of its checkpoints",

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.generation import Generator
 
 MOST_TOKENS = 64
@@ -34,7 +34,7 @@ class Sampler:
             size = len(self.tokenizer.encode(prompt))
             if size > room or size == 0:
                 raise ConfigError(
-                    explain(
+                    format_error(
                         f"--sample-prompt {prompt[:60]!r}",
                         got=f"{size} tokens",
                         expected=f"from 1 to {room}: the model has {self._most} positions, of "

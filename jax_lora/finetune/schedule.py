@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 
 SHAPES = ("cosine", "linear", "constant")
 
@@ -41,7 +41,7 @@ def make_schedule(
     }
     if shape not in decays:
         raise ConfigError(
-            explain(
+            format_error(
                 "lr_schedule",
                 got=repr(shape),
                 expected=f"one of {', '.join(SHAPES)}",

@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from jax_lora.config import LoraConfig
-from jax_lora.errors import ConfigError, explain
-from jax_lora.finetune.optimizers import check_optimizer
+from jax_lora.errors import ConfigError, format_error
+from jax_lora.finetune.optimizer_factory import check_optimizer
 from jax_lora.finetune.schedule import SHAPES
 
 TYPES = ("lora", "dora", "full")
@@ -180,7 +180,7 @@ class TrainSettings:
     def _check(self, name: str, right: bool, expected: str) -> None:
         if not right:
             raise ConfigError(
-                explain(
+                format_error(
                     f"--{name.replace('_', '-')}",
                     got=repr(getattr(self, name)),
                     expected=expected,

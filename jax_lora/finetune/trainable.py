@@ -16,8 +16,8 @@ from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.init import lora_init
 from jax_lora.models import load, save
-from jax_lora.models.companions import copy_companions
 from jax_lora.models.families import family_of
+from jax_lora.models.tokenizer_files import copy_companions
 from jax_lora.transform import find_kernels
 
 

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora import array_files
-from jax_lora.errors import CheckpointError, explain
-from jax_lora.json_files import read_json
+from jax_lora.errors import CheckpointError, format_error
+from jax_lora.storage import array_store
+from jax_lora.storage.json_files import read_json
 
 RECORD, MOMENTS = "training.json", "moments"
 NOTHING = "nothing"  # an array that is always there, as some optimizers have no state
@@ -42,14 +42,14 @@ def save_state(checkpoint: Path, moments: Any, record: dict[str, Any]) -> None:
     folder, record_file = checkpoint / MOMENTS, checkpoint / RECORD
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        array_files.write_arrays(folder, _named(moments))
-        whole = {"version": VERSION, "files": array_files.checksums(folder), **record}
+        array_store.write_arrays(folder, _named(moments))
+        whole = {"version": VERSION, "files": array_store.checksums(folder), **record}
         part = checkpoint / f"{RECORD}.part"
         part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         os.replace(part, record_file)
     except OSError as error:
         raise CheckpointError(
-            explain(
+            format_error(
                 str(checkpoint),
                 got=f"{type(error).__name__}: {error}",
                 expected="a folder that can be written to, on a file system with room",
@@ -106,7 +106,7 @@ def load_moments(checkpoint: Path, record: dict[str, Any], like: Any) -> Any:
     """
     files = record.get("files")
     problems = (
-        array_files.file_problems(checkpoint / MOMENTS, files)
+        array_store.file_problems(checkpoint / MOMENTS, files)
         if isinstance(files, dict) and all(isinstance(each, str) for each in files.values())
         else [f"{RECORD} has no checksums"]
     )
@@ -115,7 +115,7 @@ def load_moments(checkpoint: Path, record: dict[str, Any], like: Any) -> Any:
     wanted = _named(like)
     try:
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)
-        found = array_files.read_arrays(checkpoint / MOMENTS, template)
+        found = array_store.read_arrays(checkpoint / MOMENTS, template)
     except Exception as error:  # whatever Orbax meets
         raise _unreadable(checkpoint, f"{type(error).__name__}: {str(error)[:200]}") from error
     for name, array in found.items():
@@ -149,7 +149,7 @@ def _is_key(leaf: Any) -> bool:
 
 def _unreadable(checkpoint: Path, got: str) -> CheckpointError:
     return CheckpointError(
-        explain(
+        format_error(
             f"--resume {checkpoint}",
             got=got,
             expected="a checkpoint with the state of its run",

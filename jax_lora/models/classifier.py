@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jax_lora.errors import ModelError, explain
+from jax_lora.errors import ModelError, format_error
 from jax_lora.models.encoder import CLASSIFICATION, Encoder
-from jax_lora.models.parameters import parameter_shapes
+from jax_lora.models.parameter_shapes import parameter_shapes
 
 __all__ = ["add_classifier"]
 
@@ -50,7 +50,7 @@ def add_classifier(
     """
     if not isinstance(model, Encoder):
         raise ModelError(
-            explain(
+            format_error(
                 "add_classifier",
                 got=f"a {type(model).__name__}",
                 expected="an encoder: BERT or RoBERTa",

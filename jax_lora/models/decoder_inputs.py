@@ -5,7 +5,7 @@ from typing import NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 
 __all__ = ["KVCache", "check_inputs", "count_positions", "visible"]
 
@@ -51,7 +51,7 @@ def check_inputs(
 
 def _refuse(where: str, value: jax.Array, expected: str, fix: str) -> NoReturn:
     got = f"{value.dtype} {value.shape}"
-    raise ConfigError(explain(where, got=got, expected=expected, fix=fix))
+    raise ConfigError(format_error(where, got=got, expected=expected, fix=fix))
 
 
 def count_positions(

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import attend, linear
 from jax_lora.models.decoder_inputs import check_inputs
@@ -303,7 +303,7 @@ class Encoder(StandsInFiles, nn.Module):
 
 
 def _refusal(where: str, got: str, expected: str, fix: str) -> ConfigError:
-    return ConfigError(explain(where, got=got, expected=expected, fix=fix))
+    return ConfigError(format_error(where, got=got, expected=expected, fix=fix))
 
 
 # -----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax_lora.errors import ModelError, explain
+from jax_lora.errors import ModelError, format_error
 from jax_lora.models import (
     bert,
     gemma,
@@ -53,7 +53,7 @@ def family_of(model: Any) -> Family:
     found = next((each for each in FAMILIES.values() if type(model) is each.module), None)
     if found is None:
         raise ModelError(
-            explain(
+            format_error(
                 "model",
                 got=f"a {type(model).__name__}",
                 expected="a module of jax_lora.models",

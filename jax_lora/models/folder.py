@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jax_lora.contained_files import contained
-from jax_lora.errors import ModelError, explain
+from jax_lora.errors import ModelError, format_error
+from jax_lora.storage.safe_paths import contained
 
 __all__ = ["member", "read_json", "read_text", "weight_files"]
 
@@ -122,4 +122,4 @@ def _from_index(folder: Path) -> dict[str, set[str] | None]:
 
 
 def _refuse(where: Path, got: str, expected: str, fix: str) -> NoReturn:
-    raise ModelError(explain(str(where), got=got, expected=expected, fix=fix))
+    raise ModelError(format_error(str(where), got=got, expected=expected, fix=fix))

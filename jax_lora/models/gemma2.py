@@ -14,9 +14,9 @@ import jax
 from jax_lora.models.activations import soft_cap
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import DecoderLayer
+from jax_lora.models.decoder_blocks import SandwichLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.gemma import GemmaDecoder, gemma_norm
-from jax_lora.models.joins import SandwichLayer
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.windows import FULL, SLIDING, MixedLayersConfig
 

@@ -10,14 +10,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import DecoderLayer
+from jax_lora.models.decoder_blocks import QK_NORM_NAMES
 from jax_lora.models.decoder_config import LayerKind, frozen_settings
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
 from jax_lora.models.gemma import gemma_norm
 from jax_lora.models.gemma2 import CappedDecoder, Gemma2Layer
-from jax_lora.models.joins import QK_NORM_NAMES
 from jax_lora.models.windows import FULL, SLIDING, MixedLayersConfig
 
 __all__ = ["Gemma3", "Gemma3Config"]
@@ -140,7 +140,9 @@ def _rotary_fields(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(both, dict) or set(both) - {FULL, SLIDING}:
         expected = f"settings for {FULL} and for {SLIDING}"
         fix = "give each kind of layer its own, as transformers writes them."
-        raise ConfigError(explain("rope_parameters", got=repr(both), expected=expected, fix=fix))
+        raise ConfigError(
+            format_error("rope_parameters", got=repr(both), expected=expected, fix=fix)
+        )
     full, local = dict(both.get(FULL) or {}), dict(both.get(SLIDING) or {})
     thetas = {
         "rope_theta": full.pop("rope_theta", None) or raw.get("rope_theta"),

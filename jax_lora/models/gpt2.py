@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import Memory, attend, linear, remember
 from jax_lora.models.decoder_inputs import KVCache, check_inputs, count_positions, visible
@@ -279,7 +279,7 @@ class GPT2(StandsInFiles, nn.Module):
     def _check_length(self, tokens: int) -> None:
         if tokens > self.config.n_positions:
             raise ConfigError(
-                explain(
+                format_error(
                     "input_ids",
                     got=f"rows of {tokens} tokens",
                     expected=f"at most n_positions = {self.config.n_positions}",

@@ -20,11 +20,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jax_lora.errors import ModelError, explain
+from jax_lora.errors import ModelError, format_error
 from jax_lora.models.families import family_of, family_of_config
 from jax_lora.models.family import Family
 from jax_lora.models.layout import Placement
-from jax_lora.models.parameters import parameter_shapes
+from jax_lora.models.parameter_shapes import parameter_shapes
 from jax_lora.models.read_config import read_config
 from jax_lora.models.tensor_files import DTYPES, Tensor, open_tensors
 
@@ -74,7 +74,7 @@ def load(
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(
-            explain(
+            format_error(
                 str(folder),
                 got="no such folder",
                 expected="a Hugging Face model folder",
@@ -128,7 +128,7 @@ def _compare(
     problems += [] if problems else _false_copies(model, tensors)
     if problems:
         raise ModelError(
-            explain(
+            format_error(
                 str(folder),
                 got="tensors that do not fit config.json:\n    " + "\n    ".join(problems),
                 expected="exactly the tensors of this configuration",

@@ -10,9 +10,9 @@ import dataclasses
 
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
+from jax_lora.models.decoder_blocks import PreNormLayer
 from jax_lora.models.experts import SparseMLP, sparse_layout
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
-from jax_lora.models.joins import PreNormLayer
 from jax_lora.models.layout import Layout
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import WindowConfig

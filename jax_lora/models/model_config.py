@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 
 __all__ = ["ModelConfig"]
 
@@ -49,7 +49,7 @@ class ModelConfig:
     def refuse(self, where: str, got: Any, expected: str, fix: str) -> NoReturn:
         """Raise the error for one field."""
         where = f"{type(self).__name__}: {where}"
-        raise ConfigError(explain(where, got=repr(got), expected=expected, fix=fix))
+        raise ConfigError(format_error(where, got=repr(got), expected=expected, fix=fix))
 
 
 def is_size(value: Any) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
+from jax_lora.models.decoder_blocks import PreNormLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json
-from jax_lora.models.joins import PreNormLayer
 from jax_lora.models.layout import Layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.model_config import is_positive

@@ -10,8 +10,8 @@ import dataclasses
 
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
+from jax_lora.models.decoder_blocks import PreNormLayer
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
-from jax_lora.models.joins import PreNormLayer
 from jax_lora.models.layout import Layout
 from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm

@@ -13,9 +13,9 @@ from typing import Any
 
 from jax_lora.models.attention import Attention
 from jax_lora.models.decoder import Decoder, DecoderLayer
+from jax_lora.models.decoder_blocks import QK_NORM_NAMES, PreNormLayer
 from jax_lora.models.experts import SparseMLP, sparse_layout
 from jax_lora.models.family import ROTARY_TABLES, Family, decoder_json, nullable
-from jax_lora.models.joins import QK_NORM_NAMES, PreNormLayer
 from jax_lora.models.layout import Layout
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.windows import WindowConfig

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jax_lora.errors import ConfigError, ModelError, explain
+from jax_lora.errors import ConfigError, ModelError, format_error
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.families import FAMILIES
 from jax_lora.models.family import Family
@@ -177,4 +177,4 @@ def _rope_fields(raw: dict[str, Any], family: Family, where: Path) -> dict[str, 
 
 
 def _refuse(where: Path, got: str, expected: str, fix: str) -> NoReturn:
-    raise ModelError(explain(str(where), got=got, expected=expected, fix=fix))
+    raise ModelError(format_error(str(where), got=got, expected=expected, fix=fix))

@@ -14,11 +14,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from jax_lora.errors import ConfigError, ModelError, StructureError, explain
+from jax_lora.errors import ConfigError, ModelError, StructureError, format_error
 from jax_lora.models.families import family_of
 from jax_lora.models.family import Family
 from jax_lora.models.layout import Layout
-from jax_lora.models.parameters import parameter_shapes
+from jax_lora.models.parameter_shapes import parameter_shapes
 from jax_lora.models.read_config import arguments_to_config
 
 __all__ = ["save"]
@@ -65,7 +65,7 @@ def _check(model: Any, flat: Mapping[str, Any]) -> None:
             problems.append(f"wrong shape: {path} is {shape}, expected {expected[path]}")
     if problems:
         raise StructureError(
-            explain(
+            format_error(
                 "params",
                 got="leaves that do not fit the model:\n    " + "\n    ".join(problems),
                 expected="exactly the model's parameters, as plain arrays",

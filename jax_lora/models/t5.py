@@ -31,15 +31,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import Memory, remember
-from jax_lora.models.buckets import bucket_of, bucket_table
 from jax_lora.models.decoder_inputs import KVCache, check_inputs, visible
 from jax_lora.models.family import Family, plain_json
 from jax_lora.models.layout import Layout, Placement, StandsInFiles, dense, vector
 from jax_lora.models.model_config import ModelConfig
 from jax_lora.models.norms import RMSNorm
+from jax_lora.models.relative_positions import bucket_of, bucket_table
 
 __all__ = ["T5", "T5Cache", "T5Config"]
 
@@ -483,7 +483,7 @@ class T5(StandsInFiles, nn.Module):
 
 
 def _refusal(where: str, got: str, expected: str, fix: str) -> ConfigError:
-    return ConfigError(explain(where, got=got, expected=expected, fix=fix))
+    return ConfigError(format_error(where, got=got, expected=expected, fix=fix))
 
 
 def _linear(config: T5Config, features: int, deviation: float, param_dtype: Any) -> nn.Dense:

@@ -10,7 +10,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jax_lora.errors import ModelError, explain
+from jax_lora.errors import ModelError, format_error
 from jax_lora.models.folder import member, weight_files
 
 __all__ = ["DTYPES", "Tensor", "open_tensors"]
@@ -47,7 +47,7 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
             tensors.update({name: Tensor(file, name) for name in sorted(found)})
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                explain(
+                format_error(
                     str(path),
                     got=f"a broken file: {error}",
                     expected="a safetensors file",
@@ -56,7 +56,7 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
             ) from error
         if named is not None and named - found:
             raise ModelError(
-                explain(
+                format_error(
                     str(path),
                     got="a shard without " + ", ".join(sorted(named - found)),
                     expected="the tensors that the index places there",

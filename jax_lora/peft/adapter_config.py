@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.config import LoraConfig
-from jax_lora.errors import AdapterFileError, AdapterFileWarning, explain
-from jax_lora.json_files import read_json
+from jax_lora.errors import AdapterFileError, AdapterFileWarning, format_error
+from jax_lora.storage.json_files import read_json
 
 CONFIG = "adapter_config.json"
 _MOST_BYTES = 2**20
@@ -103,7 +103,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     problems = list(_problems(raw))
     if problems:
         raise AdapterFileError(
-            explain(
+            format_error(
                 str(folder / CONFIG),
                 got="".join(f"\n    {problem}" for problem in problems),
                 expected="the configuration of a LoRA adapter that this library can run",

@@ -18,10 +18,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jax_lora import paths
 from jax_lora.models.families import family_of
-from jax_lora.models.variants import replicate_layers, resize_vocab, untie
+from jax_lora.models.surgery import replicate_layers, resize_vocab, untie
 from jax_lora.peft import keys
+from jax_lora.peft.hf_modules import find_leaves, sites_of
 from jax_lora.peft.load import group
-from jax_lora.peft.sites import find_leaves, sites_of
 from jax_lora.peft.tied import HEAD, settle, tied_table
 
 _Tensors = Mapping[str, np.ndarray]

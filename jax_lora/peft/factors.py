@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.adapter import LoraPair
-from jax_lora.peft.sites import Leaf
+from jax_lora.peft.hf_modules import Leaf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from jax_lora.peft.factors import Factors
-from jax_lora.peft.sites import Site
+from jax_lora.peft.hf_modules import Site
 
 PREFIX = "base_model.model."
 A, B, B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"

@@ -20,15 +20,15 @@ import numpy as np
 
 from jax_lora import paths
 from jax_lora.adapter import Adapter, LoraPair
-from jax_lora.errors import AdapterFileError, explain
-from jax_lora.kernel import Kernel
+from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft import keys, whole_tensors
 from jax_lora.peft.adapter_config import config_text, keep, read_config
 from jax_lora.peft.factors import Factors, join
+from jax_lora.peft.hf_modules import Leaf, Site, find_leaves, sites_of
 from jax_lora.peft.our_config import our_config
 from jax_lora.peft.scaling import scale_of
-from jax_lora.peft.sites import Leaf, Site, find_leaves, sites_of
-from jax_lora.peft.targets import expected_modules
+from jax_lora.peft.target_modules import expected_modules
 from jax_lora.peft.tensor_file import read_tensors
 from jax_lora.peft.tied import UNTIE, settle, tied_table
 
@@ -246,7 +246,7 @@ def _replication_problems(config: Mapping[str, Any], leaves: Mapping[str, Leaf])
 
 def _refusal(folder: Path, problems: list[str]) -> AdapterFileError:
     return AdapterFileError(
-        explain(
+        format_error(
             str(folder),
             got=f"{len(problems)} things that do not fit the base:"
             + "".join(f"\n    {problem}" for problem in problems),

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.adapter import Adapter
-from jax_lora.errors import AdapterFileError, explain
-from jax_lora.kernel import Kernel
+from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft.adapter_config import DEFAULTS
+from jax_lora.peft.hf_modules import Site, find_leaves, sites_of
 from jax_lora.peft.mlx import assembled
-from jax_lora.peft.sites import Site, find_leaves, sites_of
 from jax_lora.peft.tensor_file import read_tensors
 
 _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b"}
@@ -70,7 +70,7 @@ def load_loralib(
         problems += _problems(module, each, sites[module])
     if problems:
         raise AdapterFileError(
-            explain(
+            format_error(
                 str(file),
                 got="".join(f"\n    {problem}" for problem in problems),
                 expected="lora_A (r, in) and lora_B (out, r) of modules that names has",

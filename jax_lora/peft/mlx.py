@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.adapter import Adapter
-from jax_lora.errors import AdapterFileError, explain
-from jax_lora.json_files import read_json
-from jax_lora.kernel import Kernel
+from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft.adapter_config import CONFIG, DEFAULTS
 from jax_lora.peft.factors import Factors, join, split
+from jax_lora.peft.hf_modules import Site, find_leaves, sites_of
 from jax_lora.peft.our_config import our_config
 from jax_lora.peft.save import adapted_leaves
-from jax_lora.peft.sites import Site, find_leaves, sites_of
 from jax_lora.peft.tensor_file import read_tensors, write_files
+from jax_lora.storage.json_files import read_json
 
 WEIGHTS = "adapters.safetensors"
 _LAYER = re.compile(r"layers\.\d+\.(.*)")
@@ -200,7 +200,7 @@ def _shape_problems(module: str, parts: Mapping[str, np.ndarray], site: Site) ->
 
 def _refusal(where: str, problems: list[str], expected: str, fix: str) -> AdapterFileError:
     got = "".join(f"\n    {problem}" for problem in problems)
-    return AdapterFileError(explain(where, got=got, expected=expected, fix=fix))
+    return AdapterFileError(format_error(where, got=got, expected=expected, fix=fix))
 
 
 __all__ = ["assembled", "load_mlx", "save_mlx"]

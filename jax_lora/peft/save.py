@@ -16,13 +16,13 @@ import numpy as np
 
 from jax_lora import paths
 from jax_lora.adapter import Adapter
-from jax_lora.errors import ConfigError, StructureError, explain
-from jax_lora.kernel import Kernel
+from jax_lora.errors import ConfigError, StructureError, format_error
+from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft import keys, vllm, whole_tensors
 from jax_lora.peft.adapter_config import CONFIG, config_text
 from jax_lora.peft.factors import Factors, split
+from jax_lora.peft.hf_modules import Leaf, describe, sites_of
 from jax_lora.peft.load import WEIGHTS
-from jax_lora.peft.sites import Leaf, describe, sites_of
 from jax_lora.peft.tensor_file import write_files
 from jax_lora.peft.their_config import their_config
 from jax_lora.peft.tied import HEAD, mirror, tied_table
@@ -62,7 +62,7 @@ def save(
     """
     if target not in TARGETS:
         expected, fix = "None or 'vllm'", "Leave it out for PEFT itself."
-        raise ConfigError(explain("target", got=repr(target), expected=expected, fix=fix))
+        raise ConfigError(format_error("target", got=repr(target), expected=expected, fix=fix))
     adapter = jax.tree.map(np.asarray, adapter)
     leaves = adapted_leaves(adapter, names)
     sites = sites_of(leaves)
@@ -103,7 +103,7 @@ def adapted_leaves(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Leaf
         found[prefix + own] = _describe(prefix + own, templates[own], path, adapter)
     if problems:
         raise StructureError(
-            explain(
+            format_error(
                 "names",
                 got="".join(f"\n    {problem}" for problem in problems),
                 expected="a module's name for every leaf of the adapter",

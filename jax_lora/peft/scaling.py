@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jax_lora.errors import AdapterFileError, explain
+from jax_lora.errors import AdapterFileError, format_error
 
 _MOST_CHARACTERS = 300
 _MOST_REPETITIONS = 4
@@ -58,7 +58,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _refusal(pattern: str, got: str) -> AdapterFileError:
     return AdapterFileError(
-        explain(
+        format_error(
             f"rank_pattern or alpha_pattern: {pattern[:80]!r}",
             got=got,
             expected="names of modules, at most a few repetitions and no repeated groups",

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jax_lora.contained_files import contained
-from jax_lora.errors import AdapterFileError, explain
+from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.storage.safe_paths import contained
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.npz")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -66,7 +66,7 @@ def _absent(folder: Path, name: str) -> AdapterFileError:
 
 
 def _refusal(where: Path, got: str, expected: str, fix: str) -> AdapterFileError:
-    return AdapterFileError(explain(str(where), got=got, expected=expected, fix=fix))
+    return AdapterFileError(format_error(str(where), got=got, expected=expected, fix=fix))
 
 
 def write_files(

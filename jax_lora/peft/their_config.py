@@ -16,9 +16,9 @@ from typing import Any
 from jax_lora.adapter import Adapter
 from jax_lora.peft.adapter_config import DEFAULTS, kept
 from jax_lora.peft.factors import Factors
+from jax_lora.peft.hf_modules import Site
 from jax_lora.peft.scaling import scale_of, value_of
-from jax_lora.peft.sites import Site
-from jax_lora.peft.targets import matches
+from jax_lora.peft.target_modules import matches
 from jax_lora.peft.tied import HEAD
 
 

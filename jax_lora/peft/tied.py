@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from jax_lora.peft import keys
-from jax_lora.peft.sites import braces
-from jax_lora.peft.targets import listed
+from jax_lora.peft.hf_modules import braces
+from jax_lora.peft.target_modules import listed
 
 HEAD = "lm_head"
 UNTIE = "the model is tied; jl.peft.load_model(path, model, params) unties it"

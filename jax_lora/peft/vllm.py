@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from jax_lora.adapter import Adapter
-from jax_lora.errors import AdapterFileError, explain
+from jax_lora.errors import AdapterFileError, format_error
 from jax_lora.peft.adapter_config import forget
 from jax_lora.peft.factors import Factors
-from jax_lora.peft.sites import Site
+from jax_lora.peft.hf_modules import Site
 
 
 def check(adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Site]) -> None:
@@ -40,7 +40,7 @@ def check(adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Si
             problems.append(f"{module}: a parameter of a module with several; vLLM takes modules")
     if problems:
         raise AdapterFileError(
-            explain(
+            format_error(
                 "target='vllm'",
                 got="".join(f"\n    {problem}" for problem in problems),
                 expected="factors of plain modules, which is all that vLLM serves",

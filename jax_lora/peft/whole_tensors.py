@@ -18,7 +18,7 @@ import numpy as np
 
 from jax_lora import paths
 from jax_lora.peft import keys
-from jax_lora.peft.sites import Leaf, Site
+from jax_lora.peft.hf_modules import Leaf, Site
 from jax_lora.updates import TokenRows
 
 # The base's own weight, by where PEFT keeps it.

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from jax_lora.errors import ModelError, explain
-from jax_lora.kernel import Kernel
+from jax_lora.errors import ModelError, format_error
+from jax_lora.kernels.kernel import Kernel
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.families import FAMILIES, family_of_config
 from jax_lora.models.folder import read_json
-from jax_lora.models.parameters import parameter_shapes
+from jax_lora.models.parameter_shapes import parameter_shapes
 from jax_lora.models.read_config import arguments_to_config, read_config
 from jax_lora.plan.arithmetic import KernelShape, ModelShape
 from jax_lora.plan.published import GPT3, GPT3_SIZES, NAMES, PUBLISHED
@@ -112,7 +112,7 @@ def plan_shape(name: str, dtype: Any) -> PlannedModel:
 
 def _refuse(name: str, got: str, fix: str) -> NoReturn:
     expected = "a published model's name, or a config.json of a model that is known here"
-    raise ModelError(explain(f"--shape {name}", got=got, expected=expected, fix=fix))
+    raise ModelError(format_error(f"--shape {name}", got=got, expected=expected, fix=fix))
 
 
 def _stored_dtype(raw: Mapping[str, Any]) -> Any:

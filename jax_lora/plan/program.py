@@ -19,7 +19,7 @@ from jax_lora.adapter import Adapter, combine
 from jax_lora.data.batches import Batch
 from jax_lora.dropout import dropout
 from jax_lora.finetune.devices import data_mesh
-from jax_lora.finetune.optimizers import make_optimizer
+from jax_lora.finetune.optimizer_factory import make_optimizer
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.step import make_step, start
 from jax_lora.finetune.trainable import depth_of

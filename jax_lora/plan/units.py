@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -32,7 +32,7 @@ def read_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
         raise ConfigError(
-            explain(
+            format_error(
                 "--fit",
                 got=repr(text),
                 expected="a size above 0, such as 24GB, 16GiB, 800MB or bytes",

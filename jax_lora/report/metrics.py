@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import ConfigError, DataError, explain
+from jax_lora.errors import ConfigError, DataError, format_error
 
 JSONL, CSV, TENSORBOARD = "metrics.jsonl", "metrics.csv", "tensorboard"
 COLUMNS: tuple[str, ...] = (
@@ -105,7 +105,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _unreadable(where: str, got: str) -> DataError:
     return DataError(
-        explain(
+        format_error(
             where,
             got=got,
             expected=f"the folder of a run, with the {JSONL} that jax-lora train writes",
@@ -146,7 +146,7 @@ def _open_board(folder: Path, resume_at: int) -> Any:
         import tensorboardX
     except ImportError as error:
         raise ConfigError(
-            explain(
+            format_error(
                 "--log tensorboard",
                 got="the package tensorboardX is not installed",
                 expected="tensorboardX, which writes TensorBoard's files without TensorFlow",

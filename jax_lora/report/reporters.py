@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.report.events import Reporter
-from jax_lora.report.json_lines import JsonReporter
-from jax_lora.report.plain import PlainReporter
+from jax_lora.report.json_reporter import JsonReporter
+from jax_lora.report.plain_reporter import PlainReporter
 
 KINDS = ("auto", "rich", "plain", "json", "none")
 
@@ -27,7 +27,7 @@ def make_reporter(kind: str = "auto") -> Reporter:
     """
     if kind not in KINDS:
         raise ConfigError(
-            explain(
+            format_error(
                 "--progress",
                 got=repr(kind),
                 expected=f"one of {', '.join(KINDS)}",
@@ -41,7 +41,7 @@ def make_reporter(kind: str = "auto") -> Reporter:
     if kind == "rich" or (kind == "auto" and sys.stdout.isatty()):
         from rich.console import Console
 
-        from jax_lora.report.screen import RichReporter
+        from jax_lora.report.rich_reporter import RichReporter
 
         return RichReporter(Console(force_terminal=True if kind == "rich" else None))
     return PlainReporter(sys.stdout)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from jax_lora import paths
 from jax_lora.adapter import is_adapted, is_weight
-from jax_lora.errors import StructureError, explain
-from jax_lora.kernel import Kernels
-from jax_lora.parameters import not_parameters
+from jax_lora.errors import StructureError, format_error
+from jax_lora.kernels.kernel import Kernels
+from jax_lora.kernels.parameters import not_parameters
 from jax_lora.transform.analyze import Analyze, Stream
 from jax_lora.transform.programs import Body
 from jax_lora.transform.record import Bar, Record
@@ -88,7 +88,7 @@ def _named_parameters(tree: Any) -> list[str]:
     for path, leaf in named:
         if is_adapted(leaf):
             raise StructureError(
-                explain(
+                format_error(
                     f"find_kernels: {path}",
                     got="a leaf that has an adapter already",
                     expected="plain parameters",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jax_lora.algebra.named_axes import AxisName, origins
-from jax_lora.kernel import Kernel, Kernels
+from jax_lora.kernels.kernel import Kernel, Kernels
 from jax_lora.transform.equations import UNKNOWN
 
 Paths = frozenset[str]

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax_lora.algebra.low_rank import LowRank
 from jax_lora.algebra.named_axes import RANK
-from jax_lora.errors import ConfigError, MaterializeError, MaterializeWarning, explain
+from jax_lora.errors import ConfigError, MaterializeError, MaterializeWarning, format_error
 from jax_lora.transform.strategies import MATERIALIZED, check_form, check_platform
 
 POLICIES = ("warn", "error", "allow")
@@ -23,7 +23,7 @@ def check_policy(policy: str) -> str:
     """
     if policy not in POLICIES:
         raise ConfigError(
-            explain(
+            format_error(
                 "lora_apply: on_materialize",
                 got=repr(policy),
                 expected=f"one of {', '.join(POLICIES)}",
@@ -45,7 +45,7 @@ def addend_error(path: str, operation: str, where: str) -> MaterializeError:
       The error.
     """
     return MaterializeError(
-        explain(
+        format_error(
             f"lora_apply: {path} at {where}",
             got=f"the operation {operation}, on a kernel whose pair has a bias",
             expected="data times the kernel, summed over all of its inputs and over nothing else",
@@ -78,7 +78,7 @@ class Materializations:
         if self.policy == "allow" or site in self._said:
             return
         self._said.add(site)
-        message = explain(
+        message = format_error(
             f"lora_apply: {path} at {where}",
             got=f"the operation {operation}, which has no low-rank rule for it",
             expected="a contraction, a lookup, a convolution, or a reshape, slice or cast",

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 
 FACTORED, MERGED = "factored", "merged"
 MATERIALIZED = "materialized"  # not a choice: what is left where an operation has no rule
@@ -171,7 +171,9 @@ def _one_of(name: str, value: str, known: Sequence[str], fix: str) -> str:
     if value in known:
         return value
     expected = f"one of {', '.join(known)}"
-    raise ConfigError(explain(f"lora_apply: {name}", got=repr(value), expected=expected, fix=fix))
+    raise ConfigError(
+        format_error(f"lora_apply: {name}", got=repr(value), expected=expected, fix=fix)
+    )
 
 
 def target_platform(arrays: Sequence[Any]) -> str:

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora import flax_state
 from jax_lora.algebra import dora, low_rank
 from jax_lora.algebra.base_weight import Base
 from jax_lora.algebra.low_rank import LowRank, accumulation_dtype, static
 from jax_lora.algebra.named_array import NamedArray
 from jax_lora.algebra.named_axes import RANK, AxisName
-from jax_lora.kernel import Kernel
+from jax_lora.kernels import flax_state
+from jax_lora.kernels.kernel import Kernel
 
 Array = jax.Array
 VECTORS = ("magnitude", "bias")  # what a pair may hold beside its factors, (*stack, *out) each

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora import flax_state
 from jax_lora.algebra.base_weight import Base, made
 from jax_lora.algebra.low_rank import static
+from jax_lora.kernels import flax_state
 
 
 @flax_state.node

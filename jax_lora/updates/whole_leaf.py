@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jax_lora import flax_state
 from jax_lora.algebra.base_weight import Base
+from jax_lora.kernels import flax_state
 
 Array = jax.Array
 

@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 
 import jax_lora as jl
 from jax_lora.errors import CheckpointError, MergeError
+from tests.checkpoint.test_adapter_checkpoint import reseal
 from tests.lora_cases import (
     adapt,
     assert_bitwise,
@@ -23,7 +24,6 @@ from tests.lora_cases import (
     random_tree,
     randomized,
 )
-from tests.test_checkpoint import reseal
 
 X = jax.random.normal(jax.random.key(2), (3, 8))
 IDS = jnp.array([[0, 3, 6], [1, 1, 5]])

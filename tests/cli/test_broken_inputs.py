@@ -146,7 +146,7 @@ def test_a_disk_that_is_full(train, capsys, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jax_lora.array_files.write_arrays", full)
+    monkeypatch.setattr("jax_lora.storage.array_store.write_arrays", full)
     assert train() == 2
     message = capsys.readouterr().err
     assert "No space left on device" in message and "Free some space" in message

@@ -10,7 +10,7 @@ from jax_lora import LoraConfig, find_kernels, lora_init, merge
 from jax_lora.errors import ConfigError
 from jax_lora.finetune import generation
 from jax_lora.finetune.generation import Generator
-from jax_lora.models.generate import advance
+from jax_lora.models.decoding import advance
 
 PROMPTS = [[5, 9, 7], [200, 3], [8, 2, 6, 4, 1, 90, 17, 33, 250]]
 

@@ -8,7 +8,7 @@ from jax_lora import LoraConfig, find_kernels, lora_init
 from jax_lora.data.batches import Batches
 from jax_lora.data.examples import Example
 from jax_lora.dropout import dropout
-from jax_lora.finetune.optimizers import make_optimizer
+from jax_lora.finetune.optimizer_factory import make_optimizer
 from jax_lora.finetune.step import make_step, make_validation, start
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_lora as jl
-from jax_lora.kernel import Kernel
+from jax_lora.kernels.kernel import Kernel
 from tests.lora_cases import assert_close, merged_tree
 
 

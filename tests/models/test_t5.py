@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import jax_lora as jl
 from jax_lora.errors import ConfigError, ModelError
 from jax_lora.models import T5Config, load, replicate_layers, save, untie
-from jax_lora.models.buckets import bucket_table
+from jax_lora.models.relative_positions import bucket_table
 from tests.lora_cases import assert_close, merged_tree
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "t5"

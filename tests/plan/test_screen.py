@@ -7,10 +7,10 @@ import pytest
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.data_shapes import BatchShape, DataShapes
 from jax_lora.plan.fit import Change, Fit
+from jax_lora.plan.plan_tables import fit_lines, plan_lines
 from jax_lora.plan.planned_model import plan_shape
 from jax_lora.plan.planning import Choices, make_plan
 from jax_lora.plan.program import ProgramMemory
-from jax_lora.plan.screen import fit_lines, plan_lines
 
 ROWS = DataShapes("/a/very/long/path" * 9, (BatchShape(2048, 2048, 10**6),), 10**7, 10**10)
 

@@ -4,7 +4,7 @@ import pytest
 
 from jax_lora.cli import main
 from jax_lora.report.curves import read_curves
-from jax_lora.report.plot import write_run_plot
+from jax_lora.report.loss_plot import write_run_plot
 from jax_lora.report.text_plot import text_plot
 
 

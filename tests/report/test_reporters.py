@@ -8,10 +8,10 @@ from rich.console import Console
 
 from jax_lora.errors import ConfigError
 from jax_lora.report.events import Reporter, RunPlan, RunResult, TrainReport, Validation
-from jax_lora.report.json_lines import JsonReporter
-from jax_lora.report.plain import PlainReporter
+from jax_lora.report.json_reporter import JsonReporter
+from jax_lora.report.plain_reporter import PlainReporter
 from jax_lora.report.reporters import make_reporter
-from jax_lora.report.screen import RichReporter, duration, fitting
+from jax_lora.report.rich_reporter import RichReporter, duration, fitting
 
 PLAN = RunPlan(
     "bundled, 4,000,000 parameters", "rank 8", "2000 train", 20, ("a note [x]",), ("rows: --pack",)

@@ -9,8 +9,8 @@ import pytest
 import jax_lora as jl
 from jax_lora.errors import BaseMismatchError, CheckpointError, MergeError, StructureError
 from jax_lora.optimizers import trainable_mask
+from tests.checkpoint.test_adapter_checkpoint import reseal
 from tests.lora_cases import assert_bitwise, assert_close, merged_tree, random_tree, randomized
-from tests.test_checkpoint import reseal
 
 IDS = jnp.array([[0, 3, 6], [1, 3, 5]])
 CONFIG = jl.LoraConfig(rank=2)

@@ -124,11 +124,11 @@ def histogram(lengths: Sequence[int]) -> list[str]:
 
 def check_new(path: Path, option: str) -> None:
     """Refuse to write over a file or into a folder that is there."""
-    from jax_lora.errors import ConfigError, explain
+    from jax_lora.errors import ConfigError, format_error
 
     if path.exists():
         raise ConfigError(
-            explain(
+            format_error(
                 f"{option} {path}",
                 got="something of that name",
                 expected="a new name",

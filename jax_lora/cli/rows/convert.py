@@ -9,7 +9,7 @@ from typing import Any
 
 from jax_lora.cli.rows.check import check_new
 from jax_lora.data.rows import Row, read_rows
-from jax_lora.errors import DataError, explain
+from jax_lora.errors import DataError, format_error
 
 HELP = "write a file of rows as .jsonl of one format"
 FORMS = ("chat", "completions", "text")
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         form = _in_form(row, options.to or row.kind)
         if form is None:
             raise DataError(
-                explain(
+                format_error(
                     f"{file.path}:{row.line}",
                     got=f"a row of the form {row.kind}",
                     expected=f"one that can be written as {options.to}",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jax_lora.cli.rows.check import check_new
 from jax_lora.data.rows import read_rows
-from jax_lora.errors import ConfigError, explain
+from jax_lora.errors import ConfigError, format_error
 
 HELP = "split one file into train, valid and test"
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     shares = {"valid": options.valid, "test": options.test}
     if min(shares.values()) < 0 or sum(shares.values()) >= 1:
         raise ConfigError(
-            explain(
+            format_error(
                 "--valid and --test",
                 got=f"{options.valid:g} and {options.test:g}",
                 expected="shares of the rows, from 0 on, that leave some for training",

@@ -1,0 +1,124 @@
+"""Optimizers of Optax by their names, behind a clip and in front of LoRA+."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+import optax.contrib
+
+from jax_lora.errors import ConfigError, format_error
+from jax_lora.optimizers import lora_plus
+
+# These want more than a gradient and a schedule: the loss, a key, a line search, a constant rate.
+NEED_MORE = (
+    "galore",
+    "lbfgs",
+    "momo",
+    "momo_adam",
+    "noisy_sgd",
+    "optimistic_adam",  # an old name of optimistic_adam_v2
+    "rprop",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+    "sm3",
+    "sophia",
+)
+_NAMES = vars(optax.contrib) | vars(optax)  # not by getattr, which warns of old names
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    name: str = "adamw",
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    lora_plus_ratio: float = 1.0,
+) -> optax.GradientTransformation:
+    """Make the optimizer of a run.
+
+    Args:
+      schedule: The learning rate.
+      name: An optimizer of Optax.
+      weight_decay: Decoupled weight decay; an optimizer that has none of its own gets it in front
+        of the learning rate, as AdamW has it.
+      max_grad_norm: Largest norm of the gradient; 0 does not clip.
+      lora_plus_ratio: How many times the learning rate the factors b get.
+
+    Returns:
+      An Optax transformation for what is trained.
+    """
+    parts = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm > 0 else []
+    parts.append(_decayed(_factory(name), schedule, weight_decay))
+    optimizer = optax.chain(*parts) if len(parts) > 1 else parts[0]
+    return optimizer if lora_plus_ratio == 1.0 else lora_plus(optimizer, lora_plus_ratio)
+
+
+def check_optimizer(name: Any) -> None:
+    """Refuse a name that is no optimizer.
+
+    Args:
+      name: What was asked for.
+
+    Raises:
+      ConfigError: Optax has none of that name; the message lists the nearest.
+    """
+    if not isinstance(name, str) or name not in optimizer_names():
+        near = difflib.get_close_matches(str(name), optimizer_names(), n=3, cutoff=0.5)
+        raise ConfigError(
+            format_error(
+                "--optimizer",
+                got=repr(name),
+                expected=f"an optimizer of Optax: {', '.join(optimizer_names())}",
+                fix=f"Did you mean {' or '.join(near)}?" if near else "Leave it out for adamw.",
+            )
+        )
+
+
+@functools.cache
+def optimizer_names() -> tuple[str, ...]:
+    """List Optax's optimizers, with those of `optax.contrib`, that need a learning rate alone.
+
+    Returns:
+      Their names, sorted.
+    """
+    names = {*_NAMES} - {*NEED_MORE}
+    return tuple(sorted(name for name in names if _is_optimizer(_NAMES[name])))
+
+
+def _is_optimizer(value: Any) -> bool:
+    if not inspect.isfunction(value) or value.__name__.startswith(("_", "scale_by")):
+        return False
+    parameters = inspect.signature(value).parameters
+    needed = {each.name for each in parameters.values() if each.default is inspect.Parameter.empty}
+    return next(iter(parameters), None) == "learning_rate" and needed <= {"learning_rate"}
+
+
+def _factory(name: str) -> Callable[..., optax.GradientTransformation]:
+    check_optimizer(name)
+    return _NAMES[name]
+
+
+def _decayed(
+    factory: Callable[..., Any], schedule: optax.Schedule, weight_decay: float
+) -> optax.GradientTransformation:
+    """Give the decay to the optimizer itself where it takes one."""
+    parameters = inspect.signature(factory).parameters
+    if "weight_decay" in parameters:
+        return factory(schedule, weight_decay=weight_decay)
+    if "weight_decay_rate" in parameters:
+        return factory(schedule, weight_decay_rate=weight_decay or None)
+    if weight_decay == 0.0:
+        return factory(schedule)
+    raise ConfigError(
+        format_error(
+            "--weight-decay",
+            got=f"{weight_decay:g} for {factory.__name__}, which has none",
+            expected="0",
+            fix="Take an optimizer with weight decay, such as adamw or lion.",
+        )
+    )

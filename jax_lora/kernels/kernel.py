@@ -1,0 +1,143 @@
+"""Kernel: what is known of one leaf that a contraction, a lookup or a convolution consumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jax_lora.errors import AmbiguousKernelError, format_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How a function uses one leaf of its parameters.
+
+    `find_kernels` fills these in by watching the function; `kernels_by_name` guesses the plain
+    two-dimensional ones from their names.
+
+    Args:
+      path: Path of the leaf.
+      shape: Shape of the leaf.
+      dtype: Type of the leaf.
+      kind: `"dense"`, `"embedding"` or `"conv"`.
+      in_axes: Axes that are summed over, or looked up by.
+      out_axes: Axes that the result keeps.
+      stack_axes: Axes that hold several kernels: layers, experts, heads that are batched over.
+      uses: How many operations consume the leaf.
+      flops: Floating-point operations of one call that the leaf takes part in.
+      is_output_head: Whether its product is what the function returns.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    kind: str
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...] = ()
+    uses: int = 1
+    flops: int = 0
+    is_output_head: bool = False
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Sizes of the input axes."""
+        return tuple(self.shape[axis] for axis in self.in_axes)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Sizes of the output axes."""
+        return tuple(self.shape[axis] for axis in self.out_axes)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Sizes of the stack axes."""
+        return tuple(self.shape[axis] for axis in self.stack_axes)
+
+    @property
+    def in_size(self) -> int:
+        """Inputs of one kernel of the stack."""
+        return math.prod(self.in_shape)
+
+    @property
+    def out_size(self) -> int:
+        """Outputs of one kernel of the stack."""
+        return math.prod(self.out_shape)
+
+    def pair_size(self, rank: int) -> int:
+        """Count the numbers that a pair (a, b) of this rank holds.
+
+        Example:
+          >>> kernel = Kernel("kernel", (4096, 4096), "float32", "dense", (0,), (1,))
+          >>> kernel.pair_size(8)
+          65536
+        """
+        return math.prod(self.stack_shape) * rank * (self.in_size + self.out_size)
+
+
+class Kernels(dict[str, Kernel]):
+    """The kernels of a function by path, and what no adapter can reach.
+
+    Attributes:
+      skipped: `{path: reason}` for every matrix that the function uses and that cannot be adapted.
+        The reason names the operation and its `file:line`.
+      acting: The paths in `skipped` that are contracted with data all the same: people expect an
+        adapter there.
+      added: The paths in `skipped` that are only added to data, as biases and positions are.
+    """
+
+    def __init__(
+        self,
+        kernels: Mapping[str, Kernel],
+        skipped: Mapping[str, str] | None = None,
+        acting: frozenset[str] = frozenset(),
+        added: frozenset[str] = frozenset(),
+    ):
+        """Keep them all."""
+        super().__init__(kernels)
+        self.skipped = dict(skipped or {})
+        self.acting = acting
+        self.added = added
+
+    def within(self, paths: Collection[str]) -> Kernels:
+        """Keep the kernels of some paths."""
+        some = {path: kernel for path, kernel in self.items() if path in paths}
+        return Kernels(some, self.skipped, self.acting, self.added)
+
+
+def kernels_by_name(leaves: dict[str, Any]) -> dict[str, Kernel]:
+    """Take every two-dimensional floating leaf named `kernel` as (in, out).
+
+    Args:
+      leaves: Leaves by path.
+
+    Returns:
+      A dense `Kernel` for each such leaf.
+    """
+    return {
+        path: Kernel(path, tuple(leaf.shape), leaf.dtype, "dense", (0,), (1,))
+        for path, leaf in leaves.items()
+        if path.split("/")[-1] == "kernel" and len(leaf.shape) == 2 and is_floating(leaf)
+    }
+
+
+def is_floating(leaf: Any) -> bool:
+    """Tell whether a leaf holds floating-point numbers."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def ambiguous(path: str, leaf: Any) -> AmbiguousKernelError:
+    """Build the error for a leaf whose axes its shape alone does not explain."""
+    return AmbiguousKernelError(
+        format_error(
+            path,
+            got=f"shape {tuple(leaf.shape)}, whose axes could be inputs, outputs or layers",
+            expected="a two-dimensional leaf named 'kernel' of shape (in, out)",
+            fix="Pass kernels=jl.find_kernels(model.apply, variables, *args) to lora_init.",
+        )
+    )

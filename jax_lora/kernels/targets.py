@@ -1,0 +1,215 @@
+"""Targets: which kernels a configuration means, and an error whenever that could be a mistake."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jax_lora import paths
+from jax_lora.config import LoraConfig
+from jax_lora.errors import LoraError, NoMatchError, SkippedKernelWarning, format_error
+from jax_lora.kernels import stacks
+from jax_lora.kernels.kernel import Kernel, Kernels, ambiguous, is_floating, kernels_by_name
+
+# Names that Flax, Hugging Face and the papers give to the parts of a Transformer block.
+ATTENTION = (
+    "*attn*",
+    "*attention*",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "qkv_proj",
+    "c_attn",
+    "query",
+    "key",
+    "value",
+)
+MLP = (
+    "mlp",
+    "*ffn*",
+    "*feed_forward*",
+    "*feedforward*",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "gate_up_proj",
+    "fc1",
+    "fc2",
+    "wi",
+    "wi_*",
+    "wo",
+    "c_fc",
+    "experts",
+)
+_GROUPS = {"attention": ATTENTION, "mlp": MLP}
+
+
+def select(
+    leaves: Mapping[str, Any], config: LoraConfig, kernels: Mapping[str, Kernel] | None
+) -> dict[str, Kernel]:
+    """Choose the kernels that a configuration targets.
+
+    Args:
+      leaves: Every leaf of the parameters by path.
+      config: What to adapt.
+      kernels: What `find_kernels` reported; None to go by shape and name.
+
+    Returns:
+      The chosen kernels by path, in the order of their paths.
+
+    Raises:
+      NoMatchError: A pattern that matches no kernel.
+      AmbiguousKernelError: A chosen leaf whose axes are not known without `find_kernels`.
+
+    Warns:
+      SkippedKernelWarning: A target is in `kernels.skipped`.
+    """
+    named = kernels_by_name(dict(leaves)) if kernels is None else kernels
+    known = (named if isinstance(named, Kernels) else Kernels(named)).within(leaves)
+    chosen = _chosen(leaves, config, known, guessed=kernels is None)
+    _warn_of_skipped(known, config)
+    _check_patterns("exclude", config.exclude, known, leaves, config)
+    chosen = [p for p in chosen if not _any_matches(config.exclude, p)]
+    chosen = [p for p in chosen if not _any_matches(config.modules_to_save, p)]
+    if not chosen:
+        raise _no_match("exclude", " ".join(config.exclude), known, "everything was excluded")
+    selected = stacks.with_layers({path: known[path] for path in sorted(chosen)}, config)
+    names = dict.fromkeys(stacks.names(selected, config))
+    _check_patterns("rank_pattern", config.rank_pattern, names, leaves, config)
+    _check_patterns("alpha_pattern", config.alpha_pattern, names, leaves, config)
+    return selected
+
+
+def select_whole(leaves: Mapping[str, Any], config: LoraConfig) -> list[str]:
+    """Choose the leaves that `modules_to_save` trains whole."""
+    floating = {path: leaf for path, leaf in leaves.items() if is_floating(leaf)}
+    _check_patterns("modules_to_save", config.modules_to_save, floating, leaves, config)
+    return sorted(path for path in floating if _any_matches(config.modules_to_save, path))
+
+
+def _chosen(
+    leaves: Mapping[str, Any], config: LoraConfig, known: Mapping[str, Kernel], *, guessed: bool
+) -> list[str]:
+    if config.targets == "all-linear":
+        return _all_linear(leaves, known, guessed=guessed)
+    if config.targets in _GROUPS:
+        # A model may well name a module "mlp" or "attention" itself: the group includes it.
+        group = _GROUPS[config.targets]
+        dense = [path for path, kernel in known.items() if kernel.kind == "dense"]
+        chosen = [path for path in dense if _any_matches(group, path)]
+        if not chosen:
+            raise _no_match(
+                "targets", str(config.targets), known, "no dense kernel has such a name"
+            )
+        return chosen
+    patterns = (config.targets,) if isinstance(config.targets, str) else config.targets
+    if guessed:
+        _refuse_ambiguous(leaves, patterns, known)
+    _check_patterns("targets", patterns, known, leaves, config)
+    return [path for path in known if _any_matches(patterns, path)]
+
+
+def _all_linear(
+    leaves: Mapping[str, Any], known: Mapping[str, Kernel], *, guessed: bool
+) -> list[str]:
+    if guessed:
+        for path, leaf in leaves.items():
+            if path.split("/")[-1] == "kernel" and is_floating(leaf) and len(leaf.shape) > 2:
+                raise ambiguous(path, leaf)
+    dense = [path for path, kernel in known.items() if kernel.kind == "dense"]
+    if not dense:
+        raise _no_match("targets", "all-linear", known, "there is no dense kernel")
+    body = [path for path in dense if not known[path].is_output_head]
+    return body or dense  # a model that is nothing but a head: adapt that
+
+
+def _warn_of_skipped(kernels: Kernels, config: LoraConfig) -> None:
+    """Name the targets that no adapter can reach, in one warning."""
+    targets = config.targets
+    if targets == "all-linear" or targets in _GROUPS:
+        # What is never contracted with data, such as a table of positions, is no dense kernel.
+        wanted = [
+            path
+            for path in kernels.acting
+            if targets == "all-linear" or _any_matches(_GROUPS[str(targets)], path)
+        ]
+    else:
+        patterns = (targets,) if isinstance(targets, str) else targets
+        named = (path for path in kernels.skipped if _any_matches(patterns, path))
+        wanted = [path for path in named if path not in kernels.added]
+    left_out = (*config.exclude, *config.modules_to_save)
+    is_settled = lambda path: path in kernels or _any_matches(left_out, path)  # noqa: E731
+    wanted = sorted(path for path in wanted if not is_settled(path))
+    if wanted:
+        lines = [f"    {path}: {kernels.skipped[path]}" for path in wanted]
+        warnings.warn(
+            format_error(
+                f"lora_init: {len(wanted)} of the targets get no adapter",
+                got="\n" + "\n".join(lines),
+                expected="matrices that are contracted with data, looked up or convolved",
+                fix="Exclude them to silence this warning, or train them with modules_to_save.",
+            ),
+            SkippedKernelWarning,
+            stacklevel=4,  # the caller of lora_init
+        )
+
+
+def _any_matches(patterns: Iterable[str], path: str) -> bool:
+    return any(paths.matches(pattern, path) for pattern in patterns)
+
+
+def _refuse_ambiguous(
+    leaves: Mapping[str, Any], patterns: Sequence[str], known: Mapping[str, Kernel]
+) -> None:
+    for path, leaf in leaves.items():
+        named = any(paths.matches(pattern, path) for pattern in patterns)
+        if named and path not in known and is_floating(leaf) and len(leaf.shape) > 1:
+            bias = path.split("/")[-1] in ("bias", "scale")
+            if not bias:
+                raise ambiguous(path, leaf)
+
+
+def _check_patterns(
+    setting: str,
+    patterns: Iterable[str],
+    legal: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+    config: LoraConfig,
+) -> None:
+    patterns = list(patterns)
+    unused = [p for p in patterns if not any(paths.matches(p, path) for path in legal)]
+    for pattern in unused:
+        error = _unused(setting, pattern, legal, leaves)
+        if not config.allow_unused or len(unused) == len(patterns):
+            raise error
+        warnings.warn(str(error), stacklevel=2)
+
+
+def _unused(
+    setting: str, pattern: str, legal: Mapping[str, Any], leaves: Mapping[str, Any]
+) -> LoraError:
+    others = [path for path in leaves if paths.matches(pattern, path)]
+    skipped = getattr(legal, "skipped", {})
+    if reasons := [f"{path}: {skipped[path]}" for path in others if path in skipped]:
+        why = f"no adapter can reach {'; '.join(reasons[:5])}"
+    elif others:
+        shown = ", ".join(f"{path} {tuple(leaves[path].shape)}" for path in others[:5])
+        why = f"it matches only leaves that are not kernels: {shown}"
+    else:
+        why = "no path has these segments"
+    return _no_match(setting, pattern, legal, why)
+
+
+def _no_match(setting: str, pattern: str, legal: Mapping[str, Any], why: str) -> NoMatchError:
+    near = paths.nearest(pattern, legal) or ["none: the function consumes no kernel of this tree"]
+    return NoMatchError(
+        format_error(
+            f"LoraConfig: {setting}={pattern!r}",
+            got=f"no match among {len(legal)} names of kernels; {why}",
+            expected="a name or glob of at least one kernel; the nearest are\n"
+            + "\n".join(f"              {path}" for path in near),
+            fix="Correct the pattern, or leave it out.",
+        )
+    )

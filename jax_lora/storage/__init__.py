@@ -1,0 +1,1 @@
+"""Files: safe paths, JSON, arrays, and the agreement of several processes on one folder."""

@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from jax_lora.errors import CheckpointError
+from jax_lora.storage.json_files import digest, read_json
+
+HOSTILE = {
+    "nested too deep": ("[" * 100_000, "RecursionError|JSONDecodeError"),
+    "a number of 5000 digits": ('{"a": ' + "9" * 5000 + "}", "ValueError"),
+    "NaN": ('{"a": NaN}', "the number NaN"),
+    "a key twice": ('{"a": 1, "a": 2}', "a key that stands twice"),
+    "no object": ("[1, 2]", "a list instead of an object"),
+    "cut short": ('{"a": [1, 2', "JSONDecodeError"),
+    "empty": ("", "JSONDecodeError"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_json_is_one_typed_error(name, tmp_path):
+    text, reason = HOSTILE[name]
+    file = tmp_path / "adapter.json"
+    file.write_text(text)
+    with pytest.raises(CheckpointError, match=f"adapter.json\\s+got:\\s.*({reason})"):
+        read_json(file, CheckpointError)
+
+
+def test_a_file_beyond_the_limit_is_not_parsed(tmp_path):
+    file = tmp_path / "adapter.json"
+    file.write_text(json.dumps({"a": "x" * 2000}))
+    assert read_json(file, CheckpointError)["a"]
+    with pytest.raises(CheckpointError, match="more than 1000 bytes"):
+        read_json(file, CheckpointError, max_bytes=1000)
+
+
+def test_bad_utf8_and_a_missing_file_are_typed_errors(tmp_path):
+    (tmp_path / "bad.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(CheckpointError, match="UnicodeDecodeError"):
+        read_json(tmp_path / "bad.json", CheckpointError)
+    with pytest.raises(CheckpointError, match="FileNotFoundError"):
+        read_json(tmp_path / "none.json", CheckpointError)
+
+
+def test_digest_sees_values_and_not_the_order_of_keys():
+    assert digest({"a": [1, 2], "b": {"c": 1, "d": 2}}) == digest(
+        {"b": {"d": 2, "c": 1}, "a": (1, 2)}
+    )
+    assert digest({"a": 1}) != digest({"a": 2})
