@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: demo test test-slow test-all test-newest test-matrix test-random notebooks explorer lint types format clean
+.PHONY: demo test test-slow test-all test-newest test-matrix test-random docs notebooks explorer lint types format clean
 
 demo: $(INSTALLED)
 	@DEMO=$(DEMO) BIN=$(BIN) sh scripts/demo.sh
@@ -35,6 +35,11 @@ JOBS ?= 1
 test-random: $(INSTALLED)
 	$(BIN)/python -m tests.properties.run --programs $(PROGRAMS) --seed $(SEED) --jobs $(JOBS)
 
+# The documentation site, in site/: open site/index.html. A broken link or anchor is an error.
+# The variable silences a notice of Material for MkDocs about its end of life in May 2027.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # What is committed with its results in it, made again: half an hour, and a moment.
 notebooks: $(INSTALLED)
 	$(BIN)/python scripts/run_notebooks.py
@@ -54,7 +59,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-matrix $(DEMO) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-matrix $(DEMO) site .pytest_cache .ruff_cache .hypothesis
 
 # The stamp makes the second call quick; a change of the dependencies installs again.
 $(INSTALLED): pyproject.toml

@@ -1,1 +1,1 @@
-"""What LoRA costs: each script runs as `python -m benchmarks.NAME`; see README.md."""
+"""Benchmarks of LoRA training; each script runs as `python -m benchmarks.NAME` (see README.md)."""

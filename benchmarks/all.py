@@ -1,9 +1,9 @@
-"""Run every benchmark and rewrite the tables of docs/performance.md.
+"""Run every benchmark and rewrite the tables of docs/performance.md and docs/benchmark_tables.md.
 
-For example:
+Usage:
 
-python -m benchmarks.all             # about an hour on two cores; leave the machine alone
-python -m benchmarks.all --rounds 0  # only the tables that repeat exactly
+    python -m benchmarks.all             # about an hour on two idle cores
+    python -m benchmarks.all --rounds 0  # only the deterministic tables
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import pathlib
 import subprocess
 import sys
 
-DOCUMENT = pathlib.Path("docs/performance.md")
+SUMMARY, TABLES = pathlib.Path("docs/performance.md"), pathlib.Path("docs/benchmark_tables.md")
+IN_SUMMARY = ("bars", "versus_peft", "init_time")
 
 STEPS = (
     "", "--size 768x4", "--scan", "--remat dots-no-batch",
@@ -25,18 +26,20 @@ TIMED = ("compile_time --rounds 5", "init_time", "profile_step --steps 20")
 
 
 def main() -> None:
-    """Run each in a process of its own, so that none finds what another has compiled."""
+    """Run each benchmark in a new process, so that they share no compilation cache."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--rounds", type=int, default=11, help="of steps; 0: no times at all")
+    parser.add_argument(
+        "--rounds", type=int, default=11, help="timing rounds of training steps; 0: no timing"
+    )
     options = parser.parse_args()
     failed = [command for command in commands(options.rounds) if not _run(command)]
     if failed:
-        raise SystemExit("\n".join(["these failed:", *failed]))
+        raise SystemExit("\n".join(["failed:", *failed]))
 
 
 def commands(rounds: int) -> list[str]:
-    """List the commands in the order of the document."""
+    """Return the commands in the order of the document."""
     listed = [f"bars --rounds {rounds}"]
     listed += [f"train_step {step} --rounds {rounds}" for step in STEPS]
     if rounds and importlib.util.find_spec("torch") and importlib.util.find_spec("peft"):
@@ -46,7 +49,8 @@ def commands(rounds: int) -> list[str]:
 
 def _run(command: str) -> bool:
     script, *rest = command.split()
-    line = [sys.executable, "-m", f"benchmarks.{script}", *rest, "--markdown", str(DOCUMENT)]
+    document = SUMMARY if script in IN_SUMMARY else TABLES
+    line = [sys.executable, "-m", f"benchmarks.{script}", *rest, "--markdown", str(document)]
     print(f"\n$ {' '.join(line)}", flush=True)
     return subprocess.run(line, check=False).returncode == 0
 

@@ -1,9 +1,9 @@
-"""Hold the library to the bars that it has set itself; fails where one is missed.
+"""Check the performance targets of the library; the exit status is 1 if one is missed.
 
-For example:
+Usage:
 
-python -m benchmarks.bars                # those that repeat exactly, on any machine
-python -m benchmarks.bars --rounds 15    # the times too, on a quiet one
+    python -m benchmarks.bars                # the deterministic targets, on any machine
+    python -m benchmarks.bars --rounds 15    # also the timed targets, on an idle machine
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FULL, OURS = "full fine-tuning", "ours (auto)"
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One promise.
+    """A performance target.
 
     Args:
-      what: What is measured, and against what.
-      most: The largest value that keeps the promise.
-      value: What was measured.
+      what: The measured ratio or value.
+      most: The largest acceptable value.
+      value: The measured value.
     """
 
     what: str
@@ -42,16 +42,16 @@ class Bar:
 
     @property
     def kept(self) -> bool:
-        """Tell whether the promise is kept."""
+        """Whether the target is met."""
         return self.value <= self.most
 
 
 def main() -> None:
-    """Measure, print and, if asked, write the section of a document."""
+    """Measure, print the table and, with --markdown, update a document."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--rounds", type=int, default=0, help="0: no times")
-    parser.add_argument("--markdown", type=pathlib.Path, help="document whose section to rewrite")
+    parser.add_argument("--rounds", type=int, default=0, help="timing rounds; 0: no timing")
+    parser.add_argument("--markdown", type=pathlib.Path, help="document to update")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     bars = work() + memory()
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def work() -> list[Bar]:
-    """Measure flops and bytes of an unrolled step."""
+    """Measure the FLOPs and bytes of an unrolled step."""
     figures = _figures(forms.Case(SIZES["384x6"]), catalogue.FACTORED, OURS)
     hand, ours = figures[catalogue.FACTORED], figures[OURS]
     return [
@@ -81,10 +81,10 @@ def work() -> list[Bar]:
 
 
 def memory() -> list[Bar]:
-    """Measure the memory of steps that save products without batch dimensions.
+    """Measure the memory of steps with the remat policy `dots-no-batch`.
 
-    A scan forces the order of its operations. Where layers are unrolled, XLA for CPU has to be told
-    to keep memory low: in its usual order it runs ahead, and memory measures its scheduler.
+    A scan fixes the order of operations. For unrolled layers, the default scheduler of XLA for CPU
+    starts operations early, which dominates memory, so the memory-optimized scheduler is used.
     """
     bars = []
     for scan, layout in ((True, "scanned"), (False, "unrolled, least memory")):
@@ -110,7 +110,7 @@ def _figures(
 
 
 def step_time(rounds: int) -> Bar:
-    """Time steps in turn."""
+    """Time interleaved steps."""
     case = forms.Case(SIZES["384x6"])
     _, seconds = train_step.run(case, [catalogue.FACTORED, OURS], rounds)
     ratio = measure.ratio(seconds[OURS], seconds[catalogue.FACTORED])
@@ -118,7 +118,7 @@ def step_time(rounds: int) -> Bar:
 
 
 def compile_times(rounds: int) -> list[Bar]:
-    """Time tracing, lowering and compiling in turn, in CPU seconds."""
+    """Time interleaved tracing, lowering and compiling, in CPU seconds."""
     bars = []
     for layers, scan in ((4, True), (64, True), (64, False)):
         case = forms.Case(dataclasses.replace(SIZES["384x6"], layers=layers), scan=scan)
@@ -128,7 +128,7 @@ def compile_times(rounds: int) -> list[Bar]:
             for row in (catalogue.FACTORED, OURS)
         }
         seconds = measure.interleave(runs, min(rounds, 7) + 1)
-        # The first round pays for imports.
+        # The first round includes imports.
         ratio = measure.ratio(seconds[OURS][1:], seconds[catalogue.FACTORED][1:])
         layout = "scanned" if scan else "unrolled"
         bars.append(Bar(f"trace and compile / by hand, {layers} layers {layout}", 1.15, ratio))
@@ -136,12 +136,12 @@ def compile_times(rounds: int) -> list[Bar]:
 
 
 def _build_time(form: forms.Form, tokens: Any) -> float:
-    # Of the process's own time: a bar is for any machine, and a busy one changes this least.
+    # CPU time of this process varies least on a busy machine.
     return sum(measure.stages(form, optax.adamw(1e-4), tokens, time.process_time).seconds)
 
 
 def making_the_adapter() -> Bar:
-    """Time `lora_init` on 224 kernels with nothing compiled."""
+    """Time `lora_init` on 224 kernels, including compilation."""
     make = init_time.maker(scan=False, rank=16)
     jax.clear_caches()
     start = time.perf_counter()

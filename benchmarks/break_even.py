@@ -1,12 +1,10 @@
-"""Measure from how many tokens on the merged form of one kernel is no slower than the factored one.
+"""Measure the number of tokens from which the merged form is at least as fast as the factored form.
 
-For example:
+    python -m benchmarks.break_even --rounds 9
 
-python -m benchmarks.break_even --rounds 9
-
-A row is one kernel at a share of `in·out / (in + out)` tokens, where `lora_apply` changes over. A
-step is the kernel's forward and backward pass: its result, dx, da and db. The figures are merged
-over factored: below 1 the merged form is ahead.
+Each row is a kernel with a share of `in·out / (in + out)` tokens, the threshold of `lora_apply`. A
+step is the forward and backward pass of the kernel: its output, dx, da and db. The columns are
+ratios of merged to factored; below 1 the merged form is better.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ FORMS = ("merged", "factored")
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measure and print the table."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--rank", type=int, default=8)
@@ -51,28 +49,28 @@ def main() -> None:
 def compare(
     tokens: int, inputs: int, outputs: int, rank: int, rounds: int
 ) -> tuple[float, float, float]:
-    """Return flops, bytes accessed and median time of the merged step over the factored one's."""
+    """Return the ratios of merged to factored: FLOPs, bytes accessed and median time."""
     params = {"kernel": jnp.ones((inputs, outputs))}
     adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=rank))
     args = (params, adapter, jnp.ones((tokens, inputs)), jnp.ones((tokens, outputs)))
-    programs = [jax.jit(step(form)).lower(*args).compile() for form in FORMS]
+    compiled = [jax.jit(step(form)).lower(*args).compile() for form in FORMS]
     flops, accessed = (
-        _figure(programs[0], name) / _figure(programs[1], name)
+        _figure(compiled[0], name) / _figure(compiled[1], name)
         for name in ("flops", "bytes accessed")
     )
     ratios = []
     for _ in range(rounds):
-        merged, factored = (_seconds(program, args) for program in programs)
+        merged, factored = (_seconds(function, args) for function in compiled)
         ratios.append(merged / factored)
     return flops, accessed, statistics.median(ratios)
 
 
-def _figure(program: Any, name: str) -> float:
-    return program.cost_analysis()[name]
+def _figure(function: Any, name: str) -> float:
+    return function.cost_analysis()[name]
 
 
 def step(form: str) -> Callable[..., Any]:
-    """Write the forward and backward pass of one kernel."""
+    """Return the forward and backward pass of one kernel."""
     product = jl.lora_apply(lambda params, x: x @ params["kernel"], form=form)
 
     def run(params: Any, adapter: Any, x: jax.Array, cotangent: jax.Array) -> Any:
@@ -82,10 +80,10 @@ def step(form: str) -> Callable[..., Any]:
     return run
 
 
-def _seconds(program: Any, args: Any, repeats: int = 5) -> float:
+def _seconds(function: Any, args: Any, repeats: int = 5) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
-        jax.block_until_ready(program(*args))
+        jax.block_until_ready(function(*args))
     return time.perf_counter() - start
 
 

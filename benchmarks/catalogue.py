@@ -1,7 +1,7 @@
-"""The rows of the tables, and the check that all of them compute the same.
+"""The rows of the tables, and a check that they all compute the same.
 
-All rows start from the same base weights and the same factors, so all have the same loss and the
-same gradients; `check` holds them to that before anything is timed.
+All rows start from the same base weights and LoRA factors, so they have the same loss and
+gradients. `check` verifies this before anything is timed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from benchmarks.forms import (
 
 
 def _with_qwix(case: Case, weights: Weights) -> Form:
-    """The library qwix around the plain model."""
-    from benchmarks.peers import qwix_form  # an optional package
+    """The plain model with qwix."""
+    from benchmarks.peers import qwix_form  # an optional dependency
 
     return qwix_form(case, weights)
 
 
 def _with_nnx(case: Case, weights: Weights) -> Form:
-    """The same decoder in NNX, with `nnx.LoRALinear`."""
+    """The decoder in NNX, with `nnx.LoRALinear`."""
     from benchmarks.peers import nnx_form
 
     return nnx_form(case, weights)
@@ -50,7 +50,7 @@ FACTORED = "factored, hand-written"
 ROWS: Mapping[str, Builder] = {
     "full fine-tuning": full,
     "full, tokens flattened": full_flat,
-    "materialised": functools.partial(hand_written, products.materialised),
+    "materialized": functools.partial(hand_written, products.materialized),
     FACTORED: functools.partial(hand_written, products.factored),
     "factored, scale on x@A": functools.partial(hand_written, products.scale_inside),
     "factored, tokens flattened": functools.partial(hand_written, products.flattened),
@@ -63,22 +63,22 @@ ROWS: Mapping[str, Builder] = {
 
 
 # -----------------------------------------------------------------------------------------------
-# Do all compute the same?
+# Check
 # -----------------------------------------------------------------------------------------------
 
 
 def check(case: Case, rows: Sequence[str], tolerance: float = 1e-4) -> None:
-    """Hold the loss and the factors' gradients of rows against full fine-tuning's.
+    """Compare the loss and the factor gradients of rows with those of full fine-tuning.
 
-    A case in less than float32, or too large to be computed twice, is checked at a tiny size.
+    A case below float32 precision, or too large to compute twice, is checked at a tiny size.
 
     Args:
-      case: What is fine-tuned.
+      case: The model, batch and settings.
       rows: Names of rows.
-      tolerance: Largest difference, relative to the largest entry of each gradient.
+      tolerance: Largest difference, relative to the largest element of each gradient.
 
     Raises:
-      RuntimeError: A row that computes something else.
+      RuntimeError: A row has a different loss or gradient.
     """
     if case.dtype != jnp.float32 or case.size.width > 1024:
         case = dataclasses.replace(case, size=SIZES["tiny"], dtype=jnp.float32)
@@ -87,7 +87,7 @@ def check(case: Case, rows: Sequence[str], tolerance: float = 1e-4) -> None:
     for row in rows:
         loss, got = _loss_and_gradients(ROWS[row](case, weights), weights)
         if abs(loss - want_loss) > 1e-5 * abs(want_loss):
-            raise RuntimeError(f"{row}: loss {loss}, full fine-tuning has {want_loss}")
+            raise RuntimeError(f"{row}: loss {loss}, expected {want_loss} as in full fine-tuning")
         for path in want:
             for name, g, w in zip("ab", got[path], want[path], strict=True):
                 error = np.abs(g - w).max() / np.abs(w).max()

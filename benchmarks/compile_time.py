@@ -1,9 +1,9 @@
-"""Measure what tracing, lowering and compiling a training step takes, against LoRA by hand.
+"""Measure the time to trace, lower and compile a training step, relative to LoRA by hand.
 
-For example:
+Usage:
 
-python -m benchmarks.compile_time
-python -m benchmarks.compile_time --layers 16 --layouts unrolled --rows "ours (auto)" --rounds 3
+    python -m benchmarks.compile_time
+    python -m benchmarks.compile_time --layers 16 --layouts unrolled --rows "ours (auto)" --rounds 3
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ STAGES = ("trace", "lower", "compile", "total")
 
 
 def arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--size", choices=list(SIZES), default="384x6", help="but for the layers")
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="384x6", help="model size, except its layers"
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 64])
     parser.add_argument(
         "--layouts", nargs="+", choices=("scanned", "unrolled"), default=["scanned", "unrolled"]
@@ -40,15 +42,15 @@ def arguments() -> argparse.Namespace:
         "--clock",
         choices=list(CLOCKS),
         default="wall",
-        help="cpu: of all threads, for busy machines",
+        help="cpu: CPU time of all threads, for busy machines",
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--markdown", type=pathlib.Path, help="document whose section to rewrite")
+    parser.add_argument("--markdown", type=pathlib.Path, help="document to update")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print and, if asked, write the section of a document."""
+    """Measure, print the table and, with --markdown, update a document."""
     options = arguments()
     jax.config.update("jax_platforms", "cpu")
     rows = [catalogue.FACTORED, *(row for row in options.rows if row != catalogue.FACTORED)]
@@ -62,7 +64,7 @@ def main() -> None:
     header = ["model", "form", *(f"{stage} s" for stage in STAGES)]
     header += [f"{stage} / by hand" for stage in STAGES]
     about = (
-        f"Width {SIZES[options.size].width}, a whole training step from shapes; "
+        f"Width {SIZES[options.size].width}, a complete training step from shapes; "
         f"{report.machine()}; {options.clock} time, medians of {options.rounds} interleaved rounds."
     )
     command = report.command("benchmarks.compile_time")
@@ -75,14 +77,14 @@ def main() -> None:
 def compare(
     name: str, case: forms.Case, rows: list[str], rounds: int, clock: Callable[[], float]
 ) -> list[list[str]]:
-    """Measure all stages of all rows in turn; return the table's lines."""
+    """Measure the stages of all rows, interleaved; return the rows of the table."""
     weights, tx = forms.abstract_weights(case), optax.adamw(1e-4)
     built = {row: catalogue.ROWS[row](case, weights) for row in rows}
     seconds: dict[str, dict[str, list[float]]] = {row: {s: [] for s in STAGES} for row in rows}
     for turn in range(rounds + 1):
         for row in rows:
             stages = measure.stages(built[row], tx, weights.tokens, clock).seconds
-            if turn:  # the first one pays for imports
+            if turn:  # the first round includes imports
                 for stage, each in zip(STAGES, (*stages, sum(stages)), strict=True):
                     seconds[row][stage].append(each)
         print(f"{name}: round {turn} of {rounds}", file=sys.stderr, flush=True)

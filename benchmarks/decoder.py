@@ -1,7 +1,7 @@
-"""A decoder of plain Linen code, with one hook: which module makes a dense layer.
+"""A decoder in plain Linen, in which the module of the dense layers can be replaced.
 
-Nothing in it knows of LoRA. The hand-written rows pass a dense layer that has the factors in it;
-all others pass `nn.Dense` and are wrapped from outside.
+The decoder contains no LoRA code. The hand-written rows pass a dense layer that contains the
+factors; all other rows pass `nn.Dense` and wrap the model.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ REMAT_POLICIES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Shape of a decoder and of its batch.
+    """Sizes of a decoder and of its batch.
 
     Args:
-      layers: Number of blocks.
+      layers: Blocks.
       width: Channels of the residual stream.
       hidden: Channels inside the gated feed-forward layer.
       heads: Query heads.
       key_heads: Key and value heads; each serves heads / key_heads query heads.
-      vocabulary: Number of tokens that exist.
-      batch: Sequences in a step.
-      length: Tokens in a sequence.
+      vocabulary: Tokens in the vocabulary.
+      batch: Batch size.
+      length: Sequence length.
     """
 
     layers: int
@@ -74,7 +74,7 @@ SIZES = {
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention written out.
+    """Compute causal attention without fused kernels.
 
     Args:
       q: (batch, length, heads, head_dim).
@@ -95,7 +95,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Attention and a gated feed-forward layer, each behind a norm and beside a residual."""
+    """A pre-norm block with attention and a gated feed-forward layer."""
 
     size: Size
     dense: DenseFactory
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        """x: (batch, length, width) -> the same shape; the None is what a scan stacks."""
+        """Map x (batch, length, width) to the same shape; None is the stacked output of a scan."""
         size = self.size
         norm = functools.partial(nn.RMSNorm, dtype=self.dtype, param_dtype=self.dtype)
         split = lambda y: y.reshape(*y.shape[:2], -1, size.head_dim)  # (b, t, h, d)  # noqa: E731
@@ -120,14 +120,14 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to logits.
+    """A decoder from token ids to logits.
 
     Args:
       size: Shape of the model.
-      dense: Makes the dense layers of the blocks. The output head is always plain.
-      scan: Whether the blocks are one stack under `nn.scan`.
-      remat: Name of a rematerialisation policy for the blocks.
-      dtype: Type of the parameters and of the arithmetic; softmax and loss are float32.
+      dense: Creates the dense layers of the blocks, but not the output head.
+      scan: Whether to stack the blocks with `nn.scan`.
+      remat: Name of a rematerialization policy for the blocks.
+      dtype: Dtype of parameters and computation; softmax and loss use float32.
     """
 
     size: Size
@@ -138,13 +138,13 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """tokens: (batch, length) -> logits (batch, length, vocabulary)."""
+        """Map tokens (batch, length) to logits (batch, length, vocabulary)."""
         size = self.size
         types = {"dtype": self.dtype, "param_dtype": self.dtype}
         x = nn.Embed(size.vocabulary, size.width, name="embed", **types)(tokens)  # (b, t, width)
         block: Any = Block
         if self.remat != "none":
-            # Inside a scan nothing can be merged across the barrier anyway.
+            # A scan needs no barrier against common subexpression elimination.
             policy = REMAT_POLICIES[self.remat]
             block = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
         arguments = (size, self.dense, self.dtype)
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy of each token given those before it.
+    """Compute the mean next-token cross-entropy.
 
     Args:
       logits: (batch, length, vocabulary).

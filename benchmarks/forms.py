@@ -1,4 +1,4 @@
-"""Ways to fine-tune the same decoder: one builder each, all from the same weights and factors."""
+"""Implementations of fine-tuning for one decoder, with the same weights and factors."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Factors = dict[str, tuple[Any, Any]]
 
 
 class UnavailableError(Exception):
-    """A row that cannot be had here; the text says why."""
+    """A row is not available; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is fine-tuned.
+    """A model, its batch and the LoRA settings.
 
     Args:
-      size: Shape of the decoder and of the batch.
-      rank: Rank of every pair.
+      size: Sizes of the decoder and of the batch.
+      rank: LoRA rank.
       alpha: Numerator of the scale.
-      scan: Whether the blocks are one stack under `nn.scan`.
-      remat: Name of a rematerialisation policy.
-      dtype: Type of the base and of the arithmetic; factors are float32.
+      scan: Whether to stack the blocks with `nn.scan`.
+      remat: Name of a rematerialization policy.
+      dtype: Dtype of the base weights and of the computation; factors are float32.
     """
 
     size: Size
@@ -46,11 +46,11 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """The number in front of a @ b."""
+        """The scale, alpha / rank."""
         return self.alpha / self.rank
 
     def decoder(self, dense: DenseFactory | None = None) -> Decoder:
-        """Build the model, with dense layers of `nn.Dense` unless told otherwise."""
+        """Build the model, by default with `nn.Dense` layers."""
         if dense is None:
             types = {"dtype": self.dtype, "param_dtype": self.dtype}
             dense = functools.partial(nn.Dense, use_bias=False, **types)
@@ -59,11 +59,11 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What all rows start from.
+    """The initial weights of all rows.
 
     Args:
       base: Variables of the plain decoder.
-      factors: (a, b) by the path of their kernel; neither is zero.
+      factors: Nonzero (a, b) by the path of their kernel.
       tokens: (batch, length).
     """
 
@@ -76,12 +76,12 @@ jax.tree_util.register_dataclass(Weights, ["base", "factors", "tokens"], [])
 
 
 def make_weights(case: Case, seed: int = 0) -> Weights:
-    """Draw weights, factors and tokens; `abstract_weights` gives the same as shapes only."""
+    """Draw weights, factors and tokens with the shapes of `abstract_weights`."""
     shapes = abstract_weights(case)
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
 
     def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
-        # One small program for each shape, as one for all takes minutes to compile.
+        # One small function per shape; a single large one takes minutes to compile.
         return _normal(next(keys), shape.shape, shape.dtype)
 
     def leaf(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -101,7 +101,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def abstract_weights(case: Case) -> Weights:
-    """Describe the weights of a case without allocating them."""
+    """Return the shapes of the weights without allocating them."""
     size = case.size
     tokens = jax.ShapeDtypeStruct((size.batch, size.length), jnp.int32)
     base = jax.eval_shape(case.decoder().init, jax.random.key(0), tokens)
@@ -120,13 +120,13 @@ def _struct(*shape: int) -> jax.ShapeDtypeStruct:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """One way to fine-tune.
+    """An implementation of fine-tuning.
 
     Args:
       loss: `loss(trainable, frozen, tokens)` -> scalar.
-      trainable: What the optimizer changes.
-      frozen: What it leaves alone.
-      gradients: Reads (da, db) by path out of a gradient of `trainable`.
+      trainable: The trainable parameters.
+      frozen: The frozen parameters.
+      gradients: Extracts (da, db) by path from the gradient of `trainable`.
     """
 
     loss: Callable[[Any, Any, Any], jax.Array]
@@ -171,14 +171,14 @@ def _merged(case: Case, weights: Weights) -> Any:
         return trees.unflatten(flat)
 
     shapes_only = isinstance(weights.tokens, jax.ShapeDtypeStruct)
-    # A copy in any case: the step donates what it trains.
+    # Always copy, because the step donates its trainable parameters.
     copy = lambda base: jax.tree.map(jnp.copy, base)  # noqa: E731
     run = jax.eval_shape if shapes_only else lambda f, *args: f(*args)
     return run(lambda base, factors: copy(merge(base, factors)), weights.base, weights.factors)
 
 
 def full_flat(case: Case, weights: Weights) -> Form:
-    """Full fine-tuning with all tokens on one axis."""
+    """Full fine-tuning with batch and sequence axes flattened."""
     return full(
         case, weights, case.decoder(functools.partial(products.FlatDense, dtype=case.dtype))
     )
@@ -190,7 +190,7 @@ def full_flat(case: Case, weights: Weights) -> Form:
 
 
 def hand_written(product: products.Product, case: Case, weights: Weights) -> Form:
-    """LoRA in the dense layer itself."""
+    """LoRA written into the dense layer."""
     settings = {"rank": case.rank, "scale": case.scale, "product": product, "dtype": case.dtype}
     model = case.decoder(functools.partial(products.LoraDense, **settings))
 
@@ -219,14 +219,14 @@ def hand_written(product: products.Product, case: Case, weights: Weights) -> For
 
 
 def ours(form: str, case: Case, weights: Weights) -> Form:
-    """`lora_apply` around the plain model."""
+    """The plain model with `lora_apply`."""
     model = case.decoder()
     if "form" in inspect.signature(jl.lora_apply).parameters:
         apply = jl.lora_apply(model.apply, form=form)  # type: ignore[call-arg]
     elif form == "auto":
         apply = jl.lora_apply(model.apply)
     else:
-        raise UnavailableError("this version of lora_apply takes no form=")
+        raise UnavailableError("this version of lora_apply has no argument form")
 
     def loss(adapter: Any, base: Any, tokens: Any) -> jax.Array:
         return next_token_loss(apply(jl.combine(base, adapter), tokens), tokens)
@@ -240,7 +240,7 @@ def _adapter(case: Case, weights: Weights) -> jl.Adapter:
     key = jax.random.key(0)
     empty = jax.eval_shape(lambda: jl.lora_init(key, weights.base, config, kernels=kernels))
     if set(empty.pairs) != set(weights.factors):
-        raise RuntimeError(f"adapted {sorted(empty.pairs)}, wanted {sorted(weights.factors)}")
+        raise RuntimeError(f"adapted {sorted(empty.pairs)}, expected {sorted(weights.factors)}")
     pairs = {
         path: dataclasses.replace(pair, a=weights.factors[path][0], b=weights.factors[path][1])
         for path, pair in empty.pairs.items()

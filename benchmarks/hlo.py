@@ -1,4 +1,4 @@
-"""Read XLA's own text of a compiled program: its operations, and what part of a model each is."""
+"""Parse the HLO text of a compiled function into operations."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation of a program, with what a fusion calls.
+    """An operation of a compiled function.
 
     Args:
-      name: XLA's name for it, as profiles show it.
+      name: HLO name, as in profiles.
       kind: "dot", "fusion", "copy", ...
-      shape: Of its result, or of the largest one.
-      operands: Shapes of its operands.
-      scope: Where in the Python program it comes from.
-      contracted: Length of the sum, for a dot.
-      called: Names of the computations that it calls.
+      shape: Shape of the result, or of the largest result.
+      operands: Shapes of the operands.
+      scope: Name scope of the JAX operation.
+      contracted: Number of contracted elements, for a dot.
+      called: Names of the computations that it calls, such as a fused one.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Operation:
 
     @property
     def dot_flops(self) -> float:
-        """Flops of the operation itself if it is a dot."""
+        """FLOPs of the operation if it is a dot, or 0."""
         return 2.0 * math.prod(self.shape) * self.contracted if self.kind == "dot" else 0.0
 
 
-Program = Mapping[str, list[Operation]]
+Computations = Mapping[str, list[Operation]]
 
 
-def read(text: str) -> Program:
-    """Read a program.
+def read(text: str) -> Computations:
+    """Parse the HLO text of a compiled function.
 
     Args:
       text: `compiled.as_text()`.
@@ -54,18 +54,18 @@ def read(text: str) -> Program:
     Returns:
       Operations by the name of their computation.
     """
-    program: dict[str, list[Operation]] = {}
+    computations: dict[str, list[Operation]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     current = ""
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
             current = header[1]
-            program[current] = []
+            computations[current] = []
         elif current and (match := _OPERATION.match(line)):
             operation = _operation(match, shapes)
             shapes[operation.name] = operation.shape
-            program[current].append(operation)
-    return program
+            computations[current].append(operation)
+    return computations
 
 
 def _operation(match: re.Match[str], shapes: Mapping[str, tuple[int, ...]]) -> Operation:
@@ -88,7 +88,7 @@ def _dims(text: str) -> tuple[int, ...]:
     return tuple(int(each) for each in text.split(",") if each)
 
 
-def parts(program: Program, operation: Operation) -> list[Operation]:
-    """Return an operation with everything that it calls, however deep."""
-    inner = [part for name in operation.called for part in program.get(name, [])]
-    return [operation, *(each for part in inner for each in parts(program, part))]
+def parts(computations: Computations, operation: Operation) -> list[Operation]:
+    """Return an operation and, recursively, the operations that it calls."""
+    inner = [part for name in operation.called for part in computations.get(name, [])]
+    return [operation, *(each for part in inner for each in parts(computations, part))]

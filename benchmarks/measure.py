@@ -1,4 +1,4 @@
-"""Figures of a training step: those that repeat exactly, and interleaved times."""
+"""Measure training steps: deterministic figures, and interleaved times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.forms import Form
 
 
 def make_step(form: Form, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """Write one training step: `step(trainable, state, frozen, tokens)` -> the first two, loss."""
+    """Return `step(trainable, state, frozen, tokens) -> (trainable, state, loss)`."""
 
     def step(trainable: Any, state: Any, frozen: Any, tokens: Any) -> tuple[Any, Any, jax.Array]:
         loss, gradient = jax.value_and_grad(form.loss)(trainable, frozen, tokens)
@@ -29,33 +29,33 @@ def make_step(form: Form, tx: optax.GradientTransformation) -> Callable[..., Any
 
 
 def jit_step(form: Form, tx: optax.GradientTransformation) -> Any:
-    """Compile-ready step that donates what it trains and the optimizer's state."""
+    """Return the jitted step, which donates trainable parameters and optimizer state."""
     return jax.jit(make_step(form, tx), donate_argnums=(0, 1))
 
 
 # -----------------------------------------------------------------------------------------------
-# Figures that repeat
+# Deterministic figures
 # -----------------------------------------------------------------------------------------------
 
-# XLA for CPU orders operations so that many can run beside each other, and runs ahead of need what
-# rematerialization wants late. This tells it to keep the least memory instead.
+# By default, XLA for CPU schedules operations for concurrency, and starts recomputation before it
+# is needed. This selects the scheduler that minimizes memory.
 LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What a step costs, as read from its programs.
+    """The cost of a step, from its jaxpr and its compiled function.
 
     Args:
-      dot_flops: Of all matrix products of the jaxpr, without dead code, bodies times trip count.
-      xla_flops: Of XLA's program, all operations; a scan's body counts once.
-      bytes_accessed: Read and written by XLA's program; a scan's body counts once.
-      temp_bytes: Memory beside arguments and results.
+      dot_flops: FLOPs of the matmuls of the jaxpr, without dead code, with loop trip counts.
+      xla_flops: FLOPs that XLA reports; the body of a scan counts once.
+      bytes_accessed: Bytes that XLA reports; the body of a scan counts once.
+      temp_bytes: Memory other than arguments and results.
       argument_bytes: Parameters, factors, optimizer state and tokens.
-      residual_bytes: Kept from the forward pass for the backward pass, arguments left out.
-      trace_seconds: From Python to jaxpr.
-      lower_seconds: From jaxpr to StableHLO.
-      compile_seconds: From StableHLO to a program.
+      residual_bytes: Residuals of the backward pass, without arguments.
+      trace_seconds: Time from Python to jaxpr.
+      lower_seconds: Time from jaxpr to StableHLO.
+      compile_seconds: Time from StableHLO to the compiled function.
     """
 
     dot_flops: float
@@ -71,12 +71,12 @@ class Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """A step on its way to a program.
+    """The stages of compiling a step.
 
     Args:
-      traced: What `jax.jit(...).trace` returned.
-      compiled: The program.
-      seconds: Of tracing, lowering and compiling.
+      traced: The result of `jax.jit(...).trace`.
+      compiled: The compiled function.
+      seconds: Times to trace, lower and compile.
     """
 
     traced: Any
@@ -91,21 +91,21 @@ def stages(
     clock: Callable[[], float] = time.perf_counter,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Stages:
-    """Trace, lower and compile a step from shapes alone, with all caches empty.
+    """Trace, lower and compile a step from shapes, with empty caches.
 
     Args:
       form: The row.
       tx: The optimizer.
       tokens: Token ids or their shape.
-      clock: `time.process_time` counts this process alone, which a busy machine disturbs less.
-      compiler_options: For XLA, such as `LEAST_MEMORY`.
+      clock: `time.process_time` for CPU time, which varies less on a busy machine.
+      compiler_options: Options for XLA, such as `LEAST_MEMORY`.
 
     Returns:
-      The stages and their seconds.
+      The stages and their times.
     """
     trainable, frozen, tokens = jax.tree.map(_shape, (form.trainable, form.frozen, tokens))
     arguments = (trainable, jax.eval_shape(tx.init, trainable), frozen, tokens)
-    jax.clear_caches()  # each row pays for its own traces
+    jax.clear_caches()  # so that every row includes all tracing
     start = clock()
     traced = jit_step(form, tx).trace(*arguments)
     traced_at = clock()
@@ -123,13 +123,13 @@ def figures(
     tokens: Any,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> tuple[Figures, Any]:
-    """Trace, lower and compile one step from shapes alone.
+    """Trace, lower and compile a step from shapes, and measure it.
 
     Args:
       form: The row.
       tx: The optimizer.
       tokens: Token ids or their shape.
-      compiler_options: For XLA, such as `LEAST_MEMORY`.
+      compiler_options: Options for XLA, such as `LEAST_MEMORY`.
 
     Returns:
       The figures, and the compiled step.
@@ -158,20 +158,20 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def dot_flops(closed: Any) -> float:
-    """Count the flops of a program's matrix products.
+    """Count the FLOPs of the matmuls of a jaxpr.
 
-    Code whose result nobody reads is removed first. The body of a scan counts once for each trip;
-    of a `cond`, the branch that costs most. The trips of a `while` are not known: it counts once.
+    Dead code is removed first. The body of a scan counts once per iteration, and a `cond` counts
+    its most expensive branch. The body of a `while` counts once, as its iterations are unknown.
 
     Args:
       closed: A closed jaxpr.
 
     Returns:
-      Two for each multiplication and addition.
+      FLOPs; a multiply-add counts as two.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> def f(x):  # (2, 3), times five
+      >>> def f(x):  # (2, 3)
       ...     unused = x @ jnp.ones((3, 100))
       ...     return jax.lax.scan(lambda x, _: (x @ jnp.ones((3, 3)), None), x, length=5)[0]
       >>> dot_flops(jax.make_jaxpr(f)(jnp.ones((2, 3))))  # 5 * 2 * (2 * 3 * 3)
@@ -207,15 +207,14 @@ def _jaxprs(value: Any) -> list[Any]:
 
 
 def residual_bytes(loss: Callable[..., Any], trainable: Any, frozen: Any, tokens: Any) -> int:
-    """Count the bytes that reverse mode keeps between the two passes.
+    """Count the bytes of the residuals of reverse-mode differentiation.
 
-    Arguments are left out: they are in memory anyway. What is kept twice, or once more in another
-    shape, counts once.
+    Arguments are excluded, as they are in memory anyway. Views of the same array count once.
 
     Args:
       loss: `loss(trainable, frozen, tokens)`.
-      trainable: Shapes of what is differentiated.
-      frozen: Shapes of what is not.
+      trainable: Shapes of the trainable parameters.
+      frozen: Shapes of the frozen parameters.
       tokens: Shape of the token ids.
 
     Returns:
@@ -239,7 +238,7 @@ def residual_bytes(loss: Callable[..., Any], trainable: Any, frozen: Any, tokens
     return sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in kept)
 
 
-# What these give is the same memory to XLA, or is part of the product that reads it.
+# Their results share memory with their operand, or are fused into the matmul that reads them.
 _VIEWS = ("reshape", "transpose", "squeeze", "expand_dims", "copy", "stop_gradient", "name")
 
 
@@ -249,17 +248,17 @@ _VIEWS = ("reshape", "transpose", "squeeze", "expand_dims", "copy", "stop_gradie
 
 
 class Run:
-    """A compiled step with its own state, to be stepped in turn with others."""
+    """A compiled step with its state, to run interleaved with others."""
 
     def __init__(self, compiled: Any, form: Form, tx: optax.GradientTransformation, tokens: Any):
-        """Take copies of what the step donates, and warm up."""
+        """Copy the arguments that the step donates, and run a warmup step."""
         self._step, self._frozen, self._tokens = compiled, form.frozen, tokens
         self._trainable = jax.tree.map(lambda leaf: leaf.copy(), form.trainable)
         self._state = tx.init(self._trainable)
         self.step()
 
     def step(self) -> float:
-        """Run one step to its end; return its seconds."""
+        """Run one step and return its time in seconds."""
         start = time.perf_counter()
         self._trainable, self._state, loss = self._step(
             self._trainable, self._state, self._frozen, self._tokens
@@ -269,14 +268,14 @@ class Run:
 
 
 def interleave(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Time several programs in turn, A B C A B C, so that all see the same noise.
+    """Time several functions interleaved (A B C A B C), so that noise affects them equally.
 
     Args:
-      runs: By name, what runs once and returns its seconds.
-      rounds: How many times each is run.
+      runs: Functions by name that run once and return their time in seconds.
+      rounds: Number of runs of each.
 
     Returns:
-      Seconds by name, in the order of the rounds.
+      Times in seconds by name, in order.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -286,10 +285,10 @@ def interleave(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def ratio(seconds: list[float], reference: list[float]) -> float:
-    """Median over the rounds of the ratio within a round.
+    """Return the median of the ratios within each round.
 
     Example:
-      >>> ratio([1.0, 2.0, 9.0], [2.0, 4.0, 4.0])  # the third round was disturbed
+      >>> ratio([1.0, 2.0, 9.0], [2.0, 4.0, 4.0])  # the third round is an outlier
       0.5
     """
     return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))

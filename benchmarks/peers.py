@@ -1,4 +1,4 @@
-"""The same decoder fine-tuned with other libraries for JAX."""
+"""Fine-tune the decoder with other JAX libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.forms import Case, Factors, Form, UnavailableError, Weights
 
 
 def qwix_form(case: Case, weights: Weights) -> Form:
-    """Wrap the plain Linen decoder with qwix's LoRA provider."""
+    """Wrap the plain Linen decoder with the LoRA provider of qwix."""
     try:
         import qwix  # type: ignore[import-not-found]
     except ImportError as problem:
@@ -28,12 +28,12 @@ def qwix_form(case: Case, weights: Weights) -> Form:
     model: Any = qwix.apply_lora_to_model(case.decoder(), provider)
 
     def loss(lora: Any, base: Any, tokens: Any) -> jax.Array:
-        # qwix does not cast: factors in float32 would turn the whole model into float32.
+        # qwix does not cast the factors; float32 factors would promote the whole model to float32.
         narrow = {path: factor.astype(case.dtype) for path, factor in lora.items()}
         params = trees.unflatten({**trees.flatten(base["params"]), **narrow})
         return next_token_loss(model.apply({"params": params}, tokens), tokens)
 
-    # qwix keeps a kernel's factors beside it: q_proj/kernel_lora_a.
+    # qwix stores the factors next to their kernel: q_proj/kernel_lora_a.
     lora = {
         f"{path.removeprefix('params/')}_lora_{name}": factor
         for path, pair in weights.factors.items()
@@ -107,10 +107,10 @@ class _Decoder(nnx.Module):
 def nnx_form(case: Case, weights: Weights) -> Form:
     """Rebuild the decoder in NNX with LoRA layers.
 
-    `nnx.LoRALinear` has no scale, so b stands for scale * b here.
+    `nnx.LoRALinear` has no scale, so its b is scale * b.
     """
     if case.scan or case.remat != "none":
-        raise UnavailableError("written for unrolled layers without remat only")
+        raise UnavailableError("supports unrolled layers without remat only")
     model = nnx.eval_shape(lambda: _Decoder(case.size, case.rank, case.dtype, nnx.Rngs(0)))
     graph, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
     base = {
@@ -141,7 +141,7 @@ def _scaled(factor: Any, scale: float) -> Any:
 
 
 def _filled(state: Any, leaves: dict[Any, Any]) -> Any:
-    """Put arrays in the place of a state's shapes."""
+    """Replace the shapes of a state with arrays."""
     return nnx.from_flat_state(
         [(path, variable.replace(leaves[path])) for path, variable in nnx.to_flat_state(state)]
     )

@@ -1,17 +1,17 @@
-"""What `jax-lora plan` says of memory, against the program that runs and the memory it takes.
+"""Compare the memory that `jax-lora plan` reports with the memory that a step uses.
 
     python -m benchmarks.plan_accuracy
 
-Three numbers are compared, each in a fresh process of its own:
+Each case runs in a new process and compares:
 
-* planned: the step compiled from shapes alone, before any weight is there; and the formula.
-* the program: `memory_analysis` of the step that `train` would run, compiled for real arrays.
-* resident: on a CPU, the peak of the process's resident memory while arrays are made and three
-  steps run, less what was resident after importing and compiling. Linux only. "Again" is the same
-  a second time in the same process, without what a first execution sets up once.
+* formula and planned: the formulas, and the step compiled from shapes before any weight exists.
+* compiled: `memory_analysis` of the step that `train` runs, compiled for real arrays.
+* resident: on a CPU, the peak resident memory of the process while arrays are created and three
+  steps run, minus the memory after importing and compiling. Linux only. "Again" repeats this in
+  the same process, without what the first execution allocates once.
 
-Resident memory is what the kernel counts, page by page, so it also holds what the allocator keeps
-and what Python makes on the way. It is not what a GPU would take.
+Resident memory is counted by the kernel in pages, so it includes the memory that the allocator
+keeps and that Python uses. A GPU would need less.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ from jax_lora.finetune.devices import data_mesh, use_all_cores
 from jax_lora.finetune.optimizer_factory import make_optimizer
 from jax_lora.finetune.schedule import make_schedule
 from jax_lora.finetune.settings import TrainSettings
-from jax_lora.finetune.step import make_step, start
+from jax_lora.finetune.step import init_state, make_step
+from jax_lora.finetune.tasks import CAUSAL, loss_for
 from jax_lora.models import LlamaConfig
+from jax_lora.plan.compiled_step import abstract_adapter, abstract_batch, compile_step, memory_of
 from jax_lora.plan.methods import estimate
 from jax_lora.plan.planned_model import PlannedModel, of_config, plan_folder
-from jax_lora.plan.planning import Choices, method_of, work_of
-from jax_lora.plan.program import abstract_adapter, abstract_batch, compile_step, memory_of
-from jax_lora.plan.residuals import kept_by
+from jax_lora.plan.planning import Choices, method_of, step_of
+from jax_lora.plan.residuals import trace_residuals
 
 STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, and a step of it."""
+    """A model and a training step."""
 
     settings: TrainSettings
     length: int
-    learned: int
-    remat: bool = False
+    targets: int
 
     def model(self) -> PlannedModel:
-        """The bundled model."""
+        """Return the bundled model."""
         return plan_folder(model_path(), "float32", "bundled")
 
 
 class Larger(Case):
-    """A Llama of 99 M parameters."""
+    """A Llama with 99 M parameters."""
 
     def model(self) -> PlannedModel:
-        """A Llama of the size of GPT-2."""
+        """Return a Llama of the size of GPT-2."""
         config = LlamaConfig(
             vocab_size=16384, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
             num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=1024,
@@ -78,14 +78,18 @@ CASES = {
     "bundled, 4 parts of 4 x 120": Case(
         TrainSettings(rank=32, batch_size=4, grad_accumulation_steps=4), 120, 40
     ),
-    "bundled, 16 x 120, remat": Case(TrainSettings(rank=32, batch_size=16), 120, 40, True),
+    "bundled, 16 x 120, remat": Case(
+        TrainSettings(rank=32, batch_size=16, grad_checkpoint=True), 120, 40
+    ),
     "100M, 4 x 256": Larger(TrainSettings(rank=32, batch_size=4), 256, 128),
-    "100M, 4 x 256, remat": Larger(TrainSettings(rank=32, batch_size=4), 256, 128, True),
+    "100M, 4 x 256, remat": Larger(
+        TrainSettings(rank=32, batch_size=4, grad_checkpoint=True), 256, 128
+    ),
 }
 
 
 # -----------------------------------------------------------------------------------------------
-# In a process of its own
+# In a subprocess
 # -----------------------------------------------------------------------------------------------
 
 
@@ -96,38 +100,38 @@ def measure(case: Case) -> dict[str, Any]:
       case: The case.
 
     Returns:
-      Bytes by name; those of `memory_analysis` and the formula for all devices together.
+      Bytes by name, summed over all devices.
     """
     use_all_cores()
     model = case.model()
     compiled, devices, _ = compile_step(
-        model, case.settings, length=case.length, learned=case.learned, remat=case.remat
+        model, case.settings, length=case.length, targets=case.targets
     )
     planned = memory_of(compiled, devices)
     make = _makers(model, case)
     first, _ = _resident(compiled, make)
     again, arrays = _resident(compiled, make)
-    program = memory_of(_real(model, case, arrays), devices)
-    choices = Choices(case.settings, remat=case.remat)
+    real = memory_of(_real(model, case, arrays), devices)
+    choices = Choices(case.settings)
     by_formula = estimate(
-        method_of(model, choices, kept_by(model, case.settings)),
-        work_of(choices, case.length, case.learned, devices),
+        method_of(model, choices, trace_residuals(model, case.settings)),
+        step_of(choices, case.length, case.targets, devices),
     )
-    if planned is None or program is None:
-        raise SystemExit("this backend keeps no account of its memory")
+    if planned is None or real is None:
+        raise SystemExit("this backend does not report the memory of compiled functions")
     return {
         "parameters": model.shape.size,
         "devices": devices,
         "formula": by_formula.total * devices,
         "planned": planned.everywhere,
-        "program": program.everywhere,
+        "compiled": real.everywhere,
         "resident": first,
         "again": again,
     }
 
 
 def _resident(compiled: Any, make: Any) -> tuple[int, Any]:
-    """Make the arguments and take steps; the peak of what that takes, and the arguments after."""
+    """Create the arguments and run the steps; return peak memory and the arguments."""
     before = _reset_peak()
     state, variables, batch = jax.tree.map(lambda maker: maker(), make)
     for _ in range(STEPS):
@@ -137,12 +141,12 @@ def _resident(compiled: Any, make: Any) -> tuple[int, Any]:
 
 
 def _makers(model: PlannedModel, case: Case) -> tuple[Any, Any, Any]:
-    """Compile what makes the step's arguments where they are to lie, with no copy on the way."""
+    """Compile functions that create the arguments on their devices, without copies."""
     adapter = abstract_adapter(model, case.settings)
-    state = jax.eval_shape(lambda adapter: start(adapter, _optimizer(case)), adapter)
+    state = jax.eval_shape(lambda adapter: init_state(adapter, _optimizer(case)), adapter)
     mesh = data_mesh(case.settings.batch_size, _sizes(model))
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    batch = abstract_batch(case.settings, case.length, case.learned)
+    batch = abstract_batch(case.settings, case.length, case.targets)
     return _fills(state, whole), _fills(model.variables, whole), _fills(batch, rows)
 
 
@@ -156,7 +160,7 @@ def _fills(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def _sizes(model: PlannedModel) -> Any:
-    """Arrays of the right size that take no memory, to choose the devices by."""
+    """Return arrays that report the right size but use no memory, for `data_mesh`."""
     return jax.tree.map(
         lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), model.variables
     )
@@ -167,9 +171,9 @@ def _optimizer(case: Case) -> Any:
 
 
 def _real(model: PlannedModel, case: Case, arrays: tuple[Any, Any, Any]) -> Any:
-    """Compile the step for arrays that are there, with a schedule, as `train` does."""
+    """Compile the step for real arrays, with a learning rate schedule, as `train` does."""
     step = make_step(
-        model.module.clone(remat=case.remat),
+        loss_for(CAUSAL, model.module.clone(remat=case.settings.grad_checkpoint)),
         _optimizer(case),
         accumulation=case.settings.grad_accumulation_steps,
     )
@@ -177,7 +181,7 @@ def _real(model: PlannedModel, case: Case, arrays: tuple[Any, Any, Any]) -> Any:
 
 
 def _reset_peak() -> int:
-    """Give free memory back, start the peak anew, and return what is resident."""
+    """Return free memory to the system, reset the peak, and return the resident memory."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -206,7 +210,7 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(CASES[options.case])))
         return
-    print("| step | devices | formula | planned | program | resident | again | planned / again |")
+    print("| step | devices | formula | planned | compiled | resident | again | planned / again |")
     print("|---|---|---|---|---|---|---|---|")
     for name in CASES:
         print(_row(name, _in_a_process(name)), flush=True)
@@ -219,7 +223,7 @@ def _in_a_process(name: str) -> dict[str, Any]:
 
 
 def _row(name: str, found: dict[str, Any]) -> str:
-    kinds = ("formula", "planned", "program", "resident", "again")
+    kinds = ("formula", "planned", "compiled", "resident", "again")
     sizes = [f"{found[kind] / 1e6:.0f} MB" for kind in kinds]
     ratio = found["planned"] / found["again"]
     return f"| {name} | {found['devices']} | {' | '.join(sizes)} | {ratio:.3f} |"

@@ -1,6 +1,7 @@
-"""Dense layers with LoRA written into them: what a user without a library would write.
+"""Dense layers with LoRA by hand, as users write them without a library.
 
-Each product takes x (..., in), kernel (in, out), a (in, rank), b (rank, out) and the scale.
+The arguments of each product are x (..., in), kernel (in, out), a (in, rank), b (rank, out) and the
+scale.
 """
 
 from __future__ import annotations
@@ -16,35 +17,35 @@ Product = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], jax.Arra
 
 
 def factored(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """The textbook form."""
+    """Compute the usual form."""
     return x @ w + scale * ((x @ a) @ b)
 
 
 def scale_inside(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """The same with the scale on the (..., rank) array."""
+    """Apply the scale to the (..., rank) array."""
     return x @ w + (scale * (x @ a)) @ b
 
 
 def flattened(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """The same with all tokens on one axis, which XLA's products on CPU are faster at."""
+    """Flatten batch and sequence axes, which makes matmuls faster in XLA for CPU."""
     rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
     return (rows @ w + (scale * (rows @ a)) @ b).reshape(*x.shape[:-1], -1)
 
 
-def materialised(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """The update formed, and differentiated as it stands: a gradient of the kernel's size."""
+def materialized(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """Materialize the update; its gradient has the size of the kernel."""
     return x @ (w + scale * (a @ b))
 
 
 class LoraDense(nn.Module):
-    """A dense layer with its factors in a collection of their own.
+    """A dense layer with its factors in the collection "lora".
 
     Args:
-      features: Channels out.
+      features: Output features.
       rank: Rank of the factors.
       scale: alpha / rank.
-      product: How kernel and factors meet x.
-      dtype: Type of the kernel and of the arithmetic.
+      product: Computes the output.
+      dtype: Dtype of the kernel and of the computation.
     """
 
     features: int
@@ -55,25 +56,25 @@ class LoraDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (..., in) -> (..., features)."""
+        """Map x (..., in) to (..., features)."""
         channels = x.shape[-1]
         initial = nn.initializers.lecun_normal()
         w = self.param("kernel", initial, (channels, self.features), self.dtype)
         a = self.variable("lora", "a", jnp.zeros, (channels, self.rank)).value
         b = self.variable("lora", "b", jnp.zeros, (self.rank, self.features)).value
-        # Factors are kept in float32 and meet x in its own type.
+        # Factors are stored in float32 and cast for the computation.
         return self.product(x, w, a.astype(self.dtype), b.astype(self.dtype), self.scale)
 
 
 class FlatDense(nn.Module):
-    """`nn.Dense` with all tokens on one axis: how much of a gain is only the reshape."""
+    """`nn.Dense` with flattened batch and sequence axes, to measure the gain from flattening."""
 
     features: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (..., in) -> (..., features)."""
+        """Map x (..., in) to (..., features)."""
         initial = nn.initializers.lecun_normal()
         w = self.param("kernel", initial, (x.shape[-1], self.features), self.dtype)
         return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)

@@ -1,10 +1,8 @@
-"""Show where the time of a training step goes, by kind of operation.
+"""Profile a training step by kind of operation.
 
-For example:
+    python -m benchmarks.profile_step --rows "factored, hand-written" "ours (auto)"
 
-python -m benchmarks.profile_step --rows "factored, hand-written" "ours (auto)"
-
-Operations run beside each other on several cores, so their times add up to more than the step.
+Operations run concurrently on several cores, so the sum of their times exceeds the step time.
 """
 
 from __future__ import annotations
@@ -28,14 +26,14 @@ from benchmarks.decoder import SIZES
 
 # In the order of the table.
 GROUPS = (
-    "base products", "thin products", "merging W0 + s·A·B", "attention products", "head products",
-    "scale on (tokens, out)", "softmax and mask", "norms", "gate",
+    "base products", "low-rank products", "merging W0 + s·A·B", "attention products",
+    "head products", "scale on (tokens, out)", "softmax and mask", "norms", "gate",
     "loss and embedding", "optimizer", "layouts", "other",
 )  # fmt: skip
 
 
 def main() -> None:
-    """Measure, print and, if asked, write the section of a document."""
+    """Measure, print the table and, with --markdown, update a document."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--size", choices=list(SIZES), default="384x6")
@@ -47,8 +45,8 @@ def main() -> None:
         choices=list(catalogue.ROWS),
         default=[catalogue.FACTORED, "ours (auto)"],
     )
-    parser.add_argument("--top", type=int, default=0, help="also list so many single operations")
-    parser.add_argument("--markdown", type=pathlib.Path, help="document whose section to rewrite")
+    parser.add_argument("--top", type=int, default=0, help="also list this many single operations")
+    parser.add_argument("--markdown", type=pathlib.Path, help="document to update")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     case = forms.Case(SIZES[options.size], rank=options.rank)
@@ -61,11 +59,11 @@ def main() -> None:
 
 @dataclasses.dataclass
 class Cost:
-    """Time and work of one operation, or of one group.
+    """Time and FLOPs of one operation or group.
 
     Args:
-      milliseconds: A step's.
-      flops: Of matrix products in a step.
+      milliseconds: Time per step.
+      flops: Matmul FLOPs per step.
     """
 
     milliseconds: float = 0.0
@@ -74,14 +72,14 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Costs of a row by group, and by operation as (group, shape, scope)."""
+    """Costs of a row by group, and by operation (group, shape, scope)."""
 
     groups: dict[str, Cost]
     operations: dict[tuple[str, str, str], Cost]
 
 
 def profile(case: forms.Case, row: str, steps: int) -> Profile:
-    """Run a row under the profiler, and add its operations up by group."""
+    """Run a row under the profiler, and sum its operations by group."""
     weights, tx = forms.make_weights(case), optax.adamw(1e-4)
     form = catalogue.ROWS[row](case, weights)
     compiled = measure.stages(form, tx, weights.tokens).compiled
@@ -91,13 +89,13 @@ def profile(case: forms.Case, row: str, steps: int) -> Profile:
             for _ in range(steps):
                 run.step()
         microseconds = _durations(pathlib.Path(folder))
-    program = hlo.read(compiled.as_text())
+    computations = hlo.read(compiled.as_text())
     groups = {group: Cost() for group in GROUPS}
     operations: dict[tuple[str, str, str], Cost] = collections.defaultdict(Cost)
-    for operation in (each for computation in program.values() for each in computation):
+    for operation in (each for computation in computations.values() for each in computation):
         if operation.name not in microseconds or operation.kind in ("while", "call"):
             continue
-        parts = hlo.parts(program, operation)
+        parts = hlo.parts(computations, operation)
         group = group_of(case, parts)
         shape = "x".join(map(str, operation.shape))
         for cost in (groups[group], operations[group, shape, _scope(parts)]):
@@ -107,7 +105,7 @@ def profile(case: forms.Case, row: str, steps: int) -> Profile:
 
 
 def _durations(folder: pathlib.Path) -> dict[str, float]:
-    """Add up the microseconds of each operation in a profile."""
+    """Sum the time of each operation in a profile, in microseconds."""
     (path,) = folder.glob("**/*.trace.json.gz")
     total: dict[str, float] = collections.defaultdict(float)
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -124,14 +122,14 @@ def _scope(parts: list[hlo.Operation]) -> str:
 
 
 # -----------------------------------------------------------------------------------------------
-# What an operation is for
+# Groups of operations
 # -----------------------------------------------------------------------------------------------
 
 
 def group_of(case: forms.Case, parts: list[hlo.Operation]) -> str:
-    """Tell what an operation, with all that is fused into it, is for.
+    """Return the group of an operation and of the operations fused into it.
 
-    Products are told by their shapes, all else by where in the Python program it comes from.
+    Matmuls are classified by their shapes, other operations by their name scopes.
     """
     products = [part for part in parts if part.dot_flops]
     if products:
@@ -146,7 +144,7 @@ def group_of(case: forms.Case, parts: list[hlo.Operation]) -> str:
     if "norm" in scopes:
         return "norms"
     if re.search(r"_proj/mul\b", scopes):
-        return "scale on (tokens, out)"  # with the transposes that are fused into it
+        return "scale on (tokens, out)"  # including fused transposes
     if any(name in scopes for name in ("silu", "gate_proj", "up_proj", "down_proj")):
         return "gate"
     if _only_moves(parts):
@@ -164,8 +162,8 @@ def _product_group(case: forms.Case, product: hlo.Operation) -> str:
     sizes = {product.contracted, *product.shape}
     if case.size.vocabulary in sizes:
         return "head products"
-    # The factors of up to three kernels that read the same input lie side by side.
-    return "thin products" if min(sizes) <= 3 * case.rank else "base products"
+    # The factors of up to three kernels with the same input are concatenated.
+    return "low-rank products" if min(sizes) <= 3 * case.rank else "base products"
 
 
 _MOVES = frozenset(
@@ -191,7 +189,7 @@ def _kernel_shapes(case: forms.Case) -> set[tuple[int, ...]]:
 
 
 def describe(case: forms.Case, profiles: dict[str, Profile], steps: int, top: int) -> str:
-    """Write a table of groups, and of single operations if asked."""
+    """Return a table of groups, and with --top of single operations."""
     header = ["operations"]
     for row in profiles:
         header += [f"{row}: ms", "share", "matrix GF", "GF/s"]

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and where they go in a document."""
+"""Markdown tables, and sections of documents to write them to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table with columns of equal width.
+    """Format a table with aligned columns.
 
     Example:
       >>> print(table(["form", "GF"], [["full", "77.31"]]))
@@ -33,14 +33,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine() -> str:
-    """Say on what the figures were had."""
+    """Describe the machine and versions."""
     device = jax.devices()[0]
     kind = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
     return f"jax {jax.__version__}, Python {platform.python_version()}, {kind}"
 
 
 def command(module: str) -> str:
-    """Return the command that is running, without what says where the output goes."""
+    """Return the current command without --markdown."""
     words, skip = [], False
     for word in sys.argv[1:]:
         if not skip and word != "--markdown":
@@ -50,12 +50,12 @@ def command(module: str) -> str:
 
 
 def write_section(document: pathlib.Path, name: str, text: str) -> None:
-    """Put a text between a document's markers of that name, or at its end if it has none.
+    """Replace a marked section of a document, or append it.
 
     Args:
-      document: A Markdown file; made if it is missing.
+      document: A Markdown file; created if it is missing.
       name: Name of the section.
-      text: What goes there instead of what was there.
+      text: The new text.
     """
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     section = f"{begin}\n\n{text.strip()}\n\n{end}"

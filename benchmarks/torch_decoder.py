@@ -1,4 +1,4 @@
-"""The decoder of `decoder.py` in torch, adapted with PEFT. Needs torch and peft."""
+"""The decoder of `decoder.py` in torch, adapted with PEFT. Requires torch and peft."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.forms import Case, Weights
 
 
 def _attend(q: Any, k: Any, v: Any) -> Any:
-    """Causal attention written out; q, k and v are (batch, heads, length, head_dim)."""
+    """Compute causal attention without fused kernels from (batch, heads, length, head_dim)."""
     length, head_dim = q.shape[-2:]
     scores = q @ k.transpose(-1, -2) / head_dim**0.5  # (b, h, t, t)
     visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()  # (t, t)
@@ -47,7 +47,7 @@ class _Block(nn.Module):  # pyright: ignore[reportUntypedBaseClass]
         self.down_proj = nn.Linear(size.hidden, size.width, bias=False)
 
     def forward(self, x: Any) -> Any:
-        """x: (batch, length, width) -> the same shape."""
+        """Map x (batch, length, width) to the same shape."""
         h = self.attention_norm(x)
         q, k, v = map(self._split, (self.q_proj(h), self.k_proj(h), self.v_proj(h)))
         if (shared := self.size.heads // self.size.key_heads) > 1:
@@ -70,7 +70,7 @@ class _Decoder(nn.Module):  # pyright: ignore[reportUntypedBaseClass]
         self.head = nn.Linear(size.width, size.vocabulary, bias=False)
 
     def forward(self, tokens: Any) -> Any:
-        """tokens: (batch, length) -> logits (batch, length, vocabulary)."""
+        """Map tokens (batch, length) to logits (batch, length, vocabulary)."""
         x = self.embed(tokens)  # (b, t, width)
         for block in self.blocks:
             x = block(x)
@@ -83,20 +83,20 @@ class _Decoder(nn.Module):  # pyright: ignore[reportUntypedBaseClass]
 
 
 class PeftRun:
-    """A training step with PEFT, on the same weights and tokens as the rows in JAX.
+    """A training step with PEFT, with the same weights and tokens as the JAX rows.
 
     Args:
-      case: What is fine-tuned.
-      weights: What it starts from.
+      case: The model, batch and settings.
+      weights: The initial weights.
       device: "cpu" or "cuda".
       compiled: Whether `torch.compile` compiles the model.
-      fused_attention: Whether torch's own attention takes the place of the one written out.
+      fused_attention: Whether to use `scaled_dot_product_attention`.
     """
 
     def __init__(
         self, case: Case, weights: Weights, device: str, compiled: bool, fused_attention: bool
     ):
-        """Build the model and take the first step, which compiles."""
+        """Build the model and run the first step, which compiles."""
         self._device = device
         attend = _attend_fused if fused_attention else _attend
         with torch.device("meta"):
@@ -118,7 +118,7 @@ class PeftRun:
         self.step()
 
     def step(self) -> float:
-        """Run one step to its end; return its seconds."""
+        """Run one step and return its time in seconds."""
         start = time.perf_counter()
         loss = self._train()
         if self._device == "cuda":
@@ -128,7 +128,7 @@ class PeftRun:
         return seconds
 
     def flops(self) -> float:
-        """Count the flops of one step's matrix products."""
+        """Count the matmul FLOPs of one step."""
         with FlopCounterMode(display=False) as counter:
             self._train()
         return float(counter.get_total_flops())
@@ -152,7 +152,7 @@ def _state(weights: Weights, device: str) -> dict[str, Any]:
     for path, leaf in trees.flatten(weights.base["params"]).items():
         *module, kind = path.replace("block_", "blocks/").split("/")
         tensor = _tensor(leaf, device)
-        # torch keeps kernels as (out, in).
+        # torch stores kernels as (out, in).
         state[".".join([*module, "weight"])] = tensor.T.contiguous() if kind == "kernel" else tensor
     return state
 

@@ -1,12 +1,12 @@
-"""Measure one training step of every form, in one process and interleaved.
+"""Measure a training step of every implementation, interleaved in one process.
 
-For example:
+Usage:
 
-python -m benchmarks.train_step --size 384x6 --rounds 9
-python -m benchmarks.train_step --rows "factored, hand-written" "ours*" --rounds 0
-python -m benchmarks.train_step --scan --remat dots-no-batch
-python -m benchmarks.train_step --remat dots-no-batch --order least-memory
-python -m benchmarks.train_step --platform gpu --size 1b --dtype bfloat16 --scan
+    python -m benchmarks.train_step --size 384x6 --rounds 9
+    python -m benchmarks.train_step --rows "factored, hand-written" "ours*" --rounds 0
+    python -m benchmarks.train_step --scan --remat dots-no-batch
+    python -m benchmarks.train_step --remat dots-no-batch --order least-memory
+    python -m benchmarks.train_step --platform gpu --size 1b --dtype bfloat16 --scan
 """
 
 from __future__ import annotations
@@ -27,34 +27,40 @@ import optax
 from benchmarks import catalogue, forms, measure, report
 from benchmarks.decoder import REMAT_POLICIES, SIZES
 
-# Dense products of bfloat16 at the rate the makers state, in flops a second.
+# Peak FLOP/s of dense bfloat16 matmuls, from the data sheets.
 PEAK_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
 
-# What XLA for CPU orders its operations for.
+# Schedulers of XLA for CPU.
 ORDERS = {"usual": {}, "least-memory": measure.LEAST_MEMORY}
 
 
 def arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--size", choices=list(SIZES), default="384x6")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--scan", action="store_true", help="one stack of layers under nn.scan")
+    parser.add_argument("--scan", action="store_true", help="stack the layers with nn.scan")
     parser.add_argument("--remat", choices=list(REMAT_POLICIES), default="none")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--order", choices=list(ORDERS), default="usual", help="of XLA on CPU")
+    parser.add_argument(
+        "--order", choices=list(ORDERS), default="usual", help="scheduler of XLA for CPU"
+    )
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="cpu")
     parser.add_argument("--rows", nargs="+", default=["*"], help="names or globs of rows")
-    parser.add_argument("--rounds", type=int, default=9, help="0: only the figures that repeat")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, for its utilisation")
-    parser.add_argument("--skip-check", action="store_true", help="trust the forms to agree")
-    parser.add_argument("--markdown", type=pathlib.Path, help="document whose section to rewrite")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="timing rounds; 0: deterministic figures only"
+    )
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device, for its utilization")
+    parser.add_argument(
+        "--skip-check", action="store_true", help="do not compare losses and gradients"
+    )
+    parser.add_argument("--markdown", type=pathlib.Path, help="document to update")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print and, if asked, write the section of a document."""
+    """Measure, print the table and, with --markdown, update a document."""
     options = arguments()
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.platform, options.platform))
     case = forms.Case(
@@ -76,27 +82,27 @@ def main() -> None:
 
 
 def section(options: argparse.Namespace) -> str:
-    """Name the section of the document after what was measured."""
+    """Return the name of the section in the document."""
     layers = "scanned" if options.scan else "unrolled"
     words = ["train_step", options.platform, options.size, options.dtype, layers, options.remat]
     return " ".join([*words, options.order] if ORDERS[options.order] else words)
 
 
 def say(text: str) -> None:
-    """Tell on stderr how far things are."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def chosen(patterns: list[str]) -> list[str]:
-    """Return the rows that patterns name, in the table's order."""
+    """Return the rows that match patterns, in the order of the table."""
     for pattern in patterns:
         if not fnmatch.filter(catalogue.ROWS, pattern):
-            raise SystemExit(f"no row is named {pattern!r}; there are: {', '.join(catalogue.ROWS)}")
+            raise SystemExit(f"no row matches {pattern!r}; rows: {', '.join(catalogue.ROWS)}")
     return [row for row in catalogue.ROWS if any(fnmatch.fnmatch(row, each) for each in patterns)]
 
 
 def available(case: forms.Case, rows: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Split rows into those that can be had here and the reasons why others cannot."""
+    """Return the available rows, and the reasons why others are unavailable."""
     weights, left_out = forms.abstract_weights(case), {}
     for row in rows:
         try:
@@ -112,7 +118,7 @@ def run(
     rounds: int,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, measure.Figures], dict[str, list[float]]]:
-    """Measure rows: figures of each, then times of all in turn."""
+    """Measure the figures of each row, then the interleaved times of all rows."""
     tx = optax.adamw(1e-4)
     shapes = forms.abstract_weights(case)
     figures, compiled = {}, {}
@@ -143,7 +149,7 @@ def describe(
     seconds: dict[str, list[float]],
     peak: float | None,
 ) -> str:
-    """Write the table with a line before it that says what was measured, and how."""
+    """Return the table, after a line that describes the case and the machine."""
     shape = case.size
     layers = "scanned" if case.scan else "unrolled"
     rounds = len(next(iter(seconds.values()), []))
@@ -188,7 +194,7 @@ def _ratio(seconds: dict[str, list[float]], row: str, reference: str) -> str:
 
 
 def _model_flops(case: forms.Case, row: str) -> float:
-    """Count what the step needs: nothing is computed twice, whatever the row does."""
+    """Count the FLOPs that the step needs, without recomputation."""
     plain = dataclasses.replace(case, remat="none")
     weights = forms.abstract_weights(plain)
     needed = row if row.startswith("full") else catalogue.FACTORED

@@ -1,4 +1,4 @@
-"""Trees of Linen variables as flat dicts by path."""
+"""Convert trees of Linen variables to flat dicts by path."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(leaves: dict[str, Any]) -> Any:
-    """Undo `flatten`."""
+    """Invert `flatten`."""
     return unflatten_dict(leaves, sep="/")

@@ -1,11 +1,9 @@
-"""Measure a training step against torch with PEFT: same model, weights, tokens and machine.
+"""Compare a training step with torch and PEFT: same model, weights, tokens and machine.
 
-For example:
+    python -m benchmarks.versus_peft --size 384x6 --rounds 9
+    python -m benchmarks.versus_peft --platform gpu --size 1b --dtype bfloat16
 
-python -m benchmarks.versus_peft --size 384x6 --rounds 9
-python -m benchmarks.versus_peft --platform gpu --size 1b --dtype bfloat16
-
-torch and peft are no dependencies of the library; install both beside it, torch first.
+Requires torch and peft, which are not dependencies of this library; install torch first.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import optax
 from benchmarks import catalogue, forms, measure, report
 from benchmarks.decoder import SIZES
 
-# By name: whether the model is compiled, whether torch's own attention is used.
+# Name -> whether the model is compiled, and whether fused attention is used.
 PEFT_ROWS = {
     "PEFT, eager": (False, False),
     "PEFT, compiled": (True, False),
@@ -35,7 +33,7 @@ REFERENCE = "PEFT, eager"
 
 
 def arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--size", choices=list(SIZES), default="384x6")
@@ -43,14 +41,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--markdown", type=pathlib.Path, help="document whose section to rewrite")
+    parser.add_argument("--markdown", type=pathlib.Path, help="document to update")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print and, if asked, write the section of a document."""
+    """Measure, print the table and, with --markdown, update a document."""
     options = arguments()
-    # Neither framework may take the whole GPU for itself.
+    # Both frameworks share the memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(options.platform, options.platform))
     case = forms.Case(SIZES[options.size], rank=options.rank, dtype=jnp.dtype(options.dtype))
@@ -62,7 +60,7 @@ def main() -> None:
 
 
 def compare(case: forms.Case, rounds: int, device: str) -> str:
-    """Time all rows in turn, and write the table."""
+    """Time all rows interleaved, and return the table."""
     import torch  # type: ignore[import-not-found]
 
     from benchmarks.torch_decoder import PeftRun
@@ -108,7 +106,7 @@ def _check(losses: dict[str, float], tolerance: float) -> None:
     want = losses[REFERENCE]
     for row, loss in losses.items():
         if abs(loss - want) > tolerance * abs(want):
-            raise RuntimeError(f"{row}: loss {loss}, {REFERENCE} has {want}")
+            raise RuntimeError(f"{row}: loss {loss}, expected {want} as in {REFERENCE}")
 
 
 if __name__ == "__main__":

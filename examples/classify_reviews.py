@@ -1,15 +1,15 @@
-"""Fine-tune an encoder as a classifier of texts: LoRA in its layers, its head trained whole.
+"""Fine-tune an encoder as a text classifier: LoRA in its layers, and a fully trained head.
 
     python examples/classify_reviews.py
     python examples/classify_reviews.py --model roberta-base/ --train train.tsv --dev dev.tsv
 
-Without files it writes a small data set of made-up reviews, and without a folder it starts from a
-small random RoBERTa that knows the words of the training file: 15 seconds on two CPU cores. With
-them it fine-tunes a BERT or RoBERTa that `transformers` saved, masked language model or classifier,
-with the folder's own tokenizer. Files are as GLUE has them: a first line with the columns' names,
-`sentence` and `label` among them, and then a row a line, columns apart by a tab.
+Without files, the example generates a small data set of reviews; without a model, it creates a
+small random RoBERTa with a word-level tokenizer. This takes about 15 seconds on two CPU cores.
+`--model` is a BERT or RoBERTa folder saved by `transformers` (masked language model or classifier)
+with its tokenizer. Files are tab-separated as in GLUE: the first line names the columns, among them
+`sentence` and `label`.
 
-`--out` writes the adapter as PEFT reads it, the new head in it.
+`--out` saves the adapter and the new head in PEFT format.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PROBLEMS_SHOWN = 10
 
 
 class Review(NamedTuple):
-    """A row of a file."""
+    """A labeled sentence."""
 
     sentence: str
     label: str
@@ -48,7 +48,7 @@ def read_tsv(path: Path) -> list[Review]:
     """Read a file of sentences and labels.
 
     Raises:
-      DataError: it cannot be read, or rows are not as the header says; each is named by its line.
+      DataError: The file cannot be read, or lines do not match the header; lists these lines.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -56,8 +56,11 @@ def read_tsv(path: Path) -> list[Review]:
         raise _refusal(str(path), str(error), "a text file in UTF-8", "check the path.") from error
     columns = lines[0].split("\t") if lines else []
     if not {"sentence", "label"} <= set(columns):
-        got, fix = f"the columns {columns}", "name the columns in the first line, apart by a tab."
-        raise _refusal(f"{path}:1", got, "'sentence' and 'label' among them", fix)
+        got, fix = (
+            f"the columns {columns}",
+            "name the columns in the first line, separated by tabs.",
+        )
+        raise _refusal(f"{path}:1", got, "columns named 'sentence' and 'label'", fix)
     reviews, problems = [], []
     for number, line in enumerate(lines[1:], start=2):
         values = line.split("\t")
@@ -69,21 +72,23 @@ def read_tsv(path: Path) -> list[Review]:
             problems.append(f"{path}:{number}: no {empty}")
         else:
             reviews.append(Review(row["sentence"], row["label"]))
-    _raise_if_any(path, problems, "a sentence and a label in every row")
+    _raise_if_any(path, problems, "a sentence and a label in every line")
     if not reviews:
-        raise _refusal(str(path), "no rows behind the first line", "at least one", "add rows.")
+        raise _refusal(
+            str(path), "no examples after the header", "at least one example", "add examples."
+        )
     return reviews
 
 
 def label_names(reviews: Sequence[Review]) -> list[str]:
-    """The labels that occur: numbers by size, names by the alphabet."""
+    """Return the labels: numbers in numerical order, then names in alphabetical order."""
     found = {review.label for review in reviews}
     numbers = sorted((label for label in found if label.isdecimal()), key=int)
     return numbers + sorted(found - set(numbers))
 
 
 def check_labels(path: Path, reviews: Sequence[Review], labels: Sequence[str]) -> None:
-    """Refuse labels that training has not seen."""
+    """Raise an error for labels that the training file does not contain."""
     wrong = {review.label for review in reviews} - set(labels)
     problems = [f"{path}: the label {label!r}" for label in sorted(wrong)]
     _raise_if_any(path, problems, "only the labels of the training file: " + ", ".join(labels))
@@ -93,8 +98,8 @@ def _raise_if_any(path: Path, problems: list[str], expected: str) -> None:
     if problems:
         more = len(problems) - PROBLEMS_SHOWN
         shown = problems[:PROBLEMS_SHOWN] + [f"and {more} more"] * (more > 0)
-        fix = "correct these rows, or leave them out."
-        got = "\n    ".join(["rows that cannot be used:", *shown])
+        fix = "correct or remove these lines."
+        got = "\n    ".join(["invalid lines:", *shown])
         raise _refusal(str(path), got, expected, fix)
 
 
@@ -109,15 +114,15 @@ FORMS = ("the {} was {}", "i found the {} {}", "what a {} , so {}", "its {} is {
 
 
 def write_reviews(folder: Path, seed: int = 0) -> tuple[Path, Path]:
-    """Write made-up reviews, half of them turned around by "not": a file to train on, one to test.
+    """Generate reviews, half of them negated, and write a training file and a test file.
 
     No sentence is in both files.
     """
     every = []
     for form, thing, word in itertools.product(FORMS, THINGS, PRAISE + BLAME):
-        for turned in (False, True):
-            sentence = form.format(thing, f"not {word}" if turned else word)
-            every.append(f"{sentence}\t{int((word in PRAISE) != turned)}\n")
+        for negated in (False, True):
+            sentence = form.format(thing, f"not {word}" if negated else word)
+            every.append(f"{sentence}\t{int((word in PRAISE) != negated)}\n")
     random.Random(seed).shuffle(every)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.tsv", folder / "dev.tsv"
@@ -130,47 +135,47 @@ def write_reviews(folder: Path, seed: int = 0) -> tuple[Path, Path]:
 
 
 class Words:
-    """A tokenizer that knows whole words, with RoBERTa's numbers for the special ones."""
+    """A word-level tokenizer with the special token ids of RoBERTa."""
 
     bos_token_id, pad_token_id, eos_token_id, unk_token_id = 0, 1, 2, 3
 
     def __init__(self, sentences: Sequence[str]):
-        """Number the words of sentences."""
+        """Build the vocabulary from sentences."""
         words = sorted({word for sentence in sentences for word in sentence.lower().split()})
         self.numbers = {word: number for number, word in enumerate(words, start=4)}
 
     def __len__(self) -> int:
-        """How many tokens there are."""
+        """Return the size of the vocabulary."""
         return len(self.numbers) + 4
 
     def __call__(self, sentence: str, *, truncation: bool, max_length: int) -> dict[str, list[int]]:
-        """Give ids as the tokenizers of transformers do."""
+        """Encode a sentence with the interface of a `transformers` tokenizer."""
         words = [self.numbers.get(word, self.unk_token_id) for word in sentence.lower().split()]
         kept = words[: max_length - 2] if truncation else words
         return {"input_ids": [self.bos_token_id, *kept, self.eos_token_id]}
 
 
 class Batch(NamedTuple):
-    """Padded rows; a weight of 0 marks rows that only fill the last batch up."""
+    """Padded examples; those that fill up the last batch have weight 0."""
 
-    ids: np.ndarray  # (rows, tokens) int32
-    mask: np.ndarray  # (rows, tokens) int32
-    labels: np.ndarray  # (rows,) int32
-    weights: np.ndarray  # (rows,) float32
+    ids: np.ndarray  # (batch, tokens) int32
+    mask: np.ndarray  # (batch, tokens) int32
+    labels: np.ndarray  # (batch,) int32
+    weights: np.ndarray  # (batch,) float32
 
 
 class Examples:
-    """Reviews as tokens, ready to be cut into batches."""
+    """Tokenized reviews."""
 
     def __init__(self, reviews: Sequence[Review], labels: Sequence[str], tokenizer: Any, most: int):
-        """Encode reviews, each to `most` tokens at most."""
+        """Encode reviews, truncated to `most` tokens."""
         encode = functools.partial(tokenizer, truncation=True, max_length=most)
         self.rows = [encode(review.sentence)["input_ids"] for review in reviews]
         self.labels = [labels.index(review.label) for review in reviews]
         self.pad, self.most = tokenizer.pad_token_id, most
 
     def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
-        """Cut the rows into batches, in an order; lengths are rounded up so that few occur."""
+        """Yield batches in the given order; lengths are rounded up to limit recompilation."""
         order = range(len(self.rows)) if order is None else order
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
@@ -181,7 +186,7 @@ class Examples:
             for row, index in enumerate(chosen):
                 ids[row, : len(self.rows[index])] = self.rows[index]
                 labels[row], weights[row] = self.labels[index], 1.0
-            # A row must have a real token, those that fill up too.
+            # Attention needs at least one unmasked token, in padding examples too.
             mask = (ids != self.pad).astype(np.int32)
             mask[len(chosen) :, 0] = 1
             yield Batch(ids, mask, labels, weights)
@@ -191,7 +196,7 @@ class Examples:
 
 
 def make_model(words: int, width: int, layers: int, key: jax.Array) -> tuple[Any, dict[str, Any]]:
-    """A small random RoBERTa."""
+    """Create a small random RoBERTa."""
     config = RobertaConfig(
         vocab_size=words,
         hidden_size=width,
@@ -208,7 +213,7 @@ def make_model(words: int, width: int, layers: int, key: jax.Array) -> tuple[Any
 
 
 def accuracy(model: Any, variables: Any, examples: Examples, size: int) -> float:
-    """The share of the examples whose class scores highest."""
+    """Return the share of examples whose label has the highest score."""
     right = 0.0
     for batch in examples.batches(size):
         right += float(_right(model, variables, batch))
@@ -217,7 +222,7 @@ def accuracy(model: Any, variables: Any, examples: Examples, size: int) -> float
 
 @functools.partial(jax.jit, static_argnums=0)
 def _right(model: Any, variables: Any, batch: Batch) -> jax.Array:
-    scores = jl.lora_apply(model.apply)(variables, batch.ids, batch.mask)  # (rows, labels)
+    scores = jl.lora_apply(model.apply)(variables, batch.ids, batch.mask)  # (batch, labels)
     return jnp.sum((jnp.argmax(scores, axis=-1) == batch.labels) * batch.weights)
 
 
@@ -225,10 +230,10 @@ def _right(model: Any, variables: Any, batch: Batch) -> jax.Array:
 def train_step(
     model: Any, optimizer: optax.GradientTransformation, variables: Any, state: Any, batch: Batch
 ) -> tuple[Any, Any, jax.Array]:
-    """One step of the optimizer; only the adapter changes."""
+    """Run one training step, which changes the adapter only."""
 
     def loss(variables: Any) -> jax.Array:
-        scores = jl.lora_apply(model.apply)(variables, batch.ids, batch.mask)  # (rows, labels)
+        scores = jl.lora_apply(model.apply)(variables, batch.ids, batch.mask)  # (batch, labels)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             scores.astype(jnp.float32), batch.labels
         )
@@ -240,7 +245,7 @@ def train_step(
 
 
 def train(model: Any, variables: Any, examples: Examples, options: argparse.Namespace) -> Any:
-    """Train for some epochs, the rate rising at first and then falling to nothing."""
+    """Train for several epochs, with warmup and cosine decay of the learning rate."""
     steps = max(options.epochs * -(-len(examples.rows) // options.batch_size), 2)
     peak = options.rate or (5e-3 if options.model is None else 2e-4)
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, max(steps // 10, 1), steps)
@@ -257,7 +262,7 @@ def train(model: Any, variables: Any, examples: Examples, options: argparse.Name
 
 
 def adapt(model: Any, params: dict[str, Any], options: argparse.Namespace) -> Any:
-    """Put LoRA into every dense kernel of the encoder, and train the head as a whole."""
+    """Adapt every dense kernel of the encoder, and train the head fully."""
     variables = {"params": params}
     kernels = jl.find_kernels(model.apply, variables, jnp.zeros((2, 4), jnp.int32))
     heads = tuple(part for part in ("pooler", "classifier") if part in params)
@@ -270,13 +275,13 @@ def adapt(model: Any, params: dict[str, Any], options: argparse.Namespace) -> An
 
 
 def run(options: argparse.Namespace) -> tuple[float, float]:
-    """Do what the options say; gives the accuracy before and after."""
+    """Run the example; return the accuracy before and after."""
     files = options.train, options.dev
     if files == (None, None):
         with tempfile.TemporaryDirectory() as folder:
-            return run(argparse.Namespace(**{**vars(options), **_made_up(Path(folder))}))
+            return run(argparse.Namespace(**{**vars(options), **_generated(Path(folder))}))
     if None in files:
-        raise _refusal("--train, --dev", "only one of them", "both", "give both files, or neither.")
+        raise _refusal("--train, --dev", "only one of them", "both", "pass both files, or neither.")
     reviews, unseen = read_tsv(options.train), read_tsv(options.dev)
     labels = label_names(reviews)
     check_labels(options.dev, unseen, labels)
@@ -285,21 +290,21 @@ def run(options: argparse.Namespace) -> tuple[float, float]:
         tokenizer: Any = Words([review.sentence for review in reviews])
         model, params = make_model(len(tokenizer), options.width, options.layers, key)
     else:
-        from transformers import AutoTokenizer  # it takes long to import, and is not always needed
+        from transformers import AutoTokenizer  # slow to import, and not always needed
 
         tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
         model, params = load(options.model, dtype=jnp.float32)
     model, params = add_classifier(jax.random.fold_in(key, 1), model, params, labels)
     most = model.config.max_position_embeddings - model.config.first_position
     most = min(most, options.max_length)
-    learned, tested = (Examples(each, labels, tokenizer, most) for each in (reviews, unseen))
+    training, test = (Examples(each, labels, tokenizer, most) for each in (reviews, unseen))
     variables = adapt(model, params, options)
     trained = sum(leaf.size for leaf in jax.tree.leaves(jl.partition(variables)[1]))
-    print(f"{len(reviews)} rows, {len(labels)} classes, {trained:,} parameters trained")
-    before = accuracy(model, variables, tested, options.batch_size)
+    print(f"{len(reviews)} examples, {len(labels)} classes, {trained:,} trainable parameters")
+    before = accuracy(model, variables, test, options.batch_size)
     print(f"accuracy before: {before:.3f}")
-    variables = train(model, variables, learned, options)
-    after = accuracy(model, variables, tested, options.batch_size)
+    variables = train(model, variables, training, options)
+    after = accuracy(model, variables, test, options.batch_size)
     print(f"accuracy after:  {after:.3f}")
     if options.out is not None:
         adapter = jl.partition(variables)[1]
@@ -308,31 +313,33 @@ def run(options: argparse.Namespace) -> tuple[float, float]:
     return before, after
 
 
-def _made_up(folder: Path) -> dict[str, Path]:
+def _generated(folder: Path) -> dict[str, Path]:
     train_file, dev_file = write_reviews(folder)
     return {"train": train_file, "dev": dev_file}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, help="a BERT or RoBERTa that transformers saved")
-    parser.add_argument("--train", type=Path, help="TSV file to train on")
-    parser.add_argument("--dev", type=Path, help="TSV file to test on")
-    parser.add_argument("--out", type=Path, help="folder for the adapter, as PEFT reads it")
+    parser.add_argument("--model", type=Path, help="BERT or RoBERTa folder saved by transformers")
+    parser.add_argument("--train", type=Path, help="training file (TSV)")
+    parser.add_argument("--dev", type=Path, help="test file (TSV)")
+    parser.add_argument("--out", type=Path, help="folder for the adapter, in PEFT format")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rate", type=float, help="by default 2e-4, 5e-3 for the random model")
+    parser.add_argument(
+        "--rate", type=float, help="learning rate (default: 2e-4, or 5e-3 for the random model)"
+    )
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=128, help="tokens of a row at most")
-    parser.add_argument("--width", type=int, default=64, help="of the random model")
-    parser.add_argument("--layers", type=int, default=2, help="of the random model")
+    parser.add_argument("--max-length", type=int, default=128, help="maximum sequence length")
+    parser.add_argument("--width", type=int, default=64, help="hidden size of the random model")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the random model")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    """Run the command; a mistake in the files is a message and no traceback."""
+    """Run the example; errors of the data end it with a message."""
     try:
         run(parse())
     except LoraError as error:

@@ -1,15 +1,15 @@
-"""Writes the text-to-SQL task: train, valid and test rows and the databases that judge them.
+"""Generate the bundled text-to-SQL task: train, valid and test examples, and their databases.
 
     python examples/make_text_to_sql.py                  # into jax_lora/bundled/text_to_sql
-    python examples/make_text_to_sql.py --out /tmp/sql   # somewhere else
+    python examples/make_text_to_sql.py --out /tmp/sql   # into another folder
 
-The rule of the split:
+The splits follow these rules:
 
-* Every block of 100 rows holds each of the 25 query shapes four times, one of the four with two
-  tables in the prompt, in each split alike: test is exactly as hard as training.
-* Half of valid and half of test ask about databases that training never sees, and the two halves
-  share no database either.
-* No question, no prompt and no SQL statement occurs in two splits.
+* Every 100 examples contain each of the 25 query shapes four times, once with two tables in the
+  prompt. All splits are therefore equally difficult.
+* Half of valid and half of test ask about databases that are not in train. Valid and test do not
+  share these databases.
+* No question, prompt or SQL statement occurs in two splits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from text_to_sql_schemas import Database, Draw, Table, read_databases
 from text_to_sql_shapes import SHAPES, Shape, fill
 
 OUT = Path(__file__).parents[1] / "jax_lora" / "bundled" / "text_to_sql"
-# Test first: the small splits choose freely, and training takes what is left.
+# The small splits come first, so that they choose freely.
 SPLITS = {"test": 200, "valid": 200, "train": 2000}
 TWO_TABLES_EVERY = 4
 
@@ -34,33 +34,33 @@ Row = dict[str, str | bool]
 
 @dataclass
 class Seen:
-    """What has been used: by any split (`elsewhere`), and by the split being made (`here`)."""
+    """Texts already used: by earlier splits (`elsewhere`), and by the current split (`here`)."""
 
     elsewhere: set[str] = field(default_factory=set)
     here: set[str] = field(default_factory=set)
 
     def is_new(self, row: Row) -> bool:
-        """Tell whether no other split has the question or SQL, and this one not the question."""
+        """Return whether question and SQL are new to this split and absent from earlier ones."""
         question, sql = question_of(row), str(row["completion"])
         return not ({question, sql} & self.elsewhere or question in self.here)
 
     def add(self, row: Row) -> None:
-        """Remember a row of the split being made."""
+        """Add an example of the current split."""
         self.here |= {question_of(row), str(row["completion"])}
 
     def close_split(self) -> None:
-        """Begin the next split."""
+        """Start the next split."""
         self.elsewhere |= self.here
         self.here = set()
 
 
 def question_of(row: Row) -> str:
-    """Return the question line of a row's prompt."""
+    """Return the question in the prompt of an example."""
     return str(row["prompt"]).split("\nquestion:")[1].split("\n")[0]
 
 
 def make_rows(databases: list[Database]) -> dict[str, list[Row]]:
-    """Make every split."""
+    """Generate every split."""
     seen = Seen()
     splits = {}
     for split, count in SPLITS.items():
@@ -77,7 +77,7 @@ def make_rows(databases: list[Database]) -> dict[str, list[Row]]:
 
 
 def _block(databases: list[Database], count: int, seen: Seen, draw: Draw) -> list[Row]:
-    """Make `count` rows with every shape equally often."""
+    """Generate `count` examples with every shape equally often."""
     connections = {database.name: _connect(database) for database in databases}
     rows: list[Row] = []
     for number in range(count):
@@ -97,7 +97,7 @@ def _new_row(
     seen: Seen,
     draw: Draw,
 ) -> Row:
-    """Draw until a row is new and its query finds something but not everything."""
+    """Draw examples until one is new and its query selects some but not all rows."""
     while True:
         database = draw.pick(databases)
         table = draw.pick(database.tables)
@@ -117,20 +117,20 @@ def _new_row(
 
 
 def _schema(database: Database, table: Table, two_tables: bool, draw: Draw) -> str:
-    """Describe the table asked about, or both tables of its database in either order."""
+    """Return the schema of the table, or of both tables of its database in random order."""
     tables = draw.shuffled(database.tables) if two_tables else [table]
     return "\n".join(table.schema for table in tables)
 
 
 def _connect(database: Database) -> sqlite3.Connection:
-    """Fill an SQLite database in memory."""
+    """Create an SQLite database in memory."""
     connection = sqlite3.connect(":memory:")
     connection.executescript(database.sql)
     return connection
 
 
 def is_telling(connection: sqlite3.Connection, sql: str) -> bool:
-    """Tell whether a query finds something, and fewer rows than it would without its condition."""
+    """Return whether a query selects rows, and fewer than without its condition."""
     found = connection.execute(sql).fetchall()
     if not found or None in found[0]:
         return False
@@ -145,7 +145,7 @@ def is_telling(connection: sqlite3.Connection, sql: str) -> bool:
 
 
 def write(out: Path, databases: list[Database], splits: dict[str, list[Row]]) -> None:
-    """Write the rows and databases, the same bytes on every system."""
+    """Write the examples and databases, byte for byte the same on every system."""
     (out / "databases").mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -156,7 +156,7 @@ def write(out: Path, databases: list[Database], splits: dict[str, list[Row]]) ->
 
 
 def column_names(databases: list[Database], split: str) -> set[str]:
-    """Collect the names of columns in the databases of one split."""
+    """Collect the column names of the databases of one split."""
     tables = [
         table for database in databases if database.split == split for table in database.tables
     ]
@@ -164,8 +164,8 @@ def column_names(databases: list[Database], split: str) -> set[str]:
 
 
 def main() -> None:
-    """Make the task and say what it holds."""
-    parser = argparse.ArgumentParser(description="Write the bundled text-to-SQL task.")
+    """Generate the task and print a summary."""
+    parser = argparse.ArgumentParser(description="Generate the bundled text-to-SQL task.")
     parser.add_argument(
         "--out", type=Path, default=OUT, help="folder to write (default: %(default)s)"
     )
@@ -178,12 +178,12 @@ def main() -> None:
     for split, rows in splits.items():
         known = sum(bool(row["known_schema"]) for row in rows)
         unknown = len(rows) - known
-        print(f"{split}: {len(rows)} rows, {known} over schemas of training, {unknown} not")
+        print(f"{split}: {len(rows)} examples, {known} on schemas of train, {unknown} on others")
     trained = column_names(databases, "known")
     for split in ("valid", "test"):
         names = column_names(databases, split)
         shared = len(names & trained)
-        print(f"unknown schemas of {split}: {shared} of {len(names)} column names are in training")
+        print(f"other schemas of {split}: {shared} of {len(names)} column names occur in train")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""Pre-train the bundled tiny Llama on the Python standard library's own text.
+"""Pre-train the bundled tiny Llama on the text of the Python standard library.
 
     python examples/pretrain_tiny.py --out OUT --steps 1200
 
-That took 67 minutes on two shared CPU cores and ended with a validation loss of 2.25 nats a token.
+This took 67 minutes on two shared CPU cores and reached a validation loss of 2.25 nats per token.
 
-Everything is made from text that every Python has: the source files of the standard library (its
-tests included; generated tables and bundled third-party packages left out) and the language
-reference in `pydoc_data`. First a byte-level BPE tokenizer of 4096 tokens is trained, then a Llama
-of about 4.3 million parameters: 2-D kernels by Muon, the rest by Adam, cosine decay to zero, rows
-of 256 tokens and, for the last tenth of the steps, of 512. Every file whose path's CRC-32 is 0
-modulo 50 is held out for validation.
+The text comes with Python: the source files of the standard library, including its tests but not
+generated tables and vendored packages, and the language reference in `pydoc_data`. The script first
+trains a byte-level BPE tokenizer with 4096 tokens, then a Llama with about 4.3 million parameters:
+Muon for 2-D kernels, Adam for the rest, cosine decay to zero, and sequences of 256 tokens, or of
+512 for the last tenth of the steps. Files whose path has a CRC-32 of 0 modulo 50 are held out for
+validation.
 
-A share of the rows (DRILLS) teaches the model to look back and copy, which a model this small
-learns late from text alone. They are made of the same text: a passage repeated; a list of names
-followed by parts of it in other orders; names paired, then asked for in another order. In lists
-and pairs only what can be known from the row itself counts towards the loss.
+A share of the sequences (DRILLS) teaches the model to copy from its context, which a small model
+learns slowly from plain text. They are made from the text: a repeated passage; a list of names
+followed by parts of it in another order; pairs of names, repeated in another order. In lists and
+pairs, the loss only includes tokens that the context determines.
 
-The run is a function of the Python version, the versions of the packages, the number of steps and
-the machine's arithmetic; nothing is drawn from the clock. It writes a complete Hugging Face folder
-and, beside it, `state.npz`, from which `--resume` goes on.
+The result depends only on the Python version, the package versions, the number of steps and the
+arithmetic of the machine. The output is a complete Hugging Face folder, and `state.npz` for
+`--resume`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Two shards of the batch, one a core: XLA's CPU loops leave the second core idle otherwise.
+# Shard the batch over two devices; XLA for CPU would leave the second core idle otherwise.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
 import jax  # noqa: E402  the line above must come first
@@ -50,9 +50,9 @@ from jax_lora.models import Llama, LlamaConfig, save  # noqa: E402
 END, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 4096
 SEED = 0
-DRILLS = 0.3  # share of the rows that teach copying
-LONG_SHARE = 0.1  # share of the steps on rows of twice the length
-TOKENS_A_STEP = 24 * 256
+DRILLS = 0.3  # share of the sequences that teach copying
+LONG_SHARE = 0.1  # share of the steps with sequences of twice the length
+TOKENS_PER_STEP = 24 * 256
 CONFIG = LlamaConfig(
     vocab_size=VOCABULARY,
     hidden_size=256,
@@ -66,7 +66,7 @@ CONFIG = LlamaConfig(
     eos_token_id=0,
     pad_token_id=1,
 )
-# Words, one digit at a time, runs of punctuation, white space. A leading space joins its word.
+# Words, single digits, runs of punctuation, whitespace. A leading space belongs to its word.
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SKIPPED = re.compile(
     r"(site-packages|idlelib|ensurepip|__pycache__|lib2to3/tests/data|pydoc_data|config-)"
@@ -79,7 +79,7 @@ SKIPPED = re.compile(
 
 
 def documents() -> dict[str, str]:
-    """Path within the standard library -> text, in the order of the paths."""
+    """Return path within the standard library -> text, sorted by path."""
     from pydoc_data.topics import topics
 
     root = Path(sysconfig.get_path("stdlib"))
@@ -94,17 +94,17 @@ def documents() -> dict[str, str]:
 
 
 def _is_table(text: str) -> bool:
-    """Numbers and escapes make up more than a sixth of it: data, not language."""
+    """Return whether more than a sixth of the text are digits and backslashes."""
     return sum(c.isdigit() or c == "\\" for c in text) > len(text) / 6
 
 
 def held_out(name: str) -> bool:
-    """Whether a document is kept for validation."""
+    """Return whether a document is held out for validation."""
     return zlib.crc32(name.encode()) % 50 == 0
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE: no text is unknown to it, digits stand alone."""
+    """Train a byte-level BPE tokenizer, with single digits."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -124,7 +124,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the two files that `tokenizers` and `transformers` read."""
+    """Write the files that `tokenizers` and `transformers` read."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -138,11 +138,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-# --- rows ----------------------------------------------------------------------------------------
+# --- sequences -----------------------------------------------------------------------------------
 
 
 def text_rows(tokenizer: Tokenizer, texts: list[str], length: int) -> np.ndarray:
-    """Documents end to end, cut into (rows, length); rows share one token with the next."""
+    """Concatenate documents and cut them into (rows, length); neighbors share one token."""
     encoded = tokenizer.encode_batch_fast(texts)
     joined = np.concatenate([np.array([0, *e.ids], np.uint16) for e in encoded])
     count = (len(joined) - 1) // (length - 1)
@@ -152,7 +152,7 @@ def text_rows(tokenizer: Tokenizer, texts: list[str], length: int) -> np.ndarray
 def drill_row(
     tokenizer: Tokenizer, texts: list[str], length: int, key: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One copying row (length,) and which of its tokens can be known from what stands before."""
+    """Return a copying sequence (length,), and a mask of the tokens that its context determines."""
     draw = random.Random(key)
     ids, known = [0], [0]
     while len(ids) < length:
@@ -199,16 +199,16 @@ def _paired(draw: random.Random, text: str, length: int) -> list[tuple[str, int]
 
 
 class Rows:
-    """The rows of every step, (batch, length) tokens and loss weights, by step number."""
+    """The batch of every step: (batch, length) tokens and loss mask."""
 
     def __init__(self, tokenizer: Tokenizer, texts: list[str], length: int):
-        """Tokenise all texts; drills are made when asked for."""
+        """Tokenize all texts; drills are generated when needed."""
         self.tokenizer, self.texts, self.length = tokenizer, texts, length
         self.text = text_rows(tokenizer, texts, length)
         self.order = np.random.default_rng(SEED).permutation(len(self.text))
 
     def batch(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of one step: the drills first, then text, each text row once an epoch."""
+        """Return the batch of a step: drills first, then text, each sequence once per epoch."""
         drills = round(size * DRILLS)
         rows = [self._drill(step * size + i) for i in range(drills)]
         first = step * (size - drills)
@@ -226,7 +226,7 @@ class Rows:
 
 
 def loss(params: Any, ids: jax.Array, known: jax.Array) -> tuple[jax.Array, Any]:
-    """Sums over (batch, length) rows: weighted cross-entropy, weights, right answers."""
+    """Return sums over a (batch, length) batch: cross-entropy, weights, correct predictions."""
     model = Llama(CONFIG)
     logits: Any = model.apply({"params": params}, ids[:, :-1])
     logits = logits.reshape(-1, VOCABULARY)  # (tokens, vocabulary)
@@ -237,7 +237,7 @@ def loss(params: Any, ids: jax.Array, known: jax.Array) -> tuple[jax.Array, Any]
 
 
 def make_optimizer(params: Any, steps: int) -> optax.GradientTransformation:
-    """Muon on the layers' kernels, Adam on the embedding and the norms."""
+    """Create the optimizer: Muon for the kernels of the layers, Adam for the rest."""
 
     def decay(peak: float):
         return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 30), steps, 0.0)
@@ -256,7 +256,7 @@ def make_optimizer(params: Any, steps: int) -> optax.GradientTransformation:
 
 
 def make_step(optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Callable:
-    """One jitted update: the batch split over the devices, Muon's work split over the layers."""
+    """Return the jitted step: data parallel, with Muon sharded over the layers."""
     split, whole = PartitionSpec("data"), PartitionSpec()
 
     def gradient(params: Any, ids: jax.Array, known: jax.Array) -> tuple[jax.Array, Any]:
@@ -294,7 +294,7 @@ def make_step(optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) 
 
 
 def evaluate(params: Any, ids: np.ndarray, known: np.ndarray) -> tuple[float, float]:
-    """Mean loss and share of right answers over the known tokens."""
+    """Return mean loss and accuracy over the tokens in the loss mask."""
     total = weight = right = 0.0
     for start in range(0, len(ids), 16):
         t, (w, r) = _measure(params, ids[start : start + 16], known[start : start + 16])
@@ -305,11 +305,11 @@ def evaluate(params: Any, ids: np.ndarray, known: np.ndarray) -> tuple[float, fl
 _measure = jax.jit(loss)
 
 
-# --- the run -------------------------------------------------------------------------------------
+# --- the training run ----------------------------------------------------------------------------
 
 
 def save_state(folder: Path, step: int, tree: Any) -> None:
-    """Everything `--resume` needs, replaced in one move so that a kill leaves the last one."""
+    """Save the state for `--resume`, atomically."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     part = folder / "state.part.npz"
     np.savez(part, step, *leaves)
@@ -317,37 +317,37 @@ def save_state(folder: Path, step: int, tree: Any) -> None:
 
 
 def load_state(folder: Path, tree: Any) -> tuple[int, Any]:
-    """The step to go on from, and the tree."""
+    """Load the step to resume from, and the tree."""
     with np.load(folder / "state.npz", allow_pickle=False) as stored:
         step, *leaves = (stored[f"arr_{i}"] for i in range(len(stored.files)))
     return int(step), jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def publish(folder: Path, params: Any) -> None:
-    """The model as others will load it: bfloat16, Hugging Face names."""
+    """Save the model in Hugging Face format, in bfloat16."""
     small = jax.tree.map(lambda p: p.astype(jnp.bfloat16), jax.device_get(params))
     save(folder, Llama(CONFIG), small)
 
 
 def main() -> None:
-    """Train, saying every 20 steps how it goes."""
+    """Train, and print the loss every 20 steps."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--snapshot-every", type=int, default=150, help="steps between snapshots")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.npz")
+    parser.add_argument("--resume", action="store_true", help="resume from OUT/state.npz")
     options = parser.parse_args()
     started = time.time()
 
     texts = documents()
-    learned = [text for name, text in texts.items() if not held_out(name)]
+    training = [text for name, text in texts.items() if not held_out(name)]
     unseen = [text for name, text in texts.items() if held_out(name)]
-    tokenizer = train_tokenizer(learned)
+    tokenizer = train_tokenizer(training)
     save_tokenizer(tokenizer, options.out)
-    short, long = Rows(tokenizer, learned, 257), Rows(tokenizer, learned, 513)
+    short, long = Rows(tokenizer, training, 257), Rows(tokenizer, training, 513)
     size = short.text.size / 1e6
     print(
-        f"python {sys.version.split()[0]}: {len(learned)} documents, {size:.2f}M tokens; ", end=""
+        f"python {sys.version.split()[0]}: {len(training)} documents, {size:.2f}M tokens; ", end=""
     )
     print(f"{len(unseen)} held out; set-up {time.time() - started:.0f} s", flush=True)
 
@@ -357,7 +357,7 @@ def main() -> None:
     copy_ids, copy_known = (np.stack(part) for part in zip(*drills, strict=True))
     copy_ids, copy_known = copy_ids.astype(np.int32), copy_known.astype(np.float32)
 
-    devices = jax.devices()[:2]  # Muon's work is split by layers, and six divide by two
+    devices = jax.devices()[:2]  # Muon is sharded over the six layers, which two divides
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     params = Llama(CONFIG).init(jax.random.key(SEED), jnp.zeros((1, 8), jnp.int32))["params"]
     optimizer = make_optimizer(params, options.steps)
@@ -367,11 +367,11 @@ def main() -> None:
     params, state = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
     update = make_step(optimizer, mesh)
     split = NamedSharding(mesh, PartitionSpec("data"))
-    turn = round(options.steps * (1 - LONG_SHARE))  # from here on, the longer rows
+    turn = round(options.steps * (1 - LONG_SHARE))  # step at which the longer sequences start
 
     for step in range(first, options.steps):
         rows = short if step < turn else long
-        ids, known = rows.batch(step, TOKENS_A_STEP // (rows.length - 1))
+        ids, known = rows.batch(step, TOKENS_PER_STEP // (rows.length - 1))
         params, state, value = update(params, state, *jax.device_put((ids, known), split))
         done = step + 1
         if done % 20 == 0 or done == 1:
@@ -381,7 +381,7 @@ def main() -> None:
             text_loss, _ = evaluate(params, plain, np.ones_like(plain, np.float32))
             copy_loss, copied = evaluate(params, copy_ids, copy_known)
             print(f"step {done} validation loss {text_loss:.4f}; copying drills: ", end="")
-            print(f"loss {copy_loss:.4f}, right {copied:.1%}", flush=True)
+            print(f"loss {copy_loss:.4f}, accuracy {copied:.1%}", flush=True)
             publish(options.out, params)
             save_state(options.out, done, (params, state))
     print(f"done in {(time.time() - started) / 60:.1f} minutes", flush=True)

@@ -1,7 +1,7 @@
-"""Reads text_to_sql_schemas.txt and fills its tables with rows.
+"""Read text_to_sql_schemas.txt and generate the rows of its tables.
 
-Everything is drawn from `random.Random.random()`, the one method whose sequence Python promises
-to keep between versions, so the same databases come out byte for byte wherever this runs.
+All random choices use `random.Random.random()`, the only method whose sequence Python guarantees
+between versions, so the databases are byte for byte the same everywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 SCHEMAS = Path(__file__).with_name("text_to_sql_schemas.txt")
 ROWS_PER_TABLE = 40
-# Few enough values that conditions and groups catch several of the 40 rows.
+# Few values, so that conditions and groups match several of the 40 rows.
 VALUES_PER_COLUMN = 9
 
 Value = str | int
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 
 class Draw:
-    """Reproducible choices from a text seed."""
+    """Reproducible random choices from a text seed."""
 
     def __init__(self, seed: str):
-        """Start the sequence that belongs to `seed`."""
+        """Seed the generator."""
         self._random = random.Random(seed)
 
     def below(self, count: int) -> int:
-        """Return a whole number in [0, count)."""
+        """Return an integer in [0, count)."""
         return int(self._random.random() * count)
 
     def pick(self, options: Sequence[T]) -> T:
@@ -47,7 +47,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: either a list of texts it may hold, or a range of whole numbers."""
+    """A column with a list of possible texts, or a range of integers."""
 
     name: str
     texts: tuple[str, ...] = ()
@@ -56,12 +56,12 @@ class Column:
 
     @property
     def is_text(self) -> bool:
-        """Whether the column holds text."""
+        """Whether the column contains text."""
         return bool(self.texts)
 
     @property
     def words(self) -> str:
-        """The name as a question says it: `birth_year` is "birth year"."""
+        """The name in a question: "birth year" for `birth_year`."""
         return self.name.replace("_", " ")
 
 
@@ -75,18 +75,18 @@ class Table:
 
     @property
     def schema(self) -> str:
-        """The line of the prompt that describes this table."""
+        """The schema line in the prompt."""
         return f"table {self.name}: {', '.join(column.name for column in self.columns)}"
 
     def values(self, column: Column) -> list[Value]:
-        """Return what the column holds, row by row."""
+        """Return the values of a column."""
         position = self.columns.index(column)
         return [row[position] for row in self.rows]
 
 
 @dataclass(frozen=True)
 class Database:
-    """Two tables that belong together, and the split that may ask about them."""
+    """Two related tables, and the split that asks about them."""
 
     name: str
     split: str
@@ -94,12 +94,12 @@ class Database:
 
     @property
     def sql(self) -> str:
-        """The script that creates and fills the tables."""
+        """The SQL script that creates and fills the tables."""
         return "\n".join(_create(table) for table in self.tables)
 
 
 def read_databases(path: Path = SCHEMAS) -> list[Database]:
-    """Read every database of the file, rows included."""
+    """Read every database of the file, and generate its rows."""
     pools: dict[str, tuple[str, ...]] = {}
     specs: dict[tuple[str, str], list[tuple[str, str]]] = {}
     section = database = ""
@@ -134,7 +134,7 @@ def _table(database: str, name: str, spec: str, pools: dict[str, tuple[str, ...]
             columns.append(Column(column, low=int(low), high=int(high)))
             continue
         texts = pools.get(values) or tuple(values.split("|"))
-        # The first column tells rows apart, so it keeps its whole pool.
+        # The first column identifies the row, so it uses its whole pool.
         keep = len(texts) if position == 0 else VALUES_PER_COLUMN
         columns.append(Column(column, texts=tuple(draw.shuffled(texts)[:keep])))
     rows = tuple(
@@ -145,19 +145,19 @@ def _table(database: str, name: str, spec: str, pools: dict[str, tuple[str, ...]
 
 
 def _value(column: Column, row: int, position: int, draw: Draw) -> Value:
-    """Draw one cell; a first column of text walks its pool, to repeat little."""
+    """Draw a cell; a first column of text cycles through its pool."""
     if not column.is_text:
         return column.low + draw.below(column.high - column.low + 1)
     return column.texts[row % len(column.texts)] if position == 0 else draw.pick(column.texts)
 
 
 def _create(table: Table) -> str:
-    """Write CREATE TABLE and one INSERT for all rows."""
+    """Return the CREATE TABLE and INSERT statements."""
     columns = ", ".join(f"{c.name} {'TEXT' if c.is_text else 'INTEGER'}" for c in table.columns)
     rows = ",\n".join(f"({', '.join(_literal(value) for value in row)})" for row in table.rows)
     return f"CREATE TABLE {table.name} ({columns});\nINSERT INTO {table.name} VALUES\n{rows};\n"
 
 
 def _literal(value: Value) -> str:
-    """Write a value as SQL does; no text of the pools holds a quote."""
+    """Return a value as an SQL literal; no text contains a quote."""
     return f"'{value}'" if isinstance(value, str) else str(value)

@@ -1,7 +1,7 @@
 """The query shapes of the text-to-SQL task and their English phrasings.
 
-A shape is one SQL template with several questions that mean exactly it. Letters in braces stand
-for parts of a table; a question and its SQL are filled from the same parts:
+A shape is an SQL template with several equivalent questions. Both have the same placeholders for
+parts of a table:
 
     {t} table      {a} {b} columns to show      {c} text column    {g} text column to group by
     {v} {w} texts  {n} number column            {k} {m} numbers    {j} a small count    {p} a letter
@@ -9,8 +9,8 @@ for parts of a table; a question and its SQL are filled from the same parts:
     {sort} direction, "ascending" ...           {best} direction, "highest" ...
     {as} {cs} {gs} the plural of a column's name (questions only)
 
-Function arguments stand apart (`avg( price )`): so every name follows a space, in the schema as
-in the query, and a tokenizer cuts it into the same pieces in both.
+Function arguments are surrounded by spaces (`avg( price )`), so that a name always follows a space
+and has the same tokens in the schema and in the query.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ AGGREGATES = {
 }
 SORTED = {"": ("ascending", "from low to high"), " desc": ("descending", "from high to low")}
 BEST = {"": ("lowest", "smallest"), " desc": ("highest", "largest")}
-# Adding up or averaging these would mean nothing.
+# Their sums and averages would be meaningless.
 LABEL_NUMBERS = re.compile(r"(^|_)(year|number|code|badge|room|row|seat)$")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One kind of query and the ways to ask for it."""
+    """A kind of query and its questions."""
 
     name: str
     sql: str
@@ -282,15 +282,15 @@ SHAPES = (
 
 
 def fill(shape: Shape, table: Table, draw: Draw) -> tuple[str, str] | None:
-    """Fill a shape from a table.
+    """Fill the placeholders of a shape from a table.
 
     Args:
       shape: The kind of query.
-      table: The table it asks about.
-      draw: Where choices come from.
+      table: The table to query.
+      draw: The source of random choices.
 
     Returns:
-      The question and its SQL, or None when the table has no columns that fit.
+      The question and its SQL, or None if the table lacks a suitable column.
     """
     question = draw.pick(shape.questions)
     slots = set(re.findall(r"{(\w+)}", shape.sql))
@@ -314,14 +314,14 @@ _WORDED = {"op": COMPARISONS, "f": AGGREGATES, "sort": SORTED, "best": BEST}
 
 
 def _allowed(slot: str, options: dict[str, tuple[str, ...]], columns: dict[str, Column]):
-    """List the choices for a slot: years and room numbers are never added up."""
+    """Return the options of a placeholder; years and room numbers have no sum or average."""
     if slot == "f" and LABEL_NUMBERS.search(columns["n"].name if "n" in columns else ""):
         return ("min", "max")
     return tuple(options)
 
 
 def _choose_columns(slots: set[str], table: Table, draw: Draw) -> dict[str, Column] | None:
-    """Choose a column for each slot; conditions first, and what is shown differs from them."""
+    """Choose a different column for each placeholder, conditions first."""
     texts = [column for column in table.columns if column.is_text]
     options = {
         "n": [column for column in table.columns if not column.is_text],
@@ -341,7 +341,7 @@ def _choose_columns(slots: set[str], table: Table, draw: Draw) -> dict[str, Colu
 
 
 def _values(columns: dict[str, Column], table: Table, draw: Draw) -> dict[str, str]:
-    """Take the values of conditions from rows that exist, so that queries find something."""
+    """Choose the values of conditions from existing rows, so that queries match rows."""
     row = draw.below(len(table.rows))
     values = {}
     if "c" in columns:
@@ -358,7 +358,7 @@ def _values(columns: dict[str, Column], table: Table, draw: Draw) -> dict[str, s
 
 
 def _plural(words: str) -> str:
-    """Say more than one: city, cities; box, boxes; price, prices; floors stays floors."""
+    """Return the plural: city, cities; box, boxes; price, prices; floors, floors."""
     if re.search(r"[^isu]s$", words):
         return words
     if re.search(r"[^aeiou]y$", words):

@@ -1,14 +1,14 @@
-"""Train one adapter in two processes: `jax.distributed`, on this machine or on two.
+"""Train one adapter in two processes with `jax.distributed`, on one machine or on several.
 
     python examples/two_processes.py
-    python examples/two_processes.py --processes 1          # the same numbers from one process
+    python examples/two_processes.py --processes 1          # the same result from one process
 
-The script starts its own workers, two CPU devices each, and shows what they say. On a cluster every
-host runs `work` and nothing else; there `jax.distributed.initialize()` finds the others by itself.
+The script starts its own workers, each with two CPU devices, and prints their output. On a cluster,
+every host runs `work`, and `jax.distributed.initialize()` finds the other hosts.
 
-Nothing in it is about LoRA but the usual lines. The rows of a batch are spread over all devices of
-all processes, base and adapter are on every device, and XLA sums the gradients. 15 seconds on two
-CPU cores.
+The LoRA code is the same as for one process. Batches are sharded over the devices of all processes,
+the base model and the adapter are replicated, and XLA sums the gradients. The example takes about
+15 seconds on two CPU cores.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-DEVICES = 4  # of all processes together
-ROWS, PASSAGE = 8, 16  # of a batch; tokens that come twice
+DEVICES = 4  # in all processes together
+BATCH_SIZE, PASSAGE = 8, 16  # PASSAGE: tokens that are repeated
 
 
-# --- one process ---------------------------------------------------------------------------------
+# --- a worker ------------------------------------------------------------------------------------
 
 
 def work(steps: int, out: Path) -> list[float]:
-    """Train, as one process of however many there are; return the losses."""
+    """Train as one of several processes, and return the losses."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -42,28 +42,28 @@ def work(steps: int, out: Path) -> list[float]:
     from jax_lora.bundled import model_path
 
     mesh = Mesh(np.array(jax.devices()), ("data",))  # the devices of all processes
-    everywhere, by_rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    replicated, sharded = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
 
     model, params = jl.models.load(model_path(), dtype="float32")
     variables = {"params": params}
     kernels = jl.find_kernels(model.apply, variables, jnp.zeros((1, 2 * PASSAGE), jnp.int32))
     # The same key gives the same adapter in every process.
     adapter = jl.lora_init(jax.random.key(0), variables, jl.LoraConfig(rank=8), kernels=kernels)
-    variables, adapter = jax.device_put((variables, adapter), everywhere)
+    variables, adapter = jax.device_put((variables, adapter), replicated)
     tx = optax.adam(3e-3)
-    state = jax.device_put(tx.init(adapter), everywhere)
+    state = jax.device_put(tx.init(adapter), replicated)
 
     def batch(number: int) -> jax.Array:
-        """Draw all rows and hand over this process's part of them: (ROWS, tokens)."""
-        passage = np.random.default_rng(number).integers(300, 4096, (ROWS, PASSAGE), np.int32)
+        """Draw batch `number`, (BATCH_SIZE, tokens), and provide the part of this process."""
+        passage = np.random.default_rng(number).integers(300, 4096, (BATCH_SIZE, PASSAGE), np.int32)
         rows = np.concatenate([passage, passage], axis=1)
         own = np.split(rows, jax.process_count())[jax.process_index()]
-        return jax.make_array_from_process_local_data(by_rows, own)
+        return jax.make_array_from_process_local_data(sharded, own)
 
     def loss(adapter: jl.Adapter, variables: object, tokens: jax.Array) -> jax.Array:
         lora_variables = jl.combine(variables, adapter)
         logits = jl.lora_apply(model.apply)(lora_variables, tokens[:, :-1])[:, PASSAGE - 1 :]
-        target = tokens[:, PASSAGE:]  # the second passage, (ROWS, PASSAGE)
+        target = tokens[:, PASSAGE:]  # the repetition, (BATCH_SIZE, PASSAGE)
         return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
 
     @jax.jit
@@ -75,15 +75,17 @@ def work(steps: int, out: Path) -> list[float]:
     losses = []
     for number in range(steps):
         adapter, state, value = step(adapter, state, variables, batch(number))
-        losses.append(float(value))  # of all rows, in every process
+        losses.append(float(value))  # of the whole batch, in every process
     said = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"{said}: {len(jax.local_devices())} of {len(jax.devices())} devices", flush=True)
     print(f"{said}: loss {losses[0]:.6f} -> {losses[-1]:.6f}", flush=True)
-    jl.save_adapter(out, adapter, base=variables)  # all of them call it, the first one writes
+    jl.save_adapter(
+        out, adapter, base=variables
+    )  # every process calls it, and the first one writes
     return losses
 
 
-# --- all of them ---------------------------------------------------------------------------------
+# --- the launcher --------------------------------------------------------------------------------
 
 
 def start(
@@ -99,11 +101,11 @@ def start(
 
 
 def run(processes: int, steps: int, out: Path, timeout: float) -> list[str]:
-    """Run the workers to their end; return what each has said.
+    """Run the workers, and return the output of each.
 
-    One that dies takes the others with it, since they would wait for it for ever.
+    If one of them fails, the others are stopped, as they would wait for it forever.
     """
-    with socket.socket() as free:  # a port that nobody listens on
+    with socket.socket() as free:  # find a free port
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     with contextlib.ExitStack() as files:
@@ -124,25 +126,25 @@ def run(processes: int, steps: int, out: Path, timeout: float) -> list[str]:
 
 
 def wait(workers: Sequence[subprocess.Popen[str]], timeout: float) -> str:
-    """Wait until all workers are done; say what is wrong, if something is."""
+    """Wait for all workers; return an error message, or an empty string."""
     deadline = time.monotonic() + timeout
     while any(worker.poll() != 0 for worker in workers):
         dead = [index for index, worker in enumerate(workers) if worker.poll()]
         if dead:
-            time.sleep(1)  # another may be about to say why
-            return f"process {dead[0]} died; they said:"
+            time.sleep(1)  # let the others write their errors
+            return f"process {dead[0]} failed; output of all processes:"
         if time.monotonic() > deadline:
-            return f"not done after {timeout:.0f} s; --timeout gives more time"
+            return f"not done after {timeout:.0f} s; increase --timeout"
         time.sleep(0.1)
     return ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command, or one of its workers."""
+    """Run the example, or one of its workers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2, 4))
-    parser.add_argument("--out", type=Path, help="folder to keep the adapter in")
+    parser.add_argument("--out", type=Path, help="folder for the adapter")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -161,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for text in run(options.processes, options.steps, out, options.timeout):
             print("\n".join(line for line in text.splitlines() if line.startswith("process")))
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        print(f"one adapter, saved once: {size / 1e6:.2f} MB")
+        print(f"saved adapter: {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

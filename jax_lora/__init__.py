@@ -4,7 +4,7 @@
     adapter = jl.lora_init(key, variables, jl.LoraConfig(rank=8), kernels=kernels)
     y = jl.lora_apply(model.apply)(jl.combine(variables, adapter), tokens)
 
-Everything takes Linen variables, NNX state, or any pytree with any function of it.
+Every function accepts Linen variables, NNX state, or any other pytree of parameters.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from jax_lora.transform import explain, find_kernels, lora_apply
 from jax_lora.updates import LoraPair, TokenRows
 
 if TYPE_CHECKING:
-    from jax_lora import models, peft
+    from jax_lora import finetune, models, peft
 
 __version__ = "0.1.0"
 
@@ -45,6 +45,7 @@ __all__ = (
     "errors",
     "explain",
     "find_kernels",
+    "finetune",
     "load_adapter",
     "lora_apply",
     "lora_init",
@@ -64,7 +65,7 @@ __all__ = (
 
 
 def __getattr__(name: str) -> Any:
-    # Models import Flax's modules, which the library itself does not need; the files of others too.
-    if name in ("models", "peft"):
+    # Imported when they are first used, because `import jax_lora` stays light without them.
+    if name in ("finetune", "models", "peft"):
         return importlib.import_module(f"jax_lora.{name}")
     raise AttributeError(f"module 'jax_lora' has no attribute {name!r}")

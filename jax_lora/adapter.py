@@ -1,6 +1,6 @@
-"""Adapter: a small pytree of updates, one per adapted leaf; combine and partition.
+"""Adapter: a pytree that holds one update per adapted leaf. `combine` and `partition`.
 
-params  --combine(params, adapter)-->  params with LoraWeight leaves  --partition-->  both again
+params  --combine(params, adapter)-->  params with LoraWeight leaves  --partition-->  both
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax_lora.algebra.base_weight import Recipe
 from jax_lora.algebra.low_rank import static
 from jax_lora.config import LoraConfig
 from jax_lora.errors import StructureError, format_error
-from jax_lora.kernels import flax_state
+from jax_lora.storage import flax_state
 from jax_lora.updates import LoraPair, TokenRows, Update, WholeLeaf
 
 
@@ -24,14 +24,14 @@ from jax_lora.updates import LoraPair, TokenRows, Update, WholeLeaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraWeight:
-    """A leaf of the parameters with an adapter: a frozen base and a trainable update.
+    """A leaf of a combined tree: a frozen base weight and its trainable update.
 
     Args:
-      base: The frozen leaf: an array or a `Recipe`.
-      update: The trainable part: a `LoraPair`, a `WholeLeaf` or `TokenRows`.
-      dropout_key: Key that switches dropout on, or None.
+      base: The base weight: an array or a `Recipe`.
+      update: The update: a `LoraPair`, a `WholeLeaf` or `TokenRows`.
+      dropout_key: Random key for dropout; None disables dropout.
       config: The adapter's configuration.
-      path: The leaf's own path.
+      path: Path of the leaf.
     """
 
     base: Any
@@ -46,11 +46,11 @@ class LoraWeight:
 
     @property
     def pair(self) -> Any:
-        """The update of a leaf that has a `LoraPair`."""
+        """The update, under the name that suits a `LoraPair`."""
         return self.update
 
     def __jax_array__(self) -> NoReturn:
-        """Refuse, where JAX asks for an array instead.
+        """Raise an error where JAX expects an array.
 
         Raises:
           StructureError: Always.
@@ -69,13 +69,13 @@ class LoraWeight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """All trainable parameters: pairs, whole leaves and token rows by path, and the configuration.
+    """All adapter weights by path, and the configuration they were created from.
 
     Args:
-      pairs: `{"params/layers/attn/q_proj/kernel": LoraPair, ...}`.
-      whole: Leaves that are trained whole (`modules_to_save`) by path.
-      config: What the adapter was made from.
-      rows: Trained rows that replace those of a table by path.
+      pairs: LoRA factors: `{"params/layers/attn/q_proj/kernel": LoraPair, ...}`.
+      whole: Fully trained leaves (`modules_to_save`).
+      config: The configuration.
+      rows: Trained rows of embedding tables.
     """
 
     pairs: dict[str, LoraPair]
@@ -89,7 +89,7 @@ class Adapter:
 
     @classmethod
     def of(cls, updates: Mapping[str, Update], config: LoraConfig) -> Adapter:
-        """Build an adapter from updates of any kind by path."""
+        """Build an adapter from a mapping of paths to updates of any kind."""
         groups: dict[str, dict[str, Any]] = {"pairs": {}, "whole": {}, "rows": {}}
         for path, update in updates.items():
             groups[update.group][path] = update
@@ -98,7 +98,7 @@ class Adapter:
 
     @property
     def updates(self) -> dict[str, Any]:
-        """The update of every adapted leaf by path."""
+        """Every update by the path of its leaf."""
         whole = {path: WholeLeaf(value) for path, value in self.whole.items()}
         return {**self.pairs, **whole, **self.rows}
 
@@ -112,38 +112,62 @@ class Adapter:
         return iter(self.updates)
 
     def __contains__(self, path: object) -> bool:
-        """Tell whether the leaf of this path is adapted."""
+        """Tell whether the leaf at this path is adapted."""
         return path in self.updates
 
 
-flax_state.node(Recipe)  # which belongs to the algebra, that knows no Flax
+flax_state.node(Recipe)  # registered here because the algebra does not depend on Flax
 
 
 def is_adapted(node: Any) -> bool:
-    """Tell whether a node is a leaf with an adapter: `is_leaf` for tree functions."""
+    """Tell whether a node is a `LoraWeight`. Use it as `is_leaf` in tree functions."""
     return isinstance(node, LoraWeight)
 
 
 def is_weight(node: Any) -> bool:
-    """Tell whether a node is one leaf of the parameters, though it holds several arrays."""
+    """Tell whether a node stands for one parameter although it holds several arrays."""
     return isinstance(node, LoraWeight | Recipe)
 
 
 def base_of(node: Any) -> Any:
-    """Return the frozen leaf of a node, which is the node itself where there is no adapter."""
+    """Return the base weight of a node; a node without an adapter is returned unchanged."""
     return node.base if isinstance(node, LoraWeight) else node
+
+
+def plain_leaves(where: str, tree: Any) -> list[tuple[str, Any]]:
+    """Return the (path, leaf) pairs of a tree without adapters.
+
+    Args:
+      where: Name of the public function, for the message.
+      tree: The tree.
+
+    Raises:
+      StructureError: A leaf already has an adapter.
+    """
+    leaves, _ = paths.flatten_with_paths(tree, is_leaf=is_weight)
+    for path, leaf in leaves:
+        if is_adapted(leaf):
+            raise StructureError(
+                format_error(
+                    f"{where}: {path}",
+                    got="a leaf that already has an adapter",
+                    expected="parameters without an adapter",
+                    fix="Split off the adapter first: variables, adapter = jl.partition(tree).",
+                )
+            )
+    return leaves
 
 
 def not_combined(
     where: str, expected: str = "a tree from jl.combine(variables, adapter)"
 ) -> StructureError:
-    """Build the error for a tree that has no adapter in it."""
+    """Build the error for a tree without a `LoraWeight`."""
     return StructureError(
         format_error(
             where,
-            got="a tree without a single LoraWeight",
+            got="a tree without any LoraWeight",
             expected=expected,
-            fix="Combine the tree with its adapter first.",
+            fix="Call jl.combine(variables, adapter) first.",
         )
     )
 
@@ -154,21 +178,21 @@ def not_combined(
 
 
 def combine(tree: Any, adapter: Adapter) -> Any:
-    """Put an adapter's factors beside the leaves that they belong to.
+    """Attach an adapter to the parameters of its base model.
 
-    Use it inside the loss function to differentiate with respect to the adapter alone, or once at
-    the start to train the whole tree with `masked_optimizer`. Nothing is copied.
+    Use it inside the loss function to differentiate with respect to the adapter only, or once
+    before training to optimize the whole tree with `masked_optimizer`. No array is copied.
 
     Args:
-      tree: Parameters of any model, as `lora_init` saw them.
+      tree: The parameters that were passed to `lora_init`.
       adapter: The adapter.
 
     Returns:
-      The same tree with a `LoraWeight` at every adapted kernel, for `lora_apply`.
+      The tree with a `LoraWeight` at every adapted leaf, for `lora_apply`.
 
     Raises:
-      StructureError: A path that the tree lacks, a leaf of another shape, or a leaf that has an
-        adapter already; all of them in one message.
+      StructureError: A path is missing from the tree, a shape differs, or a leaf already has an
+        adapter. One message lists all of them.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -185,10 +209,10 @@ def combine(tree: Any, adapter: Adapter) -> Any:
     if problems:
         raise StructureError(
             format_error(
-                f"combine: {len(problems)} of the adapter's leaves do not fit the tree",
-                got="\n" + "\n".join(f"    {problem}" for problem in problems),
-                expected="the tree that the adapter was made for, not combined before",
-                fix="Pass the same tree as to lora_init, or partition it first.",
+                f"combine: {len(problems)} leaves of the adapter do not fit the tree",
+                got=problems,
+                expected="the parameters that the adapter was created for, not yet combined",
+                fix="Pass the tree that was passed to lora_init; jl.partition undoes jl.combine.",
             )
         )
     updates = adapter.updates
@@ -204,28 +228,25 @@ def combine(tree: Any, adapter: Adapter) -> Any:
 def _combine_problems(leaves: Mapping[str, Any], adapter: Adapter) -> list[str]:
     paths_of_parts = [*adapter.pairs, *adapter.whole, *adapter.rows]
     twice = dict.fromkeys(path for path in paths_of_parts if paths_of_parts.count(path) > 1)
-    problems = [f"{path}: is more than one of a pair, a whole leaf and rows" for path in twice]
+    problems = [f"{path}: is in more than one of pairs, whole and rows" for path in twice]
     for path, update in adapter.updates.items():
         if path not in leaves:
             near = ", ".join(paths.nearest(path, leaves, 3))
-            problems.append(f"{path}: not in the tree; the nearest are {near}")
+            problems.append(f"{path}: not in the tree; the closest paths are {near}")
         elif is_adapted(leaves[path]):
-            problems.append(f"{path}: has an adapter already")
+            problems.append(f"{path}: already has an adapter")
         elif (why := misfit(update, leaves[path])) is not None:
             problems.append(f"{path}: {why}")
     return problems
 
 
 def misfit(update: Any, leaf: Any, holder: str = "tree") -> str | None:
-    """Say why an update does not fit a leaf, or return None.
+    """Return the reason why an update does not fit a leaf, or None if it fits.
 
     Args:
-      update: The update; one of masks, shardings or other stand-ins has no shape and fits any leaf.
+      update: The update. Masks, shardings and other values without a shape fit any leaf.
       leaf: The leaf.
-      holder: What messages call the owner of the leaf.
-
-    Returns:
-      The reason.
+      holder: Name of the tree in the reason.
     """
     try:
         return update.problem(leaf.shape, holder)
@@ -234,16 +255,16 @@ def misfit(update: Any, leaf: Any, holder: str = "tree") -> str | None:
 
 
 def partition(lora_tree: Any) -> tuple[Any, Adapter]:
-    """Take a combined tree apart again: the exact inverse of `combine`.
+    """Split a combined tree into parameters and adapter: the exact inverse of `combine`.
 
     Args:
       lora_tree: A tree from `combine`, before or after training.
 
     Returns:
-      The plain tree with its own treedef, and the adapter.
+      The parameters with their original treedef, and the adapter.
 
     Raises:
-      StructureError: The tree has no adapted leaf.
+      StructureError: The tree has no `LoraWeight`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_lora as jl

@@ -1,4 +1,4 @@
-"""LoraConfig: which kernels get an adapter, and of what rank and scale."""
+"""LoraConfig: which kernels get an adapter, with which rank and scale."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import numpy as np
 from jax_lora import paths
 from jax_lora.errors import ConfigError, format_error
 
-INITIALISERS = ("gaussian",)
+INITIALIZERS = ("gaussian",)
 
 
 class FrozenMapping(Mapping[str, Any]):
-    """A mapping that cannot be changed, and that can be hashed."""
+    """An immutable, hashable mapping."""
 
     def __init__(self, items: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()):
-        """Copy the items, in the order given."""
+        """Copy the items and keep their order."""
         self._items = dict(items)
 
     def __getitem__(self, key: str) -> Any:
-        """Return the value of exactly this key."""
+        """Return the value of a key."""
         return self._items[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -37,23 +37,23 @@ class FrozenMapping(Mapping[str, Any]):
         return len(self._items)
 
     def __eq__(self, other: object) -> bool:
-        """Compare items, in any order, with those of any mapping."""
+        """Compare with any mapping, ignoring order."""
         return isinstance(other, Mapping) and self._items == dict(other)
 
     def __hash__(self) -> int:
-        """Hash the items, so that a config can be part of a treedef."""
+        """Hash the items: a config is part of a treedef, which must be hashable."""
         return hash(frozenset(self._items.items()))
 
     def __repr__(self) -> str:
-        """Show as the dict it was made from."""
+        """Return the representation of the equal dict."""
         return repr(self._items)
 
 
 class Patterns(FrozenMapping):
-    """Values by pattern, in order; the first pattern that matches wins."""
+    """An ordered mapping from pattern to value; the first pattern that matches wins."""
 
     def __eq__(self, other: object) -> bool:
-        """Compare items; between two `Patterns` order counts, since the first match wins."""
+        """Compare items. Two `Patterns` must also agree in order, as the first match wins."""
         if isinstance(other, Patterns):
             return list(self._items.items()) == list(other._items.items())
         return super().__eq__(other)
@@ -67,33 +67,35 @@ class Patterns(FrozenMapping):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """What to adapt and how; frozen, hashable, checked when constructed.
+    """Configure an adapter: which kernels to adapt, with which rank, scale and initialization.
+
+    A config is immutable and hashable, and is validated when it is constructed.
 
     Args:
-      rank: Rank r of every pair (a, b) that no `rank_pattern` changes.
+      rank: Rank r of the LoRA factors.
       alpha: Numerator of the scale: alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
-      targets: `"all-linear"` (every dense kernel but the output head), `"attention"`, `"mlp"`, a
-        name, or a sequence of names and globs. A name matches whole path segments.
-      exclude: Names and globs that win over `targets`.
+      targets: Kernels to adapt: `"all-linear"` (every dense kernel except the output head),
+        `"attention"`, `"mlp"`, a name, or a sequence of names and globs. A name matches whole path
+        segments.
+      exclude: Names and globs of kernels to leave out; takes precedence over `targets`.
       rank_pattern: Ranks by name or glob; the first pattern that matches a path wins. A pattern
-        may name one layer of a stack by its index, as in `"layers/3/attn/q_proj"` or
+        can name a layer of a layer stack by its index, as in `"layers/3/attn/q_proj"` or
         `"layers/[0-3]/*"`.
-      alpha_pattern: Alphas by name or glob, in the same way.
-      layers: The only layers of every stack that get an adapter, counted from 0; None for all.
-      modules_to_save: Names and globs of leaves trained whole beside the pairs (a head, biases).
-      use_rslora: Scale by alpha / sqrt(rank), which keeps large ranks learning.
-      use_dora: Train the norm of every output's weights beside the pair, which then changes
-        directions alone.
-      dropout: Share of the adapter's inputs set to zero in training; `jl.dropout` switches it on.
-      init: How `a` starts; `"gaussian"` has deviation 1 / sqrt(in). `b` starts at zero.
-      dtype: Type of a and b, whatever the base's.
-      allow_unused: Warn instead of raising when one pattern of several matches nothing.
-      metadata: Text by name that another file format keeps with the adapter, such as the
-        configuration that `jl.peft.load` read under `"peft"`. Nothing else interprets it, and two
-        configurations that differ only in it are equal.
+      alpha_pattern: Values of alpha by name or glob, matched like `rank_pattern`.
+      layers: Indices, from 0, of the layers to adapt in every layer stack; None adapts all.
+      modules_to_save: Names and globs of leaves to train in full, such as a new head or biases.
+      use_rslora: Scale by alpha / sqrt(rank), which keeps updates of large ranks stable.
+      use_dora: Train a magnitude per output (DoRA); the low-rank update then changes only the
+        direction.
+      dropout: Dropout rate on the input of the LoRA branch; `jl.dropout` enables it in training.
+      init: Initialization of `a`: `"gaussian"`, with standard deviation 1 / sqrt(in). `b` is zero.
+      dtype: Type of the adapter weights, independent of the base weights.
+      allow_unused: Warn instead of raising an error if one of several patterns matches nothing.
+      metadata: Named text that another file format stores with the adapter, such as the PEFT
+        configuration under `"peft"`. It is ignored in comparisons.
 
     Raises:
-      ConfigError: A value that cannot mean anything.
+      ConfigError: A value is invalid.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), section 4.1: h = W0 x + (alpha / r) B A x.
@@ -127,7 +129,7 @@ class LoraConfig:
     )
 
     def __post_init__(self) -> None:
-        """Normalise what has several spellings, then check every value."""
+        """Normalize and validate every value."""
         set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - frozen
         set_field("rank", _rank("rank", self.rank))
         set_field("alpha", _alpha("alpha", self.alpha))
@@ -146,7 +148,7 @@ class LoraConfig:
         set_field("metadata", _metadata(self.metadata))
 
     def scale(self, rank: int, alpha: float) -> float:
-        """Return the factor in front of a @ b for one kernel.
+        """Return the scale of the update of one kernel.
 
         Args:
           rank: The kernel's rank.
@@ -161,7 +163,7 @@ class LoraConfig:
         """Return the rank of a kernel: the first `rank_pattern` that matches, else `rank`.
 
         Args:
-          *names: The kernel's path; for one layer of a stack, the path with its index as well.
+          *names: The kernel's path. For a layer of a layer stack, also the path with its index.
 
         Returns:
           The rank.
@@ -172,7 +174,7 @@ class LoraConfig:
         """Return the alpha of a kernel: the first `alpha_pattern` that matches, else `alpha`.
 
         Args:
-          *names: The kernel's path; for one layer of a stack, the path with its index as well.
+          *names: The kernel's path. For a layer of a layer stack, also the path with its index.
 
         Returns:
           The alpha.
@@ -180,10 +182,10 @@ class LoraConfig:
         return _first_value(self.alpha_pattern, names, self.alpha)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as values that JSON can hold."""
+        """Return the settings as a dict of JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["dtype"] = self.dtype.name
-        # A list of pairs, as JSON objects have no order and the first match wins.
+        # Lists of pairs: the first match wins, and JSON objects do not guarantee an order.
         values["rank_pattern"] = [list(item) for item in self.rank_pattern.items()]
         values["alpha_pattern"] = [list(item) for item in self.alpha_pattern.items()]
         for name in ("targets", "exclude", "modules_to_save", "layers"):
@@ -193,16 +195,16 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
-        """Build a config from `to_dict`'s values.
+        """Build a config from the result of `to_dict`.
 
         Args:
-          values: Settings by name; what is left out takes its default.
+          values: Settings by name; missing settings have their defaults.
 
         Returns:
           The config.
 
         Raises:
-          ConfigError: An unknown name, or a value that cannot mean anything.
+          ConfigError: A name is unknown or a value is invalid.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
@@ -210,7 +212,7 @@ class LoraConfig:
                 raise ConfigError(
                     format_error(
                         f"LoraConfig: {name!r}",
-                        got="a setting that does not exist",
+                        got="an unknown setting",
                         expected=f"one of {', '.join(known)}",
                         fix=f"Did you mean {paths.nearest(name, known, 1)[0]!r}?",
                     )
@@ -218,12 +220,12 @@ class LoraConfig:
         return cls(**values)
 
     def to_json(self) -> str:
-        """Return the settings as a JSON text with sorted keys."""
+        """Return the settings as JSON with sorted keys."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> LoraConfig:
-        """Build a config from `to_json`'s text.
+        """Build a config from the result of `to_json`.
 
         Raises:
           ConfigError: The text is not a JSON object of known settings.
@@ -235,8 +237,8 @@ class LoraConfig:
                 format_error(
                     "LoraConfig.from_json",
                     got=f"text that is not JSON ({error})",
-                    expected="what LoraConfig.to_json wrote",
-                    fix="Check that the file is whole.",
+                    expected="the output of LoraConfig.to_json",
+                    fix="Check that the file is complete.",
                 )
             ) from error
         if not isinstance(values, dict):
@@ -271,13 +273,14 @@ def _is_number(value: Any) -> bool:
 
 def _rank(where: str, value: Any) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise _refuse(where, value, "an integer of at least 1", "8 to 64 is usual.")
+        raise _refuse(where, value, "an integer of at least 1", "Typical ranks are 8 to 64.")
     return int(value)
 
 
 def _alpha(where: str, value: Any) -> float:
     if not _is_number(value) or not math.isfinite(value) or value <= 0:
-        raise _refuse(where, value, "a finite number above 0", "Once or twice the rank is usual.")
+        fix = "Typical values are once or twice the rank."
+        raise _refuse(where, value, "a finite number above 0", fix)
     return float(value)
 
 
@@ -289,13 +292,13 @@ def _flag(where: str, value: Any) -> bool:
 
 def _dropout(value: Any) -> float:
     if not _is_number(value) or not 0 <= value < 1:
-        raise _refuse("dropout", value, "a number of at least 0 and below 1", "0.05 is usual.")
+        raise _refuse("dropout", value, "a number of at least 0 and below 1", "Try 0.05.")
     return float(value)
 
 
 def _init(value: Any) -> str:
-    if value not in INITIALISERS:
-        raise _refuse("init", value, f"one of {', '.join(INITIALISERS)}", "Leave it out.")
+    if value not in INITIALIZERS:
+        raise _refuse("init", value, f"one of {', '.join(INITIALIZERS)}", "Omit it.")
     return value
 
 
@@ -311,10 +314,10 @@ def _dtype(value: Any) -> np.dtype:
 
 def _metadata(value: Any) -> FrozenMapping:
     if not isinstance(value, Mapping):
-        raise _refuse("metadata", value, "a mapping from name to text", 'Such as {"note": "text"}.')
+        raise _refuse("metadata", value, "a mapping from name to text", 'Use {"note": "text"}.')
     for name, text in value.items():
         if not isinstance(name, str) or not name:
-            raise _refuse("metadata", name, "names that are strings, not empty", "Rename it.")
+            raise _refuse("metadata", name, "names that are non-empty strings", "Rename it.")
         if not isinstance(text, str):
             raise _refuse(f"metadata[{name!r}]", text, "a string", "Pass json.dumps(value).")
     return FrozenMapping(value)
@@ -324,8 +327,8 @@ def _names(where: str, value: Any) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value
     is_sequence = isinstance(names, (list, tuple, set, frozenset))
     if not is_sequence or not all(isinstance(name, str) and name.strip("/") for name in names):
-        raise _refuse(where, value, "names or globs", 'Such as ["q_proj", "layers/*/kernel"].')
-    # A set has no order of its own that lasts from one process to the next.
+        raise _refuse(where, value, "names or globs", 'Use ["q_proj", "layers/*/kernel"].')
+    # The order of a set differs between processes, so sets are sorted.
     return tuple(sorted(names)) if isinstance(names, (set, frozenset)) else tuple(names)
 
 
@@ -335,7 +338,7 @@ def _layers(value: Any) -> tuple[int, ...] | None:
     is_index = lambda each: isinstance(each, (int, np.integer)) and not isinstance(each, bool)  # noqa: E731
     is_sequence = isinstance(value, (list, tuple, set, frozenset, range)) and len(value) > 0
     if not is_sequence or not all(is_index(each) and each >= 0 for each in value):
-        raise _refuse("layers", value, "indices from 0 on", "Such as [0, 1], or None for all.")
+        raise _refuse("layers", value, "a list of indices from 0", "Use [0, 1], or None for all.")
     return tuple(sorted({int(each) for each in value}))
 
 
@@ -355,5 +358,5 @@ def _patterns(where: str, value: Any, check: Any) -> Patterns:
     ):
         items = dict(value)
     if not isinstance(items, Mapping) or not all(isinstance(key, str) and key for key in items):
-        raise _refuse(where, value, "a mapping from pattern to value", 'Such as {"q_proj": 16}.')
+        raise _refuse(where, value, "a mapping from pattern to value", 'Use {"q_proj": 16}.')
     return Patterns({key: check(f"{where}[{key!r}]", each) for key, each in items.items()})

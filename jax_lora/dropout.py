@@ -1,4 +1,4 @@
-"""dropout: switch the adapter's dropout on for one training step."""
+"""dropout: enable the adapter's dropout for one training step."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from jax_lora.init import path_key
 
 
 def dropout(lora_tree: Any, key: jax.Array) -> Any:
-    """Switch the adapter's dropout on: for training only.
+    """Enable the adapter's dropout. Use it in training only.
 
-    The rate is the configuration's. A share of the inputs of every pair is set to zero, and the
-    rest scaled up; W0 sees its input whole. The keys ride along as data, so a step compiles once;
-    every layer, use, scan step and token drops inputs of its own, and remat drops the same again.
-    In a function that calls `jax.shard_map`, shards whose data differ drop inputs of their own,
-    and shards that hold the same data drop the same. Where `lora_apply` is itself called inside
-    `shard_map`, fold `jax.lax.axis_index` of the batch's axis into the key.
-    A weight that has to be materialised is formed without dropout.
+    Dropout applies to the input of the LoRA branch, with the rate of the configuration; the base
+    weight sees the full input. The keys are data, so a new key does not cause a recompilation.
+    Every layer, use, scan step and token has an independent mask, and `jax.checkpoint` reproduces
+    it. In a function that calls `jax.shard_map`, shards with different data have different masks,
+    and shards with equal data have equal masks. If `lora_apply` is called inside `shard_map`, fold
+    `jax.lax.axis_index` of the batch axis into the key. Dropout does not affect a materialized
+    weight.
 
     Args:
       lora_tree: A tree from `combine`.
       key: Random key of this step.
 
     Returns:
-      The same tree, whose `LoraWeight`s carry a key each. With a rate of 0, the tree as it was.
+      The tree with a key in every `LoraWeight`; the unchanged tree if the rate is 0.
 
     Raises:
       StructureError: The tree has no `LoraWeight`.
 
     Reference:
-      Hu et al., LoRA (arXiv:2106.09685), appendix D: dropout on the adapter's branch.
+      Hu et al., LoRA (arXiv:2106.09685), appendix D: dropout on the LoRA branch.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -46,10 +46,10 @@ def dropout(lora_tree: Any, key: jax.Array) -> Any:
     nodes, treedef = jax.tree.flatten(lora_tree, is_leaf=is_adapted)
     if not any(map(is_adapted, nodes)):
         raise not_combined("dropout")
-    return jax.tree.unflatten(treedef, [_switched_on(node, key) for node in nodes])
+    return jax.tree.unflatten(treedef, [_with_key(node, key) for node in nodes])
 
 
-def _switched_on(node: Any, key: jax.Array) -> Any:
+def _with_key(node: Any, key: jax.Array) -> Any:
     if not is_adapted(node) or node.update.group != "pairs" or node.config.dropout == 0.0:
         return node
     return dataclasses.replace(node, dropout_key=path_key(key, node.path))

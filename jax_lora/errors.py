@@ -1,94 +1,96 @@
-"""Every exception that jax_lora raises on purpose.
+"""Exceptions and warnings of jax_lora.
 
-A message answers four questions, in this order: where it happened, what was got, what was
-expected, and what to do about it. `format_error` lays those out so that all messages read alike.
+Every message has four parts: where the problem is, what was found, what was expected, and how to
+fix it. `format_error` builds them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class LoraError(Exception):
-    """Base class: `except LoraError` catches all that this library raises on purpose."""
+    """Base class of the errors that this library raises."""
 
 
 class ConfigError(LoraError, ValueError):
-    """A setting has a value that cannot mean anything (rank 0, alpha NaN, an unknown name)."""
+    """A setting is invalid (rank 0, alpha NaN, an unknown name)."""
 
 
 class NoMatchError(LoraError, ValueError):
-    """A pattern matched no kernel, so nothing would have been trained."""
+    """A pattern of a configuration matches no kernel."""
 
 
 class AmbiguousKernelError(LoraError, ValueError):
-    """The shape of a leaf alone cannot tell which of its axes are inputs and which outputs."""
+    """The shape of a leaf does not determine which axes are inputs and which are outputs."""
 
 
 class StructureError(LoraError, ValueError):
-    """Two trees that must fit together do not (a missing path, another shape)."""
+    """Two trees do not match (a missing path, a different shape)."""
 
 
 class MaterializeError(LoraError, RuntimeError):
-    """An operation without a low-rank rule met a `LoraWeight` under `on_materialize="error"`.
+    """An operation without a low-rank rule uses a `LoraWeight` under `on_materialize="error"`.
 
-    Also, whatever the policy, one whose pair has a bias: no weight could stand for it.
+    It is also raised, whatever the policy, if the pair has a bias: no weight includes that bias.
     """
 
 
 class MergeError(LoraError, ValueError):
-    """Merging would have put a non-finite number into the base model."""
+    """A merge would produce NaN or Inf, or a bias has no leaf to be added to."""
 
 
 class CheckpointError(LoraError, ValueError):
-    """A saved adapter is missing, damaged, or does not hold what it says."""
+    """A saved adapter is missing, damaged or inconsistent."""
 
 
 class BaseMismatchError(CheckpointError):
-    """A saved adapter was trained on another base model."""
+    """A saved adapter was trained on a different base model."""
 
 
 class ModelError(LoraError, ValueError):
-    """A model folder cannot be read, or asks for something that is not implemented."""
+    """A model folder cannot be read, or needs a feature that is not implemented."""
 
 
 class AdapterFileError(LoraError, ValueError):
-    """A file of another library's adapter is broken, or asks for what is not implemented."""
+    """An adapter file of another library is damaged, or needs an unimplemented feature."""
 
 
 class DataError(LoraError, ValueError):
-    """A row of a data file cannot be used; the message carries `file:line`."""
+    """An example of a data file is invalid; the message has its `file:line`."""
 
 
 class SkippedKernelWarning(UserWarning):
-    """A target is a matrix that the function uses in a way that no adapter can reach."""
+    """A targeted matrix is used in a way that cannot be adapted."""
 
 
 class MergeWarning(UserWarning):
-    """A merge rounded a large share of the update away."""
+    """Rounding to the type of the base weight lost a large share of a merged update."""
 
 
 class CheckpointWarning(UserWarning):
-    """A saved adapter was loaded although a check that guards it was switched off."""
+    """A saved adapter was loaded with a check disabled."""
 
 
 class AdapterFileWarning(UserWarning):
-    """A file of another library's adapter says something that could not be understood."""
+    """An adapter file of another library has fields that are not supported."""
 
 
 class MaterializeWarning(UserWarning):
-    """An operation without a low-rank rule formed a full weight: right, but slow."""
+    """An operation without a low-rank rule materialized a full weight: correct, but slow."""
 
 
-def format_error(where: str, *, got: str, expected: str, fix: str) -> str:
-    """Lay a message out as where / got / expected / what to do.
+def format_error(where: str, *, got: str | Sequence[str], expected: str, fix: str) -> str:
+    """Build a message in the layout that all messages of this library share.
 
     Args:
-      where: The leaf path, `file:line`, or argument at fault.
-      got: What was found there.
-      expected: What would have been right.
-      fix: The next thing for the reader to do.
+      where: The leaf path, `file:line` or argument that has the problem.
+      got: The value found there, or a list of problems, which get a line each.
+      expected: A valid value.
+      fix: How to fix the problem.
 
     Returns:
-      A message of four lines.
+      The message.
 
     Example:
       >>> print(format_error("rank", got="0", expected="an integer above 0", fix="Pass rank=8."))
@@ -97,4 +99,5 @@ def format_error(where: str, *, got: str, expected: str, fix: str) -> str:
         expected: an integer above 0
         fix:      Pass rank=8.
     """
-    return f"{where}\n  got:      {got}\n  expected: {expected}\n  fix:      {fix}"
+    found = got if isinstance(got, str) else "".join(f"\n    {problem}" for problem in got)
+    return f"{where}\n  got:      {found}\n  expected: {expected}\n  fix:      {fix}"

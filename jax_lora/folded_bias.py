@@ -1,4 +1,4 @@
-"""Where the biases of merged pairs go: into the biases of their layers."""
+"""Merge the biases of LoRA pairs into the biases of their layers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from jax_lora.updates import LoraPair
 def fold_biases(
     verb: str, leaves: Mapping[str, Any], pairs: Mapping[str, LoraPair], sign: int
 ) -> dict[str, Any]:
-    """Add scale * bias of every pair to the bias that stands beside its kernel.
+    """Add scale * bias of every pair to the bias of its layer.
 
     Args:
-      verb: What is being done, for messages.
+      verb: Name of the public function, for messages.
       leaves: The merged leaves by path.
       pairs: The adapter's pairs by path.
-      sign: 1 to add, -1 to take off again.
+      sign: 1 to add, -1 to subtract.
 
     Returns:
-      The leaves that change, by path.
+      The changed leaves by path.
 
     Raises:
-      MergeError: A kernel has no bias beside it, or one of another shape; all in one message.
+      MergeError: A layer has no bias, or a bias of another shape. One message lists all of them.
     """
     changed: dict[str, Any] = {}
     problems = []
@@ -36,9 +36,11 @@ def fold_biases(
             continue
         beside, added = _beside(path), _in_order(pair)
         if beside is None or beside not in leaves:
-            problems.append(f"{path}: no leaf {beside or 'bias'} beside it")
+            problems.append(f"{path}: its layer has no leaf {beside or 'bias'}")
         elif leaves[beside].shape != added.shape:
-            problems.append(f"{beside}: shape {leaves[beside].shape}, the bias has {added.shape}")
+            problems.append(
+                f"{beside}: shape {leaves[beside].shape}, the bias of the pair has {added.shape}"
+            )
         else:
             leaf = leaves[beside]
             wide = accumulation_dtype(leaf.dtype)
@@ -46,11 +48,10 @@ def fold_biases(
     if problems:
         raise MergeError(
             format_error(
-                f"{verb}: {len(problems)} biases of pairs have no place in the base",
-                got="\n" + "\n".join(f"    {problem}" for problem in problems),
-                expected="a leaf `bias` of the kernel's outputs beside every such kernel",
-                fix="Give those layers a bias of zeros (use_bias=True), or keep base and adapter "
-                "apart.",
+                f"{verb}: {len(problems)} biases of pairs do not fit the base model",
+                got=problems,
+                expected="a leaf `bias` with the kernel's output shape in every such layer",
+                fix="Add a zero bias to those layers (use_bias=True), or use lora_apply unmerged.",
             )
         )
     return changed
@@ -59,12 +60,12 @@ def fold_biases(
 def _beside(path: str) -> str | None:
     head, _, name = path.rpartition("/")
     if name != "kernel":
-        return None  # whose bias a leaf of another name would be is not known
+        return None  # the bias of a leaf with another name is not defined
     return f"{head}/bias" if head else "bias"
 
 
 def _in_order(pair: LoraPair) -> jax.Array:
-    """Lay scale * bias out in the order of the kernel's own axes, as the layer's bias is."""
+    """Transpose scale * bias to the order of the kernel's axes, which the layer's bias has."""
     axes = list(pair.vector_axes)
     order = sorted(range(len(axes)), key=lambda place: axes[place])  # type: ignore[arg-type]
     return pair.scaled_bias().transpose(order)

@@ -1,4 +1,4 @@
-"""lora_init: the factors at the start of training, A Gaussian and B zero."""
+"""lora_init: create an adapter whose update is zero, with A Gaussian and B zero."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_lora import paths
-from jax_lora.adapter import Adapter, is_adapted, is_weight
+from jax_lora.adapter import Adapter, plain_leaves
 from jax_lora.config import LoraConfig
-from jax_lora.errors import ConfigError, StructureError, format_error
+from jax_lora.errors import ConfigError, format_error
 from jax_lora.kernels.kernel import Kernel
-from jax_lora.kernels.parameters import not_parameters
 from jax_lora.kernels.stacks import extent, rank_mask
 from jax_lora.kernels.targets import select, select_whole
+from jax_lora.transform.parameters import not_parameters
 from jax_lora.updates import LoraPair
 from jax_lora.updates.pair import empty_pair
 
-_ALWAYS_ALLOWED_RANK = 256  # larger ranks must be below the kernel's own size
+_ALWAYS_ALLOWED_RANK = 256  # a larger rank must not exceed both sides of the kernel
 
 
 def lora_init(
     key: jax.Array, tree: Any, config: LoraConfig, *, kernels: Mapping[str, Kernel] | None = None
 ) -> Adapter:
-    """Make the adapter that training starts from: its update is exactly zero.
+    """Create an adapter for the parameters of a model. Its initial update is exactly zero.
 
-    Every pair has a key of its own, folded from the path's text, so adding a target, reordering
-    a dict or another mesh changes no other pair. Runs under `jax.jit` and `jax.eval_shape`.
+    The random key of a pair is derived from its path. Adding a target, reordering a dict or
+    changing the mesh does not change the other pairs. Works under `jax.jit` and `jax.eval_shape`.
 
     Args:
       key: Random key.
       tree: Parameters of any model (arrays or `jax.ShapeDtypeStruct`s).
-      config: What to adapt.
-      kernels: What `find_kernels` reported for the model. Without it, two-dimensional leaves named
-        `kernel` are taken as (in, out), and any other target is refused.
+      config: The configuration.
+      kernels: The result of `find_kernels` for the model. Without it, two-dimensional leaves named
+        `kernel` have the axes (in, out), and other targets raise an error.
 
     Returns:
-      An `Adapter` with `a` of deviation 1 / sqrt(in) and `b` zero. With `use_dora`, also the norms
-      of the leaves, which are shapes alone where the leaf is a `jax.ShapeDtypeStruct`.
+      An `Adapter` with `a` of standard deviation 1 / sqrt(in) and `b` zero. With `use_dora`, the
+      magnitudes are the norms of the kernels (`jax.ShapeDtypeStruct`s if the kernel is one).
 
     Raises:
-      NoMatchError: A pattern that matches no kernel.
-      AmbiguousKernelError: A target whose axes are not known without `kernels`.
-      ConfigError: A rank far beyond the kernel's own.
-      StructureError: The tree has an adapter already.
+      NoMatchError: A pattern matches no kernel.
+      AmbiguousKernelError: The axes of a target are not known without `kernels`.
+      ConfigError: A rank exceeds the size of its kernel.
+      StructureError: The tree already has an adapter.
+
+    Warns:
+      SkippedKernelWarning: A target is in `kernels.skipped`.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), section 4.1: A Gaussian, B zero.
@@ -63,8 +65,8 @@ def lora_init(
       >>> adapter.size
       65536
     """
-    leaves = _plain_leaves(tree)
-    # Without `kernels`, names alone tell what a kernel is: among parameters only.
+    leaves = {p: leaf for p, leaf in plain_leaves("lora_init", tree) if hasattr(leaf, "shape")}
+    # Without `kernels`, a kernel is recognized by its name, which may also occur in other state.
     others = not_parameters(tree) if kernels is None else {}
     candidates = {path: leaf for path, leaf in leaves.items() if path not in others}
     selected = select(candidates, config, kernels)
@@ -76,23 +78,8 @@ def lora_init(
 
 
 def _own_copy(leaf: Any) -> Any:
-    # A buffer of its own: the base and its trained copy may both be donated to a step.
+    # A separate buffer: the base leaf and its trained copy may both be donated to a step.
     return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
-
-
-def _plain_leaves(tree: Any) -> dict[str, Any]:
-    leaves = dict(paths.flatten_with_paths(tree, is_leaf=is_weight)[0])
-    for path, leaf in leaves.items():
-        if is_adapted(leaf):
-            raise StructureError(
-                format_error(
-                    f"lora_init: {path}",
-                    got="a leaf that has an adapter already",
-                    expected="plain parameters",
-                    fix="Take the adapter off first: variables, adapter = jl.partition(tree).",
-                )
-            )
-    return {path: leaf for path, leaf in leaves.items() if hasattr(leaf, "shape")}
 
 
 def _pairs(
@@ -100,7 +87,7 @@ def _pairs(
 ) -> dict[str, LoraPair]:
     empty = {path: _empty(kernel, config) for path, kernel in kernels.items()}
     bs = {path: jnp.zeros(pair.b.shape, config.dtype) for path, pair in empty.items()}
-    # Inside a traced function every draw written out is compiled, so there they share a loop.
+    # Inside a traced function every draw adds to the compile time, so draws share a loop there.
     traced = any(isinstance(array, Tracer) for array in (key, *bs.values()))
     draw = _draw_in_loops if traced else _draw_one_by_one
     deviations = {path: 1.0 / math.sqrt(kernel.in_size) for path, kernel in kernels.items()}
@@ -127,7 +114,7 @@ def _with_magnitude(base: Any, pair: LoraPair) -> LoraPair:
 
 
 def _padded(a: jax.Array, pair: LoraPair) -> jax.Array:
-    """Set to zero what lies beyond a layer's own rank: zeros in both factors never train."""
+    """Set the padding beyond each layer's rank to zero; with `b` zero too, it stays zero."""
     if pair.ranks is None:
         return a
     mask = rank_mask(pair.ranks, pair.rank, len(pair.in_axes))
@@ -135,7 +122,7 @@ def _padded(a: jax.Array, pair: LoraPair) -> jax.Array:
 
 
 # -----------------------------------------------------------------------------------------------
-# Drawing: what is compiled grows with the number of shapes, not with the number of pairs
+# Sampling: compile time grows with the number of shapes, not with the number of pairs
 # -----------------------------------------------------------------------------------------------
 
 _Shape = tuple[int, ...]
@@ -144,7 +131,7 @@ _Shape = tuple[int, ...]
 def _draw_one_by_one(
     key: jax.Array, deviations: Mapping[str, float], shapes: Mapping[str, _Shape], dtype: Any
 ) -> dict[str, jax.Array]:
-    """Draw every path's Gaussian: one small program per shape, called for each path."""
+    """Sample every path with a function that is compiled once per shape."""
     return {
         path: _draw_compiled(key, _words(path), np.float32(deviation), shapes[path], dtype)
         for path, deviation in deviations.items()
@@ -154,7 +141,7 @@ def _draw_one_by_one(
 def _draw_in_loops(
     key: jax.Array, deviations: Mapping[str, float], shapes: Mapping[str, _Shape], dtype: Any
 ) -> dict[str, jax.Array]:
-    """Draw every path's Gaussian: one loop per shape over its paths."""
+    """Sample the paths of each shape in a loop."""
     drawn = {}
     for shape in dict.fromkeys(shapes.values()):
         members = [path for path in shapes if shapes[path] == shape]
@@ -162,18 +149,18 @@ def _draw_in_loops(
             np.stack([_words(path) for path in members]),  # (paths, 2)
             np.asarray([deviations[path] for path in members], np.float32),  # (paths,)
         )
-        # A loop and not `vmap`: some generators draw other bits under `vmap`.
+        # Not `vmap`: some random number generators produce different bits under `vmap`.
         rows = jax.lax.map(lambda row, shape=shape: _draw(key, row[0], row[1], shape, dtype), each)
         drawn.update(zip(members, rows, strict=True))
     return drawn
 
 
 def _draw(key: jax.Array, words: Any, deviation: Any, shape: _Shape, dtype: Any) -> jax.Array:
-    # As a vector: XLA takes seconds to fold the counters of a large array with more axes, and the
-    # bits are the same.
+    # Sample a vector: with more axes XLA spends seconds on folding the counters of a large array,
+    # and the bits are the same.
     normal = jax.random.normal(_fold(key, words), (math.prod(shape),), jnp.float32)
-    # The barrier keeps XLA from folding the deviation into the constants of `normal`, which would
-    # give other bits in one program than in another.
+    # Without the barrier, XLA folds the deviation into the constants of `normal`, and the bits
+    # depend on the surrounding function.
     a = (jax.lax.optimization_barrier(normal) * deviation).astype(dtype)
     return a.reshape(shape)
 
@@ -182,14 +169,14 @@ _draw_compiled = jax.jit(_draw, static_argnums=(3, 4))
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
-    """Fold a path's text into a key: the same in every process, whatever else is in the tree.
+    """Derive a random key from a path. It is the same in every process and for every tree.
 
     Args:
       key: Random key.
-      path: The leaf's path.
+      path: Path of the leaf.
 
     Returns:
-      A key for this path alone.
+      The key of this path.
     """
     return _fold(key, _words(path))
 
@@ -210,8 +197,7 @@ def _check_rank(rank: int, kernel: Kernel) -> None:
             format_error(
                 f"LoraConfig: rank of {kernel.path}",
                 got=f"{rank}",
-                expected=f"at most {largest}, as the kernel is {kernel.in_size} by "
-                f"{kernel.out_size}",
-                fix="8 to 64 is usual.",
+                expected=f"at most {largest} for a kernel of {kernel.in_size} by {kernel.out_size}",
+                fix="Typical ranks are 8 to 64.",
             )
         )

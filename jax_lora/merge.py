@@ -1,4 +1,4 @@
-"""merge and unmerge: an adapter's update added to the base weights, or taken off again."""
+"""merge and unmerge: add an adapter's update to the base weights, or subtract it."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from jax_lora.algebra.base_weight import made
 from jax_lora.errors import MergeError, MergeWarning, format_error
 from jax_lora.folded_bias import fold_biases
 
-# A hundredth of W0, a usual update, loses a quarter of its entries in bfloat16, the smallest ones.
-_LOST_SHARE_WORTH_A_WARNING = 0.5
+# A typical update, of 1% of W0, loses a quarter of its elements in bfloat16: the smallest ones.
+_LOST_SHARE_TO_WARN = 0.5
 
 
 def merge(variables: Any, adapter: Adapter) -> Any:
-    """Add an adapter to its base: plain parameters, W0 + scale * a @ b, with magnitudes applied.
+    """Merge an adapter into its base model: W0 + scale * a @ b, with DoRA magnitudes applied.
 
-    Use it to run or export a trained model without `lora_apply`: same shapes, same speed as the
-    base. `variables` stay as they are. Each weight is computed in float32 (float64 for a float64
-    base) and rounded once to W0's own type. Works under `jax.jit`, where the checks of values
-    are left out. Sharded weights stay sharded as they were.
+    Use it to run or export a trained model without `lora_apply`, at the speed of the base model.
+    `variables` are not changed. Each weight is computed in float32 (float64 if W0 is float64),
+    rounded once to the type of W0, and keeps the sharding of W0. Works under `jax.jit`, without
+    the checks of values.
 
     Args:
-      variables: The tree that the adapter was made for.
+      variables: The parameters that the adapter was created for.
       adapter: The adapter.
 
     Returns:
-      The same tree, with the same treedef, shapes and types, and other values.
+      The merged parameters, with the same treedef, shapes and types.
 
     Raises:
-      MergeError: A factor is not finite, a sum is beyond the range of W0's type, or a pair has a
-        bias and its layer none to add it to; the message names every such leaf.
+      MergeError: A factor is NaN or Inf, a merged weight exceeds the range of its type, or a pair
+        has a bias and its layer does not. The message lists every such leaf.
       StructureError: The adapter does not fit the tree.
 
     Warns:
-      MergeWarning: W0's type is so coarse that half or more of the changed entries of a leaf
-        are rounded back to W0. The message says how large the share is.
+      MergeWarning: Rounding to the type of W0 reverts half or more of the changed elements of a
+        leaf.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), section 4.1: "no additional inference latency".
@@ -61,22 +61,23 @@ def merge(variables: Any, adapter: Adapter) -> Any:
 
 
 def unmerge(merged: Any, adapter: Adapter) -> Any:
-    """Take an adapter off a merged tree again: W - scale * a @ b.
+    """Subtract a merged adapter from the weights: W - scale * a @ b.
 
-    Use it where no copy of the base is left. It is exact up to rounding only: each entry comes
-    back within eps * (|W0| + |delta|), eps being that of W0's type (1.2e-7 for float32, 7.8e-3
-    for bfloat16). Keep the base `variables`, which `merge` does not touch, to have them bitwise.
+    Use it if no copy of the base model is left. The result is exact up to rounding: the error of
+    an element is at most eps * (|W0| + |delta|), where eps is 1.2e-7 for float32 and 7.8e-3 for
+    bfloat16. To restore the base model bit for bit, keep `variables`, which `merge` does not
+    change.
 
     Args:
-      merged: A tree from `merge`.
+      merged: Parameters from `merge`.
       adapter: The adapter that was merged.
 
     Returns:
-      The base, up to rounding.
+      The base parameters, up to rounding.
 
     Raises:
-      MergeError: A factor is not finite, or the adapter has leaves trained whole or magnitudes:
-        no merged tree holds the base values of the first, or the norms that the second replaced.
+      MergeError: A factor is NaN or Inf, or the adapter has fully trained leaves, token rows or
+        DoRA magnitudes, whose base values cannot be recovered from the merged weights.
       StructureError: The adapter does not fit the tree.
 
     Example:
@@ -94,8 +95,8 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
             format_error(
                 f"unmerge: {', '.join(lost)}",
                 got="; ".join(dict.fromkeys(lost.values())),
-                expected="an adapter of pairs without magnitudes",
-                fix="Use the base variables themselves: merge left them unchanged.",
+                expected="an adapter of LoRA pairs without magnitudes",
+                fix="Keep the base variables and use them instead: merge does not change them.",
             )
         )
     return _with_update(merged, adapter, sign=-1)
@@ -109,7 +110,7 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Report:
-    """What the numbers of one merged leaf say, as scalars that are read only outside jit."""
+    """Statistics of one merged leaf, as scalars that are read only outside jit."""
 
     bad: dict[str, Any]
     overflown: Any
@@ -132,10 +133,10 @@ def _merged_leaf(base: jax.Array, update: Any, sign: int) -> tuple[jax.Array, _R
 
 
 def _like(array: jax.Array, base: Any) -> jax.Array:
-    """Put a result where its base is, unless that may go to any device.
+    """Give a merged weight the sharding of its base weight, as the compiler may choose another.
 
-    The compiler may have chosen another layout. Moving an array binds it to its devices, which
-    would keep merged weights from running on a mesh that the base runs on.
+    An uncommitted base is skipped: `device_put` commits the result to its devices, and the merged
+    weights could then not be used on a mesh on which the base can be used.
     """
     if not isinstance(base, jax.Array) or isinstance(array, Tracer) or not base.committed:
         return array
@@ -173,13 +174,14 @@ def _check(verb: str, reports: dict[str, _Report], adapter: Adapter) -> None:
         called = updates[path].called
         for name, bad in report.bad.items():
             if int(bad):
-                problems.append(f"{path}: {int(bad)} entries of {called(name)} are NaN or Inf")
+                problems.append(f"{path}: {int(bad)} elements of {called(name)} are NaN or Inf")
         if float(report.overflown) and not any(map(int, report.bad.values())):
             problems.append(
-                f"{path}: {float(report.overflown):.2%} of the sums are beyond the base's type"
+                f"{path}: {float(report.overflown):.2%} of the merged elements overflow the type "
+                "of the base"
             )
         share = float(report.lost) / max(float(report.changed), 1e-30)
-        if share >= _LOST_SHARE_WORTH_A_WARNING:
+        if share >= _LOST_SHARE_TO_WARN:
             lost.append((share, path))
     _refuse(verb, problems)
     if lost:
@@ -190,10 +192,10 @@ def _refuse(verb: str, problems: Sequence[str]) -> None:
     if problems:
         raise MergeError(
             format_error(
-                f"{verb}: {len(problems)} factors or sums are not finite",
-                got="\n" + "\n".join(f"    {problem}" for problem in problems),
-                expected="finite numbers; the base is as it was",
-                fix="Go back to an earlier checkpoint, or merge into a wider type.",
+                f"{verb}: {len(problems)} arrays are not finite",
+                got=problems,
+                expected="finite adapter weights and results; the base model is unchanged",
+                fix="Use an earlier checkpoint, or merge into a base model of a wider type.",
             )
         )
 
@@ -204,10 +206,10 @@ def _warn(verb: str, lost: Sequence[tuple[float, str]]) -> None:
     warnings.warn(
         format_error(
             f"{verb}: {path}{others}",
-            got=f"{worst:.1%} of the changed entries rounded back to the base's own value",
-            expected=f"under {_LOST_SHARE_WORTH_A_WARNING:.0%}; the updates are smaller than half "
-            "a unit in the last place of the base's type",
-            fix="Merge into a float32 copy of the base, or keep base and adapter apart.",
+            got=f"{worst:.1%} of the changed elements rounded back to the value of the base",
+            expected=f"under {_LOST_SHARE_TO_WARN:.0%}; the update is smaller than the rounding "
+            "error of the base's type",
+            fix="Merge into a float32 copy of the base, or use lora_apply without merging.",
         ),
         MergeWarning,
         stacklevel=5,  # the caller of merge or unmerge

@@ -1,7 +1,7 @@
-"""Optimizers that train an adapter and leave every other leaf bitwise as it was.
+"""Optimizers that train an adapter and do not change a bit of any other leaf.
 
-Freezing rests on which leaf it is, never on its gradient being zero: weight decay, momentum and
-noise move a leaf whose gradient is zero.
+Leaves are frozen by a mask and not by zero gradients: weight decay, momentum and noise change a
+leaf whose gradient is zero.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from jax_lora.errors import ConfigError, format_error
 
 
 def trainable_mask(lora_tree: Any) -> Any:
-    """Mark the leaves that training changes: True at pairs, rows and whole leaves, else False.
+    """Return a mask that is True at the adapter weights of a tree and False elsewhere.
 
     Use it with `optax.masked`, `optax.multi_transform`, or to count and clip by hand.
-    `masked_optimizer` does the usual thing with it.
+    `masked_optimizer` covers the common case.
 
     Args:
       lora_tree: A tree from `combine`, a tree of its gradients, or an `Adapter`.
@@ -38,7 +38,7 @@ def trainable_mask(lora_tree: Any) -> Any:
       A tree of bools with the same treedef.
 
     Raises:
-      StructureError: The tree has no adapter in it, so that nothing would be trained.
+      StructureError: The tree has no adapter.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -62,7 +62,7 @@ def _is_part(node: Any) -> bool:
 def _node_mask(node: Any) -> Any:
     if is_adapted(node):
         return dataclasses.replace(_filled(node, False), update=_filled(node.update, True))
-    return _filled(node, _is_part(node))  # an adapter on its own is trained in full
+    return _filled(node, _is_part(node))  # in an `Adapter` that is not combined, all is trainable
 
 
 def _filled(tree: Any, value: bool) -> Any:
@@ -75,29 +75,29 @@ def _filled(tree: Any, value: bool) -> Any:
 
 
 def masked_optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Make an Optax optimizer train the adapter of a combined tree and nothing else.
+    """Restrict an Optax optimizer to the adapter weights of a combined tree.
 
-    Use it when the whole tree from `combine` goes through the training step, as in
+    Use it if the whole tree from `combine` goes through the training step, as in
     `TrainState.create(params=lora_variables, tx=jl.masked_optimizer(optax.adamw(1e-4)))`. If the
-    step differentiates the adapter alone, plain `tx` is enough.
+    step differentiates only the adapter, `tx` itself is sufficient.
 
-    The state has leaves for trainable leaves only, and what looks at all gradients at once
-    (`optax.clip_by_global_norm`) sees theirs only. Frozen leaves get an update that
-    `optax.apply_updates` adds without changing a bit, whatever gradient they come with: random
-    numbers, NaN, or none. Call both in one jitted step: XLA then drops the addition and its
-    memory. (Run op by op, XLA on CPU makes every addition flush subnormal numbers to zero.)
-    Nothing can be added to random keys, so leave them out: `nnx.split(model, nnx.Param, ...)`.
+    The optimizer state has entries for trainable leaves only, and global transformations such as
+    `optax.clip_by_global_norm` see only the gradients of trainable leaves. The update of a frozen
+    leaf is a zero that `optax.apply_updates` adds without changing a bit, whatever the gradient
+    of that leaf is. Call `update` and `apply_updates` in one jitted step, so that XLA removes the
+    addition. (Without jit, additions on CPU flush subnormal values to zero.) Random keys do not
+    support addition; exclude them: `nnx.split(model, nnx.Param, ...)`.
 
     Args:
-      tx: Any Optax transformation, `optax.MultiSteps` and those with extra arguments included.
-        A `value_fn` among those takes the whole tree, as ever.
+      tx: Any Optax transformation, including `optax.MultiSteps` and transformations with extra
+        arguments. A `value_fn` among these is called with the whole tree.
 
     Returns:
-      A transformation whose `init` and `update` take trees from `combine`, or an `Adapter`.
+      A transformation whose `init` and `update` accept trees from `combine`, or an `Adapter`.
 
     Raises:
-      ConfigError: `tx` is no Optax transformation.
-      StructureError: From `init` and `update`, for a tree without an adapter.
+      ConfigError: `tx` is not an Optax transformation.
+      StructureError: From `init` and `update`: the tree has no adapter.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -129,17 +129,17 @@ def _as_transformation(tx: Any) -> optax.GradientTransformation:
         format_error(
             "masked_optimizer: tx",
             got=f"{tx!r} of type {type(tx).__name__}",
-            expected="an Optax transformation, with init and update",
+            expected="an Optax transformation, which has init and update",
             fix="Pass an optimizer, as in jl.masked_optimizer(optax.adamw(1e-4)).",
         )
     )
 
 
 def _of_trainable(value_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
-    """Let a line search, which sees trainable leaves only, call a function of the whole tree."""
+    """Wrap a function of the whole tree for a line search, which passes trainable leaves only."""
     mask = trainable_mask(params)
 
-    @functools.wraps(value_fn)  # Optax reads the argument names
+    @functools.wraps(value_fn)  # Optax inspects the argument names
     def call(trainable: Any, *args: Any, **kwargs: Any) -> Any:
         whole = jax.tree.map(lambda m, new, old: new if m else old, mask, trainable, params)
         return value_fn(whole, *args, **kwargs)
@@ -151,10 +151,10 @@ def _change_or_nothing(trainable: bool, change: Any, like: Any) -> Any:
     if trainable:
         return change
     if not hasattr(like, "dtype") or jnp.issubdtype(like.dtype, jax.dtypes.extended):
-        return change  # a random key, to which nothing can be added
+        return change  # random keys do not support addition
     if like.dtype == jax.dtypes.float0:
-        return np.zeros(like.shape, bool)  # without params: adds nothing to integers of any size
-    # x + 0.0 would turn -0.0 into +0.0; x + -0.0 is x, to the bit.
+        return np.zeros(like.shape, bool)  # adding False changes no integer and promotes no type
+    # x + 0.0 turns -0.0 into +0.0, while x + -0.0 is bitwise equal to x.
     if jnp.issubdtype(like.dtype, jnp.complexfloating):
         return jnp.full_like(like, complex(-0.0, -0.0))
     return jnp.full_like(like, -0.0 if jnp.issubdtype(like.dtype, jnp.floating) else 0)
@@ -166,20 +166,22 @@ def _change_or_nothing(trainable: bool, change: Any, like: Any) -> Any:
 
 
 def lora_plus(tx: optax.GradientTransformation, ratio: float) -> optax.GradientTransformation:
-    """Let the factors b learn faster than the factors a.
+    """Use a larger learning rate for the factors `b` than for the factors `a` (LoRA+).
 
-    Use it around any optimizer whose learning rate is its last factor, as it is in AdamW, SGD or
-    Lion. In wide models b is best trained with a several times larger learning rate.
+    Use it around an optimizer that multiplies its updates by the learning rate last, such as
+    AdamW, SGD or Lion. Wide models train best if the learning rate of `b` is several times larger.
 
     Args:
       tx: An Optax transformation.
-      ratio: The learning rate of b over that of everything else; the paper advises 2 to 16.
+      ratio: Learning rate of `b` divided by the learning rate of all other weights. The paper
+        recommends 2 to 16.
 
     Returns:
-      A transformation of an `Adapter`, or of a tree from `combine` within `masked_optimizer`.
+      A transformation of an `Adapter`, or of a tree from `combine` inside `masked_optimizer`.
 
     Raises:
-      ConfigError: The ratio is no number above 0, or `tx` no Optax transformation.
+      ConfigError: The ratio is not a finite number above 0, or `tx` is not an Optax
+        transformation.
 
     Reference:
       Hayou et al., LoRA+ (arXiv:2402.12354), section 4.
@@ -201,7 +203,7 @@ def lora_plus(tx: optax.GradientTransformation, ratio: float) -> optax.GradientT
                 "lora_plus: ratio",
                 got=repr(ratio),
                 expected="a finite number above 0",
-                fix="Pass 1 for equal rates, or something from 2 to 16.",
+                fix="Pass 1 for equal learning rates, or a value from 2 to 16.",
             )
         )
     faster = optax.stateless(lambda updates, _: jax.tree.map_with_path(_faster(ratio), updates))

@@ -1,7 +1,7 @@
-"""Paths: the one definition of a leaf's name, and of what a pattern matches.
+"""Paths of leaves, and how patterns match them.
 
-A leaf of `{"params": {"layers": {"q_proj": {"kernel": w}}}}` is called
-`params/layers/q_proj/kernel` everywhere: in patterns, tables, errors and checkpoints.
+The leaf of `{"params": {"layers": {"q_proj": {"kernel": w}}}}` has the path
+`params/layers/q_proj/kernel` in patterns, tables, messages and checkpoints.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _GLOB_CHARACTERS = frozenset("*?[")
 
 
 def format_path(key_path: Sequence[Any]) -> str:
-    """Name a leaf from the key path that JAX gives for it.
+    """Convert a JAX key path to a path.
 
     Args:
-      key_path: Keys as `jax.tree_util.tree_flatten_with_path` yields them.
+      key_path: Keys from `jax.tree_util.tree_flatten_with_path`.
 
     Returns:
-      The keys joined with "/". The last step into an NNX variable (`.value`) is left out, so
-      that a Linen and an NNX model of the same layers have the same names.
+      The keys joined with "/". The final `.value` of an NNX variable is omitted, so that Linen and
+      NNX models with equal layers have equal paths.
 
     Example:
       >>> leaves, _ = jax.tree_util.tree_flatten_with_path({"mlp": [{"kernel": 1.0}]})
@@ -52,14 +52,14 @@ def _key_text(key: Any) -> str:
 def flatten_with_paths(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[str, Any]], Any]:
-    """Flatten a tree into (path, leaf) pairs, and the treedef that builds it again.
+    """Flatten a tree into (path, leaf) pairs and a treedef.
 
     Args:
       tree: Any pytree.
-      is_leaf: Nodes to be treated as leaves, as in `jax.tree.flatten`.
+      is_leaf: As in `jax.tree.flatten`.
 
     Returns:
-      The pairs in JAX's leaf order, and the treedef.
+      The pairs in the leaf order of JAX, and the treedef.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(format_path(key_path), leaf) for key_path, leaf in leaves], treedef
@@ -71,18 +71,18 @@ def is_glob(pattern: str) -> bool:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Tell whether a pattern names a path.
+    """Tell whether a pattern matches a path.
 
-    A name matches whole segments, one or several that follow each other: `q_proj` and
-    `attn/q_proj` match `layers/attn/q_proj/kernel`, and `q_proj` never matches `q_proj_norm`.
-    A glob matches a run of segments in the same way, or the whole path.
+    A name matches one or more consecutive whole segments: `q_proj` and `attn/q_proj` match
+    `layers/attn/q_proj/kernel`, and `q_proj` does not match `q_proj_norm`. A glob matches
+    consecutive segments or the whole path.
 
     Args:
       pattern: A name such as `q_proj`, or a glob such as `layers/*/kernel`.
       path: A path from `format_path`.
 
     Returns:
-      Whether the pattern names the path.
+      Whether the pattern matches.
 
     Example:
       >>> matches("q_proj", "layers/attn/q_proj/kernel")
@@ -105,14 +105,14 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def layer_path(path: str, index: int) -> str:
-    """Name one layer of a stack: its index stands where a list of layers would have it.
+    """Return the path of one layer of a layer stack, as if the layers were in a list.
 
     Args:
-      path: Path of the leaf that holds the stack.
-      index: Position along the first stack axis.
+      path: Path of the stacked leaf.
+      index: Index along the first stack axis.
 
     Returns:
-      The path with the index after its first segment, or after the one that follows `params`.
+      The path with the index after its first segment (the one after `params`, if it starts so).
 
     Example:
       >>> layer_path("params/layers/attn/q_proj/kernel", 3)
@@ -126,15 +126,15 @@ def layer_path(path: str, index: int) -> str:
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 5) -> list[str]:
-    """Find the candidates that a mistyped name most likely meant.
+    """Find the paths most similar to a misspelled name.
 
     Args:
-      name: What was typed: a path, a glob or a part of a path.
-      candidates: Real paths.
-      count: How many to return at the most.
+      name: A path, a glob or a part of a path.
+      candidates: Existing paths.
+      count: Maximum number of results.
 
     Returns:
-      The nearest candidates, best first.
+      The most similar paths, best first.
 
     Example:
       >>> nearest("q_porj", ["layers/q_proj/kernel", "layers/mlp/kernel"], count=1)

@@ -1,4 +1,4 @@
-"""quantize and dequantize: base weights of one byte per element, each made where it is used."""
+"""quantize and dequantize: store base weights in one byte per element."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jax_lora.adapter import is_weight
 from jax_lora.algebra.base_weight import Recipe
 from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError, StructureError, format_error
-from jax_lora.kernels import flax_state
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.kernels.targets import select
+from jax_lora.storage import flax_state
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class _Code:
-    """How one byte stands for a number: the type of the codes, and the largest one."""
+    """A quantized format: the type of the codes and the largest code."""
 
     dtype: Any
     largest: float
@@ -38,7 +38,7 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Dequantize:
-    """Make a weight from its codes and scales, at any number of leading stack axes."""
+    """Compute a weight from its codes and scales, with any number of leading stack axes."""
 
     method: str
     dtype: Any
@@ -52,9 +52,9 @@ class _Dequantize:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight(Recipe):
-    """A kernel that is stored as codes of one byte and a scale per output.
+    """A kernel stored as one-byte codes and a scale per output.
 
-    `lora_apply` accepts it as a leaf, with an adapter or without.
+    `lora_apply` accepts it as a leaf, with or without an adapter.
     """
 
     @property
@@ -71,28 +71,28 @@ def quantize(
     exclude: tuple[str, ...] = (),
     kernels: Mapping[str, Kernel] | None = None,
 ) -> Any:
-    """Store kernels in one byte per element, to fit a larger base model into memory.
+    """Quantize kernels to one byte per element, to fit a larger base model into memory.
 
-    Every output has a scale of its own, the largest magnitude of its weights divided by the largest
-    code. A weight is made from its codes where it is used, in the forward and in the backward pass,
-    and no residual holds it.
+    The scale of an output is the largest magnitude of its weights divided by the largest code.
+    `lora_apply` dequantizes a weight where it is used, in the forward pass and again in the
+    backward pass, so that no residual holds it.
 
     Args:
       variables: Parameters of any model, as arrays.
       method: `"float8"` (e4m3: about 2 significant digits at any magnitude) or `"int8"` (255 equal
         steps).
-      targets: Which kernels, as in `LoraConfig`.
-      exclude: Names and globs that win over `targets`.
-      kernels: What `find_kernels` reported for the model; without it, two-dimensional leaves named
-        `kernel` are (in, out).
+      targets: Kernels to quantize, as in `LoraConfig`.
+      exclude: Names and globs of kernels to leave out; takes precedence over `targets`.
+      kernels: The result of `find_kernels` for the model. Without it, two-dimensional leaves named
+        `kernel` have the axes (in, out).
 
     Returns:
-      The same tree with a `QuantizedWeight` at every such kernel, for `lora_apply`.
+      The tree with a `QuantizedWeight` at every selected kernel, for `lora_apply`.
 
     Raises:
-      ConfigError: An unknown method.
-      NoMatchError: A pattern that matches no kernel.
-      StructureError: A kernel is quantized or adapted already, or is not finite.
+      ConfigError: The method is unknown.
+      NoMatchError: A pattern matches no kernel.
+      StructureError: A kernel is already quantized or adapted, or has NaN or Inf.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -111,7 +111,7 @@ def quantize(
                 "quantize: method",
                 got=repr(method),
                 expected=f"one of {', '.join(METHODS)}",
-                fix='"int8" is the more exact one for weights without outliers.',
+                fix='Use "int8", which is more accurate for weights without outliers.',
             )
         )
     leaves, treedef = paths.flatten_with_paths(variables, is_leaf=is_weight)
@@ -125,15 +125,15 @@ def quantize(
 
 
 def dequantize(tree: Any, dtype: Any = None) -> Any:
-    """Turn the quantized kernels of a tree into arrays again.
+    """Convert the quantized kernels of a tree to arrays.
 
     Args:
       tree: A tree from `quantize`.
-      dtype: Type of the arrays; by default that of the kernels before.
+      dtype: Type of the arrays; by default the type before quantization.
 
     Returns:
-      The same tree with arrays only. Each differs from the kernel before by at most half a step of
-      its codes.
+      The tree with arrays only. An element differs from the original by at most half a
+      quantization step.
     """
     make = lambda leaf: leaf.made().astype(dtype or leaf.dtype)  # noqa: E731
     return jax.tree.map(
@@ -148,7 +148,7 @@ def _quantized(path: str, leaf: Any, kernel: Kernel, method: str) -> QuantizedWe
                 f"quantize: {path}",
                 got=f"a {type(leaf).__name__}",
                 expected="an array",
-                fix="Quantize the plain parameters, before jl.combine.",
+                fix="Call jl.quantize on the unquantized parameters, before jl.combine.",
             )
         )
     codes, scale, finite = _encoded(jnp.asarray(leaf), kernel.in_axes, method)
@@ -158,7 +158,7 @@ def _quantized(path: str, leaf: Any, kernel: Kernel, method: str) -> QuantizedWe
                 f"quantize: {path}",
                 got="elements that are NaN or Inf",
                 expected="finite weights",
-                fix="Load the model again, or exclude this kernel.",
+                fix="Load the model again, or pass exclude to leave out this kernel.",
             )
         )
     return QuantizedWeight(
@@ -166,13 +166,13 @@ def _quantized(path: str, leaf: Any, kernel: Kernel, method: str) -> QuantizedWe
         make=_Dequantize(method, jnp.dtype(leaf.dtype)),
         shape=tuple(leaf.shape),
         dtype=jnp.dtype(leaf.dtype),
-        # Scales have one entry along an input axis, so a slice along it would miss the rest.
+        # The scales have size 1 along input axes and cannot be sliced along them.
         sliceable=0 not in kernel.in_axes,
     )
 
 
 def _encoded(w: Array, in_axes: tuple[int, ...], method: str) -> tuple[Array, Array, Array]:
-    """Return codes like W0, scales of size 1 along the inputs, and whether W0 is finite."""
+    """Return codes of W0's shape, scales of size 1 along the inputs, and whether W0 is finite."""
     code = METHODS[method]
     wide = w.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=in_axes, keepdims=True)  # 1 along the inputs

@@ -1,4 +1,4 @@
-"""summary: what an adapter trains, of how much, as a table."""
+"""summary: a table of the adapted leaves with ranks, scales and parameter counts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class SummaryRow:
     """One adapted leaf.
 
     Args:
-      path: Its path.
-      kind: `"lora"`, `"dora"` for a pair with a magnitude, `"whole"` for a leaf trained whole, or
-        `"rows"` for a table of which some rows are.
-      shape: Its shape in the base.
-      rank: Rank of the pair (the largest of a stack), or None.
-      scale: Scale of the pair (the range of a stack's, smallest first), or None.
-      trainable: Numbers that are trained; zeros that pad a lower rank are none.
-      ranks: The smallest and the largest rank of a stack, or None; 0 is a layer left out.
+      path: Path of the leaf.
+      kind: `"lora"`, `"dora"`, `"whole"` for a fully trained leaf, or `"rows"` for trained rows of
+        a table.
+      shape: Shape of the base weight.
+      rank: Rank of the pair (the largest in a layer stack), or None.
+      scale: Smallest and largest scale in a layer stack, or None.
+      trainable: Number of trainable parameters, without the padding of lower ranks.
+      ranks: Smallest and largest rank in a layer stack, or None; 0 is a layer without an update.
     """
 
     path: str
@@ -43,14 +43,14 @@ class SummaryRow:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What an adapter trains; `print` shows it as a table.
+    """The size of an adapter and of its base model; `print` shows it as a table.
 
     Args:
       rows: A row per adapted leaf.
-      trainable: Numbers that are trained.
-      total: Numbers of the base and the factors together.
-      adapter_bytes: Size of the adapter.
-      base_bytes: Size of the base.
+      trainable: Number of trainable parameters.
+      total: Number of parameters of the base model and the adapter together.
+      adapter_bytes: Size of the adapter in bytes.
+      base_bytes: Size of the base model in bytes.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -61,11 +61,11 @@ class Summary:
 
     @property
     def percent(self) -> float:
-        """Share of the numbers that is trained, in percent."""
+        """Share of trainable parameters in percent."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        """Lay the rows and totals out as plain text of at most 100 columns."""
+        """Format rows and totals as text of at most 100 columns."""
         cells = [("leaf", "shape", "rank", "scale", "trainable"), *map(_cells, self.rows)]
         widths = [max(len(row[column]) for row in cells) for column in range(5)]
         lines = [_line(row, widths) for row in cells]
@@ -76,14 +76,14 @@ class Summary:
 
 
 def summary(variables: Any, adapter: Adapter | None = None) -> Summary:
-    """Count what an adapter trains and what it costs.
+    """Count the parameters and bytes of an adapter and its base model.
 
-    Use it after `lora_init` to see which kernels were chosen, and how much is trained. Nothing is
-    computed: `jax.ShapeDtypeStruct`s do as well as arrays.
+    Use it after `lora_init` to check which kernels were selected and how many parameters are
+    trainable. It needs only shapes and types: `jax.ShapeDtypeStruct`s are sufficient.
 
     Args:
-      variables: The base, or a tree from `combine`, which needs no `adapter`.
-      adapter: The adapter.
+      variables: The base parameters, or a tree from `combine`.
+      adapter: The adapter; None if `variables` is a combined tree.
 
     Returns:
       A `Summary` with `rows` and totals; `print` shows it as a table.
@@ -109,7 +109,7 @@ def summary(variables: Any, adapter: Adapter | None = None) -> Summary:
     return Summary(
         rows=tuple(rows),
         trainable=sum(row.trainable for row in rows),
-        # A leaf trained whole replaces one of the base's; factors are added to it.
+        # A fully trained leaf replaces a base leaf; only factors add parameters.
         total=sum(map(_count, leaves.values()))
         + sum(row.trainable for row in rows if row.rank is not None),
         adapter_bytes=sum(map(_bytes, jax.tree.leaves(adapter))),
@@ -126,7 +126,7 @@ def _with_ranks(row: SummaryRow, pair: LoraPair) -> SummaryRow:
     scales = np.asarray(pair.scale, float)
     ranks = np.asarray(pair.rank if pair.ranks is None else pair.ranks)
     if scales.shape == ranks.shape and ranks.any():
-        scales = scales[ranks > 0]  # a layer left out has no scale
+        scales = scales[ranks > 0]  # a layer without an update has no scale
     return dataclasses.replace(
         row,
         rank=pair.rank,
@@ -157,7 +157,7 @@ def _range(ends: tuple[float, float] | None) -> str:
 
 
 def _short(path: str) -> str:
-    """Keep both ends of a long path, and nothing that a terminal would act on."""
+    """Shorten a long path in the middle, and replace control characters."""
     path = "".join(letter if letter.isprintable() else "?" for letter in path)
     if len(path) <= _PATH_WIDTH:
         return path
@@ -166,7 +166,7 @@ def _short(path: str) -> str:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Lay out a row: names to the left, numbers to the right."""
+    """Format a row: the first two columns flush left, the others flush right."""
     names = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
     numbers = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
     return "  ".join([*names, *numbers])

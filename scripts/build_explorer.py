@@ -1,9 +1,9 @@
-"""Build docs/explorer.html: one file with everything in it, that loads nothing.
+"""Build docs/explorer.html, a single file without dependencies.
 
     python scripts/build_explorer.py
 
-Its formulas are those of `jax_lora.plan`, translated; its models are the shapes that
-`jax_lora.plan.planned_model.plan_shape` reports. What is hand-written lies in scripts/explorer.
+The formulas are translated from `jax_lora.plan`; the models are the shapes that
+`jax_lora.plan.planned_model.plan_shape` returns. scripts/explorer holds the hand-written parts.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ PARTS = Path(__file__).parent / "explorer"
 PAGE = Path(__file__).parents[1] / "docs" / "explorer.html"
 
 TARGETS = ("all-linear", "attention", "mlp", "q and v")
-# Queries and values by the names of each family; GPT-2 has them in one kernel with the keys.
+# Names of the query and value kernels by family; GPT-2 has one kernel for queries, keys and values.
 QUERIES_AND_VALUES = {"gpt2": ("c_attn",), "roberta": ("query", "value")}
 USUAL = ("q_proj", "v_proj")
 
 
 def targets_of(name: str, choice: str) -> Any:
-    """Say what a choice of the page is for a model: the `targets` of its configuration."""
+    """Return the `targets` of a model that a choice on the page stands for."""
     if choice != "q and v":
         return choice
     return QUERIES_AND_VALUES.get(name.split("-")[0], USUAL)
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Write a model down as the page needs it: its shape, and which kernels each choice adapts."""
+    """Return the shape of a model as JSON values, with the kernels that each choice adapts."""
     model = plan_shape(name, None)
     shape = model.shape
     adapted = {choice: adapted_by(model, name, choice) for choice in TARGETS}
@@ -51,21 +51,22 @@ def describe(name: str) -> dict[str, Any]:
         for kernel in shape.kernels
     ]  # fmt: skip
     return {
-        "name": name, "kernels": kernels, "other": shape.other, "width": shape.width,
-        "layers": shape.layers, "heads": shape.heads, "groups": shape.groups,
-        "head_dim": shape.head_dim, "feed_forward": shape.feed_forward,
-        "vocabulary": shape.vocabulary, "wide_norms": shape.wide_norms,
+        "name": name, "kernels": kernels, "other": shape.other, "hidden_size": shape.hidden_size,
+        "num_layers": shape.num_layers, "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate_size, "vocab_size": shape.vocab_size,
+        "float32_norms": shape.float32_norms,
     }  # fmt: skip
 
 
 def adapted_by(model: PlannedModel, name: str, choice: str) -> set[str]:
-    """Find the kernels that the library itself adapts for a choice."""
+    """Return the paths of the kernels that the library adapts for a choice."""
     settings = TrainSettings(rank=1, targets=targets_of(name, choice))
     return {kernel.path for kernel in method_of(model, Choices(settings)).adapted}
 
 
 def build() -> str:
-    """Put the page together."""
+    """Return the text of the page."""
     formulas = translate(arithmetic) + "\n\n" + translate(methods, leave_out=("as_dict",))
     models = json.dumps([describe(name) for name in NAMES], separators=(",", ":"))
     page = (PARTS / "page.html").read_text(encoding="utf-8")
@@ -76,7 +77,7 @@ def build() -> str:
         "/* page */": (PARTS / "page.js").read_text(encoding="utf-8"),
     }.items():
         if page.count(place) != 1:
-            raise SystemExit(f"page.html has {page.count(place)} places for {place}, not 1")
+            raise SystemExit(f"page.html contains {place} {page.count(place)} times, expected once")
         page = page.replace(place, text)
     return page
 

@@ -1,10 +1,10 @@
 #!/bin/sh
-# The whole story on the bundled model and data: look at the machine, the plan and the rows; train an
-# adapter, measure it against its base, ask it a question, merge it, draw its curves. Run by
-# `make demo`; nothing is downloaded. Each command is printed as it can be typed again.
+# Demonstrate the commands on the bundled model and data: check the machine, plan, show the data, train
+# an adapter, evaluate it against the base model, generate, merge and plot the loss. `make demo` runs it.
+# Nothing is downloaded. Each command is printed before it runs.
 set -eu
 BIN=${BIN:-.venv/bin}
-# A folder of its own for every run, so that no earlier run is overwritten.
+# A new folder for every run, so that earlier runs are kept.
 OUT=${DEMO:-demo}/$(date +%Y%m%d-%H%M%S)
 PROMPT=${PROMPT:-'table books: title, author, year, price\nquestion: show the title of books with year above 1990\nsql:'}
 
@@ -20,7 +20,7 @@ run() {
   "$BIN/jax-lora" "$@"
 }
 
-printf '# In this folder jax-lora is %s/jax-lora.\n' "$BIN"
+printf '# jax-lora stands for %s/jax-lora.\n' "$BIN"
 run doctor
 run plan
 run data show -n 1
@@ -31,6 +31,6 @@ run fuse --adapter-path "$OUT" --save-path "$OUT/fused" --check
 run plot "$OUT" --text
 printf '\n# Written to %s:\n' "$OUT"
 ls "$OUT" "$OUT/fused"
-printf '\n# Go on: talk with it, or give it your own model and rows.\n'
+printf '\n# Next: chat with the adapter, or train your own model on your own data.\n'
 printf '$ jax-lora chat --adapter-path %s\n' "$OUT"
-printf '$ jax-lora train path/to/hf_folder --data path/to/rows\n'
+printf '$ jax-lora train path/to/hf_folder --data path/to/data\n'

@@ -1,10 +1,10 @@
-"""Execute the notebooks from top to bottom and write their results into them.
+"""Execute the notebooks and save their outputs.
 
-    python scripts/run_notebooks.py                          # all of them
+    python scripts/run_notebooks.py                          # all notebooks
     python scripts/run_notebooks.py notebooks/01_what_is_lora.ipynb
 
-The cell tagged "parameters" holds what can be changed; `tests/notebooks` puts small values behind
-it.
+The cell tagged "parameters" contains the settings of a notebook; `tests/notebooks` inserts smaller
+values after it.
 """
 
 import argparse
@@ -23,13 +23,13 @@ def execute(
     """Run every cell in a new kernel.
 
     Args:
-      notebook: The notebook; it is not changed.
-      folder: Where its kernel works.
-      parameters: Code to run behind the cell tagged "parameters", if any.
-      timeout: Seconds for a cell.
+      notebook: The notebook, which is not modified.
+      folder: Working directory of the kernel.
+      parameters: Code to insert after the cell tagged "parameters".
+      timeout: Seconds per cell.
 
     Returns:
-      The notebook with its results, and without anything that differs from run to run.
+      The notebook with outputs, without metadata that differs between runs.
     """
     notebook = nbformat.from_dict(notebook)
     if parameters:
@@ -39,21 +39,21 @@ def execute(
     )
     client.execute()
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # times of day
+        cell.metadata.pop("execution", None)  # timestamps
     notebook.metadata.pop("widgets", None)
-    notebook.metadata["language_info"] = {"name": "python"}  # not this machine's Python
+    notebook.metadata["language_info"] = {"name": "python"}  # independent of the Python version
     return notebook
 
 
 def _parameters(notebook: nbformat.NotebookNode) -> int:
     tagged = [i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1:
-        raise SystemExit(f"{len(tagged)} cells are tagged 'parameters'; there must be one")
+        raise SystemExit(f"{len(tagged)} cells are tagged 'parameters', expected one")
     return tagged[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Execute the notebooks that are named, or all of them."""
+    """Execute the given notebooks, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "notebooks", nargs="*", type=Path, default=sorted(NOTEBOOKS.glob("*.ipynb"))

@@ -1,12 +1,12 @@
 #!/bin/sh
-# The library's own tests on every pair of Python and JAX that can be installed, and on the oldest
-# release of every dependency. Run by `make test-matrix`; writes the table docs/compatibility.md.
+# Run the core tests on every supported pair of Python and JAX, and on the oldest supported release of
+# every dependency. `make test-matrix` runs this script, which writes docs/compatibility.md.
 #
-# An environment for each row is kept under .venv-matrix. A row that fails does not stop the others;
-# the command fails at the end. MATRIX_PYTHONS and MATRIX_JAXES choose other versions.
+# The environments are kept in .venv-matrix. All rows run, and the script fails at the end if one failed.
+# MATRIX_PYTHONS and MATRIX_JAXES choose other versions.
 #
-# XLA optimises little here, which halves the time: the rows differ in JAX's own interfaces, and
-# `make test` runs with all optimisations.
+# Most XLA optimizations are disabled, which halves the time: the rows differ in the API of JAX, and
+# `make test` runs with all optimizations.
 set -u
 export JAX_DISABLE_MOST_OPTIMIZATIONS=${JAX_DISABLE_MOST_OPTIMIZATIONS:-1}
 ENVS=.venv-matrix
@@ -14,7 +14,7 @@ TABLE=docs/compatibility.md
 PYTHONS=${MATRIX_PYTHONS:-3.11 3.12 3.13}
 JAXES=${MATRIX_JAXES:-0.10 0.11 0.12}
 TOOLS="pytest hypothesis chex"
-# What needs more than the library's own dependencies stays out: commands, models, their training.
+# Tests that need optional dependencies are excluded: commands, models and training.
 TESTS="tests --ignore=tests/finetune --ignore=tests/models --ignore=tests/examples
   --ignore=tests/foreign --ignore=tests/cli --ignore=tests/data --ignore=tests/report
   --ignore=tests/peft --ignore=tests/interchange --ignore=tests/plan --ignore=tests/notebooks
@@ -31,14 +31,14 @@ find_python() {
   done
 }
 
-# The lower end of every range in pyproject.toml, as requirements: jax==0.10 flax==0.12.7 ...
+# The lower bounds of the dependencies in pyproject.toml, as requirements: jax==0.10 flax==0.12.7 ...
 oldest() {
   "$1" -c 'import tomllib
 with open("pyproject.toml", "rb") as file:
     print(*(each.replace(">=", "==") for each in tomllib.load(file)["project"]["dependencies"]))'
 }
 
-# install ENVIRONMENT PYTHON REQUIREMENT...: once, and again when the dependencies change.
+# install ENVIRONMENT PYTHON REQUIREMENT...: repeated when pyproject.toml changes.
 install() {
   environment=$1 python=$2
   shift 2
@@ -69,16 +69,16 @@ run() {
   shift 4
   python=$(find_python "$version")
   if [ -z "$python" ]; then
-    not_run "$version" "$jax" "not run: no such Python on the machine that made this table"
+    not_run "$version" "$jax" "not run: this Python was not installed"
     return
   fi
   environment=$ENVS/$name
   if ! install "$environment" "$python" "$@"; then
     if grep -q "No matching distribution found for jax" "$environment.install.log"; then
-      not_run "$version" "$jax" "not run: this jax needs another Python"
+      not_run "$version" "$jax" "not run: this jax does not support this Python"
     else
       tail -n 3 "$environment.install.log"
-      not_run "$version" "$jax" "could not be installed"
+      not_run "$version" "$jax" "installation failed"
       failures=$((failures + 1))
     fi
     return
@@ -110,17 +110,17 @@ reader=$(find_python "$first")
 if [ -n "$reader" ]; then
   pins=$(oldest "$reader")
   # shellcheck disable=SC2086 # several words
-  run oldest "$first" oldest "the oldest of every dependency: $(echo $pins | sed 's/==/ /g; s/ \([a-z]\)/, \1/g')" $pins
+  run oldest "$first" oldest "oldest supported dependencies: $(echo $pins | sed 's/==/ /g; s/ \([a-z]\)/, \1/g')" $pins
 else
-  not_run "$first" oldest "not run: no such Python on the machine that made this table"
+  not_run "$first" oldest "not run: this Python was not installed"
 fi
 
 {
   cat <<'TEXT'
 # Compatibility
 
-The library's own tests, on every pair of Python and JAX that can be installed, with the newest
-release of everything else that the pair admits. `make test-matrix` runs them and writes this table.
+Results of the core tests on every supported pair of Python and JAX, with the newest compatible
+release of all other dependencies. `make test-matrix` runs the tests and writes this table.
 
 | Python | jax | flax | passed | failed | skipped | note |
 | --- | --- | --- | --- | --- | --- | --- |

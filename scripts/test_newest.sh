@@ -1,13 +1,12 @@
 #!/bin/sh
-# The tests again on the newest JAX, which needs a newer Python than the oldest one supported.
-# Run by `make test-newest`. Without such an interpreter it says so and succeeds. With the word `setup`
-# it makes the environment and stops.
+# Run the tests on the newest JAX, which needs a newer Python than the oldest supported one.
+# `make test-newest` runs this script. It succeeds without running tests if no such Python is installed.
+# With the argument `setup`, it only creates the environment.
 #
-# It runs the tests of what touches JAX most and of what uses all of the rest: transform, models, PEFT's
-# files, the commands. `make test` and `make test-slow` alone test what is not part of the library
-# (benchmarks, examples, notebooks, pages), what does not use JAX (rows, reports), and what the commands
-# or `make test-matrix` cover too.
-# XLA optimises little here, as in `make test-matrix`: what a new JAX changes are its interfaces.
+# It runs the tests that depend most on JAX, and those that use many parts of the library: transform,
+# models, PEFT files and commands. It skips the benchmarks, examples, notebooks and documents, the data
+# and report tests, which do not use JAX, and tests that the commands or `make test-matrix` cover.
+# Most XLA optimizations are disabled, as in `make test-matrix`: a new JAX mainly changes its API.
 set -eu
 VENV=.venv-newest
 

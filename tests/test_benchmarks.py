@@ -1,4 +1,4 @@
-"""What the tables rest on: the forms agree, and the figures are what they say."""
+"""The rows of the benchmarks agree, and their figures are correct."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWN = [row for row in catalogue.ROWS if row not in PEERS]
 
 
 @pytest.fixture(autouse=True)
-def _promotion_as_users_have_it() -> Iterator[None]:
+def _default_promotion() -> Iterator[None]:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -48,7 +48,7 @@ def test_other_libraries_have_the_same_loss_and_gradients(row: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_row_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_with_other_gradients_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def halved(case: forms.Case, weights: forms.Weights) -> forms.Form:
         form = catalogue.ROWS[catalogue.FACTORED](case, weights)
         gradients = lambda tree: jax.tree.map(lambda leaf: leaf / 2, form.gradients(tree))  # noqa: E731
@@ -61,7 +61,7 @@ def test_a_row_that_computes_something_else_is_refused(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "dots", "dots-no-batch"])
-def test_remat_changes_no_loss(remat: str) -> None:
+def test_remat_does_not_change_the_loss(remat: str) -> None:
     weights = forms.make_weights(TINY)
     plain, again = (
         catalogue.ROWS[catalogue.FACTORED](dataclasses.replace(TINY, remat=each), weights)
@@ -72,7 +72,7 @@ def test_remat_changes_no_loss(remat: str) -> None:
     assert abs(got - want) < 1e-5
 
 
-def test_dot_flops_of_a_step_are_the_closed_formula() -> None:
+def test_dot_flops_of_a_step_match_the_formula() -> None:
     case = forms.Case(SIZES["384x6"])
     weights = forms.abstract_weights(case)
     tokens, width, hidden = case.size.tokens, case.size.width, case.size.hidden
@@ -80,13 +80,13 @@ def test_dot_flops_of_a_step_are_the_closed_formula() -> None:
     head = width * case.size.vocabulary
     attention = case.size.layers * 3 * 2 * 2 * tokens * case.size.length * width
     assert _dot_flops(case, "full fine-tuning") == 6 * tokens * (blocks + head) + attention
-    # Frozen kernels need no gradient, and the first layer's q, k and v pass none on.
+    # Frozen kernels need no gradient, and q, k and v of the first layer need no gradient of x.
     first = 3 * width**2
     pairs = 2 * sum(a.size + b.size for a, b in weights.factors.values())
-    # The first layer's pairs pass none on to x either.
-    spared = 2 * 3 * width * case.rank * tokens
+    # Neither do the factors of these kernels.
+    saved = 2 * 3 * width * case.rank * tokens
     want = 4 * tokens * (blocks + head) - 2 * tokens * first + attention
-    assert _dot_flops(case, catalogue.FACTORED) == want + 3 * tokens * pairs - spared
+    assert _dot_flops(case, catalogue.FACTORED) == want + 3 * tokens * pairs - saved
 
 
 def _dot_flops(case: forms.Case, row: str) -> float:
@@ -99,7 +99,7 @@ def _dot_flops(case: forms.Case, row: str) -> float:
     )
 
 
-def test_a_scanned_stack_has_all_its_trips_counted() -> None:
+def test_every_iteration_of_a_scan_counts() -> None:
     unrolled, scanned = (
         _dot_flops(dataclasses.replace(TINY, scan=scan), "full fine-tuning")
         for scan in (False, True)
@@ -107,9 +107,9 @@ def test_a_scanned_stack_has_all_its_trips_counted() -> None:
     assert unrolled == scanned
 
 
-def test_residuals_are_what_is_kept_beside_the_arguments() -> None:
+def test_residuals_exclude_arguments() -> None:
     def loss(w: jax.Array, x: jax.Array, _: Any) -> jax.Array:
-        h = jnp.sin(x @ w)  # its cosine, (2, 3), is kept
+        h = jnp.sin(x @ w)  # its cosine, (2, 3), is a residual
         return jnp.sum(h.reshape(3, 2).T * 2.0)
 
     w, x = jax.ShapeDtypeStruct((4, 3), jnp.float32), jax.ShapeDtypeStruct((2, 4), jnp.float32)
@@ -117,7 +117,7 @@ def test_residuals_are_what_is_kept_beside_the_arguments() -> None:
 
 
 @pytest.mark.slow
-def test_unrolled_layers_save_memory_by_remat_in_the_order_of_least_memory_only() -> None:
+def test_remat_saves_memory_in_unrolled_layers_with_the_memory_optimized_scheduler_only() -> None:
     case = forms.Case(SIZES["384x6"], remat="dots-no-batch")
     weights, tx = forms.abstract_weights(case), optax.adamw(1e-4)
     form = catalogue.ROWS["full fine-tuning"](case, weights)
@@ -128,19 +128,19 @@ def test_unrolled_layers_save_memory_by_remat_in_the_order_of_least_memory_only(
     assert least.dot_flops == usual.dot_flops and least.residual_bytes == usual.residual_bytes
 
 
-def test_programs_take_turns() -> None:
+def test_runs_are_interleaved() -> None:
     order: list[str] = []
     runs = {name: lambda name=name: float(order.append(name) or 1.0) for name in "ab"}
     assert measure.interleave(runs, 3) == {"a": [1.0] * 3, "b": [1.0] * 3}
     assert order == ["a", "b"] * 3
 
 
-def test_a_row_that_does_not_exist_is_refused_with_the_names_that_do() -> None:
-    with pytest.raises(SystemExit, match="no row is named 'nothing'; there are: full fine-tuning"):
+def test_an_unknown_row_is_an_error_that_lists_the_rows() -> None:
+    with pytest.raises(SystemExit, match="no row matches 'nothing'; rows: full fine-tuning"):
         chosen(["nothing"])
 
 
-def test_a_section_replaces_itself_and_leaves_the_rest_alone(tmp_path: pathlib.Path) -> None:
+def test_writing_a_section_replaces_only_that_section(tmp_path: pathlib.Path) -> None:
     document = tmp_path / "page.md"
     document.write_text("# Title\n\nBefore.\n", encoding="utf-8")
     report.write_section(document, "one", "first")
@@ -151,11 +151,11 @@ def test_a_section_replaces_itself_and_leaves_the_rest_alone(tmp_path: pathlib.P
     assert "first" not in text and text.index("second") < text.index("other")
 
 
-def test_operations_of_a_program_are_read_with_their_flops() -> None:
+def test_operations_of_a_compiled_function_are_parsed_with_their_flops() -> None:
     def f(x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.tanh(x @ w) @ w.T
 
     x, w = jnp.ones((8, 16)), jnp.ones((16, 32))
-    program = hlo.read(jax.jit(f).lower(x, w).compile().as_text() or "")
-    operations = [each for computation in program.values() for each in computation]
+    computations = hlo.read(jax.jit(f).lower(x, w).compile().as_text() or "")
+    operations = [each for computation in computations.values() for each in computation]
     assert sum(each.dot_flops for each in operations) == 2 * 2 * 8 * 16 * 32

@@ -68,8 +68,8 @@ def test_the_order_of_patterns_counts():
         ({"use_rslora": "yes"}, "use_rslora", "True or False"),
         ({"use_dora": 1}, "use_dora", "True or False"),
         ({"metadata": "text"}, "metadata", "a mapping from name to text"),
-        ({"metadata": {"": "text"}}, "metadata", "names that are strings, not empty"),
-        ({"metadata": {3: "text"}}, "metadata", "names that are strings, not empty"),
+        ({"metadata": {"": "text"}}, "metadata", "names that are non-empty strings"),
+        ({"metadata": {3: "text"}}, "metadata", "names that are non-empty strings"),
         ({"metadata": {"peft": {"r": 8}}}, "metadata\\['peft'\\]", "a string"),
     ],
 )

@@ -12,7 +12,7 @@ from jax_lora.cli.main import make_parser
 from jax_lora.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
-FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
+FILES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"]
 PAGES = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in FILES}
 CODE = {
     name: blocks
@@ -30,7 +30,7 @@ FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 # Pages whose code takes long to compile.
-LONG = ("docs/coming_from.md", "docs/models.md", "docs/symptoms.md")
+LONG = ("docs/coming_from.md", "docs/models.md", "docs/symptoms.md", "docs/training_loop.md")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,13 @@ def test_links_lead_to_files_that_are_there(page):
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
+def test_files_of_the_repository_that_are_named_exist(page):
+    folders = "jax_lora|tests|benchmarks|scripts|examples|notebooks|docs"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", PAGES[page]):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
 def test_links_into_a_page_lead_to_one_of_its_headings(page):
     for target, heading in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", PAGES[page]):
         where = ((ROOT / page).parent / target).resolve() if target else ROOT / page
@@ -92,3 +99,26 @@ def test_every_architecture_is_in_the_table_of_models():
     for family in FAMILIES.values():
         row = f"| `{family.model_type}` | `{'`, `'.join(family.architectures)}`"
         assert row in PAGES["docs/models.md"], row
+
+
+def test_the_summary_of_a_training_step_has_the_numbers_of_its_tables():
+    tables = dict(_tables(PAGES["docs/benchmark_tables.md"]))
+    summary = PAGES["docs/performance.md"].split("| OPTIONS |")[1].split("\n\n")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in summary.split("\n")]
+    assert len(lines) == 2 + 7
+    for _, step, full, by_hand, accessed, temp, options in lines[2:]:
+        table = tables[options.strip("`")]
+        ours, hand = table["ours (auto)"], table["factored, hand-written"]
+        assert [step, full, by_hand] == [ours[key] for key in ("step s", "/full", "/factored")]
+        assert accessed == f"{hand['GB accessed']} → {ours['GB accessed']}"
+        rows = (table["full fine-tuning"], hand, ours)
+        assert temp == ", ".join(row["temp MB"] for row in rows)
+
+
+def _tables(text):
+    """Read the tables of benchmarks.train_step: cells by row and column, by the options."""
+    for section in text.split("python -m benchmarks.train_step")[1:]:
+        lines = re.findall(r"^\|(.*)\|$", section.split("<!--")[0], re.M)
+        cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+        rows = {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+        yield section.split("--rounds")[0].strip(), rows

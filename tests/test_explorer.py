@@ -1,9 +1,8 @@
-"""docs/explorer.html: built from today's formulas, right in a browser, and usable by anyone."""
+"""docs/explorer.html is up to date, computes what the library computes, and is accessible."""
 
 import importlib.util
 import json
 import re
-import shutil
 import sys
 import urllib.parse
 from pathlib import Path
@@ -11,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from jax_lora.finetune.settings import TrainSettings
-from jax_lora.plan.arithmetic import Work
+from jax_lora.plan.arithmetic import Step
 from jax_lora.plan.methods import side_by_side
 from jax_lora.plan.planned_model import plan_shape, with_dtype
 from jax_lora.plan.planning import Choices, method_of
 from jax_lora.plan.units import show_bytes, show_count
+from tests.browser import open_browser, requested_urls, resize
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "explorer.html"
@@ -38,7 +38,7 @@ def builder():
 # -------------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_what_todays_formulas_and_shapes_give(builder):
+def test_the_page_is_up_to_date(builder):
     assert PAGE.read_text(encoding="utf-8") == builder.build(), "run scripts/build_explorer.py"
 
 
@@ -58,7 +58,7 @@ def test_the_page_loads_nothing():
         "while True: pass",
     ],
 )
-def test_a_formula_that_cannot_be_translated_stops_the_build(builder, line, tmp_path):
+def test_unsupported_python_stops_the_build(builder, line, tmp_path):
     (tmp_path / "formulas.py").write_text(line + "\n")
     spec = importlib.util.spec_from_file_location("formulas", tmp_path / "formulas.py")
     assert spec is not None
@@ -77,41 +77,17 @@ def _loaded(spec, *, run):
 # In a browser
 # -------------------------------------------------------------------------------------------------
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars "
-    "--disable-background-networking --disable-component-update --disable-sync"
-)
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if not (BROWSER and DRIVER):
-        pytest.skip("needs chromium and chromedriver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
+    with open_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 def open_page(browser, **state):
     browser.get("about:blank")
     browser.get(f"{PAGE.as_uri()}#{urllib.parse.urlencode(state)}")
     return json.loads(browser.execute_script("return document.documentElement.dataset.numbers"))
-
-
-def resize(browser, width, height=900, scheme="light"):
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
 
 FIELDS = ("model", "targets", "rank", "precision", "optimizer", "rows", "length", "remat")
@@ -122,7 +98,7 @@ CASES = [
     ("qwen3-0.6b", "attention", 1024, 4, "sgd", 3, 77, 0),
     ("gemma-2-2b", "q and v", 1, 2, "adafactor", 16, 512, 1),
     ("gpt2", "q and v", 16, 4, "adamw", 8, 1024, 0),
-    ("roberta-base", "q and v", 8, 4, "momentum", 32, 128, 0),
+    ("roberta-base", "q and v", 8, 4, "rmsprop", 32, 128, 0),
     ("mixtral-8x7b", "all-linear", 4, 2, "adamw", 1, 4096, 1),
 ]
 STATES = [dict(zip(FIELDS, case, strict=True)) for case in CASES]
@@ -130,28 +106,28 @@ STATES = [dict(zip(FIELDS, case, strict=True)) for case in CASES]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("state", STATES, ids=[state["model"] for state in STATES])
-def test_its_numbers_are_the_librarys(builder, browser, state):
+def test_it_computes_what_the_library_computes(builder, browser, state):
     got = open_page(browser, **state)
     dtype = {2: "bfloat16", 4: "float32"}[state["precision"]]
     model = with_dtype(plan_shape(state["model"], None), dtype)
     targets = builder.targets_of(state["model"], state["targets"])
     choices = Choices(
-        TrainSettings(rank=state["rank"], targets=targets), optimizer=state["optimizer"]
+        TrainSettings(rank=state["rank"], targets=targets, optimizer=state["optimizer"])
     )
     method = method_of(model, choices)
     length = state["length"]
-    work = Work(rows=state["rows"], length=length, learned=length, remat=bool(state["remat"]))
-    expected = side_by_side(method, work)
+    step = Step(batch_size=state["rows"], length=length, targets=length, remat=bool(state["remat"]))
+    expected = side_by_side(method, step)
 
-    assert got["trained"] == method.trained
+    assert got["trained"] == method.trainable
     for name, estimate in expected.items():
         numbers = {key: value for key, value in estimate.as_dict().items() if key != "total"}
         assert got["columns"][name] == pytest.approx(numbers, rel=1e-12), name
         shown = browser.find_element("css selector", f'[data-method="{name}"]')
         assert float(shown.get_attribute("data-value")) == pytest.approx(estimate.total, rel=1e-12)
         assert shown.text == show_bytes(estimate.total)
-    assert browser.find_element("id", "trained").text == f"{method.trained:,}"
-    assert browser.find_element("id", "adapter-size").text == show_bytes(4 * method.trained)
+    assert browser.find_element("id", "trained").text == f"{method.trainable:,}"
+    assert browser.find_element("id", "adapter-size").text == show_bytes(4 * method.trainable)
     assert browser.find_element("id", "flops").text == show_count(expected["LoRA"].flops)
 
 
@@ -159,7 +135,7 @@ def test_its_numbers_are_the_librarys(builder, browser, state):
 def test_the_kernel_of_the_paper(browser):
     open_page(browser, model="llama-2-7b", kernel="layers/attn/q_proj/kernel", rank=8)
     headline = browser.find_element("id", "headline")
-    assert headline.text == "65,536 numbers instead of 16,777,216: 99.61% fewer"
+    assert headline.text == "65,536 parameters instead of 16,777,216: 99.61% fewer"
     pair, whole, spared = json.loads(headline.get_attribute("data-value"))
     assert (pair, whole, spared) == (65536, 16777216, 1 - 65536 / 16777216)
 
@@ -177,7 +153,7 @@ def test_the_matrices_are_drawn_to_scale(browser):
 
 
 @pytest.mark.slow
-def test_it_works_by_keyboard_alone(browser):
+def test_it_works_with_the_keyboard_only(browser):
     from selenium.webdriver.common.keys import Keys
 
     open_page(browser)
@@ -200,7 +176,7 @@ def test_it_works_by_keyboard_alone(browser):
 
     slider = browser.find_element("id", "rank")
     slider.send_keys(Keys.HOME)
-    assert browser.find_element("id", "headline").text.startswith("8,192 numbers")
+    assert browser.find_element("id", "headline").text.startswith("8,192 parameters")
     slider.send_keys(Keys.ARROW_RIGHT)
     assert slider.get_attribute("aria-valuetext") == "rank 2"
     slider.send_keys(Keys.END)
@@ -221,7 +197,7 @@ def test_every_control_has_a_name(browser):
 
 
 @pytest.mark.slow
-def test_an_address_with_nonsense_shows_something_that_exists(browser):
+def test_an_invalid_url_shows_valid_values(browser):
     got = open_page(
         browser,
         model="none",
@@ -238,7 +214,7 @@ def test_an_address_with_nonsense_shows_something_that_exists(browser):
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_it_fits_the_screen_and_can_be_read(browser, width, scheme):
+def test_it_fits_the_screen_with_readable_contrast(browser, width, scheme):
     resize(browser, width, scheme=scheme)
     for state in STATES:
         open_page(browser, **state)
@@ -260,7 +236,7 @@ def test_it_fits_the_screen_and_can_be_read(browser, width, scheme):
 
 
 def contrast(browser, selector):
-    """WCAG's contrast ratio of a text and what is behind it."""
+    """Compute the WCAG contrast ratio of a text and its background."""
     script = """
         const e = document.querySelector(arguments[0]);
         let b = e;
@@ -278,15 +254,10 @@ def luminance(colour):
 
 
 @pytest.mark.slow
-def test_nothing_is_requested_and_nothing_goes_wrong(browser):
-    for log in ("browser", "performance"):  # what earlier tests left in them
+def test_it_makes_no_requests_and_logs_no_errors(browser):
+    for log in ("browser", "performance"):  # discard entries of earlier tests
         browser.get_log(log)
     open_page(browser)
     assert browser.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [
-        m["params"]["request"]["url"]
-        for m in messages
-        if m["method"] == "Network.requestWillBeSent"
-    ]
+    asked = requested_urls(browser)
     assert {url.split("#")[0] for url in asked} - {"about:blank", "data:,"} == {PAGE.as_uri()}

@@ -318,9 +318,9 @@ def test_mask_works_with_optax_masked_itself():
 
 def test_a_tree_without_an_adapter_is_refused():
     params, _ = toy()
-    with pytest.raises(StructureError, match="without a single LoraWeight[\\s\\S]*jl.combine"):
+    with pytest.raises(StructureError, match="without any LoraWeight[\\s\\S]*jl.combine"):
         trainable_mask(params)
-    with pytest.raises(StructureError, match="without a single LoraWeight"):
+    with pytest.raises(StructureError, match="without any LoraWeight"):
         masked_optimizer(optax.adam(1e-3)).init(params)
 
 

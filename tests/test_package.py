@@ -1,5 +1,6 @@
-"""What holds for the package as a whole: what an import costs, and what no file may contain."""
+"""Properties of the package as a whole: the cost of an import, and forbidden contents of files."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -50,3 +51,26 @@ def test_the_patterns_would_find_what_they_forbid():
 def test_every_public_name_is_there_and_documented():
     for name in jax_lora.__all__:
         assert getattr(jax_lora, name).__doc__, name
+
+
+FLAG = re.compile(r"(?<![-\w])--[a-z][a-z-]+")
+LIBRARY = [path for path in SOURCES if path.relative_to(PACKAGE).parts[0] not in ("cli", "plan")]
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@pytest.mark.parametrize("source", LIBRARY, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_library_strings_contain_no_command_line_flags(source):
+    nodes = list(ast.walk(ast.parse(source.read_text(encoding="utf-8"))))
+    docstrings = {
+        id(node.body[0].value)
+        for node in nodes
+        if isinstance(node, DOCUMENTED) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    strings = [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in docstrings
+    ]
+    assert [text for text in strings if FLAG.search(text)] == []

@@ -1,4 +1,4 @@
-"""Every Python file of the repository keeps to the names that JAX makes public."""
+"""Every Python file of the repository uses only public names of JAX."""
 
 from __future__ import annotations
 

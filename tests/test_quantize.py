@@ -1,4 +1,4 @@
-"""Quantized bases: recipes that are made where they are used, and never kept."""
+"""Quantized base weights: computed where they are used, and never kept."""
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def test_an_adapter_is_saved_with_the_fingerprint_of_the_codes(tmp_path):
     stored, factors = quantized("int8"), adapter()
     jl.save_adapter(tmp_path / "adapter", factors, base=stored)
     assert_bitwise(jl.load_adapter(tmp_path / "adapter", base=stored), factors)
-    with pytest.raises(jl.errors.BaseMismatchError, match="has other values"):
+    with pytest.raises(jl.errors.BaseMismatchError, match="has different values"):
         jl.load_adapter(tmp_path / "adapter", base=quantized("float8"))
 
 
@@ -173,7 +173,7 @@ def test_an_unknown_method_is_refused():
 
 def test_what_is_quantized_or_adapted_already_is_refused():
     for tree in (quantized("int8"), jl.combine(PARAMS, adapter())):
-        with pytest.raises(StructureError, match="Quantize the plain parameters"):
+        with pytest.raises(StructureError, match="on the unquantized parameters"):
             jl.quantize(tree, "int8", targets="one", kernels=KERNELS)
 
 

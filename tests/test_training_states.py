@@ -1,4 +1,4 @@
-"""Adapters and combined trees in the training states that people keep: Flax, pickle, Orbax."""
+"""Adapters and combined trees in common training states: Flax, pickle, Orbax."""
 
 import pickle
 

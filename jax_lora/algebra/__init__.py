@@ -1,1 +1,1 @@
-"""Arrays with named axes, and the low-rank value that is built of them. Nothing here traces."""
+"""Arrays with named axes, low-rank values, and their products. Nothing here traces a function."""

@@ -1,8 +1,8 @@
-"""Recipe: a base weight that is stored as other arrays and made where it is used.
+"""Recipe: a base weight that is computed from stored arrays where it is used.
 
-A quantized, compressed or offloaded base is a recipe: some arrays, and a function that makes the
-weight from them. The weight is made inside `jax.checkpoint`, so no residual holds it: it exists for
-one use in the forward pass and for one in the backward pass.
+A quantized, compressed or offloaded base weight is a recipe: arrays, and a function of them. The
+weight is computed inside `jax.checkpoint`, so that no residual holds it: it is computed once in the
+forward pass and once in the backward pass.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A weight that is made from other arrays.
+    """A weight that is a function of stored arrays.
 
     Args:
-      arrays: A pytree of arrays. Where the weight is a stack of layers, each has the stack axis
-        first, so that a scan can slice the arrays instead of the weight.
+      arrays: A pytree of arrays. In a layer stack, each has the stack axis first, so that a scan
+        can slice the arrays instead of the weight.
       make: A hashable function from `arrays` to the weight. It accepts arrays with and without
         leading stack axes.
       shape: Shape of the weight.
@@ -48,7 +48,7 @@ class Recipe:
         return sum(array.nbytes for array in jax.tree.leaves(self.arrays))
 
     def made(self) -> Array:
-        """Make the weight."""
+        """Compute the weight."""
         return self.make(self.arrays)
 
     def then(
@@ -58,16 +58,16 @@ class Recipe:
         others: tuple[Any, ...],
         elementwise: bool,
     ) -> Recipe:
-        """Return the recipe of `operation(weight, *others)`: nothing is computed yet.
+        """Return the recipe of `operation(weight, *others)` without computing it.
 
         Args:
-          operation: What is done to the weight.
+          operation: A function of the weight and other arrays.
           key: A hashable value that identifies the operation.
-          others: Arrays that the operation reads beside the weight.
-          elementwise: Whether it treats every element alike, whatever the shape.
+          others: The other arrays.
+          elementwise: Whether the operation is elementwise and independent of the shape.
 
         Returns:
-          The longer recipe.
+          The composed recipe.
         """
         arrays = (self.arrays, others)
         make = _Then(self.make, key, operation)
@@ -76,13 +76,13 @@ class Recipe:
         return Recipe(arrays, make, made.shape, made.dtype, sliceable)
 
     def at(self, arrays: Any) -> Recipe:
-        """Return the recipe of one slice of the weight, from slices of the arrays."""
+        """Return the recipe of a slice of the weight, given slices of the arrays."""
         return Recipe(arrays, self.make, self.shape[1:], self.dtype, self.sliceable)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Then:
-    """One function after another. Equal to another one of the same key, so that jit caches hit."""
+    """The composition of two functions. Compares by key, so that jit caches hit."""
 
     first: Callable[[Any], Array]
     key: Hashable
@@ -97,12 +97,12 @@ Base = Array | Recipe
 
 
 def made(base: Base) -> Array:
-    """Return a base as an array."""
+    """Return a base weight as an array."""
     return base.made() if isinstance(base, Recipe) else base
 
 
 def use(operation: Callable[..., Array], base: Base, *others: Any) -> Array:
-    """Compute `operation(weight, *others)`, and keep no weight that had to be made.
+    """Compute `operation(weight, *others)` without keeping the weight of a recipe as a residual.
 
     Args:
       operation: Any function of the weight and other arrays.
@@ -110,7 +110,7 @@ def use(operation: Callable[..., Array], base: Base, *others: Any) -> Array:
       *others: The other arrays.
 
     Returns:
-      The result. A weight made from a recipe is made again for the backward pass.
+      The result. The weight of a recipe is computed again in the backward pass.
     """
     if not isinstance(base, Recipe):
         return operation(base, *others)

@@ -1,9 +1,9 @@
-"""DoRA: a trained magnitude for every output, beside a low-rank change of direction.
+"""DoRA: a trained magnitude per output, and a low-rank update of the direction.
 
     W' = m / ||W0 + scale * a @ b|| * (W0 + scale * a @ b)
 
-The norm is taken over the input axes, so there is one per output, and it is a constant under
-differentiation. The rest of the library sees only the gain, m divided by the norm.
+There is one norm per output, over the input axes. It is constant under differentiation. Other
+modules use only the gain, which is m divided by the norm.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _OTHER_RANK: AxisName = "other rank"
 
 
 def magnitude(base: Base, in_axes: Sequence[int], out_names: Sequence[AxisName]) -> Array:
-    """Return the magnitude that training starts from: the norms of W0, so that W' is W0.
+    """Return the initial magnitude: the norms of W0, for which W' is W0.
 
     Args:
       base: W0.
-      in_axes: The axes of W0 that are inputs.
+      in_axes: The input axes of W0.
       out_names: The stack and output axes of W0 in the order of the result.
 
     Returns:
@@ -42,12 +42,12 @@ def magnitude(base: Base, in_axes: Sequence[int], out_names: Sequence[AxisName])
 def gain(
     base: Base, a: NamedArray, b: NamedArray, scale: float, magnitude: NamedArray, used: Any
 ) -> NamedArray:
-    """Return m / ||W0 + scale * a @ b||, which multiplies the results of the plain update.
+    """Return m / ||W0 + scale * a @ b||, by which the results of plain LoRA are multiplied.
 
-    Nothing of W0's size is computed: ||W + D||^2 = ||W||^2 + 2 W·D + ||D||^2, and the last two
-    need W·a and a·a only. At the start D is zero and the first term is the magnitude's own, up to
-    the order in which a compiler adds it. A magnitude that close to the norm is therefore treated
-    as equal, and the gain is exactly 1. An output whose weights are all zero has a gain of 1.
+    No array of W0's size is computed: ||W + D||^2 = ||W||^2 + 2 W·D + ||D||^2, and the last two
+    terms need only W·a and a·a. Initially D is zero and the first term is m^2, up to the order of
+    summation. A magnitude that close to the norm counts as equal, and the gain is exactly 1. The
+    gain of an output whose weights are all zero is 1.
 
     Args:
       base: W0.
@@ -74,7 +74,7 @@ def gain(
 
 
 def _beyond_rounding(difference: Array, norms: Array) -> Array:
-    """Replace a difference that rounding of the norm explains by zero; its derivative stays 1."""
+    """Set differences within the rounding error of the norm to zero, with a derivative of 1."""
     noise = 8 * jnp.finfo(norms.dtype).eps * norms
     small = jnp.abs(difference) <= noise.astype(norms.dtype)
     rounding = jnp.where(small, difference, jnp.zeros_like(difference))
@@ -83,10 +83,9 @@ def _beyond_rounding(difference: Array, norms: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _squares(base: Base, in_axes: tuple[int, ...], out_names: tuple[AxisName, ...]) -> Array:
-    """Sum the squares of every output's weights: (*stack, *out).
+    """Sum the squares of the weights of every output: (*stack, *out).
 
-    The barriers keep the surrounding operations out of the sum, so that they do not change its
-    bits.
+    The barriers prevent fusion with surrounding operations, which would change the bits.
     """
     w = made(base)
     wide = lax.optimization_barrier(w).astype(accumulation_dtype(w.dtype))
@@ -115,16 +114,16 @@ def _norms(
 
 
 def _w_times_a(w: Array, a: NamedArray, b: NamedArray) -> Array:
-    """Contract W0 with a over the inputs, at the precision of float32: (*stack, r, *out)."""
+    """Contract W0 with a over the inputs in float32 precision: (*stack, r, *out)."""
     wide = accumulation_dtype(w.dtype)
-    # W0 is not cast up, which would copy it: two parts of a, each of W0's type, are as precise.
+    # Casting W0 would copy it. Splitting a into two parts of W0's type is equally precise.
     full = a.array.astype(wide)
     parts = [full.astype(w.dtype)]
     if w.dtype != wide:
         parts.append((full - parts[0].astype(wide)).astype(w.dtype))
     beside = NamedArray(lax.concatenate(parts, full.ndim - 1), a.axes)  # (*stack, *in, parts * r)
     named = NamedArray(w, tuple(range(w.ndim)))
-    # XLA for CPU multiplies bfloat16 into float32 only where axes of one role are merged.
+    # XLA for CPU multiplies bfloat16 into float32 only if axes with the same role are merged.
     result = product(named, beside, b.axes, "highest", wide, flatten=True)
     axis = b.axes.index(RANK)
     shape = (*b.array.shape[:axis], beside.array.shape[-1], *b.array.shape[axis + 1 :])

@@ -1,8 +1,8 @@
-"""The factored product of data with a low-rank value: scale * (x · a) · b, in two products.
+"""The low-rank product of data with the factors: scale * (x · a) · b.
 
-`project_down` multiplies x with the first factor, down to the rank; `project_up` multiplies the
-result with the second one. Values that read the same data share one down-projection, because most
-of its time goes into reading x.
+`project_down` multiplies x with the first factor; `project_up` multiplies the result with the
+second. Values with the same data share one down-projection, because most of its time is spent on
+reading x.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Pair = tuple[NamedArray, NamedArray]
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """How the axes of x pair with those of the factors. It holds no array.
+    """A plan of the low-rank product: how the axes of x pair with the axes of the factors.
 
     Args:
-      x_axes: The name of every axis of x: the weight's own where they are paired.
-      a_first: Whether x is multiplied with `a` first; with `b` first, x was contracted with the
-        output axes.
+      x_axes: The name of every axis of x; paired axes have the names of the weight's axes.
+      a_first: Whether x is multiplied with `a` first. It is multiplied with `b` first if it is
+        contracted with the output axes.
       out_axes: The name of every axis of the result; None for an axis of size 1.
       out_shape: Shape of the result.
       scale: Multiplier of the product.
       dtype: Type of the result.
       precision: As in `lax.dot_general`.
-      x_first: Whether x's own axes come before the weight's in the result: a hint that saves a
+      x_first: Whether the axes of x precede those of the weight in the result, which saves a
         transpose.
       flatten: Whether to merge adjacent axes before the products.
     """
@@ -54,11 +54,11 @@ class Projection:
     flatten: bool
 
     def order(self, a: Any, b: Any) -> tuple[Any, Any]:
-        """Return what belongs to `a` and to `b` in the order in which x is multiplied."""
+        """Return the values for `a` and `b` in the order in which x is multiplied."""
         return (a, b) if self.a_first else (b, a)
 
     def paired_axes(self, first: NamedArray, second: NamedArray) -> tuple[int, ...] | None:
-        """Return the axes of x that the first factor sums, if no others are paired; else None."""
+        """Return the axes of x that the first factor sums; None if other axes are paired."""
         paired = tuple(axis for axis, name in enumerate(self.x_axes) if name in first.axes)
         names = {self.x_axes[axis] for axis in paired}
         only_sums = names == {*first.axes} - {RANK} and not names & {*second.axes, *self.out_axes}
@@ -77,21 +77,21 @@ def projection(
     x_first: bool = True,
     flatten: bool = False,
 ) -> Projection | None:
-    """Plan the product of x with a value's factors.
+    """Plan the low-rank product of x with the factors of a value.
 
     Args:
-      value: The low-rank value; W0 takes no part.
+      value: The low-rank value.
       x: Data.
       x_axes: The name of every axis of `x`.
       out_axes: The name of every axis of the result; None for an axis of size 1.
       out_shape: Shape of the result.
       dtype: Type of the result.
       precision: As in `lax.dot_general`.
-      x_first: Whether x's own axes come before the weight's in the result.
+      x_first: Whether the axes of x precede those of the weight in the result.
       flatten: Whether to merge adjacent axes before the products.
 
     Returns:
-      The plan, or None if x sums over no axis of either factor, so that the full weight is needed.
+      The plan; None if no axis of a factor is summed, so that the full weight is needed.
     """
     sizes = dict(zip(x_axes, x.shape, strict=True))
     summed = [
@@ -115,15 +115,15 @@ def projection(
 
 
 def multiply(plans: Sequence[Projection], x: Array, factors: Sequence[Pair]) -> list[Array]:
-    """Compute scale * (x · a) · b for every value that reads the same data.
+    """Compute scale * (x · a) · b for several values with the same data.
 
     Args:
       plans: A projection per value.
-      x: The data of all of them.
+      x: The data.
       factors: `(a, b)` per value.
 
     Returns:
-      The updates of the products, in the shapes of the results.
+      The low-rank product of each value, in the shape of its result.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), equation 3.
@@ -131,7 +131,7 @@ def multiply(plans: Sequence[Projection], x: Array, factors: Sequence[Pair]) -> 
     return _multiply(tuple(plans), x, tuple(factors))
 
 
-@functools.partial(jax.jit, static_argnums=0)  # layers that are alike are traced once
+@functools.partial(jax.jit, static_argnums=0)  # equal layers are traced once
 def _multiply(plans: tuple[Projection, ...], x: Array, factors: Sequence[Pair]) -> list[Array]:
     pairs = [plan.order(*pair) for plan, pair in zip(plans, factors, strict=True)]
     downs = project_down(plans, x, pairs)  # (tokens, r) each
@@ -144,10 +144,10 @@ def _multiply(plans: tuple[Projection, ...], x: Array, factors: Sequence[Pair]) 
 def project_down(
     plans: Sequence[Projection], x: Array, pairs: Sequence[Pair], *, hidden: bool = True
 ) -> list[NamedArray]:
-    """Multiply x with the first factor of each value: together where they sum the same axes.
+    """Multiply x with the first factor of each value, in one product if they sum the same axes.
 
     Args:
-      plans: A projection per value, all with the same precision.
+      plans: A projection per value, with equal precision.
       x: Data, (tokens, in).
       pairs: The factors of each value in the order of its plan: (in, r) and (r, out).
       hidden: As in `named_array.product`.
@@ -195,7 +195,7 @@ def _times_first(plan: Projection, x: Array, pair: Pair, hidden: bool) -> NamedA
 
 
 def _scaled(plan: Projection, down: NamedArray, dtype: Any) -> NamedArray:
-    """Scale the array with the fewest elements, then round once."""
+    """Apply the scale to the smallest array of the product, then round once."""
     scale = jnp.asarray(plan.scale, down.array.dtype)
     return NamedArray((down.array * scale).astype(dtype), down.axes)
 
@@ -203,7 +203,7 @@ def _scaled(plan: Projection, down: NamedArray, dtype: Any) -> NamedArray:
 def project_up(
     plan: Projection, down: NamedArray, second: NamedArray, *, hidden: bool = True
 ) -> Array:
-    """Multiply by the second factor, and lay the product out as the result of the contraction.
+    """Multiply with the second factor, and transpose to the layout of the contraction's result.
 
     Args:
       plan: The projection.

@@ -1,9 +1,9 @@
-"""Low-rank values: gain * (W0 + scale * a @ b), carried through array operations.
+"""Low-rank values: gain * (W0 + scale * a @ b), kept in factors through array operations.
 
 Every axis of W0 has a name (named_axes.py). An axis is an input axis if `a` has its name, an
-output axis if `b` has it, and a stack axis (layers, experts) if both have it. An operation on W0
-changes the factors by the steps of a `Move` (moves.py); factored_product.py multiplies a low-rank
-value with data.
+output axis if `b` does, and a stack axis (layers, experts) if both do. The steps of a `Move`
+(moves.py) apply an operation on W0 to the factors. factored_product.py multiplies the factors with
+data.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from jax_lora.algebra.named_axes import AxisName
 
 Array = jax.Array
 Axes = tuple[AxisName | None, ...]
-FACTORS = ("a", "b", "gain", "addend")  # the named arrays that W0's operations change as well
+FACTORS = ("a", "b", "gain", "addend")  # the named arrays to which moves of W0 also apply
 
 
 def static(**options: Any) -> Any:
-    """Declare a field of a pytree that is part of its structure, not a leaf."""
+    """Declare a dataclass field that is part of the treedef and not a leaf."""
     return dataclasses.field(metadata={"static": True}, **options)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """W0 + scale * (a @ b summed over the rank), times a gain if there is one.
+    """A weight W0 + scale * a @ b in factors, optionally multiplied by a gain.
 
     Args:
-      base: W0, frozen, in its present shape: an array or a recipe.
+      base: W0 after the moves so far, frozen: an array or a recipe.
       axes: The name of every axis of W0; None for an axis of size 1 that no factor has.
       path: Path of the leaf, for messages.
-      a: Factor with the stack axes, the input axes and the rank. None, like `b`, for a base that
-        has no adapter.
-      b: Factor with the stack axes, the rank and the output axes.
-      scale: Multiplier of the product.
+      a: Down-projection, with the stack axes, the input axes and the rank. Both factors are None
+        for a base weight without an adapter.
+      b: Up-projection, with the stack axes, the rank and the output axes.
+      scale: Scale of the update.
       key: Random key for dropout on the input of the factors, or None.
       rate: Dropout rate; 0 without a key.
       gain: Multiplier along stack and output axes (DoRA), or None.
-      addend: What the epilogue of a product over all inputs adds to its result, along stack and
-        output axes, or None. It is not part of the value.
+      addend: Bias along stack and output axes that is added to the result of a product over all
+        inputs, or None. It is not part of the weight.
     """
 
     base: Base
@@ -76,7 +76,7 @@ class LowRank:
         """Both factors.
 
         Raises:
-          ValueError: There are none.
+          ValueError: The value has no factors.
         """
         if self.a is None or self.b is None:
             raise ValueError(f"{self.path} has no adapter")
@@ -91,13 +91,13 @@ class LowRank:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether both inputs and outputs are left: a single row or column is cheap to compute."""
+        """Whether it has input and output axes: a single row or column is cheap to materialize."""
         sides = {self.side(name) for name in self.axes if name is not None}
         return (True, False) in sides and (False, True) in sides
 
     @property
     def is_weight(self) -> bool:
-        """Whether it is worth carrying: a matrix, or a base that is not an array yet."""
+        """Whether to keep it in factors: a matrix, or a recipe without an adapter."""
         return self.a is None or self.is_matrix
 
     def replace(self, **changes: Any) -> LowRank:
@@ -105,13 +105,13 @@ class LowRank:
         return dataclasses.replace(self, **changes)
 
     def on_factors(self, change: Callable[[NamedArray], NamedArray]) -> LowRank:
-        """Change every named array that goes along with W0; W0 itself is left to the caller."""
+        """Apply a change to every named array; the caller changes W0."""
         present = {name: factor for name in FACTORS if (factor := getattr(self, name)) is not None}
         return self.replace(**{name: change(factor) for name, factor in present.items()})
 
 
 def is_low_rank(value: Any) -> bool:
-    """Tell whether a value is a low-rank one."""
+    """Tell whether a value is a `LowRank`."""
     return isinstance(value, LowRank)
 
 
@@ -165,20 +165,20 @@ def materialize(value: LowRank) -> Array:
 
 
 # -----------------------------------------------------------------------------------------------
-# The gain, and the epilogue of a product
+# The gain and the epilogue of a product
 # -----------------------------------------------------------------------------------------------
 
 
 def gained(
     value: LowRank, array: Array, axes: Collection[AxisName | None], less: float = 0.0
 ) -> Array:
-    """Multiply an array that has all axes of the gain by the gain.
+    """Multiply an array by the gain of a value.
 
     Args:
       value: The low-rank value; without a gain, the array is returned unchanged.
-      array: The array.
-      axes: The name of every axis of it.
-      less: A number to subtract from the gain first.
+      array: An array with all axes of the gain.
+      axes: The name of every axis of the array.
+      less: A constant that is subtracted from the gain first.
 
     Returns:
       An array of the same shape and type; the product is computed in float32 or wider.
@@ -192,13 +192,12 @@ def gained(
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a product of data with a low-rank value consists of.
+    """The parts of a product of data with a low-rank value.
 
     Args:
-      base: The product with W0; with both, if there is no `update`.
-      update: The product with the factors, or None where `base` includes it.
-      again: The product of W0 with the data that the factors saw, where dropout changed them and
-        there is a gain.
+      base: The product with W0, or with the whole weight if there is no `update`.
+      update: The low-rank product, or None.
+      again: The product of W0 with the data after dropout, if there is dropout and a gain.
     """
 
     base: Array
@@ -209,8 +208,8 @@ class Parts:
 def joined(value: LowRank, parts: Parts, axes: Collection[AxisName | None]) -> Array:
     """Add the parts of a product and apply the gain.
 
-    With dropout, the gain of W0's product applies to the data that the factors saw, as only the
-    trained branch sees dropout: base + (gain - 1) * again + gain * update.
+    With dropout, which affects only the trained branch, the result is
+    base + (gain - 1) * again + gain * update.
 
     Args:
       value: The low-rank value.
@@ -233,7 +232,7 @@ def epilogue(value: LowRank, result: Array, axes: Collection[AxisName | None]) -
     Args:
       value: The low-rank value.
       result: The product.
-      axes: The name of every axis of it.
+      axes: The name of every axis of the product.
 
     Returns:
       An array of the same shape and type.
@@ -249,7 +248,7 @@ def epilogue(value: LowRank, result: Array, axes: Collection[AxisName | None]) -
 def has_epilogue(
     value: LowRank, summed: Collection[AxisName | None], out_axes: Collection[AxisName | None]
 ) -> bool:
-    """Tell whether a product that sums over these names is the one that the addend belongs to."""
+    """Tell whether a product over these axes sums all inputs, so that the addend applies to it."""
     a, b = value.factors
     everything = {name for name in summed if name is not None} == {*a.axes} - {*b.axes}
     return everything and value.addend is not None and {*value.addend.axes} <= {*out_axes}
@@ -261,14 +260,14 @@ def has_epilogue(
 
 
 def dropped(value: LowRank, x: Array) -> Array:
-    """Apply the value's dropout to the data that its factors multiply.
+    """Apply the dropout of a value to the data of its factors.
 
     Args:
       value: The low-rank value with the key of this use.
       x: Data of any shape.
 
     Returns:
-      x with a share of its elements at zero and the rest scaled up; x itself without a key.
+      x after dropout; x itself without a key.
     """
     if value.key is None or value.rate == 0.0:
         return x

@@ -1,12 +1,11 @@
 """The merged product: x · (W0 + scale * a · b) forward and for dx; da and db stay factored.
 
-Plain automatic differentiation of this product would compute a gradient of W0's size on its way to
-da and db. Its derivative is therefore given here:
+Automatic differentiation of this product would compute a gradient of W0's size for da and db.
+Therefore the derivative is defined here, as a `custom_jvp` that JAX transposes for reverse mode:
 
     d(x · M) = dx · M + x · dW0 + scale * ((x · da) · b + (x · a) · db),    M = W0 + scale * a · b
 
-as a `custom_jvp`, from which JAX derives reverse mode by transposition. The backward pass computes
-M of the first term again, so no residual holds it.
+The backward pass computes M in the first term again, so that no residual holds it.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from jax_lora.algebra.named_axes import RANK, AxisName
 
 Array = jax.Array
 _ONE: AxisName = "one"  # the batch dimension
-_FEW = 8  # outer products that are added one by one; XLA keeps twice as many unfused
+_FEW = 8  # largest rank computed as a sum of outer products; XLA does not fuse twice as many
 
 
 @dataclasses.dataclass(frozen=True)
 class DotGeneral:
-    """A `dot_general` of x with an array of W0's shape, in the model's own order of operands."""
+    """A `dot_general` of x with an array of W0's shape, in the operand order of the model."""
 
     dimension_numbers: Any
     precision: Any
@@ -57,7 +56,7 @@ class DotGeneral:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One of the values that read the same x: its contraction, and the axes of its weight."""
+    """One of several contractions with the same x, and the axes of its weight."""
 
     contraction: DotGeneral
     plan: Projection
@@ -66,8 +65,8 @@ class Member:
     def merged(self, w: Array, a: NamedArray, b: NamedArray) -> Array:
         """Compute M = W0 + scale * a · b: (in, out).
 
-        Never by multiply and reduce, which XLA for CPU fuses into some of the products that read
-        M, with wrong results.
+        It must not be a multiplication and a reduction: XLA for CPU fuses these into some of the
+        products that use M, with wrong results.
         """
         wide = accumulation_dtype(w.dtype)
         a = NamedArray(a.array.astype(wide) * jnp.asarray(self.plan.scale, wide), a.axes)
@@ -76,9 +75,9 @@ class Member:
         return w + update.arranged(self.axes, w.shape).astype(w.dtype)
 
     def _outer_products(self, a: NamedArray, b: NamedArray) -> NamedArray:
-        """Add r outer products: fused, W0 is read once and M written once.
+        """Add r outer products, which XLA fuses: W0 is read once, and M is written once.
 
-        They are added by halves, because each operation that XLA fuses costs compile time.
+        They are added by halves, as every fused operation adds compile time.
         """
         names = (RANK, *self._names)
         terms = a.spread(names) * b.spread(names)  # (r, in, out)
@@ -111,7 +110,7 @@ def multiply(members: Sequence[Member], x: Array, weights: Weights) -> list[Arra
 
     Args:
       members: The contractions of x.
-      x: The data of all of them.
+      x: The data.
       weights: `(W0, a, b)` per member.
 
     Returns:
@@ -125,9 +124,9 @@ def multiply(members: Sequence[Member], x: Array, weights: Weights) -> list[Arra
 
 @functools.lru_cache(maxsize=1024)
 def _multiply(members: tuple[Member, ...]) -> Callable[[Array, Weights], list[Array]]:
-    """Return the rule for these members: the same object each time, so layers are traced once.
+    """Return the function for these members: a cached object, so that equal layers are traced once.
 
-    It is jitted so that computing M is fused even where the model runs op by op.
+    It is jitted so that the computation of M is fused even if the model runs without jit.
     """
 
     def products(x: Array, weights: Weights) -> list[Array]:
@@ -142,7 +141,7 @@ def _multiply(members: tuple[Member, ...]) -> Callable[[Array, Weights], list[Ar
     @functools.partial(rule.defjvp, symbolic_zeros=True)
     def derivative(primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
         (x, weights), (dx, dweights) = primals, tangents
-        # The products themselves, not a call of the rule: rematerialization policies must see them.
+        # Not a call of `rule`: rematerialization policies must see the products.
         outs = products(x, weights)
         terms: list[list[Array]] = [[] for _ in members]
         if not _is_zero(dx):
@@ -159,7 +158,7 @@ def _is_zero(tangent: Any) -> bool:
 
 
 def _sum(terms: Sequence[Array], out: Array) -> Array:
-    """Add the terms of one tangent, sharded like its primal where types hold shardings."""
+    """Add the terms of a tangent, with the sharding of the primal if it is part of the type."""
     if not terms:
         return jnp.zeros_like(out)
     want = jax.typeof(out).sharding
@@ -178,7 +177,7 @@ def _append(terms: list[list[Array]], where: Sequence[int], new: Sequence[Array]
 def _append_base_products(
     terms: list[list[Array]], members: Sequence[Member], x: Array, dweights: Any
 ) -> None:
-    """Add x · dW0: W0 is frozen, but the model may multiply it with something that is trained."""
+    """Add x · dW0, which is not zero if the model multiplies W0 with a trained array."""
     moving = [i for i, (dw, _, _) in enumerate(dweights) if not _is_zero(dw)]
     _append(terms, moving, [members[i].contraction(x, dweights[i][0]) for i in moving])
 
@@ -186,11 +185,11 @@ def _append_base_products(
 def _append_factor_products(
     terms: list[list[Array]], members: Sequence[Member], x: Array, weights: Weights, dweights: Any
 ) -> None:
-    """Add scale * (x · da) · b and scale * (x · a) · db, with the down-projections shared."""
+    """Add scale * (x · da) · b and scale * (x · a) · db, with shared down-projections."""
     plans = [member.plan for member in members]
     factors = [plan.order(a, b) for plan, (_, a, b) in zip(plans, weights, strict=True)]
     tangents = [plan.order(da, db) for plan, (_, da, db) in zip(plans, dweights, strict=True)]
-    for place in (0, 1):  # the first factor has a tangent, then the second
+    for place in (0, 1):  # tangents of the first factors, then of the second ones
         moving = [i for i, pair in enumerate(tangents) if not _is_zero(pair[place].array)]
         if not moving:
             continue
@@ -199,7 +198,7 @@ def _append_factor_products(
             for i in moving
         ]
         those = [plans[i] for i in moving]
-        downs = project_down(those, x, pairs, hidden=place == 1)  # x · a is no tangent
+        downs = project_down(those, x, pairs, hidden=place == 1)  # x · a is not a tangent
         ups = [
             project_up(plan, down, second, hidden=False)
             for plan, down, (_, second) in zip(those, downs, pairs, strict=True)

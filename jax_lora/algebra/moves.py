@@ -1,8 +1,7 @@
-"""Moves: what an operation on a weight does to the names of its axes, and to its factors.
+"""Moves: the effect of an operation on the names of a weight's axes and on its factors.
 
-W0 itself undergoes the operation. A `Move` says how the axes of the result are named, and which
-steps keep the factors in agreement with W0. The same moves serve a weight with arrays (a `LowRank`)
-and a weight of which only the names are known, which ignores the steps.
+The operation itself is applied to W0. A `Move` has the names of the resulting axes, and the steps
+that apply the operation to the factors. `analyze`, which has only names, ignores the steps.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from jax_lora.algebra.named_array import NamedArray
 from jax_lora.algebra.named_axes import AxisName
 
 Array = jax.Array
-AlongAxis = Callable[[Array, int], Array]  # (array, axis) -> array; other axes are untouched
-Step = Callable[[LowRank], LowRank | None]  # None: the result is not W0 plus a low-rank product
+AlongAxis = Callable[[Array, int], Array]  # (array, axis) -> array; other axes are unchanged
+Step = Callable[[LowRank], LowRank | None]  # None: the update of the result is not low-rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """What an operation does to a weight.
+    """The effect of an operation on a weight.
 
     Args:
       axes: The name of every axis of the result.
-      steps: What happens to the factors, in order.
-      adds: Whether another array is added, so that the result may be data as well.
+      steps: The changes of the factors, in order.
+      adds: Whether another array is added, so that the result may be data.
     """
 
     axes: Axes
@@ -46,8 +45,8 @@ def moved(value: LowRank, move: Move) -> LowRank | None:
       move: The move.
 
     Returns:
-      The value with the names and factors of the result, for the caller to replace W0; None where
-      the structure would be lost.
+      The value with the names and factors of the result, in which the caller replaces W0; None if
+      the low-rank structure is lost.
     """
     changed: LowRank | None = value
     for step in move.steps:
@@ -74,7 +73,7 @@ def drop(names: tuple[AxisName, ...]) -> Step:
 
 
 def regroup(old: tuple[AxisName, ...], new: tuple[AxisName, ...], sizes: tuple[int, ...]) -> Step:
-    """Merge adjacent axes and split them again, all of them on one side.
+    """Merge adjacent axes of one factor, and split the merged axis.
 
     Args:
       old: Names before.
@@ -95,7 +94,7 @@ def regroup(old: tuple[AxisName, ...], new: tuple[AxisName, ...], sizes: tuple[i
 
     def step(value: LowRank) -> LowRank | None:
         if len({value.side(name) for name in old}) != 1:
-            return None  # the group mixes inputs, outputs or stacks
+            return None  # the group mixes input, output and stack axes
         return value if old == new else value.on_factors(on)
 
     return step
@@ -106,8 +105,8 @@ def along(name: AxisName | None, operation: AlongAxis, start: Any = None) -> Ste
 
     Args:
       name: The axis.
-      operation: What is done along it.
-      start: Where a slice begins; layers of a stack drop different inputs.
+      operation: The operation along the axis.
+      start: Start of a slice, from which the dropout key of a layer is derived.
     """
 
     def on(factor: NamedArray) -> NamedArray:
@@ -119,7 +118,7 @@ def along(name: AxisName | None, operation: AlongAxis, start: Any = None) -> Ste
         if value.a is None:
             return value
         if name is None or (value.addend and name not in value.addend.axes):
-            return None  # no factor has the axis, or some of the inputs of an addend would go
+            return None  # no factor has the axis, or the addend needs all inputs
         if value.key is not None and start is not None and value.side(name) == (True, True):
             value = value.replace(key=jax.random.fold_in(value.key, start))
         return value.on_factors(on)
@@ -130,14 +129,13 @@ def along(name: AxisName | None, operation: AlongAxis, start: Any = None) -> Ste
 def gather_shards(name: AxisName | None, operation: AlongAxis, mesh_axes: frozenset[str]) -> Step:
     """Concatenate the shards of one axis, inside `shard_map`.
 
-    Factors without the axis must be the same on every shard. JAX records over which mesh axes an
-    array varies only under `check_vma`, where shards of W0 vary; otherwise the full weight is
-    gathered.
+    Factors without the axis must be equal on every shard. JAX tracks the mesh axes over which an
+    array varies only under `check_vma`; without it, the full weight is gathered.
 
     Args:
       name: The axis.
-      operation: What gathers along it.
-      mesh_axes: The axes of the mesh over which the shards lie.
+      operation: The gather along the axis.
+      mesh_axes: The mesh axes over which the axis is sharded.
     """
 
     def step(value: LowRank) -> LowRank | None:
@@ -157,16 +155,16 @@ def gather_shards(name: AxisName | None, operation: AlongAxis, mesh_axes: frozen
 
 def _varies_over(array: Array) -> frozenset[str]:
     kind = jax.typeof(array)
-    manual = getattr(kind, "manual_axis_type", None)  # what other versions of JAX call `vma`
+    manual = getattr(kind, "manual_axis_type", None)  # the name of `vma` in other versions of JAX
     return frozenset(getattr(kind, "vma", ()) or getattr(manual, "varying", ()))
 
 
 def select(name: AxisName, operation: AlongAxis, new: tuple[AxisName, ...]) -> Step:
-    """Take some entries of a stack axis.
+    """Select entries along a stack axis.
 
     Args:
       name: The stack axis.
-      operation: What takes the entries, and puts the new axes first.
+      operation: The selection, which puts the new axes first.
       new: Names of the new axes.
     """
 
@@ -180,7 +178,7 @@ def select(name: AxisName, operation: AlongAxis, new: tuple[AxisName, ...]) -> S
 def selected(
     name: AxisName, operation: AlongAxis, new: tuple[AxisName, ...]
 ) -> Callable[[NamedArray], NamedArray]:
-    """Return what `select` does to one factor."""
+    """Return the change of one factor by `select`."""
 
     def on(factor: NamedArray) -> NamedArray:
         if name not in factor.axes:
@@ -197,17 +195,17 @@ def selected(
 
 
 def everywhere(operation: Callable[[Array, tuple[AxisName, ...]], Array]) -> Step:
-    """Apply `operation(array, axes)`, which keeps all axes, to every factor."""
+    """Apply `operation(array, axes)`, which preserves the axes, to every factor."""
     on = lambda factor: NamedArray(operation(factor.array, factor.axes), factor.axes)  # noqa: E731
     return lambda value: value.on_factors(on)
 
 
 def multiply(by: Callable[[], NamedArray]) -> Step:
-    """Multiply by an array that varies along axes of one side only."""
+    """Multiply by an array that varies along axes of one factor only."""
 
     def step(value: LowRank) -> LowRank | None:
         if value.addend is not None:
-            return None  # the multiplication would not reach it
+            return None  # the multiplication does not apply to the addend
         if value.a is None:
             return value
         other = by()
@@ -222,10 +220,10 @@ def multiply(by: Callable[[], NamedArray]) -> Step:
 
 
 def scale(factor: float) -> Step:
-    """Multiply by a number that is known when the function is traced."""
+    """Multiply by a constant of the trace."""
     return lambda value: value.replace(scale=value.scale * factor) if value.addend is None else None
 
 
 def shift(value: LowRank) -> LowRank | None:
-    """Add an array to W0, unless a gain would multiply it."""
+    """Add an array to W0; not possible with a gain, which would multiply it."""
     return value if value.gain is None and value.addend is None else None

@@ -1,8 +1,8 @@
-"""Named arrays: products and broadcasts that pair axes by name, not by position.
+"""Named arrays: products and broadcasts that pair axes by name instead of by position.
 
-A product is issued as a `dot_general` with a batch dimension, of size 1 where there is no other,
-unless asked otherwise. Rematerialization policies such as `dots_with_no_batch_dims_saveable` are
-written for the model's own products and must not save those of the adapter as well.
+By default, a product is a `dot_general` with a batch dimension, of size 1 if there is no other.
+Rematerialization policies such as `dots_with_no_batch_dims_saveable` are written for the products
+of the model and must not save those of the adapter.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NamedArray:
-    """An array with a name for each of its axes.
+    """An array with named axes.
 
     Args:
       array: The array.
-      axes: The name of every axis of it.
+      axes: The name of every axis.
     """
 
     array: Any
@@ -42,7 +42,7 @@ class NamedArray:
         return NamedArray(self.array.astype(dtype), self.axes)
 
     def arranged(self, want: Sequence[AxisName | None], shape: Sequence[int]) -> Array:
-        """Put the axes in the order of `want`.
+        """Transpose and reshape to the axes of `want`.
 
         Args:
           want: The name of every axis of the result; None for an axis of size 1.
@@ -56,10 +56,10 @@ class NamedArray:
         return _reshape(array, shape)
 
     def spread(self, want: Sequence[AxisName | None]) -> Array:
-        """Lay the array out for broadcasting against `want`, with size 1 where it has no axis.
+        """Transpose and expand to broadcast against an array with the axes `want`.
 
         Args:
-          want: The name of every axis of the other array; all of this one's are among them.
+          want: The name of every axis of the other array, which include those of this array.
 
         Returns:
           An array with one axis per entry of `want`.
@@ -79,21 +79,21 @@ def product(
     hidden: bool = True,
     flatten: bool = False,
 ) -> NamedArray:
-    """Multiply two arrays and sum over every name that is not kept.
+    """Multiply two arrays and sum over the names that are not kept.
 
     Args:
       left: A named array.
-      right: Another one.
-      keep: Names that stay in the result.
+      right: Another named array.
+      keep: Names of the result.
       precision: As in `lax.dot_general`.
       dtype: Type of the result; by default that of the operands.
-      hidden: Whether to hide the product from rematerialization policies. Policies never see a
-        tangent, so a tangent needs no batch dimension; without one, XLA keeps the order of axes in
-        its transpose.
-      flatten: Whether to merge adjacent axes that play the same role before the product.
+      hidden: Whether to hide the product from rematerialization policies. Policies do not see
+        tangents, so a tangent needs no batch dimension; without one, XLA preserves the order of
+        axes in its transpose.
+      flatten: Whether to merge adjacent axes with the same role before the product.
 
     Returns:
-      The product: the names that both operands had first, then left's own, then right's own.
+      The product, with the common names first, then those of left, then those of right.
     """
     left = _sum_unshared(left, {*right.axes, *keep})
     right = _sum_unshared(right, {*left.axes, *keep})
@@ -101,7 +101,7 @@ def product(
     left_groups = _groups(left.axes, right.axes, role, flatten)
     right_groups = _groups(right.axes, left.axes, role, flatten)
     if {*left_groups} & {*right_groups} != {*filter(_of(role, "kept", "summed"), left_groups)}:
-        # The operands hold their common axes in different orders: leave these as they are.
+        # The operands have their common axes in different orders, so axes cannot be merged.
         left_groups, right_groups = ([(x,) for x in each.axes] for each in (left, right))
     summed = list(filter(_of(role, "summed"), left_groups))
     kept = list(filter(_of(role, "kept"), left_groups))
@@ -140,7 +140,7 @@ def _of(role: dict[AxisName, str], *wanted: str) -> Callable[[tuple[AxisName, ..
 def _groups(
     axes: Sequence[AxisName], others: Sequence[AxisName], role: dict[AxisName, str], merge: bool
 ) -> list[tuple[AxisName, ...]]:
-    """Group axes that may become one: the same role, and adjacent in both operands."""
+    """Group axes that can be merged: equal in role, and adjacent in both operands."""
     groups: list[tuple[AxisName, ...]] = []
     for name in axes:
         last = groups[-1][-1] if groups else None
@@ -184,7 +184,7 @@ def _dot(
 
 
 def _sum_unshared(named: NamedArray, wanted: Collection[AxisName | None]) -> NamedArray:
-    """Sum over the axes that neither the other operand nor the result has."""
+    """Sum over the axes that are in neither the other operand nor the result."""
     gone = [axis for axis, name in enumerate(named.axes) if name not in wanted]
     if not gone:
         return named

@@ -1,9 +1,9 @@
-"""Named axes: a name for every axis of a kernel that survives transposes, reshapes and slices.
+"""Names of the axes of a kernel, which track the axes through transposes, reshapes and slices.
 
-The axes of W0 start with the names 0, 1, 2, ...; an axis of a factor carries the name of the axis
-of W0 that it belongs to. An axis of size 1 that belongs to no factor has the name None. Merging
-axes makes the name ("merge", names); splitting one makes ("split", name, sizes, position). A name
-therefore always tells which axes of W0 it came from (`origins`).
+The axes of W0 are initially named 0, 1, 2, ...; an axis of a factor has the name of the
+corresponding axis of W0. An axis of size 1 that belongs to no factor has the name None. Merged axes
+have the name ("merge", *names); split axes have the names ("split", name, sizes, position). Every
+name therefore determines the axes of W0 that it originates from (`origins`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ RANK: AxisName = "rank"  # the axis that a and b share and that W0 does not have
 
 
 def merge_names(names: Sequence[AxisName]) -> AxisName:
-    """Name the axis made by merging axes."""
+    """Return the name of a merged axis."""
     return names[0] if len(names) == 1 else ("merge", *names)
 
 
 def split_name(name: AxisName, sizes: Sequence[int]) -> tuple[AxisName, ...]:
-    """Name the axes made by splitting one axis into several."""
+    """Return the names of the axes that one axis is split into."""
     if len(sizes) == 1:
         return (name,)
     return tuple(("split", name, tuple(sizes), position) for position in range(len(sizes)))
 
 
 def origins(name: AxisName) -> frozenset[int]:
-    """Return the axes of W0 that a name came from.
+    """Return the axes of W0 that a name originates from.
 
     Example:
       >>> sorted(origins(("merge", 1, ("split", 2, (2, 3), 0))))
@@ -53,8 +53,8 @@ def reshape_groups(
       new: Shape after the reshape, without axes of size 1.
 
     Returns:
-      Groups of (old axes, new axes) in order. None for shapes with an empty axis, which can be
-      paired in any way.
+      Groups of (old axes, new axes) in order. None for shapes with an axis of size 0, for which
+      the pairing is not unique.
 
     Example:
       >>> reshape_groups([8, 6, 5], [8, 30]), reshape_groups([12], [3, 4])

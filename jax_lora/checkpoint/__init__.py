@@ -1,4 +1,4 @@
-"""Checkpoints of adapters: the arrays, a manifest, and fingerprints of the base model."""
+"""Checkpoints of adapters: arrays, a manifest, and the fingerprint of the base model."""
 
 from jax_lora.checkpoint.adapter_checkpoint import load_adapter, save_adapter
 

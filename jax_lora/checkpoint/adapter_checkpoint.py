@@ -1,10 +1,10 @@
-"""save_adapter and load_adapter: an adapter on disk, tied to the base that it was trained on.
+"""save_adapter and load_adapter: store only the adapter, and verify the base model on load.
 
-    path/adapter.json            configuration, shapes, checksums, fingerprint of the base
-    path/arrays-0123456789ab/    an Orbax checkpoint of the adapter's leaves, and of nothing else
+    path/adapter.json            configuration, shapes, checksums, fingerprint of the base model
+    path/arrays-0123456789ab/    an Orbax checkpoint of the adapter weights
 
-`adapter.json` names its folder of arrays and is put in place last, in one step. So at every moment
-`path` holds the old adapter or the new one, whenever a process dies.
+`adapter.json` refers to its folder of arrays and is replaced last, atomically. If a process is
+killed while saving, `path` still has either the old adapter or the new one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarnin
 from jax_lora.storage import array_store, multihost
 
 _MANIFEST = "adapter.json"
-_SHOWN_VALUES = 10  # another base of the same shape differs in every leaf; this many are named
+_SHOWN_VALUES = 10  # a different base model differs in every leaf; a message lists this many
 
 # -----------------------------------------------------------------------------------------------
 # Saving
@@ -42,23 +42,23 @@ _SHOWN_VALUES = 10  # another base of the same shape differs in every leaf; this
 def save_adapter(
     path: str | os.PathLike[str], adapter: Adapter, base: Any = None, *, overwrite: bool = False
 ) -> None:
-    """Save an adapter: its leaves with Orbax, and what is needed to put them back.
+    """Save an adapter and the fingerprint of its base model.
 
-    The folder holds the trained numbers only, so it is megabytes where the base is gigabytes. It
-    appears in one step: a process that dies while saving leaves what was there before.
+    The checkpoint has only the adapter weights: megabytes for a base model of gigabytes. Saving is
+    atomic: if it fails or the process is killed, an earlier adapter in the folder is unchanged.
 
     Args:
-      path: Folder to save to, on a local file system; made if it is not there. Other files in
-        it are left alone. With several processes, one that all of them see: all call this, the
-        first one writes, and none goes on before it is done.
+      path: Folder on a local file system, created if necessary. Other files in it are not changed.
+        With several processes, all of them must call this with a folder on a shared file system;
+        process 0 writes, and the others wait.
       adapter: The adapter, on any devices.
-      base: The base model that it was trained on (arrays, on any devices). Its fingerprint lets
-        `load_adapter` refuse every other base. Without it, only shapes can be checked.
-      overwrite: Whether an adapter that is there already may be replaced.
+      base: The base model that the adapter was trained on, as arrays on any devices. With its
+        fingerprint, `load_adapter` refuses other base models. Without it, only shapes are checked.
+      overwrite: Whether to replace an adapter in the folder.
 
     Raises:
-      CheckpointError: An adapter is there already, a leaf is not finite or has no values, or the
-        file system refuses. What was there before is untouched.
+      CheckpointError: The folder already has an adapter, a leaf has NaN or Inf or is not a concrete
+        array, or the folder cannot be written.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, jax_lora as jl
@@ -77,9 +77,9 @@ def save_adapter(
         raise CheckpointError(
             format_error(
                 f"save_adapter: {folder}",
-                got=f"process 0 could not save, so process {jax.process_index()} goes no further",
-                expected="an adapter on disk in every process or in none",
-                fix="See what process 0 says.",
+                got=f"process 0 failed to save, so process {jax.process_index()} stops",
+                expected="a saved adapter",
+                fix="See the error message of process 0.",
             )
         )
 
@@ -99,8 +99,8 @@ def _write(
             format_error(
                 f"save_adapter: {folder}",
                 got=f"{type(cause).__name__}: {cause}",
-                expected="a folder that can be written to, on a file system with room",
-                fix="Free some space or save elsewhere. What was saved there before is untouched.",
+                expected="a writable folder with enough free space",
+                fix="Free some space, or save to another folder. An earlier adapter is unchanged.",
             )
         ) from cause
     _remove_stale(folder, keep=name)
@@ -108,23 +108,23 @@ def _write(
 
 def _check_free(folder: Path, overwrite: bool) -> None:
     if (folder / _MANIFEST).exists() and not overwrite:
-        got, fix = "an adapter that was saved there before", "pass overwrite=True to replace it"
+        got, fix = "a folder with an adapter", "pass overwrite=True to replace it"
     elif folder.exists() and not folder.is_dir():
-        got, fix = "a file of that name", "move the file away"
+        got, fix = "a file of that name", "move the file"
     else:
         return
     raise CheckpointError(
         format_error(
             f"save_adapter: {folder}",
             got=got,
-            expected="a folder without an adapter, or none yet",
+            expected="a folder without an adapter, or a new folder",
             fix=f"Save to another folder, or {fix}.",
         )
     )
 
 
 def _to_host(folder: Path, adapter: Adapter) -> Adapter:
-    """Copy the leaves to NumPy, so that nothing of the mesh they lay on is saved."""
+    """Copy the leaves to NumPy, so that Orbax saves no shardings."""
     arrays = jax.tree.map(
         lambda leaf: multihost.to_host(leaf) if _has_values(leaf) else leaf, adapter
     )
@@ -135,9 +135,9 @@ def _to_host(folder: Path, adapter: Adapter) -> Adapter:
     raise CheckpointError(
         format_error(
             f"save_adapter: {folder}",
-            got=_listed(problems),
-            expected="finite arrays that this process can read",
-            fix="Save an adapter from before the loss broke, outside jit. Nothing was written.",
+            got=problems,
+            expected="finite, concrete arrays",
+            fix="Save an adapter from before the NaN loss, outside jit. Nothing was written.",
         )
     )
 
@@ -150,7 +150,7 @@ def _why_not(leaf: Any) -> str | None:
     if not isinstance(leaf, np.ndarray):
         return f"is a {type(leaf).__name__} without values"
     bad = manifest.count_not_finite(leaf)
-    return f"has {bad} entries that are NaN or Inf" if bad else None
+    return f"has {bad} elements that are NaN or Inf" if bad else None
 
 
 def _describe(
@@ -166,14 +166,14 @@ def _write_manifest(folder: Path, what: Manifest) -> None:
         with part.open("w", encoding="utf-8") as file:
             json.dump(what.to_dict(), file, indent=1, allow_nan=False)
             file.flush()
-            os.fsync(file.fileno())  # the numbers are on disk before the name is
+            os.fsync(file.fileno())  # the contents must be on disk before the rename
         os.replace(part, folder / _MANIFEST)
     finally:
         part.unlink(missing_ok=True)
 
 
 def _remove_stale(folder: Path, keep: str) -> None:
-    """Remove the arrays of replaced adapters and of saves that died."""
+    """Remove the arrays of replaced adapters and of interrupted saves."""
     for entry in folder.glob("arrays-*"):
         if entry.name != keep and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
@@ -191,32 +191,31 @@ def load_adapter(
     target: Adapter | None = None,
     force: bool = False,
 ) -> Adapter:
-    """Load an adapter that `save_adapter` saved, after checking every byte of it.
+    """Load an adapter from `save_adapter`, and verify its checksums and its base model.
 
-    Nothing is returned unless all is as it was saved: a missing, extra, reshaped or damaged leaf
-    and a base other than the adapter's own are refused, all problems in one message. No code from
-    the folder is run, and no file outside it is opened.
+    A missing, additional, reshaped or damaged leaf or a different base model is an error; one
+    message lists all problems. No code from the folder is executed, and no file outside the folder
+    is opened.
 
     Args:
       path: The folder.
-      base: The base model at hand. With values, it must be the one that the adapter was trained
-        on; of `jax.ShapeDtypeStruct`s only paths, shapes and types are compared. None loads the
-        adapter with no base in memory, and checks nothing about it.
-      target: An adapter of arrays or `jax.ShapeDtypeStruct`s that says what is expected and
-        where each leaf goes (its sharding). None puts all on the default device. The devices
-        that the adapter was saved from do not matter.
-      force: Load for another base in spite of its fingerprint, with a warning. Adapted leaves
-        must be there in the right shapes all the same.
+      base: The base model. Arrays must be those that the adapter was trained on; for
+        `jax.ShapeDtypeStruct`s, only paths, shapes and types are compared. None skips the check.
+      target: An adapter of arrays or `jax.ShapeDtypeStruct`s with the expected shapes, types and
+        shardings. None loads to the default device. The adapter may have been saved from any
+        devices.
+      force: Load the adapter for a base model with another fingerprint, with a warning. The shapes
+        of the adapted leaves must still match.
 
     Returns:
       The adapter, with its configuration.
 
     Raises:
-      BaseMismatchError: The base is not the one that the adapter was trained on.
-      CheckpointError: Anything else is not as it should be.
+      BaseMismatchError: The adapter was trained on a different base model.
+      CheckpointError: The adapter is missing, damaged, or does not match `target`.
 
     Warns:
-      CheckpointWarning: `force` had to be used, or no fingerprint was saved to compare `base` with.
+      CheckpointWarning: `force` was necessary, or the checkpoint has no fingerprint.
     """
     folder = Path(path).absolute()
     what = _read_manifest(folder)
@@ -245,17 +244,17 @@ def _read_manifest(folder: Path) -> Manifest:
             f"load_adapter: {folder}",
             got=got,
             expected=f"a folder that save_adapter wrote, with {_MANIFEST}",
-            fix="Check the path; a save that was interrupted leaves no adapter behind.",
+            fix="Check the path. An interrupted save leaves no adapter.",
         )
     )
 
 
 def _read_arrays(folder: Path, what: Manifest) -> tuple[Any, list[str]]:
-    """Read the arrays as NumPy, and say what is wrong with them."""
+    """Read the arrays as NumPy; return them with a list of problems."""
     template = manifest.array_tree(manifest.abstract(what.adapter))
     try:
         arrays = array_store.read_arrays(folder / what.arrays, template)
-    except Exception as cause:  # whatever Orbax meets in files that a stranger wrote
+    except Exception as cause:  # Orbax raises many types for untrusted files
         return None, [f"{what.arrays}: {type(cause).__name__}: {cause}"]
     have = manifest.from_array_tree(what.adapter, arrays)
     return arrays, manifest.leaf_problems(what.adapter, have)
@@ -268,7 +267,7 @@ def _target_problems(what: Manifest, target: Adapter | None) -> list[str]:
     problems = [f"{name} is not in the target" for name in saved if name not in wanted]
     for name, leaf in wanted.items():
         if name not in saved:
-            problems.append(f"{name} was not saved, but is in the target")
+            problems.append(f"{name} is in the target, but was not saved")
         elif (tuple(leaf.shape), str(leaf.dtype)) != (saved[name].shape, saved[name].dtype):
             problems.append(
                 f"{name} was saved with shape {saved[name].shape} and type {saved[name].dtype}, "
@@ -280,23 +279,24 @@ def _target_problems(what: Manifest, target: Adapter | None) -> list[str]:
 def _base_problems(folder: Path, what: Manifest, base: Any, force: bool) -> list[str]:
     unfit = _unfit(what.adapter, base)
     if what.base is None:
-        _warn(folder, "no fingerprint of the base was saved, so only shapes were compared")
+        _warn(folder, "saved without a fingerprint of the base model, so only shapes are compared")
         return list(unfit.values())
     other = {path: why for path, why in differences(what.base, base).items() if path not in unfit}
     if force and other:
-        _warn(folder, f"force=True: the base is another one{_listed(_grouped(other))}")
+        lines = "".join(f"\n    {problem}" for problem in _grouped(other))
+        _warn(folder, f"force=True: loaded for a different base model{lines}")
         return list(unfit.values())
     return [*unfit.values(), *_grouped(other)]
 
 
 def _unfit(adapter: Adapter, base: Any) -> dict[str, str]:
-    """Say where the base has no place for an adapter's leaf."""
+    """Return the leaves of the adapter that do not fit the base model, with reasons."""
     leaves = dict(paths.flatten_with_paths(base, is_leaf=is_weight)[0])
     problems = {}
     for path, update in adapter.updates.items():
         if path not in leaves:
             near = ", ".join(paths.nearest(path, leaves, 3))
-            problems[path] = f"{path}: not in this base; the nearest are {near}"
+            problems[path] = f"{path}: not in this base model; the closest paths are {near}"
         elif (why := misfit(update, base_of(leaves[path]), "base")) is not None:
             problems[path] = f"{path}: {why}"
     return problems
@@ -304,10 +304,10 @@ def _unfit(adapter: Adapter, base: Any) -> dict[str, str]:
 
 def _grouped(differences: Mapping[str, str]) -> list[str]:
     lines = [f"{path}: {why}" for path, why in differences.items()]
-    values = [line for line in lines if line.endswith("has other values")]
+    values = [line for line in lines if line.endswith("has different values")]
     rest = [line for line in lines if line not in values]
     if len(values) > _SHOWN_VALUES:
-        more = f"and {len(values) - _SHOWN_VALUES} more leaves have other values"
+        more = f"and {len(values) - _SHOWN_VALUES} more leaves have different values"
         values = [*values[:_SHOWN_VALUES], more]
     return rest + values
 
@@ -316,21 +316,17 @@ def _refusal(folder: Path, damage: list[str], mismatch: list[str]) -> Checkpoint
     kind = CheckpointError if damage else BaseMismatchError
     fixes = []
     if damage:
-        fixes.append("Copy the folder again, or go back to an earlier checkpoint.")
+        fixes.append("Copy the folder again, or use an earlier checkpoint.")
     if mismatch:
-        fixes.append("Load the base that it was trained on; force=True overrides a fingerprint.")
+        fixes.append("Load the base model it was trained on; force=True ignores the fingerprint.")
     return kind(
         format_error(
             f"load_adapter: {folder}",
-            got=_listed([*damage, *mismatch]),
-            expected="the adapter as it was saved, and the base that it was trained on",
+            got=[*damage, *mismatch],
+            expected="an undamaged adapter, and the base model it was trained on",
             fix=" ".join(fixes),
         )
     )
-
-
-def _listed(problems: list[str]) -> str:
-    return "".join(f"\n    {problem}" for problem in problems)
 
 
 def _warn(folder: Path, what: str) -> None:
@@ -339,7 +335,7 @@ def _warn(folder: Path, what: str) -> None:
 
 def _place(adapter: Adapter, target: Adapter | None) -> Adapter:
     if target is None:
-        return jax.tree.map(jnp.array, adapter)  # not tied to a device: goes with any base
+        return jax.tree.map(jnp.array, adapter)  # uncommitted, to combine with any base model
     wanted = manifest.from_array_tree(adapter, manifest.array_tree(target))
     return jax.tree.map(
         lambda array, like: jax.device_put(jnp.array(array), getattr(like, "sharding", None)),

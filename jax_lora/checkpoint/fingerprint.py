@@ -1,7 +1,7 @@
-"""The fingerprint of a base model: enough to tell it from every other one, and cheap to take.
+"""The fingerprint of a base model, which identifies the model at low cost.
 
-Per leaf: path, shape, type, and a hash of a few hundred of its numbers at fixed places. Two models
-of one architecture share the first three and no trained leaf's numbers.
+It has the path, shape and type of each leaf, and a hash of a few hundred of its elements. Models of
+one architecture have equal paths, shapes and types, but different values.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from jax_lora.adapter import base_of, is_weight
 from jax_lora.algebra.base_weight import Recipe
 
 _SAMPLES = 256
-# Knuth's multiplicative hashing: 2**64 / golden ratio spreads k * _STEP evenly over the range and
-# falls in with no stride of rows or layers.
+# Knuth's multiplicative hashing: with 2**64 / golden ratio, k * _STEP is spread evenly over the
+# range and does not coincide with the stride of rows or layers.
 _STEP = 0x9E3779B97F4A7C15
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafPrint:
-    """What is remembered of one leaf of a base model.
+    """The fingerprint of one leaf.
 
     Args:
-      shape: Its shape.
+      shape: Shape of the leaf.
       dtype: Name of its type.
-      sample: Hash of its sampled numbers; None if it had no values (`jax.ShapeDtypeStruct`) or
-        lies partly on another process's devices.
+      sample: Hash of sampled elements; None for a `jax.ShapeDtypeStruct`, or an array that is
+        partly on devices of other processes.
     """
 
     shape: tuple[int, ...]
@@ -42,13 +42,14 @@ class LeafPrint:
 
 
 def fingerprint(tree: Any) -> dict[str, LeafPrint]:
-    """Take the fingerprint of a base model.
+    """Compute the fingerprint of a base model.
 
-    A few hundred numbers of every leaf are read where they lie, shard by shard, so that a large
-    or sharded model costs no more than a small one, and no device needs room for a whole leaf.
+    A few hundred elements of every leaf are read, shard by shard, so that the cost does not depend
+    on the size of the model and no leaf is gathered.
 
     Args:
-      tree: Parameters, as arrays or `jax.ShapeDtypeStruct`s. Adapters in it are left out.
+      tree: Parameters, as arrays or `jax.ShapeDtypeStruct`s. Adapters in a combined tree are
+        ignored.
 
     Returns:
       A `LeafPrint` by path.
@@ -63,27 +64,26 @@ def fingerprint(tree: Any) -> dict[str, LeafPrint]:
 
 
 def differences(saved: Mapping[str, LeafPrint], tree: Any) -> dict[str, str]:
-    """Compare a base model with a fingerprint taken earlier.
+    """Compare a base model with a saved fingerprint.
 
     Args:
       saved: The fingerprint.
-      tree: The base model at hand; without values (`jax.ShapeDtypeStruct`s), only its paths,
-        shapes and types are compared.
+      tree: The base model. For `jax.ShapeDtypeStruct`s, only paths, shapes and types are compared.
 
     Returns:
-      What differs, by path; nothing if it is the same model.
+      The differences by path; empty if the models are equal.
     """
     have = fingerprint(tree)
-    problems = {path: "not in this base" for path in saved if path not in have}
-    problems |= {path: "was not in the base at the time" for path in have if path not in saved}
+    problems = {path: "not in this base model" for path in saved if path not in have}
+    problems |= {path: "not in the saved base model" for path in have if path not in saved}
     for path in saved.keys() & have.keys():
         then, now = saved[path], have[path]
         if then.shape != now.shape:
-            problems[path] = f"has shape {now.shape}, had {then.shape}"
+            problems[path] = f"has shape {now.shape}, was saved with {then.shape}"
         elif then.dtype != now.dtype:
-            problems[path] = f"has type {now.dtype}, had {then.dtype}"
+            problems[path] = f"has type {now.dtype}, was saved with {then.dtype}"
         elif then.sample and now.sample and then.sample != now.sample:
-            problems[path] = "has other values"
+            problems[path] = "has different values"
     return dict(sorted(problems.items()))
 
 
@@ -101,7 +101,7 @@ def _leaf_print(leaf: Any) -> LeafPrint:
 
 
 def _within_reach(leaf: Any) -> bool:
-    """Tell whether this process holds every number of a leaf, be it as one of many copies."""
+    """Tell whether this process has all elements of a leaf."""
     if not isinstance(leaf, jax.Array):
         return True
     return leaf.is_fully_addressable or leaf.is_fully_replicated
@@ -112,7 +112,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _sampled(leaf: Any) -> np.ndarray:
-    """Read the numbers at the fixed places: (samples,)."""
+    """Read the elements at the sampled positions: (samples,)."""
     if leaf.size == 0:
         return np.zeros(0, leaf.dtype)
     flat = [(k * _STEP % 2**64) * leaf.size >> 64 for k in range(min(_SAMPLES, leaf.size))]
@@ -121,7 +121,7 @@ def _sampled(leaf: Any) -> np.ndarray:
         return leaf.reshape(leaf.shape or (1,))[tuple(places)]
     result, found = np.zeros(len(flat), leaf.dtype), np.zeros(len(flat), bool)
     for shard in leaf.addressable_shards:
-        if found.all():  # the other shards are copies
+        if found.all():  # the other shards are replicas
             break
         starts = np.array([each.start or 0 for each in shard.index], int)  # (ndim,)
         inside, numbers = _read(shard.data, places[: leaf.ndim] - starts[:, None])
@@ -130,7 +130,7 @@ def _sampled(leaf: Any) -> np.ndarray:
 
 
 def _read(shard: jax.Array, places: np.ndarray) -> tuple[Any, Any]:
-    """Tell which places lie in a shard, and read there; numbers elsewhere mean nothing."""
+    """Return which positions are in a shard, and the elements there (arbitrary elsewhere)."""
     sizes = np.array(shard.shape, int)[:, None]  # (ndim, 1)
     inside = np.all((places >= 0) & (places < sizes), axis=0)  # (samples,)
     return inside, np.asarray(_take(shard, np.where(inside, places, 0)))

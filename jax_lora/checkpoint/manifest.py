@@ -1,7 +1,7 @@
-"""adapter.json: what a saved adapter says of itself, and how it is held to it.
+"""adapter.json: the manifest of a saved adapter, and the checks against it.
 
-The arrays lie in an Orbax checkpoint beside it, under short names of our own (`0000/a`), so that
-no path that a stranger wrote is ever used as a file name.
+The arrays are in an Orbax checkpoint under generated names (`0000/a`), so that a path from an
+untrusted file is never used as a file name.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from jax_lora.updates.pair import VECTORS
 
 FORMAT = "jax_lora adapter"
 VERSION = 3
-# 1 had pairs of factors alone, all of a stack of one rank; up to 2, a config had the field
-# `peft_config` where `metadata` is now.
+# Version 1 has no ranks per layer and only LoRA factors. Up to version 2, a config has the field
+# `peft_config` instead of `metadata`.
 _READABLE = (1, 2, 3)
 
 _ARRAYS_NAME = re.compile(r"arrays-[0-9a-f]{12}")
-_MOST_BYTES = 2**38  # an adapter of 256 GiB is a mistake or an attack
+_MOST_BYTES = 2**38  # a manifest that declares more than 256 GiB is damaged or malicious
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LeafRecord:
     """Shape, type and checksum of one array.
 
     Args:
-      shape: Its shape.
+      shape: Shape of the array.
       dtype: Name of its type.
       checksum: Hash of its bytes.
     """
@@ -51,20 +51,20 @@ class LeafRecord:
 
     @property
     def nbytes(self) -> int:
-        """Size in memory."""
+        """Size of the array in bytes."""
         return int(np.prod(self.shape, dtype=object)) * jnp.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """All that is saved of an adapter but its arrays.
+    """The contents of adapter.json.
 
     Args:
-      config: The adapter's configuration.
-      adapter: The adapter with a `LeafRecord` in place of every array.
+      config: The configuration of the adapter.
+      adapter: The adapter, with a `LeafRecord` instead of each array.
       arrays: Name of the folder with the arrays.
       files: Checksums of the files in that folder.
-      base: Fingerprint of the base, or None.
+      base: Fingerprint of the base model, or None.
     """
 
     config: LoraConfig
@@ -74,7 +74,7 @@ class Manifest:
     base: Mapping[str, LeafPrint] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return values for JSON, sealed with a hash of their own."""
+        """Return JSON values with a checksum of these values."""
         values = {
             "format": FORMAT,
             "version": VERSION,
@@ -91,7 +91,7 @@ class Manifest:
 
 
 def array_tree(adapter: Adapter) -> dict[str, dict[str, Any]]:
-    """Lay an adapter's leaves out under the short names that they are stored by."""
+    """Return the arrays of an adapter by their generated names."""
     pairs = [pair.arrays for _, pair in sorted(adapter.pairs.items())]
     whole = [{"value": leaf} for _, leaf in sorted(adapter.whole.items())]
     rows = [{"values": rows.values} for _, rows in sorted(adapter.rows.items())]
@@ -99,7 +99,7 @@ def array_tree(adapter: Adapter) -> dict[str, dict[str, Any]]:
 
 
 def from_array_tree(adapter: Adapter, arrays: Mapping[str, Mapping[str, Any]]) -> Adapter:
-    """Put arrays into an adapter's leaves: `array_tree` backwards."""
+    """Replace the leaves of an adapter: the inverse of `array_tree`."""
     items = iter([arrays[name] for name in sorted(arrays, key=int)])
     pairs = {
         path: dataclasses.replace(pair, **next(items))
@@ -114,14 +114,14 @@ def from_array_tree(adapter: Adapter, arrays: Mapping[str, Mapping[str, Any]]) -
 
 
 def record(array: np.ndarray) -> LeafRecord:
-    """Describe one array."""
+    """Return the record of an array."""
     data = np.ascontiguousarray(array).tobytes()
     checksum = hashlib.blake2b(data, digest_size=16).hexdigest()
     return LeafRecord(tuple(array.shape), str(array.dtype), checksum)
 
 
 def named_leaves(adapter: Adapter) -> dict[str, Any]:
-    """Name every leaf of an adapter for messages: `path: a`, `path: b`, `path`."""
+    """Return the leaves of an adapter by their names in messages: `path: a`, `path: b`, `path`."""
     leaves = {}
     for path, pair in adapter.pairs.items():
         leaves |= {f"{path}: {name}": array for name, array in pair.arrays.items()}
@@ -135,7 +135,7 @@ def named_leaves(adapter: Adapter) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read adapter.json and check that it is whole and means something.
+    """Read and validate adapter.json.
 
     Args:
       path: The file.
@@ -144,8 +144,8 @@ def read_manifest(path: Path) -> Manifest:
       The manifest.
 
     Raises:
-      CheckpointError: No such file, no JSON, another format, a newer version, a changed byte, or
-        values that fit no adapter.
+      CheckpointError: The file is missing or is not JSON, has another format, a newer version or a
+        wrong checksum, or its values do not describe an adapter.
     """
     values = read_json(path, CheckpointError)
     if values.get("format") != FORMAT:
@@ -155,20 +155,19 @@ def read_manifest(path: Path) -> Manifest:
         raise _broken(path, f"format version {values.get('version')!r}", expected)
     sealed = {key: value for key, value in values.items() if key != "seal"}
     if digest(sealed) != values.get("seal"):
-        raise _broken(path, "contents that do not match their checksum", "the file as it was saved")
+        raise _broken(path, "contents that do not match their checksum", "an unchanged file")
     try:
         return _from_dict(values)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
         reason = (
             str(cause) if isinstance(cause, ConfigError) else f"{type(cause).__name__}: {cause}"
         )
-        raise _broken(path, f"values that fit no adapter ({reason})", "what was saved") from cause
+        got = f"values that do not describe an adapter ({reason})"
+        raise _broken(path, got, "an unchanged file") from cause
 
 
 def _broken(path: Path, got: str, expected: str) -> CheckpointError:
-    fix = (
-        "Copy the folder again from where it was saved, or load it with the version that saved it."
-    )
+    fix = "Copy the folder again, or load it with the version of jax_lora that saved it."
     return CheckpointError(format_error(str(path), got=got, expected=expected, fix=fix))
 
 
@@ -179,9 +178,9 @@ def _from_dict(values: dict[str, Any]) -> Manifest:
     rows = {path: _rows_from_dict(item) for path, item in values.get("rows", {}).items()}
     adapter = Adapter(pairs, whole, config, rows)
     if sum(leaf.nbytes for leaf in named_leaves(adapter).values()) > _MOST_BYTES:
-        raise ValueError("more bytes than any adapter has")
+        raise ValueError(f"arrays of more than {_MOST_BYTES} bytes")
     if not _ARRAYS_NAME.fullmatch(values["arrays"]):
-        raise ValueError(f"a folder called {values['arrays']!r}")
+        raise ValueError(f"a folder named {values['arrays']!r}")
     files = {_inside(name): str(checksum) for name, checksum in values["files"].items()}
     base = values["base"] and {
         path: LeafPrint(_ints(item["shape"]), str(item["dtype"]), item["sample"])
@@ -191,7 +190,7 @@ def _from_dict(values: dict[str, Any]) -> Manifest:
 
 
 def _current_config(settings: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """Bring the settings of an earlier format up to date."""
+    """Convert the settings of an earlier version."""
     settings = dict(settings)
     text = settings.pop("peft_config", "") if version < 3 else ""
     return {**settings, "metadata": {"peft": text}} if text else settings
@@ -200,7 +199,7 @@ def _current_config(settings: Mapping[str, Any], version: int) -> dict[str, Any]
 def _inside(name: str) -> str:
     parts = name.split("/")
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"a file called {name!r}")
+        raise ValueError(f"a file named {name!r}")
     return name
 
 
@@ -232,7 +231,7 @@ def _pair_from_dict(item: dict[str, Any]) -> LoraPair:
     vectors = {name: _leaf_from_dict(item[name]) for name in VECTORS if name in item}
     for name, leaf in vectors.items():
         if leaf.shape != (*a[:stack], *b[stack + 1 :]):
-            raise ValueError(f"a {name} of shape {leaf.shape} beside {a} and {b}")
+            raise ValueError(f"a {name} of shape {leaf.shape} for factors of shapes {a} and {b}")
     return dataclasses.replace(pair, **vectors)
 
 
@@ -242,17 +241,17 @@ def _rows_to_dict(rows: TokenRows) -> dict[str, Any]:
 
 def _rows_from_dict(item: dict[str, Any]) -> TokenRows:
     rows = TokenRows(_leaf_from_dict(item["values"]), _ints(item["indices"]))
-    vocab = max(rows.indices, default=-1) + 1  # how many the table has is for the base to say
+    vocab = max(rows.indices, default=-1) + 1  # the size of the table is checked with the base
     if (why := rows.problem((vocab, *rows.values.shape[1:]))) is not None:
         raise ValueError(why)
     return rows
 
 
 def _nested(value: Any, stack: tuple[int, ...], what: str) -> Any:
-    """Read one number, or nested lists of them in the shape of the stack."""
+    """Read a number, or nested lists of numbers of the shape of the stack."""
     if isinstance(value, list):
         if np.shape(value) != stack:
-            raise ValueError(f"{what}s of shape {np.shape(value)} for layers of shape {stack}")
+            raise ValueError(f"{what}s of shape {np.shape(value)} for a stack of shape {stack}")
         return tuple(_nested(each, stack[1:], what) for each in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"a {what} of {value!r}")
@@ -286,14 +285,14 @@ def _ints(values: Any) -> tuple[int, ...]:
 
 
 def leaf_problems(adapter: Adapter, arrays: Adapter) -> list[str]:
-    """Hold stored arrays to what the manifest says of them.
+    """Check arrays against the manifest.
 
     Args:
       adapter: The adapter of `LeafRecord`s.
-      arrays: The adapter of arrays, or of shapes and types alone.
+      arrays: The adapter of arrays, or of `jax.ShapeDtypeStruct`s.
 
     Returns:
-      A line for every leaf whose shape, type, bytes or numbers are not as they should be.
+      A line for every leaf with another shape, type or checksum, or with NaN or Inf.
     """
     problems = []
     have = named_leaves(arrays)
@@ -302,22 +301,22 @@ def leaf_problems(adapter: Adapter, arrays: Adapter) -> list[str]:
         if tuple(leaf.shape) != want.shape or str(leaf.dtype) != want.dtype:
             problems.append(
                 f"{name} has shape {tuple(leaf.shape)} and type {leaf.dtype}, "
-                f"had {want.shape} and {want.dtype}"
+                f"was saved with {want.shape} and {want.dtype}"
             )
         elif isinstance(leaf, np.ndarray) and record(leaf).checksum != want.checksum:
-            problems.append(f"{name} has other bytes than were saved")
+            problems.append(f"{name} does not match its checksum")
         elif isinstance(leaf, np.ndarray) and (bad := count_not_finite(leaf)):
-            problems.append(f"{name} has {bad} entries that are NaN or Inf")
+            problems.append(f"{name} has {bad} elements that are NaN or Inf")
     return problems
 
 
 def count_not_finite(array: Any) -> int:
-    """Count NaN and Inf; integers have none."""
+    """Count NaN and Inf in an array of any type."""
     if not jnp.issubdtype(array.dtype, np.inexact):
         return 0
     return int(np.sum(~np.isfinite(np.asarray(array))))
 
 
 def abstract(adapter: Adapter) -> Adapter:
-    """Turn `LeafRecord`s into `jax.ShapeDtypeStruct`s."""
+    """Convert `LeafRecord`s to `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), adapter)

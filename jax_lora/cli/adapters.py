@@ -1,4 +1,4 @@
-"""Finds what an adapter was trained on, and puts the two together."""
+"""Loads an adapter with the base model that it was trained on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from jax_lora.adapter import Adapter
 from jax_lora.checkpoint import load_adapter
-from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base
+from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base_of_run
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.run_folder import find_checkpoint, read_run_config
 from jax_lora.merge import merge
@@ -47,8 +47,13 @@ def checkpoint_of(path: str) -> tuple[Path, dict[str, Any]]:
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `load_trained` reads."""
     add = parser.add_argument
-    add("--adapter-path", default="adapters", metavar="DIR", help="run or checkpoint (adapters)")
-    add("--model", metavar="PATH", help="Hugging Face folder of the base (the run's own)")
+    add(
+        "--adapter-path",
+        default="adapters",
+        metavar="DIR",
+        help="run or checkpoint [adapters]",
+    )
+    add("--model", metavar="PATH", help="folder of the base model [the run's]")
 
 
 def load_trained(options: argparse.Namespace) -> Trained:
@@ -71,7 +76,7 @@ def load_trained(options: argparse.Namespace) -> Trained:
             )
         )
     name = options.model or settings.get("model", BUNDLED)
-    base = load_base(name, settings.get("dtype", "auto"))
+    base = load_base_of_run(name, settings)
     return Trained(base, load_adapter(checkpoint, base=base.variables), checkpoint)
 
 

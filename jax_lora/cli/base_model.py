@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora import bundled
-from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import ModelError, StructureError, format_error
 from jax_lora.finetune.compile_cache import use_compile_cache
+from jax_lora.finetune.tasks import (
+    CLASSES,
+    MASKED,
+    TASKS,
+    choose_task,
+    prepare_model,
+    tokenizer_for,
+)
 from jax_lora.models import load
-from jax_lora.models.families import family_of_config
 from jax_lora.models.read_config import read_config
 
 BUNDLED = "bundled"
@@ -22,19 +29,23 @@ BUNDLED = "bundled"
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """A frozen model and what belongs to it.
+    """A frozen model with its tokenizer, prepared for a task.
 
     Args:
       name: `"bundled"` or its folder.
+      task: One of `jax_lora.finetune.tasks.TASKS`.
       model: The module.
-      variables: `{"params": params}`.
-      tokenizer: Its tokenizer.
+      variables: `{"params": params}`; a new classification head in it is zero.
+      start: The same with the random values that training of a new head starts from.
+      tokenizer: The tokenizer in the form that the task needs.
     """
 
     name: str
+    task: str
     model: Any
     variables: Any
-    tokenizer: Tokenizer
+    start: Any
+    tokenizer: Any
 
     @property
     def dtype(self) -> str:
@@ -57,21 +68,32 @@ def data_folder(name: str | None) -> Path:
     return bundled.data_path() if name in (None, BUNDLED) else Path(str(name))
 
 
-def load_base(name: str | None, dtype: str = "auto", *, remat: bool = False) -> BaseModel:
-    """Load a model and its tokenizer.
+def load_base(
+    name: str | None,
+    dtype: str = "auto",
+    *,
+    remat: bool = False,
+    task: str = "auto",
+    labels: Sequence[str] = (),
+    seed: int = 0,
+) -> BaseModel:
+    """Load a model and its tokenizer, and prepare both for a task.
 
     Args:
-      name: A Hugging Face folder, or None for the model in the package.
-      dtype: `"float32"`, `"bfloat16"`, or `"auto"`: float32 on a CPU, which is slow at anything
-        else, and the files' own type on other devices.
+      name: A Hugging Face folder, or None for the bundled model.
+      dtype: `"float32"`, `"bfloat16"`, or `"auto"`: float32 on a CPU, which is slow with other
+        types, and the type of the files on other devices.
       remat: Recompute activations in the backward pass, to save memory.
+      task: What the model is for; `"auto"`: what its architecture does without labels.
+      labels: Names of the classes, for classification.
+      seed: Determines the random values of a new head.
 
     Returns:
       The model.
 
     Raises:
-      ModelError: The folder cannot be read, or holds no decoder.
-      StructureError: The tokenizer has tokens that the model has no embedding for.
+      ModelError: The folder cannot be read.
+      StructureError: The tokenizer has tokens without an embedding in the model.
     """
     use_compile_cache()
     folder = model_folder(name)
@@ -79,8 +101,8 @@ def load_base(name: str | None, dtype: str = "auto", *, remat: bool = False) -> 
         chosen = jnp.float32 if jax.default_backend() == "cpu" else None
     else:
         chosen = jnp.dtype(dtype)
-    _check_decodes(folder)
-    tokenizer = Tokenizer.load(folder)
+    task = choose_task(task, read_config(folder))
+    tokenizer = tokenizer_for(task, folder)
     model, params = load(folder, dtype=chosen, remat=remat)
     if tokenizer.size > model.config.vocab_size:
         raise StructureError(
@@ -91,19 +113,44 @@ def load_base(name: str | None, dtype: str = "auto", *, remat: bool = False) -> 
                 fix="Copy the tokenizer from the model's own folder.",
             )
         )
+    ready, start = prepare_model(task, model, params, tuple(labels), seed=seed)
+    _, frozen = prepare_model(task, model, params, tuple(labels))
     shown = BUNDLED if name in (None, BUNDLED) else str(folder)
-    return BaseModel(shown, model, {"params": params}, tokenizer)
+    return BaseModel(shown, task, ready, {"params": frozen}, {"params": start}, tokenizer)
 
 
-def _check_decodes(folder: Path) -> None:
-    """Refuse encoders, before their tokenizers are asked for what only decoders need."""
-    family = family_of_config(read_config(folder))
-    if not family.decodes:
+def load_base_of_run(
+    name: str, settings: Mapping[str, Any], verb: str = "", tasks: Sequence[str] = TASKS
+) -> BaseModel:
+    """Load the base model of a run as it was in training.
+
+    Args:
+      name: The model's folder.
+      settings: From the run's config.yaml; it may be empty.
+      verb: What the model is for, for the message of a refusal.
+      tasks: The tasks that the verb is for.
+
+    Returns:
+      The model.
+
+    Raises:
+      ModelError: The model is for another task; nothing has been loaded yet.
+    """
+    folder = model_folder(name)
+    task = choose_task(settings.get("task", "auto"), read_config(folder))
+    if task not in tasks:
         raise ModelError(
             format_error(
-                str(folder),
-                got=f"a {family.module.__name__}",
-                expected="a decoder, which goes on from a prompt",
-                fix="fine-tune other models through the library; see examples/classify_reviews.py.",
+                f"{verb} {folder}",
+                got=f"a model for {task}",
+                expected=f"a model for {' or '.join(tasks)}",
+                fix=f"Use jax-lora {'predict' if task in (CLASSES, MASKED) else 'generate'}.",
             )
         )
+    return load_base(
+        name,
+        settings.get("dtype", "auto"),
+        task=task,
+        labels=settings.get("labels", ()),
+        seed=settings.get("seed", 0),
+    )

@@ -1,4 +1,4 @@
-"""Talk with a model in the terminal. q ends, r forgets what was said, h helps."""
+"""Chat with a model in the terminal: q quits, r starts a new conversation, h shows help."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import time
 
 from jax_lora.cli.adapters import checkpoint_of, merged
-from jax_lora.cli.base_model import BUNDLED, load_base
+from jax_lora.cli.base_model import BUNDLED, load_base_of_run
 from jax_lora.cli.generate import add_sampling_options, sampling
 from jax_lora.cli.options import at_least_one
 from jax_lora.errors import ConfigError, DataError, format_error
@@ -16,20 +16,27 @@ from jax_lora.finetune.generation import Generator
 from jax_lora.finetune.interrupts import Interrupts
 from jax_lora.finetune.memory import peak_memory
 from jax_lora.finetune.streaming import stream
+from jax_lora.finetune.tasks import CAUSAL
 from jax_lora.report.printable import printable
 
-HELP = "talk with a model in the terminal"
+HELP = "chat with a model in the terminal"
 COMMANDS = "q quits, r forgets what was said, h shows this; Ctrl-C ends an answer"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add = parser.add_argument
-    add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder (the run's own)")
-    add("--model", metavar="PATH", help="the same as MODEL")
-    add("--adapter-path", metavar="DIR", help="run or checkpoint (none: the base model)")
-    add("--system", metavar="TEXT", help="what the model is told first")
-    add("--max-tokens", type=at_least_one, default=256, metavar="N", help="of an answer (256)")
+    add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder [the run's]")
+    add("--model", metavar="PATH", help="same as MODEL")
+    add("--adapter-path", metavar="DIR", help="run folder or checkpoint [base model only]")
+    add("--system", metavar="TEXT", help="system message")
+    add(
+        "--max-tokens",
+        type=at_least_one,
+        default=256,
+        metavar="N",
+        help="tokens of a reply [256]",
+    )
     add_sampling_options(parser)
 
 
@@ -39,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     if options.adapter_path is not None:
         checkpoint, settings = checkpoint_of(options.adapter_path)
     name = options.model_folder or options.model or settings.get("model", BUNDLED)
-    base = load_base(name, settings.get("dtype", "auto"))
+    base = load_base_of_run(name, settings, "chat", [CAUSAL])
     most = base.model.config.max_position_embeddings
     generator = Generator(
         base.model,
@@ -54,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         raise _no_template(name)
     print(f"{base.name}{'' if checkpoint is None else f' with {checkpoint}'}. {COMMANDS}.")
     if not conversation.has_template:
-        print("This model has no chat template: it goes on with the text that you type.")
+        print("This model has no chat template: it continues the text that you type.")
     return _talk(generator, conversation, most - generator.max_tokens)
 
 
@@ -63,7 +70,7 @@ def _no_template(name: str) -> ConfigError:
         format_error(
             "--system",
             got=f"{name}, which has no chat template",
-            expected="a model that knows system messages",
+            expected="a model whose chat template has system messages",
             fix="Leave --system out, or take an instruction-tuned model.",
         )
     )

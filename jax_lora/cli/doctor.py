@@ -9,12 +9,12 @@ import platform
 from typing import Any
 
 import jax_lora
+from jax_lora.cli.checkup import Finding, check
+from jax_lora.cli.machine import OPTIONAL, Device, Machine, look
 from jax_lora.finetune.compile_cache import CompileCache, find_compile_cache
-from jax_lora.plan.checkup import Finding, check
-from jax_lora.plan.machine import OPTIONAL, Device, Machine, look
 from jax_lora.plan.units import show_bytes
 
-HELP = "versions, devices, memory and disk, and what is wrong with them"
+HELP = "check versions, devices, memory and disk"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Score an adapter on the test split: loss, exact match, and what queries find in databases."""
+"""Evaluate an adapter on the test split: loss, and the metrics of the task."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jax_lora.cli.adapters import checkpoint_of, merged
-from jax_lora.cli.base_model import BUNDLED, data_folder, load_base
+from jax_lora.cli.base_model import BUNDLED, data_folder, load_base_of_run
 from jax_lora.cli.options import at_least_one
 from jax_lora.data.data_folder import read_data
 from jax_lora.finetune.evaluation import ALL, Evaluation, Score
+from jax_lora.finetune.tasks import CAUSAL, CLASSES, SEQ2SEQ, longest_input
 
-HELP = "loss, exact match and execution match on the test split"
+HELP = "evaluate an adapter: loss, exact match, accuracy, F1"
+LONGEST = 4096  # tokens of an example of a model without a limit
 
 # Heading and how a score is shown; a column whose scores are all absent is left out.
 MEASURES: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
     ("loss", lambda score: f"{score.loss:.4f}"),
     ("perplexity", lambda score: f"{score.perplexity:,.4g}"),
     ("exact match", lambda score: None if score.exact is None else f"{score.exact:.1%}"),
+    ("accuracy", lambda score: None if score.accuracy is None else f"{score.accuracy:.1%}"),
+    ("F1", lambda score: None if score.f1 is None else f"{score.f1:.3f}"),
     (
         "execution match",
         lambda score: None if score.execution is None else f"{score.execution:.1%}",
@@ -33,16 +37,27 @@ MEASURES: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add = parser.add_argument
-    add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder (the run's own)")
-    add("--model", metavar="PATH", help="the same as MODEL")
-    add("--data", metavar="PATH", help="folder with test.jsonl, or one file (the run's own)")
-    add("--adapter-path", default="adapters", metavar="DIR", help="run or checkpoint (adapters)")
-    add("--compare-base", action="store_true", help="score the base model too")
-    add("--split", default="test", choices=("train", "valid", "test"), help="which rows (test)")
-    add("--limit", type=at_least_one, metavar="N", help="only the first N rows (all)")
-    add("--max-tokens", type=at_least_one, default=64, metavar="N", help="of an answer (64)")
-    add("--json", metavar="FILE", help="write the scores there too")
-    add("--batch-size", type=at_least_one, default=50, metavar="N", help="rows together (50)")
+    add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder [the run's]")
+    add("--model", metavar="PATH", help="same as MODEL")
+    add("--data", metavar="PATH", help="data folder, or one file [the run's]")
+    add(
+        "--adapter-path",
+        default="adapters",
+        metavar="DIR",
+        help="run or checkpoint [adapters]",
+    )
+    add("--compare-base", action="store_true", help="evaluate the base model too")
+    add("--split", default="test", choices=("train", "valid", "test"), help="which split [test]")
+    add("--limit", type=at_least_one, metavar="N", help="evaluate the first N examples [all]")
+    add(
+        "--max-tokens",
+        type=at_least_one,
+        default=64,
+        metavar="N",
+        help="tokens of a completion [64]",
+    )
+    add("--json", metavar="FILE", help="write the scores to a file, too")
+    add("--batch-size", type=at_least_one, default=50, metavar="N", help="examples per batch [50]")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,11 +68,12 @@ def run(options: argparse.Namespace) -> int:
     file = data.split(options.split)
     file = dataclasses.replace(file, rows=file.rows[: options.limit])
     name = options.model_folder or options.model or settings.get("model", BUNDLED)
-    base = load_base(name, settings.get("dtype", "auto"))
+    base = load_base_of_run(name, settings)
     evaluation = Evaluation(
         file,
         base.tokenizer,
-        max_length=base.model.config.max_position_embeddings,
+        task=base.task,
+        max_length=min(longest_input(base.model), LONGEST),
         max_tokens=options.max_tokens,
         rows=options.batch_size,
     )
@@ -71,14 +87,18 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(table(columns)))
     scored = columns["adapter"][ALL]
     print(
-        f"{scored.rows} rows, {scored.tokens:,} learned tokens, "
+        f"{scored.rows} examples, {scored.tokens:,} {_targets(base.task)}, "
         f"in {time.perf_counter() - began:.1f} s"
     )
-    if scored.exact is None:
-        print("Exact match is that of prompts with completions; these rows have none.")
+    if scored.exact is None and base.task in (CAUSAL, SEQ2SEQ):
+        print("Exact match needs prompts with completions; these examples have none.")
     if options.json:
         _write(Path(options.json), columns)
     return 0
+
+
+def _targets(task: str) -> str:
+    return "labels" if task == CLASSES else "target tokens"
 
 
 def _write(file: Path, columns: Mapping[str, Mapping[str, Score]]) -> None:

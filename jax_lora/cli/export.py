@@ -1,4 +1,4 @@
-"""Write an adapter for others: PEFT (and what serves its files), mlx-lm, or an Orbax folder."""
+"""Export an adapter for PEFT (and servers that load its files), mlx-lm, or Orbax."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from jax_lora.cli.adapters import add_adapter_options, load_trained
 from jax_lora.cli.base_model import model_folder
 from jax_lora.errors import ConfigError, format_error
 
-HELP = "write an adapter for PEFT, vLLM or mlx-lm"
+HELP = "export an adapter for PEFT, vLLM or mlx-lm"
 FORMATS = ("peft", "mlx", "orbax")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add = parser.add_argument
-    add("folder", metavar="DIR", help="where the files go")
+    add("folder", metavar="DIR", help="the new folder")
     add_adapter_options(parser)
-    add("--to", default="peft", choices=FORMATS, help="format of the files (peft)")
-    text = "write what vLLM accepts, or say what it cannot take (only with --to peft)"
+    add("--to", default="peft", choices=FORMATS, help="format [peft]")
+    text = "server that will load the files; refuses what it does not support"
     add("--for", dest="server", choices=("vllm",), help=text)
-    text = "what adapter_config.json calls the base, a name on a hub, say (its folder)"
+    text = "name of the base model for adapter_config.json [its folder]"
     add("--base-model", metavar="NAME", help=text)
 
 

@@ -14,23 +14,24 @@ from jax_lora.cli.adapters import Trained, add_adapter_options, load_trained
 from jax_lora.cli.base_model import model_folder
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.settings import DTYPES
+from jax_lora.finetune.tasks import longest_input
 from jax_lora.merge import merge
 from jax_lora.models import load, save
 from jax_lora.models.tokenizer_files import copy_companions
 from jax_lora.transform import lora_apply
 
-HELP = "write a Hugging Face folder with the adapter merged"
+HELP = "merge an adapter into its base model"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add = parser.add_argument
     add_adapter_options(parser)
-    add("--save-path", default="fused_model", metavar="DIR", help="the new folder (fused_model)")
-    text = "of the weights; auto: that in which the adapter was trained (auto)"
+    add("--save-path", default="fused_model", metavar="DIR", help="the new folder [fused_model]")
+    text = "dtype of the weights; auto: as in training [auto]"
     add("--dtype", default="auto", choices=DTYPES, help=text)
-    add("--overwrite", action="store_true", help="write into a folder that is not empty")
-    text = "load the folder again and show how far its logits are from base + adapter"
+    add("--overwrite", action="store_true", help="allow a folder that is not empty")
+    text = "load the new folder and print the largest logit difference"
     add("--check", action="store_true", help=text)
 
 
@@ -67,7 +68,7 @@ def logit_difference(trained: Trained, folder: Path) -> tuple[float, float]:
       The largest difference of two logits on fixed random tokens, and the largest logit.
     """
     config = trained.base.model.config
-    tokens = min(64, config.max_position_embeddings)
+    tokens = min(64, longest_input(trained.base.model))
     drawn = np.random.default_rng(0).integers(config.vocab_size, size=(2, tokens))
     ids = jnp.asarray(drawn, jnp.int32)
     # The factors apart from the weights, or a fault of merging would be on both sides.

@@ -1,4 +1,4 @@
-"""Make a run of an adapter of PEFT, mlx-lm or Orbax, for eval, generate and fuse to take."""
+"""Import an adapter from PEFT, mlx-lm or Orbax as a run, for eval, generate and fuse."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base, model_folder
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.run_folder import RunFolder
 from jax_lora.finetune.settings import DTYPES
+from jax_lora.finetune.tasks import CLASSES
 from jax_lora.models.save_checkpoint import save
 from jax_lora.models.tokenizer_files import copy_companions
 
-HELP = "read an adapter of PEFT or mlx-lm"
+HELP = "import an adapter from PEFT or mlx-lm"
 # The file by which each format is known.
 MARKS = {
     "peft": "adapter_model.safetensors",
@@ -29,13 +30,13 @@ MARKS = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add = parser.add_argument
-    add("folder", metavar="DIR", help="the adapter's folder")
-    text = "Hugging Face folder of the base; bundled for the one in the package"
+    add("folder", metavar="DIR", help="folder of the adapter")
+    text = "Hugging Face folder of the base model, or bundled"
     add("--model", required=True, metavar="PATH", help=text)
-    add("--adapter-path", default="adapters", metavar="RUN", help="run that is made (adapters)")
-    text = "format of the files (as their names say)"
+    add("--adapter-path", default="adapters", metavar="RUN", help="the new run folder [adapters]")
+    text = "format of the files [by their names]"
     add("--from", dest="source", choices=tuple(MARKS), help=text)
-    text = "of the base; auto: float32 on a CPU (auto)"
+    text = "dtype of the base model; auto: float32 on a CPU [auto]"
     add("--dtype", default="auto", choices=DTYPES, help=text)
 
 
@@ -84,7 +85,8 @@ def _read(kind: str, folder: Path, base: BaseModel) -> tuple[BaseModel, Adapter]
     if kind == "mlx":
         return base, peft.load_mlx(folder, base.variables, names=base.model.hf_names)
     model, variables, adapter = peft.load_model(folder, base.model, base.variables)
-    return dataclasses.replace(base, model=model, variables=variables), adapter
+    base = dataclasses.replace(base, model=model, variables=variables, start=variables)
+    return base, adapter
 
 
 def _keep_base(base: BaseModel, target: Path, adapter: Path) -> BaseModel:
@@ -112,6 +114,8 @@ def _settings(base: BaseModel, adapter: Adapter) -> dict[str, Any]:
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     return {
         "model": name,
+        "task": base.task,
+        "labels": list(base.model.config.labels) if base.task == CLASSES else [],
         "dtype": base.dtype,
         "fine_tune_type": "dora" if config.use_dora else "lora",
         "rank": config.rank,

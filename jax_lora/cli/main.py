@@ -80,6 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         import_adapter,
         plan,
         plot,
+        predict,
         rows,
         train,
         write_config,
@@ -91,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
         "generate": generate,
         "chat": chat,
         "eval": evaluate,
+        "predict": predict,
         "fuse": fuse,
         "export": export,
         "import": import_adapter,
@@ -111,6 +113,6 @@ def make_parser() -> argparse.ArgumentParser:
     for name, verb in named.items():
         of_verb = verbs.add_parser(name, help=verb.HELP, description=verb.__doc__)
         verb.add_options(of_verb)
-        of_verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        of_verb.add_argument("--debug", action="store_true", help="print the traceback of an error")
         of_verb.set_defaults(run=verb.run)
     return parser

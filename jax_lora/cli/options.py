@@ -117,11 +117,12 @@ def make_settings(values: Mapping[str, Any]) -> TrainSettings:
     targets = values.get("targets")
     if isinstance(targets, str) and "," in targets:
         values["targets"] = targets.split(",")
-    if isinstance(values.get("log"), str):
-        values["log"] = values["log"].split(",")
+    for name in ("log", "labels"):
+        if isinstance(values.get(name), str):
+            values[name] = values[name].split(",")
     if isinstance(values.get("sample_prompt"), str):
         values["sample_prompt"] = [values["sample_prompt"]]
-    for name in ("targets", "log", "sample_prompt"):
+    for name in ("targets", "labels", "log", "sample_prompt"):
         if isinstance(values.get(name), list):
             values[name] = tuple(str(each).strip() for each in values[name])
     for name in NUMBERS:
@@ -140,7 +141,7 @@ def at_least_one(text: str) -> int:
       The number.
 
     Raises:
-      argparse.ArgumentTypeError: It is no integer of at least 1.
+      argparse.ArgumentTypeError: Not an integer of at least 1.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")

@@ -1,4 +1,4 @@
-"""Parameters, memory, operations and time of a run, before anything is loaded."""
+"""`jax-lora plan`: estimate the memory, operations and time of a run before it loads anything."""
 
 from __future__ import annotations
 
@@ -19,30 +19,33 @@ from jax_lora.cli.resolve_config import choose
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.finetune.devices import use_all_cores
+from jax_lora.plan.compiled_step import StepMemory, step_memory
 from jax_lora.plan.data_shapes import DataShapes, data_shapes
 from jax_lora.plan.fit import SHARE, Fit, fit, formula_total
 from jax_lora.plan.plan_tables import fit_lines, plan_lines
 from jax_lora.plan.planned_model import PlannedModel, plan_folder, plan_shape, with_dtype
-from jax_lora.plan.planning import Choices, Plan, make_plan, why_not_compiled
-from jax_lora.plan.program import program_memory
+from jax_lora.plan.planning import Choices, Plan, make_plan, matmul_rate, why_not_compiled
 from jax_lora.plan.published import NAMES
-from jax_lora.plan.rate import matmul_rate
 from jax_lora.plan.units import read_bytes
 
-HELP = "parameters, memory, operations and time, before anything is loaded"
-_TRIES = 3  # programs that are compiled to check a suggestion
+HELP = "estimate memory, operations and time before anything is loaded"
+_TRIES = 3  # suggestions of --fit to check by compiling
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `train`, and those that only a plan has."""
+    """Add the options of `train`, and those of `plan` alone."""
     train.add_options(parser)
     add = parser.add_argument
-    text = f"shapes instead of MODEL: a config.json, or {', '.join(NAMES)}"
+    text = f"plan these shapes instead of MODEL: a config.json, or {', '.join(NAMES)}"
     add("--shape", metavar="NAME", help=text)
-    add("--fit", metavar="BYTES", help="say what to change to fit 24GB, 16GiB, 800MB")
-    text = "ask XLA too, by compiling the step; models up to 1 G parameters (yes)"
+    add(
+        "--fit",
+        metavar="BYTES",
+        help="suggest changes that fit into this memory, such as 24GB, 16GiB, 800MB",
+    )
+    text = "also compile the training step, for models up to 1 G parameters (yes)"
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help=text)
-    add("--json", metavar="FILE", help="write the numbers to a file too; - for the screen")
+    add("--json", metavar="FILE", help="write the plan as JSON; - prints it instead of the tables")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,35 +69,29 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _choose(options: argparse.Namespace) -> tuple[dict[str, Any], Choices]:
-    """Put the values together as `train` does."""
+    """Resolve the settings as `train` does."""
     if options.shape is not None:
         named = options.model_folder or getattr(options, "model", None)
         if named is not None:
             raise ConfigError(
                 format_error(
                     f"--shape {options.shape}",
-                    got=f"the model {named} too",
-                    expected="one of the two",
-                    fix="Leave MODEL out to plan shapes alone.",
+                    got=f"the model {named} as well",
+                    expected="either --shape or MODEL",
+                    fix="Leave out MODEL to plan shapes.",
                 )
             )
-        # Shapes are no bundled model, whose recipe they must not get.
+        # Without a model, the settings would be those of the bundled model.
         options = argparse.Namespace(**{**vars(options), "model_folder": options.shape})
     choice = choose(options)
-    settings = choice.settings
     places = {"model": None if options.shape else choice.model, "data": choice.data}
-    return places, Choices(
-        settings=settings,
-        method=settings.fine_tune_type,
-        optimizer=settings.optimizer,
-        remat=settings.grad_checkpoint,
-    )
+    return places, Choices(choice.settings)
 
 
 def _model_and_data(
     options: argparse.Namespace, places: dict[str, Any], choices: Choices
 ) -> tuple[PlannedModel, DataShapes]:
-    """Find the shapes of both; a plan of shapes alone has data only if it is given some."""
+    """Find the shapes of the model and of the data; --shape has no default data."""
     dtype, data = choices.settings.dtype, places.get("data")
     if options.shape is not None:
         model = plan_shape(options.shape, None if dtype == "auto" else dtype)
@@ -105,60 +102,58 @@ def _model_and_data(
         name = places.get("model") or BUNDLED
         model = plan_folder(folder, _dtype_of_training(dtype), str(name))
         data = data_folder(data)
-    shapes = data_shapes(data, folder, choices.settings, model.longest)
+    shapes = data_shapes(data, folder, choices.settings, model.max_length)
     if options.shape is None and places.get("data") is None:
         shapes = dataclasses.replace(shapes, source=BUNDLED)
     return model, shapes
 
 
 def _dtype_of_training(dtype: str) -> Any:
-    """What `train` loads the base in; None: as the files are."""
+    """Return the dtype that `train` loads the base in; None: the dtype of the files."""
     if dtype != "auto":
         return dtype
     return "float32" if jax.default_backend() == "cpu" else None
 
 
 # -----------------------------------------------------------------------------------------------
-# Fitting
+# --fit
 # -----------------------------------------------------------------------------------------------
 
 
 def _fit(plan: Plan, memory: float, compiling: bool) -> Fit:
-    """Search by formula, set right by what the compiler says where it can be asked."""
-    length, learned, _ = plan.data.largest
-    formula = formula_total(plan.model, length, learned)
-    more = 0.0 if plan.program is None else _everything(plan.program) - formula(plan.choices)
-    tries = _TRIES if compiling and plan.program is not None else 0
+    """Search by formula, corrected by the difference to the compiled step."""
+    length, targets, _ = plan.data.largest
+    formula = formula_total(plan.model, length, targets)
+    more = 0.0 if plan.compiled is None else _all_memory(plan.compiled) - formula(plan.choices)
+    tries = _TRIES if compiling and plan.compiled is not None else 0
     while True:
         total = lambda choices, more=more: formula(choices) + more  # noqa: E731
         found = fit(plan.choices, memory, total, dtype=plan.model.dtype, length=length)
-        taken = _compiled(plan, found) if tries and found.changes else None
-        if taken is None or taken <= SHARE * memory:
+        compiled = _compiled(plan, found) if tries and found.changes else None
+        if compiled is None or compiled <= SHARE * memory:
             return found
-        more, tries = taken - formula(found.choices), tries - 1
+        more, tries = compiled - formula(found.choices), tries - 1
 
 
-def _everything(program: Any) -> float:
-    """All devices where they share one memory, as the cores of a CPU do."""
-    return program.everywhere if jax.default_backend() == "cpu" else program.peak
+def _all_memory(step: StepMemory) -> float:
+    """Return the memory of all devices on a CPU, where they share it, else of one device."""
+    return step.everywhere if jax.default_backend() == "cpu" else step.peak
 
 
 def _compiled(plan: Plan, found: Fit) -> float | None:
-    """Ask the compiler what suggested choices take; None where it cannot be asked."""
+    """Compile the suggested step for its memory; None if that is impossible."""
     settings = found.choices.settings
     if not found.fits or why_not_compiled(plan.model, found.choices):
         return None
     model = with_dtype(plan.model, settings.dtype)
-    length, learned, _ = plan.data.largest
+    length, targets, _ = plan.data.largest
     cut = min(length, settings.max_seq_length)
-    program = program_memory(
-        model, settings, length=cut, learned=min(learned, cut), remat=found.choices.remat
-    )
-    return None if program is None else _everything(program)
+    step = step_memory(model, settings, length=cut, targets=min(targets, cut))
+    return None if step is None else _all_memory(step)
 
 
 def _command(options: argparse.Namespace, places: dict[str, Any], found: Fit) -> str:
-    """The command that trains with the changes made."""
+    """Build the command that trains with the suggested changes."""
     words = ["jax-lora", "train"]
     if options.shape is not None:
         words.append("MODEL")
@@ -198,22 +193,21 @@ def _write_json(path: str, plan: Plan, rate: float, found: Fit | None) -> None:
 
 
 def _as_dict(plan: Plan, rate: float, found: Fit | None) -> dict[str, Any]:
-    program = plan.program
     return {
         "model": plan.model.name,
         "dtype": plan.model.dtype,
         "parameters": plan.model.shape.size,
-        "trained": plan.trained,
+        "trainable": plan.method.trainable,
         "data": dataclasses.asdict(plan.data),
         "steps": plan.steps,
         "methods": {name: column.as_dict() for name, column in plan.columns.items()},
-        "own": plan.own.as_dict(),
+        "own": plan.columns["full" if plan.method.full else "LoRA"].as_dict(),
         "flops": plan.flops,
         "flops_per_second": rate,
         "seconds": {name: flops / rate for name, flops in plan.flops.items()},
         "compiled": None
-        if program is None
-        else dataclasses.asdict(program) | {"peak": program.peak},
+        if plan.compiled is None
+        else dataclasses.asdict(plan.compiled) | {"peak": plan.compiled.peak},
         "not_compiled": plan.why or None,
         "fit": None
         if found is None

@@ -1,4 +1,4 @@
-"""Draw the loss curves of one or several runs, as a picture or as text."""
+"""Plot the loss curves of one or more runs, as a PNG file or as text."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.report.curves import read_curves
 
-HELP = "draw the loss curves of runs"
+HELP = "plot the loss curves of runs"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add = parser.add_argument
-    add("runs", metavar="RUN", nargs="+", help="folder of a run, or its metrics.jsonl")
-    add("-o", "--output", metavar="FILE", help="the picture, a .png (loss.png)")
-    add("--text", action="store_true", help="draw in the terminal instead")
-    add("--log-y", action="store_true", help="draw the loss on a logarithmic axis")
+    add("runs", metavar="RUN", nargs="+", help="run folder, or its metrics.jsonl")
+    add("-o", "--output", metavar="FILE", help="the .png file [loss.png]")
+    add("--text", action="store_true", help="plot in the terminal instead")
+    add("--log-y", action="store_true", help="logarithmic loss axis")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -14,9 +14,9 @@ from jax_lora.cli.presets import PRESETS
 from jax_lora.cli.train_flags import PLACES
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune import recipe
-from jax_lora.finetune.resume import find_resumable
 from jax_lora.finetune.run_folder import read_run_config
 from jax_lora.finetune.settings import TrainSettings
+from jax_lora.finetune.training_state import find_resumable
 
 # Two ways of saying one thing: the one that is said later wins.
 RIVALS = (("alpha", "scale"), ("iters", "epochs"))
@@ -96,8 +96,8 @@ def _checkpoint(
                 f"--resume {resume}",
                 got="no run with a checkpoint there",
                 expected="the folder of a run, or one of its checkpoints",
-                fix="Check the path; --resume alone goes on with the run in --adapter-path, "
-                "or begins it.",
+                fix="Check the path. --resume without a path resumes the run in --adapter-path, "
+                "or starts it.",
             )
         )
     return checkpoint

@@ -1,4 +1,4 @@
-"""Write a commented lora.yaml: every option of train, what it does, and its default."""
+"""Write a configuration file with every option of train, its meaning, and its default."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax_lora.cli.options import DEFAULTS
 from jax_lora.cli.presets import PRESETS
 from jax_lora.errors import ConfigError, format_error
 
-HELP = "write a commented lora.yaml for train -c"
+HELP = "write a commented configuration file for train -c"
 _PLACES = {"model": BUNDLED, "data": BUNDLED, "adapter_path": "adapters", "progress": "auto"}
 _WIDTH = 78
 
@@ -24,8 +24,8 @@ _WIDTH = 78
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add = parser.add_argument
-    add("file", metavar="FILE", nargs="?", default="lora.yaml", help="what to write (lora.yaml)")
-    add("--preset", choices=tuple(PRESETS), help="with the defaults of another tool: mlx-lm's")
+    add("file", metavar="FILE", nargs="?", default="lora.yaml", help="the new file [lora.yaml]")
+    add("--preset", choices=tuple(PRESETS), help="use the defaults of another tool")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -56,7 +56,7 @@ def make_text(preset: str | None = None) -> str:
       preset: A name in `PRESETS`, whose values are switched on; None for none.
 
     Returns:
-      YAML that `train -c` takes as it is.
+      YAML for `train -c`.
     """
     chosen = PRESETS[preset] if preset else {}
     lines = [

@@ -1,1 +1,1 @@
-"""Rows of text on disk, turned into batches of ids: formats, tokens, masks, order."""
+"""Load text data sets and make batches: formats, tokenization, loss masks, order."""

@@ -1,4 +1,4 @@
-"""Where in a conversation's text the assistant's answers stand, each with what closes it."""
+"""Locate the assistant's responses, with their end-of-turn text, in a rendered conversation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import DataError, format_error
 
-Span = tuple[int, int]  # first character and the one behind the last
+Span = tuple[int, int]  # start and end (exclusive), in characters
 
 
 def answer_spans(
@@ -17,25 +17,25 @@ def answer_spans(
     tools: Any = None,
     learn_from: int = 0,
 ) -> tuple[list[Span], int]:
-    """Find the answers in the text of the whole conversation.
+    """Find the responses in the text of the whole conversation.
 
-    An answer is what follows its own prompt, written out with the beginning of an answer, up to
-    where the text goes on that ends with it. Some templates write earlier turns differently once a
-    later one follows (thoughts are left out): such an answer is looked for by its content, behind
-    the turns before it, and closed as one is that was found.
+    The start of a response is the length of the rendered turns before it, with the generation
+    prompt; its end is the length of the rendered turns up to and including it. Some templates
+    change earlier turns once a later one follows (they remove reasoning). Such a response is
+    located by its content instead, after the preceding turns.
 
     Args:
       messages: The turns.
-      text: All of them, written out.
+      text: The rendered conversation.
       tokenizer: The model's tokenizer.
       tools: Descriptions of the tools that the model may call.
-      learn_from: The first turn whose answer is wanted.
+      learn_from: Index of the first turn that is included in the loss.
 
     Returns:
-      The answers' places, and how many could not be found.
+      The spans, and the number of responses that were not found.
 
     Raises:
-      DataError: Not one was found.
+      DataError: No response was found.
     """
     wanted = [
         index
@@ -50,8 +50,8 @@ def answer_spans(
         raise DataError(
             format_error(
                 "the chat template",
-                got="a conversation in which no answer follows its own prompt unchanged",
-                expected="at least one answer that stands where generation would put it",
+                got="a conversation in which no response follows its rendered prompt",
+                expected="at least one response right after the generation prompt",
                 fix='Write the row as "prompt" and "completion".',
             )
         )
@@ -61,11 +61,11 @@ def answer_spans(
 def _after_prompt(
     messages: list[dict[str, Any]], index: int, text: str, tokenizer: Tokenizer, tools: Any
 ) -> Span | None:
-    """Place an answer by the texts that end before it and with it."""
+    """Locate a response by rendering the turns before it and the turns up to it."""
     try:
         before = tokenizer.render(messages[:index], answer_next=True, tools=tools)
         after = tokenizer.render(messages[: index + 1], tools=tools)
-    except DataError:  # a template may refuse a conversation that begins with an answer
+    except DataError:  # a template may reject a conversation that begins with a response
         return None
     fits = text.startswith(before) and text.startswith(after) and len(before) < len(after)
     return (len(before), len(after)) if fits else None
@@ -74,7 +74,7 @@ def _after_prompt(
 def _closing(
     messages: list[dict[str, Any]], text: str, exact: dict[int, Span | None]
 ) -> str | None:
-    """What stands behind an answer's content, as an answer shows that was placed exactly."""
+    """Return the end-of-turn text, taken from a response that was located exactly."""
     for index, span in exact.items():
         content = messages[index]["content"].strip()
         if span is not None and content:
@@ -88,14 +88,14 @@ def _closing(
 def _by_content(
     messages: list[dict[str, Any]], index: int, text: str, closing: str | None
 ) -> Span | None:
-    """Place an answer by its content, behind the contents of the turns before it."""
+    """Locate a response by its content, after the contents of the preceding turns."""
     cursor = 0
     for turn in messages[:index]:
         content = turn["content"].strip()
         at = text.find(content, cursor)
         cursor = at + len(content) if at >= 0 else cursor
     content = messages[index]["content"].strip()
-    # What a model thought stands in front of its answer, and is what templates leave out.
+    # Templates may remove the reasoning in front of a response.
     for part in (content, content.rpartition("</think>")[2].strip()):
         at = text.find(part, cursor) if part else -1
         if at >= 0:

@@ -1,50 +1,23 @@
-"""Batches of few fixed shapes, whose content is a function of (seed, step) and nothing else."""
+"""Batches of a few fixed shapes, determined by the seed and the step alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
+from jax_lora.data.collators import Bucket, Collator, collate_causal, collate_packed
 from jax_lora.data.examples import Example
 from jax_lora.data.packing import pack_rows
 
-# Every shape is a program to compile; every shape less is more padding. Three lose about a tenth.
+# Each shape is compiled separately; fewer shapes mean more padding (about 10% for three).
 BUCKETS = 3
 MULTIPLE = 8
 
-
-class Batch(NamedTuple):
-    """One step's data; rows are padded on the right, where a causal model never looks back from.
-
-    Attributes:
-      ids: (rows, length) int32. Padding is 0, and nothing depends on it.
-      at: (rows, learned) int32, the positions whose next token is learned.
-      labels: (rows, learned) int32, those next tokens.
-      weights: (rows, learned) float32, 1 or, where a row has fewer, 0.
-      positions: (rows, length) int32, from 0 in every document of a packed row; else None.
-      segments: (rows, length) int32, the documents of a packed row; 0 is padding.
-    """
-
-    ids: np.ndarray
-    at: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
-    positions: np.ndarray | None = None
-    segments: np.ndarray | None = None
-
-
-class Bucket(NamedTuple):
-    """A shape: rows up to `length` tokens, of which up to `learned` are learned."""
-
-    length: int
-    learned: int
-
-
-Documents = tuple[int, ...]  # indices of the examples of a row: one, or several packed ones
+Documents = tuple[int, ...]  # indices of the examples in a row; several if packed
 Plan = list[tuple[Bucket, Sequence[Documents]]]  # the batches of an epoch
 
 
@@ -53,18 +26,18 @@ class Batches:
     """All batches of a data set, by step.
 
     Args:
-      examples: The rows' contents.
+      examples: The examples of the data set.
       rows: Rows in a batch.
-      seed: Chooses the order, which is another one in every epoch.
-      buckets: The shapes, from short to long, each with the rows that it takes.
-      packed: Whether rows hold several documents.
+      seed: Determines the order, which differs from epoch to epoch.
+      buckets: The shapes, from short to long, each with the indices of its examples.
+      collate: Makes the arrays of a batch.
     """
 
     examples: tuple[Example, ...]
     rows: int
     seed: int
     buckets: tuple[tuple[Bucket, tuple[Documents, ...]], ...]
-    packed: bool = False
+    collate: Collator = collate_causal
 
     @classmethod
     def of(
@@ -75,69 +48,83 @@ class Batches:
         seed: int = 0,
         buckets: int = BUCKETS,
         pack: int | None = None,
+        collate: Collator = collate_causal,
     ) -> Batches:
-        """Choose the shapes that pad the least and put the examples into them.
+        """Choose the shapes with the least padding, and assign the examples to them.
 
         Args:
-          examples: The rows.
+          examples: The examples.
           rows: Rows in a batch.
-          seed: Chooses the order.
-          buckets: How many shapes at most.
-          pack: Length of packed rows, at least that of the longest example; None does not pack.
+          seed: Determines the order.
+          buckets: The largest number of shapes.
+          pack: Length of packed rows in tokens, at least that of the longest example; None: no
+            packing.
+          collate: Makes the arrays of a batch; packed rows are always causal.
 
         Returns:
           The batches.
         """
         if pack is not None:
             shape, packed = _packed(examples, pack)
-            return cls(tuple(examples), rows, seed, ((shape, packed),), packed=True)
+            return cls(tuple(examples), rows, seed, ((shape, packed),), collate_packed)
         shapes = choose_buckets(examples, buckets)
         members: list[list[Documents]] = [[] for _ in shapes]
         for index, example in enumerate(examples):
             fits = (place for place, b in enumerate(shapes) if len(example.ids) <= b.length)
             members[next(fits)].append((index,))
         sorted_in = tuple((shape, tuple(of)) for shape, of in zip(shapes, members, strict=True))
-        return cls(tuple(examples), rows, seed, sorted_in)
+        return cls(tuple(examples), rows, seed, sorted_in, collate)
 
     @property
     def per_epoch(self) -> int:
-        """Count the batches that show every row once."""
+        """Count the batches of an epoch, in which every example occurs once."""
         return sum(-(-len(members) // self.rows) for _, members in self.buckets)
 
     @property
     def padding(self) -> float:
-        """The share of an epoch's tokens that is padding, missing rows left aside."""
+        """Return the fraction of an epoch's tokens that is padding, without rows that are empty."""
         whole = sum(shape.length * len(members) for shape, members in self.buckets)
         return 1.0 - sum(len(example.ids) for example in self.examples) / whole
 
-    def at(self, step: int) -> Batch:
+    def at(self, step: int) -> Any:
         """Make the batch of a step, counted from 0.
 
         Args:
-          step: Any step; the epochs follow one another.
+          step: Any step; the next epoch begins where one ends.
 
         Returns:
           The batch.
         """
-        return self.pad(*self._planned(step))
+        return self._collated(step, *self._planned(step))
 
     def tokens(self, step: int) -> int:
-        """Count the real tokens of a step: prompts and answers, no padding."""
-        return sum(len(example.ids) for example in self._of(step))
+        """Count the tokens of a step, without padding."""
+        return sum(example.tokens for example in self._of(step))
 
     def raw_tokens(self, step: int) -> int:
-        """Count the tokens of a step's own text: no template, no start and end tokens."""
+        """Count the text tokens of a step, without template, BOS and EOS tokens."""
         return sum(example.raw for example in self._of(step))
 
     def lines(self, step: int) -> list[int]:
-        """Name the lines of a step's rows, for messages."""
+        """Return the line numbers of a step's examples, for messages."""
         return [example.line for example in self._of(step)]
 
-    def once(self) -> Iterator[Batch]:
-        """Go through every row once, in the file's own order: for validation and tests."""
+    def describe(self, step: int) -> str:
+        """Describe a step's examples, for messages."""
+        return f"rows at lines {', '.join(map(str, self.lines(step)[:10]))}"
+
+    def describe_shape(self, batch: Any) -> str:
+        """Describe a batch's shape, for the message that a compilation begins."""
+        packed = getattr(batch, "segments", None) is not None
+        return f"{'packed rows of' if packed else 'rows of up to'} {batch.ids.shape[1]} tokens"
+
+    def once(self) -> Iterator[Any]:
+        """Yield every example once, unshuffled, for validation and tests."""
+        step = 0
         for shape, members in self.buckets:
             for start in range(0, len(members), self.rows):
-                yield self.pad(shape, members[start : start + self.rows])
+                yield self._collated(step, shape, members[start : start + self.rows])
+                step += 1
 
     def _of(self, step: int) -> list[Example]:
         return [self.examples[index] for row in self._planned(step)[1] for index in row]
@@ -147,7 +134,7 @@ class Batches:
         return self._epoch(epoch)[position]
 
     def _epoch(self, epoch: int) -> Plan:
-        """An epoch's order is made once, and not at every step; a loader may be in the next."""
+        """Return the plan of an epoch, cached for a loader that may be an epoch ahead."""
         plan = self._plans.get(epoch)
         if plan is None:
             plan = self._plans[epoch] = self._plan(epoch)
@@ -169,47 +156,18 @@ class Batches:
             plan += [(shape, shuffled[start : start + self.rows]) for start in starts]
         return [plan[index] for index in order.permutation(len(plan))]
 
-    def pad(self, shape: Bucket, rows: Sequence[Documents]) -> Batch:
-        """Put rows into a shape; rows that are missing are there with weight 0.
-
-        Args:
-          shape: The shape.
-          rows: The examples of each row, at most as many as a batch has.
-
-        Returns:
-          The batch.
-        """
-        ids = np.zeros((self.rows, shape.length), np.int32)
-        at = np.zeros((self.rows, shape.learned), np.int32)
-        labels, weights = np.zeros_like(at), np.zeros(at.shape, np.float32)
-        positions, segments = np.zeros_like(ids), np.zeros_like(ids)
-        for row, documents in enumerate(rows):
-            start, count = 0, 0
-            for number, index in enumerate(documents, start=1):
-                example = self.examples[index]
-                here = slice(start, start + len(example.ids))
-                ids[row, here] = example.ids
-                positions[row, here] = np.arange(len(example.ids))
-                segments[row, here] = number
-                # From the second token on: a document's first is nobody's to predict.
-                (places,) = np.nonzero(example.learned[1:])  # (learned,)
-                chosen = slice(count, count + len(places))
-                at[row, chosen] = start + places
-                labels[row, chosen] = example.ids[places + 1]
-                weights[row, chosen] = 1.0
-                start, count = here.stop, chosen.stop
-        if not self.packed:
-            return Batch(ids, at, labels, weights)
-        return Batch(ids, at, labels, weights, positions, segments)
+    def _collated(self, step: int, shape: Bucket, members: Sequence[Documents]) -> Any:
+        rows = [[self.examples[index] for index in row] for row in members]
+        return self.collate(rows, self.rows, shape, np.random.default_rng((self.seed, step, 1)))
 
 
 def _packed(examples: Sequence[Example], length: int) -> tuple[Bucket, tuple[Documents, ...]]:
-    """One shape for all packed rows."""
+    """Pack all examples into rows of one shape."""
     longest = max(len(example.ids) for example in examples)
     room = _rounded(max(length, longest))
     packed = pack_rows([len(example.ids) for example in examples], room)
-    learned = [sum(int(examples[i].learned[1:].sum()) for i in row) for row in packed]
-    shape = Bucket(room, min(room, _rounded(max(learned))))
+    targets = [sum(examples[index].targets for index in row) for row in packed]
+    shape = Bucket(room, min(room, _rounded(max(targets))))
     return shape, tuple(tuple(row) for row in packed)
 
 
@@ -218,11 +176,11 @@ def _rounded(tokens: int) -> int:
 
 
 def choose_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
-    """Choose lengths such that padding every row to the next one adds the fewest tokens.
+    """Choose the bucket lengths that minimize padding.
 
     Args:
-      examples: The rows.
-      count: How many lengths at most.
+      examples: The examples.
+      count: Maximum number of lengths.
 
     Returns:
       The shapes, from short to long.
@@ -238,14 +196,16 @@ def choose_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...
     buckets, shorter = [], 0
     for length in chosen:
         members = [example for example in examples if shorter < len(example.ids) <= length]
-        learned = max(int(example.learned[1:].sum()) for example in members)
-        buckets.append(Bucket(length, min(length, _rounded(learned))))
+        targets = max(example.targets for example in members)
+        # Rounding must not give a causal example more targets than tokens.
+        rounded = _rounded(targets) if targets > length else min(length, _rounded(targets))
+        buckets.append(Bucket(length, rounded))
         shorter = length
     return tuple(buckets)
 
 
 def _merged(sizes: list[int], counts: list[int], most: int = 64) -> list[tuple[int, int]]:
-    """Thin out the candidate lengths, so that the choice stays quick on long texts."""
+    """Reduce the candidate lengths, so that the search stays fast for long texts."""
     every = -(-len(sizes) // most)
     groups = [range(max(0, end - every), end) for end in range(len(sizes), 0, -every)][::-1]
     return [(sizes[group[-1]], sum(counts[index] for index in group)) for group in groups]

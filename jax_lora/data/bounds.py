@@ -1,4 +1,4 @@
-"""A bound on the time of code that a stranger wrote, such as a chat template."""
+"""Limit the run time of untrusted code, such as a chat template."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from types import FrameType
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` in the block when its time is up.
+    """Raise `TimeoutError` in the block when a time limit is exceeded.
 
-    It rests on a signal, which the main thread alone can take, and which Windows does not have:
-    elsewhere the block is not bounded.
+    The limit uses SIGALRM. It has no effect outside the main thread and on Windows.
 
     Args:
-      seconds: How long the block may take.
+      seconds: The time limit.
 
     Yields:
       Nothing.
 
     Raises:
-      TimeoutError: It took longer.
+      TimeoutError: The block exceeded the limit.
     """
     main = threading.current_thread() is threading.main_thread()
     if not main or not hasattr(signal, "setitimer"):
@@ -31,7 +30,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         return
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"{seconds:g} seconds were not enough")
+        raise TimeoutError(f"exceeded the time limit of {seconds:g} seconds")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)

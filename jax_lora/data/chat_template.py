@@ -1,7 +1,7 @@
-"""Chat templates: how a conversation is written out as text, by transformers' own sandbox.
+"""Render conversations with chat templates, in the sandbox of transformers.
 
-A template is a program that came with the model. It runs in a sandbox that gives it no files and
-no Python objects; here its time and the length of its text are bounded too.
+A template is untrusted code that comes with a model. The sandbox gives it no access to files or
+Python objects. This module also limits its run time and the length of its output.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 from jax_lora.data.bounds import time_limit
 from jax_lora.errors import DataError, ModelError, format_error
 
-SECONDS = 10.0  # of one conversation; a template takes a thousandth
+SECONDS = 10.0  # per conversation; templates need about 0.01 seconds
 LONGEST = 2**24  # characters
 LARGEST_TEMPLATE = 2**20  # bytes
 FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 
 
 class ChatTemplate:
-    """The template of a tokenizer.
+    """The chat template of a tokenizer.
 
     Args:
       folder: The model's folder.
@@ -30,32 +30,32 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path):
-        """Load the tokenizer that renders it."""
+        """Load the tokenizer that renders the template."""
         self._folder = folder
         self._tokenizer = _load(folder)
 
     def render(
         self, messages: list[dict[str, Any]], *, answer_next: bool = False, tools: Any = None
     ) -> str:
-        """Write a conversation out.
+        """Render a conversation as text.
 
         Args:
           messages: Turns with `role` and `content`.
-          answer_next: End with what begins an answer.
+          answer_next: Append the prefix of an assistant turn (the generation prompt).
           tools: Descriptions of the tools that the model may call.
 
         Returns:
           The text that the model sees.
 
         Raises:
-          DataError: The template refuses the conversation, or does not come to an end.
+          DataError: The template rejects the conversation, or exceeds its time limit.
         """
         try:
             with time_limit(SECONDS):
                 text = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=answer_next, tools=tools
                 )
-        except Exception as error:  # whatever a stranger's program comes to
+        except Exception as error:  # a template can raise any exception
             raise self._refused(str(error) or type(error).__name__) from error
         if len(text) > LONGEST:
             raise self._refused(f"{len(text):,} characters")
@@ -88,11 +88,11 @@ def _load(folder: Path) -> Any:
             )
         ) from error
     try:
-        # Never the code that a folder may bring along.
+        # Code in a model folder is never run.
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever it meets in files that a stranger wrote
+    except Exception as error:  # untrusted files can cause any exception
         raise _unusable(folder, f"{type(error).__name__}: {str(error)[:200]}") from error
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
@@ -108,7 +108,7 @@ def _load(folder: Path) -> Any:
 
 
 def _auto_tokenizer() -> Any:
-    """Import transformers, which else advises everyone to install a framework."""
+    """Import transformers without its advice to install a deep learning framework."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
     os.environ[name] = "1"

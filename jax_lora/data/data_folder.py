@@ -96,7 +96,7 @@ def _missing(path: Path, got: str) -> str:
         got=got,
         expected="a folder with train.jsonl (and valid.jsonl, test.jsonl), a folder of texts, or "
         f"one file; in place of .jsonl: {kinds}, gzipped or not",
-        fix="Check the path given with --data.",
+        fix="Check the path of the data.",
     )
 
 

@@ -1,4 +1,4 @@
-"""One row as ids, with a mark at every token that is learned: a function per form of row."""
+"""Tokenize one example and compute its loss mask, with one function per format."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any, NamedTuple
 from jax_lora.data.answer_spans import answer_spans
 from jax_lora.data.rows import Row
 from jax_lora.data.tokenizer import Tokenizer
+from jax_lora.errors import DataError, format_error
 
 
 class Encoded(NamedTuple):
-    """A row as the model sees it.
+    """A tokenized example.
 
     Attributes:
-      ids: The tokens.
-      learned: As many booleans: True where the token is one to predict.
-      raw: Tokens of the row's own text, without template, start and end tokens.
-      unlocated: Answers that are not learned, as the template writes them as other texts.
+      ids: Token ids.
+      loss_mask: A boolean per token: True for target tokens.
+      raw: Number of tokens of the text itself, without template, BOS and EOS tokens.
+      unlocated: Responses without loss, because the chat template changes their text.
     """
 
     ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
     raw: int
     unlocated: int = 0
 
@@ -29,31 +30,31 @@ class Encoded(NamedTuple):
 def encode_row(
     row: Row, tokenizer: Tokenizer, *, mask_prompt: bool | None = None, turns: str = "all"
 ) -> Encoded:
-    """Encode a row.
+    """Tokenize an example and compute its loss mask.
 
     Args:
-      row: The row.
+      row: The example.
       tokenizer: The model's tokenizer.
-      mask_prompt: False learns prompts too; None follows the form (True, but for text).
-      turns: Which of a chat's answers are learned: `"all"` or the `"last"`.
+      mask_prompt: False includes prompts in the loss; None masks prompts, except in plain text.
+      turns: Assistant turns that are included in the loss: `"all"` or only the `"last"`.
 
     Returns:
-      Its ids and marks.
+      The ids and the loss mask.
 
     Raises:
       DataError: The chat template refuses the conversation.
     """
     encoded = _ENCODERS[row.kind](row.fields, tokenizer, turns)
     if mask_prompt is False:
-        return encoded._replace(learned=[True] * len(encoded.ids))
+        return encoded._replace(loss_mask=[True] * len(encoded.ids))
     return encoded
 
 
 def encode_prompt(fields: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """Encode what a model is given before it answers, exactly as training showed it.
+    """Tokenize the prompt of an example, with the same ids as in training.
 
     Args:
-      fields: A row with `prompt`, or a chat, of which all before the last answer is the prompt.
+      fields: An example with `prompt`, or a chat: its prompt is all turns before the last response.
       tokenizer: The model's tokenizer.
 
     Returns:
@@ -70,12 +71,13 @@ def encode_prompt(fields: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
 def _completion(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
     prompt = tokenizer.encode(row["prompt"])
     ids = tokenizer.encode(row["prompt"] + row["completion"])
-    # Together they can merge across the seam into a token that no prompt alone ever ends with.
+    # The tokenizer can merge the end of the prompt with the start of the completion into one token,
+    # which never occurs at inference. In that case, the two are tokenized separately.
     if ids[: len(prompt)] != prompt:
         answer = tokenizer.encode(row["completion"])
         ids = prompt + answer[len(answer[:1]) if answer[:1] == [tokenizer.bos_id] else 0 :]
-    learned = [False] * len(prompt) + [True] * (len(ids) - len(prompt))
-    return _ended(ids, learned, tokenizer)
+    loss_mask = [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+    return _ended(ids, loss_mask, tokenizer)
 
 
 def _text(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
@@ -83,12 +85,25 @@ def _text(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
     return _ended(ids, [True] * len(ids), tokenizer)
 
 
-def _ended(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> Encoded:
-    """Append the end token, which is learned like any other, unless it is there."""
+def _labeled(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
+    if "text" not in row:
+        raise DataError(
+            format_error(
+                "the fields",
+                got='a pair of texts, "text_a" and "text_b"',
+                expected='"text", or "prompt" and "completion"',
+                fix="Rename the fields; pairs of texts are for encoders such as BERT.",
+            )
+        )
+    return _text(row, tokenizer, turns)
+
+
+def _ended(ids: list[int], loss_mask: list[bool], tokenizer: Tokenizer) -> Encoded:
+    """Append EOS as a target token, unless the ids already end with it."""
     raw = _own(ids, tokenizer)
-    if ids[-1:] == [tokenizer.eos_id] and learned[-1]:
-        return Encoded(ids, learned, raw)
-    return Encoded([*ids, tokenizer.eos_id], [*learned, True], raw)
+    if ids[-1:] == [tokenizer.eos_id] and loss_mask[-1]:
+        return Encoded(ids, loss_mask, raw)
+    return Encoded([*ids, tokenizer.eos_id], [*loss_mask, True], raw)
 
 
 def _own(ids: list[int], tokenizer: Tokenizer) -> int:
@@ -101,25 +116,26 @@ def _chat(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
     ids, ends = tokenizer.encode_with_ends(text)
     spans, unlocated = answer_spans(messages, text, tokenizer, tools, row.get("learn_from", 0))
     spans = spans[-1:] if turns == "last" else spans
-    learned = [any(start < end <= stop for start, stop in spans) for end in ends]
+    loss_mask = [any(start < end <= stop for start, stop in spans) for end in ends]
     raw = sum(_own(tokenizer.encode(turn["content"]), tokenizer) for turn in messages)
-    if messages[-1]["role"] == "assistant" and not _closed(ids, learned, tokenizer):
-        ids, learned = [*ids, tokenizer.eos_id], [*learned, True]
-    return Encoded(ids, learned, raw, unlocated)
+    if messages[-1]["role"] == "assistant" and not _closed(ids, loss_mask, tokenizer):
+        ids, loss_mask = [*ids, tokenizer.eos_id], [*loss_mask, True]
+    return Encoded(ids, loss_mask, raw, unlocated)
 
 
-def _closed(ids: list[int], learned: list[bool], tokenizer: Tokenizer) -> bool:
-    """Tell whether the template closes the last answer, with its own end of a turn or the model's.
+def _closed(ids: list[int], loss_mask: list[bool], tokenizer: Tokenizer) -> bool:
+    """Return whether the template ends the last response with an end-of-turn token or EOS.
 
-    There may be a new line behind it.
+    A newline may follow that token.
     """
-    tail = [index for index, known in zip(ids, learned, strict=True) if known][-3:]
+    tail = [index for index, known in zip(ids, loss_mask, strict=True) if known][-3:]
     return any(index == tokenizer.eos_id or tokenizer.is_special(index) for index in tail)
 
 
 _ENCODERS: dict[str, Callable[[dict[str, Any], Tokenizer, str], Encoded]] = {
     "completions": _completion,
     "text": _text,
+    "labeled": _labeled,
     "document": _text,
     "chat": _chat,
 }

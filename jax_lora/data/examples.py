@@ -1,4 +1,4 @@
-"""The rows of a file as examples of the right length, and what was lost on the way."""
+"""Tokenize the examples of a file and apply the maximum sequence length."""
 
 from __future__ import annotations
 
@@ -15,31 +15,41 @@ from jax_lora.errors import DataError, format_error
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row as the model sees it.
+    """A tokenized example.
 
     Args:
       ids: (tokens,) int32.
-      learned: (tokens,) booleans: True where the token is one to predict.
-      line: The row's line in its file.
-      raw: Tokens of the row's own text, without template, start and end tokens.
+      loss_mask: (tokens,) bool: True for target tokens.
+      line: Line number in the file.
+      raw: Number of tokens of the text itself, without template, BOS and EOS tokens.
     """
 
     ids: np.ndarray
-    learned: np.ndarray
+    loss_mask: np.ndarray
     line: int
     raw: int = 0
+
+    @property
+    def targets(self) -> int:
+        """Count the target tokens. The first token of a sequence is never a target."""
+        return int(self.loss_mask[1:].sum())
+
+    @property
+    def tokens(self) -> int:
+        """Count the tokens."""
+        return len(self.ids)
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The rows of a file as examples, and what was lost on the way.
+    """The tokenized examples of a file, with counts of truncated and dropped examples.
 
     Args:
       rows: The examples.
-      cut: How many rows were cut at the longest length.
-      dropped: Lines of the rows left out because nothing to learn was left of them.
-      unlocated: Answers that are not learned, as the chat template writes them as other texts.
-      pieces: Examples that documents longer than the longest length were cut into.
+      cut: Number of truncated examples.
+      dropped: Line numbers of the examples that were dropped, because no target token remained.
+      unlocated: Number of responses without loss, because the chat template changes their text.
+      pieces: Number of examples that long documents were split into.
     """
 
     rows: tuple[Example, ...]
@@ -58,25 +68,25 @@ def make_examples(
     mask_prompt: bool | None = None,
     turns: str = "all",
 ) -> Examples:
-    """Encode every row of a file.
+    """Tokenize every example of a file.
 
-    The end token is appended where it is not there yet, and learned. Prompts, and every turn of a
-    chat but the assistant's, are seen and not learned.
+    EOS is appended as a target token, unless it is already there. Prompts, and the turns of a chat
+    that are not the assistant's, have no loss.
 
     Args:
-      file: The rows.
+      file: The examples.
       tokenizer: The model's tokenizer.
-      max_length: Longest row in tokens.
-      truncate: What happens to longer ones: `"right"` cuts them, `"drop"` leaves them out, and
-        `"error"` refuses the file. Documents of a folder of texts are cut into pieces instead.
-      mask_prompt: False learns prompts too; None follows the format (True, but for text).
-      turns: Which of a chat's answers are learned: `"all"` or the `"last"`.
+      max_length: Maximum sequence length in tokens.
+      truncate: How longer examples are treated: `"right"` truncates them, `"drop"` drops them, and
+        `"error"` raises an error. Documents of a folder of texts are split into pieces instead.
+      mask_prompt: False includes prompts in the loss; None masks prompts, except in plain text.
+      turns: Assistant turns that are included in the loss: `"all"` or only the `"last"`.
 
     Returns:
       The examples, in the file's order.
 
     Raises:
-      DataError: `truncate="error"` and a long row, or no row is left.
+      DataError: An example is too long and `truncate="error"`, or no example has a target token.
     """
     examples: list[Example] = []
     dropped: list[int] = []
@@ -99,29 +109,29 @@ def make_examples(
         else:
             cut += truncate == "right"
             kept = [_part(whole, 0, max_length if truncate == "right" else 0)]
-        # The first token is never predicted, so it cannot be all there is to learn.
-        useful = [example for example in kept if example.learned[1:].any()]
+        # The first token is never predicted, so an example needs a target token after it.
+        useful = [example for example in kept if example.loss_mask[1:].any()]
         examples += useful
         dropped += [] if useful else [row.line]
     if not examples:
         raise DataError(
             format_error(
                 str(file.path),
-                got=f"{len(dropped)} rows, of which none has a token to learn within {max_length}",
-                expected="at least one",
-                fix="Raise --max-seq-length, or shorten the prompts.",
+                got=f"{len(dropped)} examples without a target token in the first {max_length}",
+                expected="at least one example with a target token",
+                fix="Raise max_seq_length, or shorten the prompts.",
             )
         )
     return Examples(tuple(examples), cut, tuple(dropped), unlocated, pieces)
 
 
 def _example(encoded: Encoded, line: int) -> Example:
-    ids, learned = np.asarray(encoded.ids, np.int32), np.asarray(encoded.learned, bool)
-    return Example(ids, learned, line, encoded.raw)
+    ids, loss_mask = np.asarray(encoded.ids, np.int32), np.asarray(encoded.loss_mask, bool)
+    return Example(ids, loss_mask, line, encoded.raw)
 
 
 def _pieces(example: Example, length: int) -> Iterator[Example]:
-    """Cut a document; a piece begins with the last token of the one before, to predict the next."""
+    """Split a document. Pieces overlap by one token, so that no target token is lost."""
     for start in range(0, len(example.ids) - 1, length - 1):
         yield _part(example, start, start + length)
 
@@ -129,13 +139,13 @@ def _pieces(example: Example, length: int) -> Iterator[Example]:
 def _part(example: Example, start: int, stop: int) -> Example:
     ids = example.ids[start:stop]
     raw = min(example.raw, max(len(ids) - (start > 0), 0))
-    return dataclasses.replace(example, ids=ids, learned=example.learned[start:stop], raw=raw)
+    return dataclasses.replace(example, ids=ids, loss_mask=example.loss_mask[start:stop], raw=raw)
 
 
 def _too_long(where: str, length: int, max_length: int) -> str:
     return format_error(
         where,
         got=f"{length} tokens",
-        expected=f"at most {max_length} (--max-seq-length)",
-        fix="Raise --max-seq-length, or allow --truncate right or drop.",
+        expected=f"at most {max_length} (max_seq_length)",
+        fix='Raise max_seq_length, or set truncate to "right" or "drop".',
     )

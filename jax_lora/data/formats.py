@@ -3,6 +3,8 @@
 {"messages": [...], "tools": [...]}                    chat
 {"prompt": "...", "completion": "..."}                 completions; lists of turns are a chat
 {"text": "..."}                                        text
+{"text": "...", "label": "..."}                        labeled, for classification
+{"text_a": "...", "text_b": "...", "label": "..."}     labeled pairs; without "label" to predict
 {"instruction": ..., "input": ..., "output": ...}      Alpaca, becomes a completion
 {"conversations": [{"from": ..., "value": ...}]}       ShareGPT, becomes a chat
 """
@@ -41,8 +43,8 @@ def check_fields(value: Any) -> Checked:
       value: Any JSON value.
 
     Returns:
-      The form's name (`"completions"`, `"text"` or `"chat"`) and its fields, beside which all
-      others of the row stay; or the problem.
+      The form's name (`"completions"`, `"text"`, `"labeled"` or `"chat"`) and its fields, with all
+      others of the row; or the problem.
 
     Example:
       >>> check_fields({"text": "Once upon a time"})[0]
@@ -63,7 +65,7 @@ def check_fields(value: Any) -> Checked:
 
 
 def _fix(names: list[str]) -> str:
-    """Name what a misspelt field is near to, or the usual fields."""
+    """Suggest the field name closest to a misspelled one, or list the supported fields."""
     known = [key for keys, _ in _FORMATS for key in keys]
     for name in names:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
@@ -86,7 +88,9 @@ def _conversation(
     row: dict[str, Any], turns: list[dict[str, Any]], tools: Any = None, learn_from: int = 0
 ) -> Checked:
     if not any(turn["role"] == "assistant" for turn in turns[learn_from:]):
-        return Problem('no turn has the role "assistant": there is nothing to learn', "Add one.")
+        return Problem(
+            'no turn has the role "assistant": no target tokens', "Add an assistant turn."
+        )
     return "chat", row | {"messages": turns, "tools": tools, "learn_from": learn_from}
 
 
@@ -117,6 +121,23 @@ def _completion_of_turns(row: dict[str, Any]) -> Checked:
 
 def _text(row: dict[str, Any]) -> Checked:
     return check_text(row, "text") or ("text", row)
+
+
+def _labeled(row: dict[str, Any]) -> Checked:
+    """A text, or two, with the class as a string; a row to predict has none."""
+    names = ("text_a", "text_b") if "text_a" in row else ("text",)
+    for name in names:
+        problem = check_text(row, name, may_be_empty=name == "text_b")
+        if problem:
+            return problem
+    label = row.get("label")
+    if label is None:
+        return "labeled", row
+    # JSON has names, numbers, and true or false; a CSV file has strings alone.
+    if not isinstance(label, str | int) or label == "":
+        return Problem(f'"label" is {kind_of(label)}, not a class', "Write a name or an integer.")
+    name = str(label).lower() if isinstance(label, bool) else str(label)
+    return "labeled", row | {"label": name}
 
 
 def _alpaca(row: dict[str, Any]) -> Checked:
@@ -162,5 +183,7 @@ _FORMATS: tuple[tuple[set[str], Callable[[dict[str, Any]], Checked]], ...] = (
     ({"conversations"}, _sharegpt),
     ({"prompt", "completion"}, _completion),
     ({"instruction", "output"}, _alpaca),
+    ({"text_a", "text_b"}, _labeled),
+    ({"text", "label"}, _labeled),
     ({"text"}, _text),
 )

@@ -27,14 +27,12 @@ def check_text(row: dict[str, Any], name: str, *, may_be_empty: bool = False) ->
     if not isinstance(text, str):
         return Problem(f'"{name}" is {kind_of(text)}, not a string', f'Make "{name}" a string.')
     if not text and not may_be_empty:
-        return Problem(
-            f'"{name}" is empty: there is nothing to learn', "Fill it, or delete the row."
-        )
+        return Problem(f'"{name}" is empty: no target tokens', "Add text, or delete the row.")
     return check_characters(text, f'"{name}"')
 
 
 def check_characters(text: str, where: str) -> Problem | None:
-    """Refuse half of a surrogate pair, which no tokenizer takes."""
+    """Reject unpaired surrogates, which no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

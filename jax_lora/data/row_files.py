@@ -19,6 +19,7 @@ MOST_BYTES = 8 * 2**30  # of a file as it is read
 # Text shrinks to a tenth or so; what unpacks to so much more is made to fill the memory.
 MOST_RATIO, FREE_BYTES = 200, 2**26
 WIDEST_CELL = 2**24
+LISTS = ("data", "rows", "train")  # under which a JSON object may have its list
 
 
 class RawRow(NamedTuple):
@@ -67,7 +68,7 @@ def read_content(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         damaged = path.suffix == ".gz" and not isinstance(error, FileNotFoundError)
         got = f"a damaged gzip file: {error}" if damaged else getattr(error, "strerror", None)
-        raise _unreadable(path, got or str(error), "Check the path given with --data.") from error
+        raise _unreadable(path, got or str(error), "Check the path of the data.") from error
     if len(content) > most:
         got = f"more than {most:,} bytes of text"
         raise _unreadable(path, got, "Unpack it, or cut it into several smaller files.")
@@ -121,9 +122,13 @@ def _jsonl(path: Path, content: bytes) -> RawFile:
 def _json(path: Path, content: bytes) -> RawFile:
     value = _parse(content, last=True) if content.strip() else []
     if isinstance(value, Problem):
+        lines = _jsonl(path, content)  # many data sets call JSON Lines .json
+        if lines.rows and isinstance(lines.rows[0].value, dict):
+            return lines
+    if isinstance(value, Problem):
         raise _unreadable(path, value.reason, value.fix)
     if isinstance(value, dict):
-        value = next((value[key] for key in ("data", "rows", "train") if key in value), value)
+        value = next((value[key] for key in LISTS if key in value), value)
     if not isinstance(value, list):
         fix = "Write a list of rows; rows on lines of their own go into a .jsonl file."
         raise _unreadable(path, f"{kind_of(value)} where a list of rows is needed", fix)

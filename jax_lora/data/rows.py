@@ -23,8 +23,8 @@ class Row:
 
     Args:
       line: Its line, counted from 1.
-      kind: `"completions"`, `"text"` or `"chat"`, found row by row, as files mix them; or
-        `"document"`, a text that is cut into pieces.
+      kind: `"completions"`, `"text"`, `"labeled"`, or `"chat"`, found row by row, as files mix
+        them; or `"document"`, a text that is cut into pieces.
       fields: The row in its form, extra fields and all.
     """
 
@@ -42,8 +42,8 @@ class RowFile:
       rows: Its rows; `lines == len(rows) + blank`, since a file with a bad row is refused.
       lines: How many lines the file has.
       blank: How many of them are blank, and skipped.
-      digest: A hash of the file, which tells whether it is the same as it was.
-      skipped: Files of a folder of texts that are none.
+      digest: A hash of the file, to detect changes.
+      skipped: Files in a folder of texts that are not texts.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""A tokenizer from a Hugging Face folder: ids with exactly one BOS, and chat templates."""
+"""Load a tokenizer from a Hugging Face folder, with BOS handling and chat templates."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jax_lora.errors import DataError, ModelError, format_error
 if TYPE_CHECKING:
     import tokenizers
 
-LARGEST_SETTINGS = 10_000_000  # bytes; a template or two hundred special tokens are far below it
+LARGEST_SETTINGS = 10_000_000  # bytes; real files are far smaller
 
 
 class Tokenizer:
-    """Text to ids and back, as the model was trained to see them.
+    """Encode text to ids and decode ids to text, with at most one BOS token.
 
     Args:
-      backend: What `tokenizers.Tokenizer.from_file` gives.
-      folder: Where it came from; the chat template is read from there when it is needed.
-      eos: The end token's text.
-      bos: The start token's text, or None.
+      backend: A `tokenizers.Tokenizer`.
+      folder: The tokenizer's folder. The chat template is loaded from it on first use.
+      eos: Text of the EOS token.
+      bos: Text of the BOS token, or None.
 
     Example:
       >>> import jax_lora.bundled
@@ -38,14 +38,14 @@ class Tokenizer:
         self._template: ChatTemplate | None = None
         self.eos_text = eos
         self.eos_id = self._id(eos)
-        # A tokenizer can name a BOS and not use it (GPT-2): what it does itself decides.
+        # A tokenizer can define BOS without adding it (GPT-2), so the backend's output decides.
         starts = backend.encode("a").ids[:1]
         uses_bos = bos is not None and starts == [self._id(bos)]
         self.bos_id = starts[0] if uses_bos else None
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read `tokenizer.json` and the special tokens beside it.
+        """Load `tokenizer.json` and the special tokens of a folder.
 
         Args:
           folder: A Hugging Face folder.
@@ -54,61 +54,49 @@ class Tokenizer:
           The tokenizer.
 
         Raises:
-          ModelError: A file is missing or damaged, or no end token is named anywhere.
+          ModelError: A file is missing or damaged, or no EOS token is defined.
         """
-        import tokenizers
-
         folder = Path(folder)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise ModelError(_cannot_read(file, "no such file"))
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ModelError(_cannot_read(file, str(error)[:200])) from error
-        backend.no_truncation()
-        backend.no_padding()
-        settings = _read_json(folder / "special_tokens_map.json")
-        settings |= _read_json(folder / "tokenizer_config.json")
-        eos = _text_of(settings.get("eos_token")) or _eos_of_model(folder, backend)
+        backend, special = read_backend(folder), read_special_tokens(folder)
+        eos = special.get("eos_token") or _eos_of_model(folder, backend)
         if eos is None or backend.token_to_id(eos) is None:
             raise ModelError(
                 format_error(
                     str(folder / "tokenizer_config.json"),
                     got=f"eos_token {eos!r}",
-                    expected="an end token that tokenizer.json has: answers could never end",
+                    expected="an EOS token that is in tokenizer.json, so that generation can stop",
                     fix='Add "eos_token" to tokenizer_config.json.',
                 )
             )
-        return cls(backend, folder, eos=eos, bos=_text_of(settings.get("bos_token")))
+        return cls(backend, folder, eos=eos, bos=special.get("bos_token"))
 
     @property
     def size(self) -> int:
-        """Count the tokens, added ones too."""
+        """Return the vocabulary size, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Turn text into ids, with one BOS in front where the tokenizer uses one.
+        """Encode text, with one leading BOS if the tokenizer uses BOS.
 
         Args:
-          text: Any text; a chat template may have put the BOS into it already.
+          text: Any text; it may already begin with BOS, for example from a chat template.
 
         Returns:
           The ids.
 
         Raises:
-          DataError: The text begins with two BOS.
+          DataError: The text begins with two BOS tokens.
         """
         return self.encode_with_ends(text)[0]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Encode, and say for each id where its piece of the text ends, in characters.
+        """Encode text, and return the end offset of every token in characters.
 
         Args:
           text: Any text.
 
         Returns:
-          The ids, and as many positions in the text.
+          The ids, and the end offset of each.
         """
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids, ends = list(encoding.ids), [end for _, end in encoding.offsets]
@@ -118,9 +106,9 @@ class Tokenizer:
             raise DataError(
                 format_error(
                     f"the text {text[:60]!r}",
-                    got="two start tokens in front",
+                    got="two BOS tokens at the start",
                     expected="exactly one",
-                    fix="Take the start token out of the text or out of the chat template.",
+                    fix="Remove BOS from the text or from the chat template.",
                 )
             )
         if ids[:1] == [self.bos_id]:
@@ -128,25 +116,25 @@ class Tokenizer:
         return [self.bos_id, *ids], [0, *ends]
 
     def decode(self, ids: list[int]) -> str:
-        """Turn ids into text, without special tokens."""
+        """Decode ids, without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def decode_all(self, ids: list[int]) -> str:
-        """Turn ids into text, special tokens and all."""
+        """Decode ids, special tokens included."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def ids_containing(self, text: str) -> list[int]:
-        """Find the tokens whose own text holds a text: all that can end a line, say."""
+        """Return the ids of the tokens whose text contains `text`, such as a newline."""
         return [index for index in range(self.size) if text in self._backend.decode([index])]
 
     def render(
         self, messages: list[dict[str, Any]], *, answer_next: bool = False, tools: Any = None
     ) -> str:
-        """Write a conversation out by the tokenizer's chat template.
+        """Render a conversation with the tokenizer's chat template.
 
         Args:
           messages: Turns with `role` and `content`.
-          answer_next: End with what begins an answer.
+          answer_next: Append the prefix of an assistant turn (the generation prompt).
           tools: Descriptions of the tools that the model may call.
 
         Returns:
@@ -154,14 +142,14 @@ class Tokenizer:
 
         Raises:
           ModelError: The tokenizer has no chat template.
-          DataError: The template refuses the conversation.
+          DataError: The template rejects the conversation.
         """
         if self._template is None:
             self._template = ChatTemplate(self._folder)
         return self._template.render(messages, answer_next=answer_next, tools=tools)
 
     def is_special(self, index: int) -> bool:
-        """Tell a token that stands for no text, such as the end of a turn."""
+        """Return whether a token is special, such as an end-of-turn token."""
         return index in self._special
 
     @functools.cached_property
@@ -172,6 +160,34 @@ class Tokenizer:
     def _id(self, token: str) -> int:
         index = self._backend.token_to_id(token)
         return -1 if index is None else index
+
+
+def read_backend(folder: Path) -> tokenizers.Tokenizer:
+    """Read a folder's `tokenizer.json`, with truncation and padding switched off.
+
+    Raises:
+      ModelError: The file is missing or damaged.
+    """
+    import tokenizers
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(_cannot_read(file, "no such file"))
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ModelError(_cannot_read(file, str(error)[:200])) from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def read_special_tokens(folder: Path) -> dict[str, str]:
+    """Read the texts of the special tokens that a folder names, by role such as `"eos_token"`."""
+    settings = _read_json(folder / "special_tokens_map.json")
+    settings |= _read_json(folder / "tokenizer_config.json")
+    texts = {name: _text_of(value) for name, value in settings.items() if name.endswith("_token")}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _cannot_read(file: Path, got: str) -> str:

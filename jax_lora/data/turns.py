@@ -1,4 +1,4 @@
-"""The turns of a conversation, as chat templates take them: roles, content, calls of tools."""
+"""Validate the turns of a conversation for chat templates: roles, content, tool calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_turns(turns: Any, where: str) -> list[dict[str, Any]] | Problem:
     """Check a conversation, and write every turn's content as one string.
 
     Args:
-      turns: What the row has.
+      turns: The value of the field.
       where: The field's name in quotes, for messages.
 
     Returns:
@@ -38,7 +38,7 @@ def check_tools(tools: Any) -> list[dict[str, Any]] | Problem | None:
     """Check the descriptions of the tools that a model may call.
 
     Args:
-      tools: What the row has.
+      tools: The value of the field.
 
     Returns:
       The descriptions; None if there are none; or the problem.
@@ -77,7 +77,7 @@ def _check_turn(turn: Any, where: str) -> dict[str, Any] | Problem:
 
 
 def _content(content: Any, where: str, *, may_be_null: bool) -> str | Problem:
-    """One string of the content, which may be written as parts."""
+    """Return the content as one string; join it if it is a list of text parts."""
     if content is None and may_be_null:
         return ""
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
@@ -86,7 +86,7 @@ def _content(content: Any, where: str, *, may_be_null: bool) -> str | Problem:
                 kind = part.get("type")
                 return Problem(
                     f'{where}: a part of "content" has the type {kind!r:.40}, not "text"',
-                    "Only text can be learned here; take the part out.",
+                    "Only text is supported; remove the part.",
                 )
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
@@ -97,7 +97,7 @@ def _content(content: Any, where: str, *, may_be_null: bool) -> str | Problem:
 
 
 def _check_calls(calls: Any, where: str) -> list[dict[str, Any]] | Problem:
-    """Check calls of tools; arguments written as a JSON string become the object they stand for."""
+    """Check tool calls, and parse arguments that are given as a JSON string."""
     if not isinstance(calls, list):
         return Problem(f'{where}: "tool_calls" is {kind_of(calls)}, not a list', "Make it a list.")
     checked = []
@@ -106,13 +106,14 @@ def _check_calls(calls: Any, where: str) -> list[dict[str, Any]] | Problem:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return Problem(
-                f"{at} names no function",
+                f"{at} has no function name",
                 'Write {"type": "function", "function": {"name": "...", "arguments": {...}}}.',
             )
         arguments = _arguments(function.get("arguments", {}))
         if arguments is None:
             return Problem(
-                f'{at}: "arguments" are no JSON object', "Write them as an object, or as its JSON."
+                f'{at}: "arguments" are not a JSON object',
+                "Write them as an object, or as its JSON.",
             )
         checked.append(
             {"type": "function", **call, "function": {**function, "arguments": arguments}}

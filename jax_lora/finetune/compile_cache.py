@@ -1,4 +1,4 @@
-"""Compiled programs that stay on the disk, so that the second run of a command starts at once."""
+"""The persistent compilation cache, which makes later runs start faster."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import jax
 
 OFF = "JAX_LORA_NO_CACHE"
 FOLDER = "JAX_COMPILATION_CACHE_DIR"  # JAX's own
-LEAST_SECONDS = 1.0  # a program that compiles sooner is not worth a file
+LEAST_SECONDS = 1.0  # functions that compile faster are not cached
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileCache:
-    """Where compiled programs are kept.
+    """The location and state of the compilation cache.
 
     Args:
       folder: The folder.
-      why_off: Why nothing is kept; nothing if it is.
+      why_off: Why the cache is disabled; empty if it is enabled.
     """
 
     folder: Path
@@ -29,19 +29,19 @@ class CompileCache:
 
     @property
     def size(self) -> int:
-        """Bytes of the files that are there."""
+        """Return the size of the cached files in bytes."""
         if not self.folder.is_dir():
             return 0
         return sum(_size(file) for file in self.folder.rglob("*"))
 
 
 def use_compile_cache() -> CompileCache:
-    """Keep compiled programs on the disk from here on; called before the first is compiled.
+    """Enable the persistent compilation cache. Call it before the first compilation.
 
-    A cache spares seconds and is needed for nothing: where it cannot be, the run goes on without.
+    If the folder cannot be used, the cache stays disabled and no error is raised.
 
     Returns:
-      Where programs are kept, or why none are.
+      The cache, with the reason if it is disabled.
     """
     found = find_compile_cache()
     if found.why_off:
@@ -53,10 +53,10 @@ def use_compile_cache() -> CompileCache:
 
 
 def find_compile_cache() -> CompileCache:
-    """Find the folder, and try whether it can be written to; it is made if it is not there.
+    """Find the folder of the cache, create it if necessary, and check that it is writable.
 
     Returns:
-      The folder that `JAX_COMPILATION_CACHE_DIR` names, or else one among the user's caches.
+      The cache in `JAX_COMPILATION_CACHE_DIR`, or else in the user's cache folder.
     """
     folder = _folder()
     if os.environ.get(OFF, "0") not in ("", "0"):
@@ -79,13 +79,13 @@ def _folder() -> Path:
 
 
 def _machine() -> str:
-    """Tell processors apart: a home that several machines share must not mix their programs.
+    """Identify the processor, because machines may share a home folder.
 
-    XLA compiles for the instructions of the processor at hand, and JAX's keys do not name them all.
+    XLA compiles for the instruction set of the processor, which JAX's keys do not fully cover.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # another system than Linux
+    except OSError:  # not Linux
         lines = []
     named = ("flags", "Features", "model name", "CPU part")
     features = dict(line.split(":", 1) for line in lines if line.startswith(named))
@@ -96,5 +96,5 @@ def _machine() -> str:
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size if file.is_file() else 0
-    except OSError:  # another process has just taken it away
+    except OSError:  # another process may have deleted it
         return 0

@@ -1,7 +1,7 @@
-"""Spreads a batch's rows over the devices, each of which holds the whole model.
+"""Data parallelism: shard the rows of a batch over devices that each hold the whole model.
 
-A CPU is one device to JAX, whose operators share its cores one after the other; a device for each
-core, with rows of its own, trains a small model about 1.6 times as fast on two cores.
+By default, JAX treats a CPU as one device. One device per core, each with part of the batch, trains
+a small model about 1.6 times as fast on two cores.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MOST_CPU_COPIES = 2_000_000_000  # bytes
 
 
 def use_all_cores() -> None:
-    """Make a device of each core; called before JAX looks for devices, or it changes nothing."""
+    """Use one JAX device per CPU core. It has no effect after JAX has initialized its devices."""
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
         return  # the user has
-    affinity = getattr(os, "sched_getaffinity", None)  # what a container may use, on Linux
+    affinity = getattr(os, "sched_getaffinity", None)  # respects container limits on Linux
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     try:
         jax.config.update("jax_num_cpu_devices", min(cores, MOST_CPU_DEVICES))

@@ -1,4 +1,4 @@
-"""Scores a model on a split: loss, exact match, and what its queries find in a database."""
+"""Evaluates a model on a split: loss, and the metrics of its task."""
 
 from __future__ import annotations
 
@@ -8,29 +8,42 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_lora.data.batches import Batches
+import numpy as np
+
 from jax_lora.data.encoding import encode_prompt
-from jax_lora.data.examples import make_examples
 from jax_lora.data.rows import Row, RowFile, boolean_field
-from jax_lora.data.tokenizer import Tokenizer
+from jax_lora.finetune.classification_metrics import accuracy, macro_f1
 from jax_lora.finetune.generation import Generator
+from jax_lora.finetune.prediction import complete, masked_accuracy, predict_classes
+from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.sql_metrics import exact_match, execution_match, load_database
-from jax_lora.finetune.step import make_validation
-from jax_lora.finetune.total_loss import total_loss
+from jax_lora.finetune.tasks import (
+    CAUSAL,
+    CLASSES,
+    MASKED,
+    SEQ2SEQ,
+    encode_examples,
+    longest_input,
+    loss_for,
+    make_batches,
+)
+from jax_lora.finetune.validation import make_validation, total_loss
 
 ALL = "all"
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How a model does on some rows.
+    """Metrics of a model on some examples; None where the task or the data have no such metric.
 
     Args:
-      rows: How many rows.
-      tokens: How many tokens of theirs are learned in training, and scored.
-      loss: Mean cross-entropy of those tokens.
-      exact: Share of answers that are the reference's text; None if the rows have no answers.
-      execution: Share whose query finds what the reference finds; None if rows name no database.
+      rows: Number of examples.
+      tokens: Number of targets: tokens, or classes.
+      loss: Mean cross-entropy of the targets.
+      exact: Share of completions that are the reference's text.
+      execution: Share whose query returns what the reference returns.
+      accuracy: Share of correct classes, or of correct masked tokens.
+      f1: Macro-averaged F1 of the classes.
     """
 
     rows: int
@@ -38,27 +51,31 @@ class Score:
     loss: float
     exact: float | None = None
     execution: float | None = None
+    accuracy: float | None = None
+    f1: float | None = None
 
     @property
     def perplexity(self) -> float:
-        """Among how many tokens the model wavers, as it were: exp(loss)."""
+        """Perplexity: exp(loss)."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The rows of a split, ready to score models on.
+    """The examples of a split, ready to evaluate models on.
 
     Args:
-      file: The rows.
-      tokenizer: The model's tokenizer.
-      max_length: Longest row in tokens.
-      max_tokens: Most tokens of an answer.
-      rows: Rows scored together.
+      file: The examples.
+      tokenizer: The model's tokenizer, in the form of the task.
+      task: One of `jax_lora.finetune.tasks.TASKS`.
+      max_length: The longest sequence in tokens.
+      max_tokens: The most tokens of a completion.
+      rows: Examples evaluated together.
     """
 
     file: RowFile
-    tokenizer: Tokenizer
+    tokenizer: Any
+    task: str = CAUSAL
     max_length: int = 2048
     max_tokens: int = 64
     rows: int = 50
@@ -66,30 +83,36 @@ class Evaluation:
     def score(
         self, model: Any, variables: Any, *, answered: Callable[[int], None] | None = None
     ) -> dict[str, Score]:
-        """Score a model on all rows and, if a field sorts them into two groups, on each.
+        """Evaluate a model on all examples and, if a field divides them into two groups, on each.
 
         Args:
-          model: A decoder of `jax_lora.models`.
-          variables: `{"params": params}`, an adapter merged into them.
-          answered: Is told how many rows have been answered so far.
+          model: A model of `jax_lora.models`.
+          variables: `{"params": params}`, with an adapter merged.
+          answered: Called with the number of completions so far.
 
         Returns:
           Scores by group, `"all"` first.
         """
-        measure = make_validation(model)
+        measure = make_validation(loss_for(self.task, model))
         answers = self._answers(model, variables, answered)
         scores = {}
         for name, rows in self._groups().items():
-            examples = make_examples(
-                dataclasses.replace(self.file, rows=rows),
-                self.tokenizer,
-                max_length=self.max_length,
-            )
-            batches = Batches.of(examples.rows, self.rows)
-            total, tokens = total_loss(measure, None, variables, batches)
+            batches = self._batches(model, rows)
+            total, tokens = total_loss(measure, None, variables, batches.once())
             score = Score(len(rows), round(tokens), total / max(tokens, 1.0))
+            if self.task == CLASSES:
+                score = _classified(model, variables, batches, score)
+            elif self.task == MASKED:
+                right = masked_accuracy(model, variables, batches)
+                score = dataclasses.replace(score, accuracy=right)
             scores[name] = self._judged(rows, answers, score)
         return scores
+
+    def _batches(self, model: Any, rows: Sequence[Row]) -> Any:
+        file = dataclasses.replace(self.file, rows=tuple(rows))
+        settings = TrainSettings(max_seq_length=self.max_length)
+        examples = encode_examples(self.task, file, model, self.tokenizer, settings)
+        return make_batches(self.task, examples, model, self.tokenizer, self.rows)
 
     def _groups(self) -> dict[str, tuple[Row, ...]]:
         groups = {ALL: self.file.rows}
@@ -105,8 +128,12 @@ class Evaluation:
     def _answers(
         self, model: Any, variables: Any, answered: Callable[[int], None] | None
     ) -> dict[int, str]:
-        """Answer every row that has a reference, by line."""
+        """Complete every prompt that has a reference, by line."""
         rows = [row for row in self.file.rows if row.kind == "completions"]
+        if self.task == SEQ2SEQ:
+            return self._completions(model, variables, rows)
+        if self.task != CAUSAL:
+            return {}
         one_line = all("\n" not in row.fields["completion"].rstrip("\n") for row in rows)
         generator = Generator(
             model,
@@ -127,6 +154,14 @@ class Evaluation:
                 answered(len(answers))
         return answers
 
+    def _completions(self, model: Any, variables: Any, rows: Sequence[Row]) -> dict[int, str]:
+        most = min(self.max_length, longest_input(model))
+        prompts = [self.tokenizer.encode(row.fields["prompt"], max_length=most).ids for row in rows]
+        texts = complete(
+            model, variables, self.tokenizer, prompts, max_tokens=self.max_tokens, rows=self.rows
+        )
+        return {row.line: text for row, text in zip(rows, texts, strict=True)}
+
     def _judged(self, rows: Sequence[Row], answers: dict[int, str], score: Score) -> Score:
         judged = [(row, answers[row.line]) for row in rows if row.line in answers]
         if not judged:
@@ -140,6 +175,15 @@ class Evaluation:
     def _executes(self, row: Row, answer: str) -> bool:
         script = load_database(_folder_of(self.file.path), row.fields["database"])
         return execution_match(answer, row.fields["completion"], script)
+
+
+def _classified(model: Any, variables: Any, batches: Any, score: Score) -> Score:
+    labels = {example.line: example.label for example in batches.examples}
+    found = predict_classes(model, variables, batches)
+    predicted = np.array([each.number for each in found])
+    right = np.array([labels[each.line] for each in found])
+    both = {"accuracy": accuracy(predicted, right), "f1": macro_f1(predicted, right)}
+    return dataclasses.replace(score, **both)
 
 
 def _folder_of(path: Path) -> Path:

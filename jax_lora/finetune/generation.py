@@ -1,4 +1,4 @@
-"""Texts for prompts: many at once, padded to few lengths, cut exactly at stop strings."""
+"""Batched text generation with padding to a few lengths and stop strings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.models.decoding import Progress, advance, begin, end_mask, make_choice
 
-# Prompts are padded to a multiple of this: few programs, and not much padding.
+# Prompts are padded to a multiple of this, which limits both recompilation and padding.
 PROMPT_MULTIPLE = 64
-# With stop strings, the answers' texts are looked at after so many tokens.
+# Number of tokens between two searches for stop strings.
 SEGMENT = 16
 
 
@@ -32,17 +32,17 @@ class Generator:
       model: A decoder of `jax_lora.models`.
       variables: `{"params": params}`.
       tokenizer: The model's tokenizer.
-      max_tokens: Most tokens of an answer.
-      rows: Prompts that are answered together; fewer are filled up, so that one program serves.
-      stop: Texts at which an answer ends; it is cut before the first of them.
-      temperature: Divides the logits; 0 takes the likeliest token.
-      top_k: Draw among the k likeliest tokens only.
-      top_p: Draw among the fewest tokens only that together are this likely.
-      seed: Chooses what is drawn: one sequence for each place in the list of prompts.
-      doubling: Pad prompts to lengths that double, for conversations, which grow: fewer programs.
+      max_tokens: Maximum number of new tokens.
+      rows: Batch size; smaller batches are padded, so that one compiled function serves them all.
+      stop: Stop strings; a completion is cut before the first of them.
+      temperature: Divides the logits; 0 selects greedy decoding.
+      top_k: Sample from the k most likely tokens.
+      top_p: Sample from the smallest set of tokens with at least this total probability.
+      seed: Sampling seed; every prompt in the list has a different key.
+      doubling: Pad prompts to doubling lengths, to limit recompilation in growing conversations.
 
     Raises:
-      ConfigError: A number is out of its range, or a stop text is empty.
+      ConfigError: A value is out of range, or a stop string is empty.
     """
 
     model: Any
@@ -65,8 +65,8 @@ class Generator:
                 format_error(
                     "stop",
                     got=f"{self.stop!r}",
-                    expected="a tuple of texts, none of them empty",
-                    fix='Write stop=("\\n",), say; every answer ends at an end token anyway.',
+                    expected="a tuple of non-empty strings",
+                    fix='Write stop=("\\n",), say; completions end at the end token in any case.',
                 )
             )
 
@@ -103,7 +103,7 @@ class Generator:
                     "the prompt",
                     got=f"{len(prompt)} tokens, and up to {self.max_tokens} for the answer",
                     expected=f"at least one token, and no more than the model's {most} together",
-                    fix="Shorten the prompt, or lower --max-tokens.",
+                    fix="Shorten the prompt, or lower max_tokens.",
                 )
             )
 
@@ -192,7 +192,7 @@ class Generator:
         return [text for text, _ in cut], np.array([stopped for _, stopped in cut])
 
     def text_of(self, tokens: list[int]) -> tuple[str, bool]:
-        """Turn an answer's tokens into text, cut before a stop text.
+        """Turn the tokens of a completion into text, cut before a stop text.
 
         Args:
           tokens: The tokens, with the end token or without.
@@ -207,7 +207,7 @@ class Generator:
         return (text[: min(places)], True) if places else (text, False)
 
     def _choice(self, places: Sequence[int]) -> Any:
-        """How the prompts at these places draw: each has a key of its own."""
+        """Return the sampling keys of the prompts at these indices."""
         keys = None
         if self.temperature:
             numbers = np.array(places, np.uint32)

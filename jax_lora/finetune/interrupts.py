@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop: the step is finished and saved first."""
+"""Handle Ctrl-C and SIGTERM: finish the current step and save before stopping."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Interrupts:
-    """Within its `with` block, signals set `requested` instead of ending the program.
+    """Within its `with` block, signals set `requested` instead of ending the process.
 
-    A second Ctrl-C ends it at once: whoever presses it twice means it. Nothing is lost but the
-    steps since the last checkpoint, as checkpoints are moved into place whole.
+    A second Ctrl-C ends it immediately. Only the steps since the last checkpoint are lost, because
+    checkpoints are written atomically.
 
     Example:
       >>> with Interrupts() as interrupts:
@@ -27,14 +27,14 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupts:
-        """Take over the signals; only the main thread may."""
+        """Install the signal handlers, which is only possible in the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

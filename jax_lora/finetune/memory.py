@@ -1,4 +1,4 @@
-"""The most memory that a run has taken so far."""
+"""Measure peak memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 
 
 def counts_resident_memory() -> bool:
-    """Tell whether `peak_memory` is that of the whole process, for want of the device's own."""
+    """Return whether `peak_memory` measures the process, because the device has no statistics."""
     return "peak_bytes_in_use" not in (jax.local_devices()[0].memory_stats() or {})
 
 
@@ -16,8 +16,8 @@ def peak_memory() -> float:
     """Measure the peak in gigabytes (10^9 bytes).
 
     Returns:
-      What the device reports; where it keeps no count (a CPU), the process's peak resident memory,
-      Python and the compiler included; 0.0 where neither is known.
+      Peak device memory; on devices without memory statistics (CPU), the peak resident memory of
+      the process, Python and the compiler included; 0.0 if neither is available.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:

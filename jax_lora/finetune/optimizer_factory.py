@@ -44,13 +44,13 @@ def make_optimizer(
     Args:
       schedule: The learning rate.
       name: An optimizer of Optax.
-      weight_decay: Decoupled weight decay; an optimizer that has none of its own gets it in front
+      weight_decay: Decoupled weight decay; an optimizer without weight decay gets it in front
         of the learning rate, as AdamW has it.
       max_grad_norm: Largest norm of the gradient; 0 does not clip.
       lora_plus_ratio: How many times the learning rate the factors b get.
 
     Returns:
-      An Optax transformation for what is trained.
+      An Optax transformation for the trainable parameters.
     """
     parts = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm > 0 else []
     parts.append(_decayed(_factory(name), schedule, weight_decay))
@@ -65,13 +65,13 @@ def check_optimizer(name: Any) -> None:
       name: What was asked for.
 
     Raises:
-      ConfigError: Optax has none of that name; the message lists the nearest.
+      ConfigError: Optax has no optimizer with that name; the message lists similar names.
     """
     if not isinstance(name, str) or name not in optimizer_names():
         near = difflib.get_close_matches(str(name), optimizer_names(), n=3, cutoff=0.5)
         raise ConfigError(
             format_error(
-                "--optimizer",
+                "optimizer",
                 got=repr(name),
                 expected=f"an optimizer of Optax: {', '.join(optimizer_names())}",
                 fix=f"Did you mean {' or '.join(near)}?" if near else "Leave it out for adamw.",
@@ -106,7 +106,7 @@ def _factory(name: str) -> Callable[..., optax.GradientTransformation]:
 def _decayed(
     factory: Callable[..., Any], schedule: optax.Schedule, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Give the decay to the optimizer itself where it takes one."""
+    """Pass the weight decay to the optimizer if it has such an argument."""
     parameters = inspect.signature(factory).parameters
     if "weight_decay" in parameters:
         return factory(schedule, weight_decay=weight_decay)
@@ -116,7 +116,7 @@ def _decayed(
         return factory(schedule)
     raise ConfigError(
         format_error(
-            "--weight-decay",
+            "weight_decay",
             got=f"{weight_decay:g} for {factory.__name__}, which has none",
             expected="0",
             fix="Take an optimizer with weight decay, such as adamw or lion.",

@@ -1,22 +1,15 @@
-"""The ledger of a run: all that it remembers beside arrays, and writes down to be resumed."""
+"""The progress of a run: everything but arrays that a checkpoint stores to be resumed."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax_lora.errors import CheckpointError, format_error
+from jax_lora.finetune.batch_source import Tokens
 from jax_lora.finetune.memory import peak_memory
 from jax_lora.report.events import TrainReport
-
-
-class Tokens(NamedTuple):
-    """How many tokens a step has: of the rows' own text, with template and ends, with padding."""
-
-    raw: int
-    real: int
-    padded: int
 
 
 @dataclasses.dataclass
@@ -24,34 +17,34 @@ class Window:
     """Sums over the steps since the last report.
 
     Args:
-      loss: Sum of the losses of the learned tokens.
-      learned: How many those were.
-      tokens: Real tokens, learned or not.
+      loss: Sum of the losses.
+      weight: Sum of the batches' weights: target tokens or examples.
+      tokens: Real tokens, targets or not.
       seconds: Time of the steps alone.
-      steps: How many steps.
+      steps: Number of steps.
     """
 
     loss: float = 0.0
-    learned: float = 0.0
+    weight: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
     steps: int = 0
 
 
 @dataclasses.dataclass
-class Ledger:
-    """What a run has done so far.
+class RunProgress:
+    """Counts and losses of a run so far.
 
     Args:
       step: Updates made.
-      raw: Tokens of all steps' own text.
-      tokens: The same with template, start and end tokens.
-      padded: Tokens of all steps with padding.
-      learned: Learned tokens of all steps.
-      seconds: Time of the run, without pauses between its parts.
+      raw: Tokens of the texts of all steps.
+      tokens: The same with template, start, and end tokens.
+      padded: The same with padding.
+      weight: Sum of the batches' weights: target tokens or examples.
+      seconds: Duration of the run, without pauses between its parts.
       val_loss: The last validation loss.
-      best_loss: The lowest one.
-      best_step: The step that had it.
+      best_loss: The lowest validation loss.
+      best_step: Its step.
       unimproved: Validations since then.
       window: The steps since the last report.
     """
@@ -60,7 +53,7 @@ class Ledger:
     raw: int = 0
     tokens: int = 0
     padded: int = 0
-    learned: float = 0.0
+    weight: float = 0.0
     seconds: float = 0.0
     val_loss: float | None = None
     best_loss: float | None = None
@@ -68,36 +61,39 @@ class Ledger:
     unimproved: int = 0
     window: Window = dataclasses.field(default_factory=Window)
 
-    def add_step(self, loss: float, learned: float, tokens: Tokens, seconds: float) -> None:
-        """Enter one step."""
+    def add_step(self, loss: float, weight: float, tokens: Tokens, seconds: float) -> None:
+        """Add one step."""
         self.step += 1
         self.raw += tokens.raw
         self.tokens += tokens.real
         self.padded += tokens.padded
-        self.learned += learned
+        self.weight += weight
         window = self.window
-        window.loss += loss * learned
-        window.learned += learned
+        window.loss += loss * weight
+        window.weight += weight
         window.tokens += tokens.real
         window.seconds += seconds
         window.steps += 1
 
-    def close_window(self, learning_rate: float) -> TrainReport:
-        """Sum up the steps since the last report, and begin anew."""
+    def close_window(
+        self, learning_rate: float | None = None, *, unit: str = "Tokens"
+    ) -> TrainReport:
+        """Summarize the steps since the last report, and begin a new window."""
         window, self.window = self.window, Window()
         seconds = max(window.seconds, 1e-9)
         return TrainReport(
             step=self.step,
-            loss=window.loss / max(window.learned, 1.0),
+            loss=window.loss / (window.weight or 1.0),
             learning_rate=learning_rate,
             steps_per_second=window.steps / seconds,
             tokens_per_second=window.tokens / seconds,
             tokens=self.tokens,
             peak_memory=peak_memory(),
+            unit=unit,
         )
 
     def add_validation(self, loss: float) -> bool:
-        """Enter a validation, and tell whether it is the best one yet; no number never is."""
+        """Add a validation, and tell whether it is the best so far; NaN never is."""
         self.val_loss = loss if math.isfinite(loss) else None
         if self.best_loss is not None and not loss < self.best_loss:
             self.unimproved += 1
@@ -110,22 +106,22 @@ class Ledger:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Any, where: str) -> Ledger:
-        """Read `to_dict`'s values.
+    def from_dict(cls, values: Any, where: str) -> RunProgress:
+        """Read the values of `to_dict`.
 
         Args:
-          values: Whatever was in the file.
+          values: The content of the file, of any type.
           where: The file, for messages.
 
         Returns:
-          The ledger.
+          The progress.
 
         Raises:
-          CheckpointError: These are no values of a ledger.
+          CheckpointError: The values are not those of a run's progress.
         """
         try:
-            fields: Any = {name: _checked(cls, name, value) for name, value in values.items()}
-            inner = {name: _checked(Window, name, v) for name, v in fields["window"].items()}
+            fields: Any = _checked(cls, values)
+            inner = _checked(Window, fields["window"])
             return cls(**(fields | {"window": Window(**inner)}))
         except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -138,11 +134,16 @@ class Ledger:
             ) from error
 
 
-def _checked(of: type, name: str, value: Any) -> Any:
+def _checked(of: type, values: Any) -> dict[str, Any]:
+    """Check the type of every value, and give fields of earlier versions their present names."""
     kinds = {each.name: str(each.type) for each in dataclasses.fields(of)}
-    if name not in kinds:
-        raise TypeError(f"{name!r} is unknown")
-    right = isinstance(value, dict if kinds[name] == "Window" else (int, float))
-    if isinstance(value, bool) or not (right or (value is None and "None" in kinds[name])):
-        raise TypeError(f"{name} is {value!r}")
-    return value
+    checked = {}
+    for given, value in values.items():
+        name = "weight" if given == "learned" else given
+        if name not in kinds:
+            raise TypeError(f"{name!r} is unknown")
+        right = isinstance(value, dict if kinds[name] == "Window" else (int, float))
+        if isinstance(value, bool) or not (right or (value is None and "None" in kinds[name])):
+            raise TypeError(f"{name} is {value!r}")
+        checked[name] = value
+    return checked

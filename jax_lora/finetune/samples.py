@@ -1,4 +1,4 @@
-"""Answers to a few prompts at every validation: a loss says less than a text does."""
+"""Generate sample completions at every validation."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.generation import Generator
 
 MOST_TOKENS = 64
-SHARE = 2  # of a model's positions, answers get one in so many
+SHARE = 2  # completions use at most 1/SHARE of a model's positions
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Answers the same prompts again and again, the likeliest token every time.
+    """Completes the same prompts at every validation, with greedy decoding.
 
     Args:
       model: A decoder of `jax_lora.models`.
       tokenizer: The model's tokenizer.
-      prompts: What is asked.
+      prompts: The prompts.
     """
 
     model: Any
@@ -35,7 +35,7 @@ class Sampler:
             if size > room or size == 0:
                 raise ConfigError(
                     format_error(
-                        f"--sample-prompt {prompt[:60]!r}",
+                        f"the sample prompt {prompt[:60]!r}",
                         got=f"{size} tokens",
                         expected=f"from 1 to {room}: the model has {self._most} positions, of "
                         f"which {self._answer} are for the answer",
@@ -55,7 +55,7 @@ class Sampler:
         """Answer.
 
         Args:
-          variables: The model's variables, an adapter beside them or none.
+          variables: The model's variables, with or without an adapter.
 
         Returns:
           Every prompt with its answer.

@@ -6,11 +6,14 @@ import dataclasses
 import math
 from typing import Any
 
+import optax
+
 from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError, format_error
-from jax_lora.finetune.optimizer_factory import check_optimizer
-from jax_lora.finetune.schedule import SHAPES
+from jax_lora.finetune.optimizer_factory import check_optimizer, make_optimizer
+from jax_lora.finetune.schedule import SHAPES, make_schedule
 
+TASKS = ("auto", "causal-lm", "masked-lm", "seq2seq", "classification")
 TYPES = ("lora", "dora", "full")
 TRUNCATIONS = ("right", "drop", "error")
 TURNS = ("all", "last")
@@ -20,9 +23,12 @@ LOGS = ("jsonl", "csv", "tensorboard")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """What `train` does; the names are those of the command's flags.
+    """The settings of a training run.
 
     Args:
+      task: `"causal-lm"`, `"masked-lm"`, `"seq2seq"`, `"classification"`; `"auto"`: by the
+        architecture and the examples.
+      labels: Names of the classes, in the order of their indices; empty: those of the examples.
       fine_tune_type: `"lora"`, `"dora"` (LoRA that trains each output's norm too), or `"full"`
         (every parameter; the checkpoints are whole models).
       rank: Rank of every pair of factors.
@@ -33,43 +39,45 @@ class TrainSettings:
       targets: Which kernels: `"all-linear"`, `"attention"`, `"mlp"`, or names and globs.
       num_layers: How many layers are adapted, counted from the top; -1 for all.
       epochs: Passes over the data, if `iters` is None.
-      iters: Steps.
-      batch_size: Rows in a part of a batch, all of them in memory together.
-      grad_accumulation_steps: Parts of a batch, one after the other.
-      max_seq_length: Longest row in tokens.
-      truncate: `"right"` cuts longer rows, `"drop"` leaves them out, `"error"` refuses them.
-      pack: Put several rows into one of the longest length; none sees another.
-      mask_prompt: Learn answers only; None: yes, but for rows of plain text.
-      turns: Which of a chat's answers are learned: `"all"`, or the `"last"` one only.
+      iters: Number of optimizer steps.
+      batch_size: Examples in a micro-batch.
+      grad_accumulation_steps: Micro-batches per optimizer step.
+      max_seq_length: Maximum sequence length in tokens.
+      truncate: `"right"` truncates longer examples, `"drop"` drops them, `"error"` raises an error.
+      pack: Pack several examples into one sequence; none attends to another.
+      mask_prompt: Exclude prompts from the loss; None: exclude them, except in plain text.
+      turns: Assistant turns that are included in the loss: `"all"` or only the `"last"`.
       optimizer: An optimizer of Optax by its name.
-      learning_rate: Its peak.
+      learning_rate: Peak learning rate.
       lr_schedule: `"cosine"`, `"linear"` or `"constant"`.
-      warmup: Share of the steps in which the learning rate rises.
-      weight_decay: Decoupled weight decay of what is trained.
+      warmup: Fraction of the steps in which the learning rate rises.
+      weight_decay: Decoupled weight decay of the trainable parameters.
       max_grad_norm: Largest norm of the gradient; 0 does not clip.
-      lora_plus_ratio: How many times the learning rate the factors b get (LoRA+); 1: the same.
+      lora_plus_ratio: Learning rate of the factors `b` divided by that of `a` (LoRA+); 1: equal.
       grad_checkpoint: Recompute every layer in the backward pass, to save memory.
-      loss_chunk: Tokens whose logits are in memory together; None: as the vocabulary needs, 0: all.
-      steps_per_report: Steps between two lines.
+      loss_chunk: Tokens per chunk of logits; None: chosen by vocabulary size, 0: no chunks.
+      steps_per_report: Steps between two reports.
       steps_per_eval: Steps between two validations.
-      val_batches: Batches of a validation; -1 for all of them.
+      val_batches: Number of batches in a validation; -1 for all.
       save_every: Steps between two checkpoints.
-      keep: How many checkpoints stay, beside the best one.
-      save_best: Save whenever the validation loss is the lowest yet.
-      early_stop: End after so many validations without a lower loss; None: never.
-      sample_prompt: Prompts that are answered at every validation.
-      log: Which files of metrics: `"jsonl"`, `"csv"`, `"tensorboard"`.
-      seed: Chooses the first factors, the order of the rows, and what dropout drops.
-      dtype: Of the base's parameters; `"auto"` is float32 on a CPU and the files' own elsewhere.
+      keep: Number of checkpoints to keep, in addition to the best one.
+      save_best: Save whenever the validation loss is the lowest so far.
+      early_stop: Stop after this many validations without a lower loss; None: never.
+      sample_prompt: Prompts to complete at every validation.
+      log: Formats of the metrics files: `"jsonl"`, `"csv"`, `"tensorboard"`.
+      seed: Seed of the initial factors, the order of the examples, and dropout.
+      dtype: Data type of the base weights; `"auto"`: float32 on a CPU, else that of the files.
 
     Raises:
-      ConfigError: A value that cannot mean anything.
+      ConfigError: A value is invalid.
 
     Example:
       >>> TrainSettings(rank=16, alpha=32).lora_config().scale(16, 32)
       2.0
     """
 
+    task: str = "auto"
+    labels: tuple[str, ...] = ()
     fine_tune_type: str = "lora"
     rank: int = 16
     alpha: float = 32.0
@@ -152,6 +160,7 @@ class TrainSettings:
 
     def _check_choices(self) -> None:
         for name, choices in (
+            ("task", TASKS),
             ("fine_tune_type", TYPES),
             ("lr_schedule", SHAPES),
             ("truncate", TRUNCATIONS),
@@ -164,6 +173,11 @@ class TrainSettings:
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
         known = self.mask_prompt is None or isinstance(self.mask_prompt, bool)
         self._check("mask_prompt", known, "true, false, or nothing")
+        names = isinstance(self.labels, tuple) and all(
+            isinstance(name, str) and name for name in self.labels
+        )
+        right = names and len(set(self.labels)) == len(self.labels) != 1
+        self._check("labels", right, "two or more different names, or none")
         texts = isinstance(self.sample_prompt, tuple) and all(
             isinstance(text, str) and text for text in self.sample_prompt
         )
@@ -175,24 +189,25 @@ class TrainSettings:
             return
         for name, nothing in (("dropout", 0.0), ("lora_plus_ratio", 1.0), ("num_layers", -1)):
             right = getattr(self, name) == nothing
-            self._check(name, right, f"{nothing:g} with --fine-tune-type full, without an adapter")
+            self._check(name, right, f"{nothing:g} in full fine-tuning, without an adapter")
 
     def _check(self, name: str, right: bool, expected: str) -> None:
         if not right:
             raise ConfigError(
                 format_error(
-                    f"--{name.replace('_', '-')}",
+                    name,
                     got=repr(getattr(self, name)),
                     expected=expected,
-                    fix="See jax-lora train --help.",
+                    fix="See the documentation of TrainSettings.",
                 )
             )
 
-    def lora_config(self, layers: int = 0) -> LoraConfig:
+    def lora_config(self, layers: int = 0, heads: tuple[str, ...] = ()) -> LoraConfig:
         """Return the part of the settings that describes the adapter.
 
         Args:
-          layers: How many layers the model has; needed where `num_layers` leaves some out.
+          layers: The model's number of layers; needed where `num_layers` omits some.
+          heads: Parts of the model that are trained whole: a new classification head.
 
         Returns:
           The configuration.
@@ -209,6 +224,7 @@ class TrainSettings:
             use_rslora=self.rslora,
             use_dora=self.fine_tune_type == "dora",
             dropout=self.dropout,
+            modules_to_save=heads,
         )
 
     def iterations(self, per_epoch: int) -> int:
@@ -221,6 +237,20 @@ class TrainSettings:
           `iters`, or as many as the epochs need.
         """
         return self.iters or max(1, round(self.epochs * per_epoch))
+
+    def make_schedule(self, steps: int) -> optax.Schedule:
+        """Make the learning rate of a run of so many steps."""
+        return make_schedule(self.lr_schedule, self.learning_rate, steps, warmup=self.warmup)
+
+    def make_optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Make the optimizer of a run of so many steps."""
+        return make_optimizer(
+            self.make_schedule(steps),
+            name=self.optimizer,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            lora_plus_ratio=self.lora_plus_ratio,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, for config.yaml."""

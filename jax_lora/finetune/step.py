@@ -1,4 +1,4 @@
-"""One training step: the gradient of what is trained alone, and its update."""
+"""One training step: the gradient of the trainable parameters, and their update."""
 
 from __future__ import annotations
 
@@ -10,137 +10,132 @@ import jax.numpy as jnp
 import optax
 
 from jax_lora.adapter import combine
-from jax_lora.data.batches import Batch
-from jax_lora.finetune.loss import summed_loss
 from jax_lora.transform import lora_apply
+
+LossFn = Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # (variables, batch) -> sums
+Join = Callable[[Any, Any], Any]  # (frozen, trainable) -> variables
 
 
 class TrainState(NamedTuple):
-    """All that changes in training.
+    """Everything that changes in training.
 
     Attributes:
-      trained: The adapter or, where the model is trained in full, its variables.
-      moments: The optimizer's state, as large as what is trained, or a few times that.
+      trainable: The adapter or, in full fine-tuning, the model's variables.
+      opt_state: The optimizer's state for it.
       step: int32 scalar, the number of updates made.
     """
 
-    trained: Any
-    moments: Any
+    trainable: Any
+    opt_state: Any
     step: jax.Array
 
 
 class StepReport(NamedTuple):
-    """What a step says about itself: float32 scalars.
+    """Scalars of one step, float32.
 
     Attributes:
-      loss: Mean over the learned tokens, before the update.
-      tokens: Number of learned tokens.
+      loss: Mean loss per unit of weight (per target token, say), before the update.
+      weight: The batch's weight: the number of target tokens or of examples.
       gradient_norm: Norm of the gradient, before clipping.
     """
 
     loss: jax.Array
-    tokens: jax.Array
+    weight: jax.Array
     gradient_norm: jax.Array
 
 
-def start(
-    trained: Any, optimizer: optax.GradientTransformation, *, in_place: bool = False
+def init_state(
+    trainable: Any, optimizer: optax.GradientTransformation, *, in_place: bool = False
 ) -> TrainState:
     """Make the state before the first step.
 
     Args:
-      trained: A fresh adapter, or the model's variables. They are copied, as the step takes over
-        the state that it is given.
+      trainable: A fresh adapter, or the model's variables. They are copied, because the step
+        donates its state.
       optimizer: The optimizer.
-      in_place: Do not copy: the first step deletes `trained`.
+      in_place: Do not copy: the first step then deletes `trainable`.
 
     Returns:
       The state.
     """
-    own: Any = trained if in_place else jax.tree.map(jnp.array, trained)
+    own: Any = trainable if in_place else jax.tree.map(jnp.array, trainable)
     return TrainState(own, optimizer.init(own), jnp.int32(0))
 
 
-Join = Callable[[Any, Any], Any]  # (frozen, trained) -> what the model is applied to
-
-
 def make_step(
-    model: Any,
+    loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     *,
     accumulation: int = 1,
-    wrap: Callable[[Any, jax.Array], Any] | None = None,
+    transform: Callable[[Any, jax.Array], Any] | None = None,
     join: Join = combine,
-    chunk: int | None = None,
 ) -> Any:
-    """Make the jitted update; it takes over the state's memory.
+    """Make the jitted training step of any model, loss, and batch.
 
-    The base is an argument and not a constant of the program, so programs stay small and several
-    bases of one shape can use the same one.
+    Use it in a training loop of your own; `Trainer` is the loop that comes with the library. The
+    base is an argument of the step and not a constant, so that compiled functions stay small and
+    bases of one shape share them.
 
     Args:
-      model: A decoder of `jax_lora.models`.
-      optimizer: Optimizer of what is trained.
-      accumulation: Parts that a batch is cut into, one after the other in memory. Sums of losses
-        and token counts are added up, so the update is that of the whole batch.
-      wrap: Changes the joined variables of a step, given the step's number (dropout).
-      join: Puts what is frozen and what is trained together.
-      chunk: As in `summed_loss`.
+      loss_fn: `loss_fn(variables, batch) -> (sum of losses, weight)`, two float32 scalars, written
+        for plain variables. `variables` may be any tree, `batch` any pytree of arrays.
+      optimizer: Optimizer of the trainable parameters.
+      accumulation: Parts that a batch is split into along the first axis of its arrays. They are
+        computed one after the other; their sums add up to the update of the whole batch.
+      transform: Changes the combined variables, given the step's number: dropout, say.
+      join: Combines frozen and trainable parameters: `jl.combine` for an adapter.
 
     Returns:
-      `step(state, frozen, batch) -> (TrainState, StepReport)`, jitted, with its `lower`.
-    """
-    loss = lora_apply(lambda variables, part: summed_loss(model, variables, part, chunk=chunk))
+      `step(state, frozen, batch) -> (TrainState, StepReport)`, jitted; it donates `state`. Make the
+      first state with `init_state`.
 
-    def of_part(trained: Any, frozen: Any, part: Batch, step: jax.Array) -> Any:
-        joined = join(frozen, trained)
-        return loss(joined if wrap is None else wrap(joined, step), part)
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jax_lora as jl
+      >>> def loss_fn(variables, batch):
+      ...     error = batch["x"] @ variables["kernel"] - batch["y"]  # (examples, out)
+      ...     return jnp.sum(error**2), jnp.float32(error.shape[0])
+      >>> variables = {"kernel": jnp.zeros((4, 2))}
+      >>> adapter = jl.lora_init(jax.random.key(0), variables, jl.LoraConfig(rank=2))
+      >>> optimizer = optax.sgd(0.01)
+      >>> step = make_step(loss_fn, optimizer)
+      >>> batch = {"x": jnp.ones((3, 4)), "y": jnp.ones((3, 2))}
+      >>> state = init_state(adapter, optimizer)
+      >>> for _ in range(100):
+      ...     state, report = step(state, variables, batch)
+      >>> bool(report.loss < 0.1), int(state.step)
+      (True, 100)
+    """
+    loss = lora_apply(loss_fn)
+
+    def of_part(trainable: Any, frozen: Any, part: Any, step: jax.Array) -> Any:
+        variables = join(frozen, trainable)
+        total, weight = loss(variables if transform is None else transform(variables, step), part)
+        return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
 
     gradient = jax.value_and_grad(of_part, has_aux=True)
 
-    def whole(trained: Any, frozen: Any, batch: Batch, step: jax.Array) -> Any:
+    def whole(trainable: Any, frozen: Any, batch: Any, step: jax.Array) -> Any:
         if accumulation == 1:
-            return gradient(trained, frozen, batch, step)
-        # Every part takes rows from all over, as neighbouring rows lie on one device.
+            return gradient(trainable, frozen, batch, step)
+        # Every part takes rows from all over the batch: neighboring rows are on one device.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
         )
 
-        def add(sums: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(trained, frozen, part, step)), None
+        def add(sums: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradient(trainable, frozen, part, step)), None
 
-        nothing = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, trained)
-        return jax.lax.scan(add, nothing, parts)[0]
+        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, trainable)
+        return jax.lax.scan(add, zeros, parts)[0]
 
-    def update(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepReport]:
-        (total, tokens), sums = whole(state.trained, frozen, batch, state.step)
-        count = jnp.maximum(tokens, 1.0)  # a batch with nothing to learn has loss 0, not 0 / 0
+    def update(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, StepReport]:
+        (total, weight), sums = whole(state.trainable, frozen, batch, state.step)
+        # A batch without targets has loss 0, not 0 / 0.
+        count = jnp.where(weight == 0, jnp.ones_like(weight), weight)
         gradients = jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), sums)
-        updates, moments = optimizer.update(gradients, state.moments, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        report = StepReport(total / count, tokens, optax.tree.norm(gradients))
-        return TrainState(trained, moments, state.step + 1), report
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        report = StepReport(total / count, weight, optax.tree.norm(gradients))
+        return TrainState(trainable, opt_state, state.step + 1), report
 
     return jax.jit(update, donate_argnums=0)
-
-
-def make_validation(
-    model: Any, *, join: Join = combine, chunk: int | None = None
-) -> Callable[[Any, Any, Batch], tuple[Any, Any]]:
-    """Compile the summed loss of a batch, of what is trained or, given None, of what is frozen.
-
-    Args:
-      model: A decoder of `jax_lora.models`.
-      join: Puts what is frozen and what is trained together.
-      chunk: As in `summed_loss`.
-
-    Returns:
-      `measure(trained, frozen, batch) -> (sum of losses, learned tokens)`.
-    """
-    loss = lora_apply(lambda variables, batch: summed_loss(model, variables, batch, chunk=chunk))
-
-    @jax.jit
-    def measure(trained: Any, frozen: Any, batch: Batch) -> Any:
-        return loss(frozen if trained is None else join(frozen, trained), batch)
-
-    return measure

@@ -1,4 +1,4 @@
-"""The step, compiled once a shape: how many programs a run has, and what they take."""
+"""The compiled training steps of a run, one for each batch shape."""
 
 from __future__ import annotations
 
@@ -7,64 +7,71 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jax_lora.data.batches import Batch
 from jax_lora.finetune.step import TrainState
-from jax_lora.report.events import Reporter
 
 
-class Programs:
-    """Compiles a step for every shape of batch that comes.
+class StepCache:
+    """Compiles the step for every batch shape that occurs.
 
     Args:
-      step: The jitted step.
-      reporter: Is told what is being compiled, and what it took.
+      step: From `make_step`.
+      trainer: The `Trainer`, whose callbacks are told of every compilation.
     """
 
-    def __init__(self, step: Any, reporter: Reporter):
-        """Begin with none."""
-        self._step, self._reporter = step, reporter
-        self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+    def __init__(self, step: Any, trainer: Any):
+        """Begin empty."""
+        self._step, self._trainer = step, trainer
+        self._compiled: dict[Any, Callable[..., Any]] = {}
         self.seconds = 0.0
         self.planned_bytes = 0
 
     def __len__(self) -> int:
-        """Count the programs."""
+        """Count the compiled steps."""
         return len(self._compiled)
 
-    def of(self, state: TrainState, frozen: Any, batch: Batch) -> Callable[..., Any]:
-        """Return the program for a batch; compile it if it is the first of its shape."""
-        shape = (*batch.ids.shape, *batch.at.shape)
+    def compiled(self, state: TrainState, frozen: Any, batch: Any) -> Callable[..., Any]:
+        """Return the compiled step for a batch; compile it if it is the first of its shape."""
+        leaves, treedef = jax.tree.flatten(batch)
+        shape = treedef, tuple(map(_kind, leaves))
         if shape not in self._compiled:
-            kind = "packed rows of" if batch.segments is not None else "rows of up to"
-            self._reporter.compiling(f"{kind} {batch.ids.shape[1]} tokens", len(self) + 1)
-            began = time.perf_counter()
-            compiled = self._step.lower(state, frozen, batch).compile()
-            seconds, needed = time.perf_counter() - began, planned_bytes(compiled)
-            self.seconds += seconds
-            self.planned_bytes = max(self.planned_bytes, needed)
-            self._compiled[shape] = compiled
-            self._reporter.compiled(len(self), seconds, needed / 1e9)
+            self._compiled[shape] = self._compile(state, frozen, batch)
         return self._compiled[shape]
+
+    def _compile(self, state: TrainState, frozen: Any, batch: Any) -> Callable[..., Any]:
+        trainer, number = self._trainer, len(self) + 1
+        trainer.notify("on_compile", trainer.describe_shape(batch), number)
+        began = time.perf_counter()
+        compiled = self._step.lower(state, frozen, batch).compile()
+        seconds, needed = time.perf_counter() - began, planned_bytes(compiled)
+        self.seconds += seconds
+        self.planned_bytes = max(self.planned_bytes, needed)
+        trainer.notify("on_compiled", number, seconds, needed / 1e9)
+        return compiled
 
 
 def planned_bytes(compiled: Any) -> int:
-    """Read from a compiled program what it needs at once, on all devices that share a memory.
+    """Return the memory that a compiled function needs, on all devices that share a memory.
 
     Args:
       compiled: From `jitted.lower(...).compile()`.
 
     Returns:
-      Bytes of arguments, results and scratch; 0 where the platform does not say.
+      Bytes of arguments, results, and temporaries; 0 where the platform does not say.
     """
     memory = compiled.memory_analysis()
     if memory is None:
         return 0
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     each = memory.argument_size_in_bytes + memory.temp_size_in_bytes + own
-    # The devices of a CPU are its cores: their copies lie in one memory.
+    # The devices of a CPU are its cores: their copies are in one memory.
     on_cpu = jax.default_backend() == "cpu"
     return each * (len(_devices(compiled)) if on_cpu else 1)
+
+
+def _kind(leaf: Any) -> tuple[Any, Any]:
+    return jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))
 
 
 def _devices(compiled: Any) -> set[Any]:

@@ -1,4 +1,4 @@
-"""Text as it is being written: only what no later token can change."""
+"""Stream generated text, without the characters that a later token can still change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from jax_lora.finetune.generation import Generator
 
-UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
+UNFINISHED = "\ufffd"  # decoded from an incomplete UTF-8 sequence
 
 
 def stream(generator: Generator, prompt: Sequence[int]) -> Iterator[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""What a run trains: an adapter beside a frozen base, or every parameter of the model itself."""
+"""The trainable parameters of a run: an adapter on frozen variables, or all variables."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_lora.adapter import combine
+from jax_lora import paths
+from jax_lora.adapter import Adapter, combine
 from jax_lora.checkpoint import load_adapter, save_adapter
-from jax_lora.finetune.settings import TrainSettings
-from jax_lora.init import lora_init
-from jax_lora.models import load, save
-from jax_lora.models.families import family_of
-from jax_lora.models.tokenizer_files import copy_companions
-from jax_lora.transform import find_kernels
+from jax_lora.errors import CheckpointError, StructureError, format_error
+from jax_lora.storage import array_store
+
+ARRAYS = "variables"
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """The two halves of a model in training, and what is done with them.
+    """The frozen and the trainable half of a model.
 
     Args:
-      frozen: What never changes: the base, or nothing.
-      start: What is trained, as it is before the first step.
-      join: Puts both together: `(frozen, trained) -> ` what the model is applied to.
-      save: Writes what is trained: `(folder, trained)`.
-      load: Reads it again: `folder -> trained`.
-      in_place: Whether training takes `start` over, as a second copy would be too much.
+      frozen: What never changes: the base model's variables, or nothing.
+      start: The trainable half before the first step.
+      join: Combines both: `(frozen, trainable) -> variables`.
+      save: Writes the trainable half: `(folder, trainable)`.
+      load: Reads it: `folder -> trainable`.
+      in_place: Whether training donates `start`, because a second copy would be too large.
     """
 
     frozen: Any
@@ -43,34 +43,43 @@ class Trainable:
 
     @property
     def size(self) -> int:
-        """Count the numbers that are trained."""
-        return getattr(self.start, "size", None) or _count(self.start)
+        """Count the trainable parameters."""
+        if isinstance(self.start, Adapter):
+            return self.start.size  # without the padding of ranks
+        return sum(leaf.size for leaf in jax.tree.leaves(self.start))
 
 
-def make_trainable(
-    model: Any, variables: Any, settings: TrainSettings, *, folder: Path | None = None
-) -> Trainable:
-    """Choose what a run trains.
+def as_trainable(variables: Any, adapter: Any) -> Trainable:
+    """Split a model into its frozen and its trainable half.
 
     Args:
-      model: A decoder of `jax_lora.models`.
-      variables: `{"params": params}`.
-      settings: The kind of fine-tuning; rank, scale, targets and seed of an adapter.
-      folder: Where the model came from: its tokenizer goes into every whole model that is saved.
+      variables: The base model's variables.
+      adapter: An adapter; None to train all variables; or a `Trainable`, which is returned.
 
     Returns:
-      The adapter and the base, or the model alone.
+      Both halves.
+
+    Raises:
+      StructureError: `adapter` is something else.
     """
-    if settings.fine_tune_type == "full":
-        return _whole_model(model, variables, folder)
-    return _adapter(model, variables, settings)
+    if isinstance(adapter, Trainable):
+        return adapter
+    if adapter is None:
+        return all_variables(variables)
+    if isinstance(adapter, Adapter):
+        return adapter_beside(variables, adapter)
+    raise StructureError(
+        format_error(
+            "adapter",
+            got=f"a {type(adapter).__name__}",
+            expected="an adapter, or None to train all variables",
+            fix="Pass what jl.lora_init returned; a combined tree is split by jl.partition.",
+        )
+    )
 
 
-def _adapter(model: Any, variables: Any, settings: TrainSettings) -> Trainable:
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    kernels = find_kernels(model.apply, variables, ids)
-    config = settings.lora_config(depth_of(model))
-    adapter = lora_init(jax.random.key(settings.seed), variables, config, kernels=kernels)
+def adapter_beside(variables: Any, adapter: Adapter) -> Trainable:
+    """Train an adapter; its checkpoints are those of `save_adapter`."""
     return Trainable(
         frozen=variables,
         start=adapter,
@@ -80,33 +89,62 @@ def _adapter(model: Any, variables: Any, settings: TrainSettings) -> Trainable:
     )
 
 
-def depth_of(model: Any) -> int:
-    """Count the layers of a model's one stack; 0 where there are two."""
-    name = family_of(model).depth
-    return 0 if name is None else getattr(model.config, name)
-
-
 def _save_adapter(base: Any, folder: Path, adapter: Any) -> None:
     save_adapter(folder, adapter, base=base)
 
 
-def _whole_model(model: Any, variables: Any, source: Path | None) -> Trainable:
-    dtype = jax.tree.leaves(variables)[0].dtype
+def all_variables(variables: Any) -> Trainable:
+    """Train every floating-point leaf; a checkpoint is an Orbax folder with the arrays by path."""
+    named, treedef = paths.flatten_with_paths(variables)
+    order = [path for path, _ in named]
+    trained = {path: leaf for path, leaf in named if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    frozen = {path: leaf for path, leaf in named if path not in trained}
 
-    def write(folder: Path, trained: Any) -> None:
-        save(folder, model, trained["params"])
-        if source is not None:
-            copy_companions(source, folder)
+    def join(frozen: Any, trainable: Any) -> Any:
+        both = frozen | trainable
+        return jax.tree.unflatten(treedef, [both[path] for path in order])
 
-    return Trainable(
-        frozen={},
-        start=variables,
-        join=lambda _, trained: trained,
-        save=write,
-        load=lambda folder: {"params": load(folder, dtype=dtype)[1]},
-        in_place=True,
+    def save(folder: Path, trainable: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        array_store.write_arrays(folder / ARRAYS, jax.tree.map(np.asarray, trainable))
+
+    def load(folder: Path) -> Any:
+        like = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in trained.items()}
+        try:
+            found = array_store.read_arrays(folder / ARRAYS, like)
+        except Exception as error:  # whatever Orbax meets
+            raise _unreadable(folder, f"{type(error).__name__}: {str(error)[:200]}") from error
+        for path, want in like.items():
+            if (found[path].shape, found[path].dtype) != (want.shape, want.dtype):
+                got = f"{path}: {found[path].dtype} {found[path].shape}"
+                raise _unreadable(folder, f"{got} instead of {want.dtype} {want.shape}")
+        return jax.tree.map(jnp.asarray, found)
+
+    return Trainable(frozen, trained, join, save, load)
+
+
+def _unreadable(folder: Path, got: str) -> CheckpointError:
+    return CheckpointError(
+        format_error(
+            str(folder),
+            got=got,
+            expected="a checkpoint of these variables",
+            fix="Resume with the model that the run was started with.",
+        )
     )
 
 
-def _count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def saved_model(
+    variables: Any, save: Callable[[Path, Any], None], load: Callable[[Path], Any]
+) -> Trainable:
+    """Train every variable in place, with checkpoints in a format of the caller's.
+
+    Args:
+      variables: The model's variables; training donates them.
+      save: Writes them: `(folder, variables)`.
+      load: Reads them: `folder -> variables`.
+
+    Returns:
+      The trainable half alone.
+    """
+    return Trainable({}, variables, lambda _, trainable: trainable, save, load, in_place=True)

@@ -1,10 +1,10 @@
-"""What resuming needs beside the checkpoint itself: the optimizer's moments, and the ledger.
+"""Save and load the training state of a checkpoint: optimizer state and progress.
 
     step-000200/                 the adapter, or the model
-    step-000200/training.json    ledger, settings, data; checksums of the arrays
-    step-000200/moments/         an Orbax checkpoint of the optimizer's state
+    step-000200/training.json    progress, settings, data; checksums of the arrays
+    step-000200/moments/         an Orbax checkpoint of the optimizer state
 
-`training.json` is put in place last, in one step: where it is, all is.
+`training.json` is renamed into place last: a checkpoint that has it is complete.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.errors import CheckpointError, format_error
+from jax_lora.errors import CheckpointError, ConfigError, format_error
+from jax_lora.finetune.run_folder import find_checkpoint, is_run
 from jax_lora.storage import array_store
 from jax_lora.storage.json_files import read_json
 
-RECORD, MOMENTS = "training.json", "moments"
-NOTHING = "nothing"  # an array that is always there, as some optimizers have no state
+RECORD, OPT_STATE = "training.json", "moments"
+NOTHING = "nothing"  # a placeholder array, because some optimizers have no state
 VERSION = 1
 
 
-def save_state(checkpoint: Path, moments: Any, record: dict[str, Any]) -> None:
-    """Write the moments and the record into a checkpoint's folder.
+def save_state(checkpoint: Path, opt_state: Any, record: dict[str, Any]) -> None:
+    """Write the optimizer state and the record into a checkpoint's folder.
 
     Args:
       checkpoint: The folder.
-      moments: The optimizer's state: any pytree of arrays.
-      record: All else, as plain values.
+      opt_state: The optimizer's state: any pytree of arrays.
+      record: Everything else, as plain values.
 
     Raises:
-      CheckpointError: The file system refuses; the checkpoint itself is untouched.
+      CheckpointError: Writing fails; the checkpoint itself is unchanged.
     """
-    folder, record_file = checkpoint / MOMENTS, checkpoint / RECORD
+    folder, record_file = checkpoint / OPT_STATE, checkpoint / RECORD
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        array_store.write_arrays(folder, _named(moments))
+        array_store.write_arrays(folder, _named(opt_state))
         whole = {"version": VERSION, "files": array_store.checksums(folder), **record}
         part = checkpoint / f"{RECORD}.part"
         part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -53,15 +54,48 @@ def save_state(checkpoint: Path, moments: Any, record: dict[str, Any]) -> None:
                 str(checkpoint),
                 got=f"{type(error).__name__}: {error}",
                 expected="a folder that can be written to, on a file system with room",
-                fix="Free some space, then go on with --resume.",
+                fix="Free some space, then resume the run.",
             )
         ) from error
 
 
+def find_resumable(path: str | Path) -> Path | None:
+    """Find the checkpoint from which a run continues.
+
+    Args:
+      path: The folder of a run, whose last checkpoint is used, or a checkpoint's own folder.
+
+    Returns:
+      The checkpoint; None if there is no run, or one that ended before its first checkpoint.
+
+    Raises:
+      CheckpointError: There is a run of an earlier version, or something else.
+      ConfigError: The checkpoint holds an adapter without training state.
+    """
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    if is_run(path) and not any(path.glob("step-*")):
+        return None
+    checkpoint = find_checkpoint(path, last=True)
+    if not has_state(checkpoint):
+        raise ConfigError(
+            format_error(
+                str(checkpoint),
+                got="an adapter without training state",
+                expected="a checkpoint of a training run",
+                fix="Start a new run, or resume from another checkpoint.",
+            )
+        )
+    return checkpoint
+
+
 def remove_state(checkpoint: Path) -> None:
-    """Take away what only resuming needs."""
-    (checkpoint / RECORD).unlink(missing_ok=True)  # first, so that no half is ever believed
-    shutil.rmtree(checkpoint / MOMENTS, ignore_errors=True)
+    """Delete the files that only resuming needs."""
+    (checkpoint / RECORD).unlink(
+        missing_ok=True
+    )  # first, so that an incomplete state is never loaded
+    shutil.rmtree(checkpoint / OPT_STATE, ignore_errors=True)
 
 
 def has_state(checkpoint: Path) -> bool:
@@ -70,7 +104,7 @@ def has_state(checkpoint: Path) -> bool:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """Read what was written down beside the arrays.
+    """Read the record of a checkpoint.
 
     Args:
       checkpoint: The folder.
@@ -79,7 +113,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
       The record.
 
     Raises:
-      CheckpointError: There is none, it is damaged, or a later version wrote it.
+      CheckpointError: The record is missing or damaged, or a later version wrote it.
     """
     file = checkpoint / RECORD
     if not file.is_file():
@@ -90,8 +124,8 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
-def load_moments(checkpoint: Path, record: dict[str, Any], like: Any) -> Any:
-    """Read the optimizer's state, after checking every byte of it.
+def load_opt_state(checkpoint: Path, record: dict[str, Any], like: Any) -> Any:
+    """Load the optimizer state, after verifying its checksums.
 
     Args:
       checkpoint: The folder.
@@ -102,11 +136,11 @@ def load_moments(checkpoint: Path, record: dict[str, Any], like: Any) -> Any:
       The state.
 
     Raises:
-      CheckpointError: It is damaged, or the state of another optimizer.
+      CheckpointError: The state is damaged, or belongs to another optimizer.
     """
     files = record.get("files")
     problems = (
-        array_store.file_problems(checkpoint / MOMENTS, files)
+        array_store.file_problems(checkpoint / OPT_STATE, files)
         if isinstance(files, dict) and all(isinstance(each, str) for each in files.values())
         else [f"{RECORD} has no checksums"]
     )
@@ -115,8 +149,8 @@ def load_moments(checkpoint: Path, record: dict[str, Any], like: Any) -> Any:
     wanted = _named(like)
     try:
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)
-        found = array_store.read_arrays(checkpoint / MOMENTS, template)
-    except Exception as error:  # whatever Orbax meets
+        found = array_store.read_arrays(checkpoint / OPT_STATE, template)
+    except Exception as error:  # Orbax raises many types
         raise _unreadable(checkpoint, f"{type(error).__name__}: {str(error)[:200]}") from error
     for name, array in found.items():
         want = wanted[name]
@@ -129,9 +163,9 @@ def load_moments(checkpoint: Path, record: dict[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(treedef, again)
 
 
-def _named(moments: Any) -> dict[str, np.ndarray]:
+def _named(opt_state: Any) -> dict[str, np.ndarray]:
     """Number the leaves."""
-    leaves = [_plain(leaf) for leaf in jax.tree.leaves(moments)]
+    leaves = [_plain(leaf) for leaf in jax.tree.leaves(opt_state)]
     return {f"{number:06d}": leaf for number, leaf in enumerate(leaves)} | {NOTHING: np.zeros(1)}
 
 
@@ -150,9 +184,9 @@ def _is_key(leaf: Any) -> bool:
 def _unreadable(checkpoint: Path, got: str) -> CheckpointError:
     return CheckpointError(
         format_error(
-            f"--resume {checkpoint}",
+            str(checkpoint),
             got=got,
             expected="a checkpoint with the state of its run",
-            fix="Resume from another checkpoint of the run, or train anew without --resume.",
+            fix="Resume from another checkpoint of the run, or start a new run.",
         )
     )

@@ -1,1 +1,1 @@
-"""Kernels: which leaves of a tree are kernels, along which axes, and how targets name them."""
+"""Kernels: the leaves that can be adapted, the roles of their axes, and how targets select them."""

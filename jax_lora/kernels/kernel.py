@@ -1,4 +1,4 @@
-"""Kernel: what is known of one leaf that a contraction, a lookup or a convolution consumes."""
+"""Kernel: the axes and uses of one leaf that a contraction, lookup or convolution uses."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from jax_lora.errors import AmbiguousKernelError, format_error
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """How a function uses one leaf of its parameters.
+    """How a function uses one of its parameters.
 
-    `find_kernels` fills these in by watching the function; `kernels_by_name` guesses the plain
-    two-dimensional ones from their names.
+    `find_kernels` finds the kernels of any function; `kernels_by_name` finds two-dimensional ones
+    by their names.
 
     Args:
       path: Path of the leaf.
       shape: Shape of the leaf.
       dtype: Type of the leaf.
       kind: `"dense"`, `"embedding"` or `"conv"`.
-      in_axes: Axes that are summed over, or looked up by.
-      out_axes: Axes that the result keeps.
-      stack_axes: Axes that hold several kernels: layers, experts, heads that are batched over.
-      uses: How many operations consume the leaf.
-      flops: Floating-point operations of one call that the leaf takes part in.
-      is_output_head: Whether its product is what the function returns.
+      in_axes: Input axes: summed or looked-up axes.
+      out_axes: Output axes.
+      stack_axes: Axes over several kernels: layers, experts, batched heads.
+      uses: Number of operations that use the leaf.
+      flops: Floating-point operations of these operations in one call of the function.
+      is_output_head: Whether its product is an output of the function.
     """
 
     path: str
@@ -60,16 +60,16 @@ class Kernel:
 
     @property
     def in_size(self) -> int:
-        """Inputs of one kernel of the stack."""
+        """Number of inputs of one kernel of the stack."""
         return math.prod(self.in_shape)
 
     @property
     def out_size(self) -> int:
-        """Outputs of one kernel of the stack."""
+        """Number of outputs of one kernel of the stack."""
         return math.prod(self.out_shape)
 
     def pair_size(self, rank: int) -> int:
-        """Count the numbers that a pair (a, b) of this rank holds.
+        """Count the parameters of a LoRA pair of this rank.
 
         Example:
           >>> kernel = Kernel("kernel", (4096, 4096), "float32", "dense", (0,), (1,))
@@ -80,14 +80,14 @@ class Kernel:
 
 
 class Kernels(dict[str, Kernel]):
-    """The kernels of a function by path, and what no adapter can reach.
+    """The kernels of a function by path, and the matrices that cannot be adapted.
 
     Attributes:
-      skipped: `{path: reason}` for every matrix that the function uses and that cannot be adapted.
-        The reason names the operation and its `file:line`.
-      acting: The paths in `skipped` that are contracted with data all the same: people expect an
-        adapter there.
-      added: The paths in `skipped` that are only added to data, as biases and positions are.
+      skipped: `{path: reason}` for every matrix that the function uses but that cannot be adapted.
+        The reason has the operation and its `file:line`.
+      acting: The paths in `skipped` that are contracted with data, so that users may expect an
+        adapter.
+      added: The paths in `skipped` that are only added to data, such as biases and positions.
     """
 
     def __init__(
@@ -97,20 +97,20 @@ class Kernels(dict[str, Kernel]):
         acting: frozenset[str] = frozenset(),
         added: frozenset[str] = frozenset(),
     ):
-        """Keep them all."""
+        """Copy the mappings."""
         super().__init__(kernels)
         self.skipped = dict(skipped or {})
         self.acting = acting
         self.added = added
 
     def within(self, paths: Collection[str]) -> Kernels:
-        """Keep the kernels of some paths."""
+        """Return the kernels at the given paths."""
         some = {path: kernel for path, kernel in self.items() if path in paths}
         return Kernels(some, self.skipped, self.acting, self.added)
 
 
 def kernels_by_name(leaves: dict[str, Any]) -> dict[str, Kernel]:
-    """Take every two-dimensional floating leaf named `kernel` as (in, out).
+    """Return a kernel with the axes (in, out) for every 2-D floating-point leaf named `kernel`.
 
     Args:
       leaves: Leaves by path.
@@ -126,17 +126,17 @@ def kernels_by_name(leaves: dict[str, Any]) -> dict[str, Kernel]:
 
 
 def is_floating(leaf: Any) -> bool:
-    """Tell whether a leaf holds floating-point numbers."""
+    """Tell whether a leaf has a floating-point type."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def ambiguous(path: str, leaf: Any) -> AmbiguousKernelError:
-    """Build the error for a leaf whose axes its shape alone does not explain."""
+    """Build the error for a leaf whose shape does not determine the roles of its axes."""
     return AmbiguousKernelError(
         format_error(
             path,
-            got=f"shape {tuple(leaf.shape)}, whose axes could be inputs, outputs or layers",
+            got=f"shape {tuple(leaf.shape)}, whose axes may be inputs, outputs or layers",
             expected="a two-dimensional leaf named 'kernel' of shape (in, out)",
             fix="Pass kernels=jl.find_kernels(model.apply, variables, *args) to lora_init.",
         )

@@ -1,7 +1,7 @@
-"""Layers of a stack: which of them get an adapter, and of what rank and scale each.
+"""Layer stacks: which layers of a stacked leaf get an adapter, with which ranks and scales.
 
-A stack is one leaf that holds the kernels of many layers. A pattern names one of them by the path
-that it would have on its own, with its index in it: `layers/3/attn/q_proj/kernel`.
+A stacked leaf holds the kernels of all layers. A pattern can match a single layer by its path with
+the layer index: `layers/3/attn/q_proj/kernel`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Nested = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """How far the update of one leaf reaches: its ranks and scales.
+    """The ranks and scales of the update of one leaf.
 
     Args:
-      rank: Rank of the factors; in a stack whose layers differ, the largest.
-      ranks: Rank of every kernel of the stack where they differ, nested in the stack's shape.
-      scale: One number, or nested tuples in the stack's shape where scales differ.
+      rank: Rank of the factors: the largest rank of a stack.
+      ranks: Rank of every kernel of the stack as nested tuples, or None if they are equal.
+      scale: The scale, or nested tuples of the shape of the stack if scales differ.
     """
 
     rank: int
@@ -36,14 +36,14 @@ class Extent:
 
 
 def extent(kernel: Kernel, config: LoraConfig) -> Extent:
-    """Work out the ranks and scales that a configuration gives to one leaf.
+    """Return the ranks and scales of one leaf under a configuration.
 
     Args:
-      kernel: The leaf; at least one of its layers has an adapter.
-      config: What to adapt.
+      kernel: The leaf, with an adapter in at least one layer.
+      config: The configuration.
 
     Returns:
-      Its `Extent`. A layer that is left out has rank 0.
+      The ranks and scales; a layer without an adapter has rank 0.
     """
     active = active_layers(kernel, config)
     if active is None:
@@ -59,13 +59,13 @@ def extent(kernel: Kernel, config: LoraConfig) -> Extent:
     return Extent(
         rank=max(ranks),
         ranks=_over_stack(ranks, kernel) if differ else None,
-        # Layers that are left out need no scale of their own: their factors are zero.
+        # The scale of a layer without an adapter is arbitrary, as its factors are zero.
         scale=used.pop() if len(used) == 1 else _over_stack(scales, kernel),
     )
 
 
 def active_layers(kernel: Kernel, config: LoraConfig) -> tuple[int, ...] | None:
-    """Return the indices of a stack's layers that get an adapter; None for a leaf of one kernel."""
+    """Return the indices of the adapted layers of one leaf; None if the leaf is not stacked."""
     if not kernel.stack_axes:
         return None
     count = kernel.stack_shape[0]
@@ -75,17 +75,17 @@ def active_layers(kernel: Kernel, config: LoraConfig) -> tuple[int, ...] | None:
 
 
 def with_layers(kernels: Mapping[str, Kernel], config: LoraConfig) -> dict[str, Kernel]:
-    """Leave out the stacks of which no layer gets an adapter.
+    """Filter out the stacks in which no layer gets an adapter.
 
     Args:
-      kernels: The kernels that were chosen by name.
-      config: What to adapt.
+      kernels: The kernels that were selected by name.
+      config: The configuration.
 
     Returns:
-      The rest; leaves that are no stacks among them.
+      The other kernels, including those that are not stacked.
 
     Raises:
-      NoMatchError: One of the `layers` is in no stack.
+      NoMatchError: An index of `config.layers` is not in any stack.
     """
     if config.layers is None:
         return dict(kernels)
@@ -95,9 +95,9 @@ def with_layers(kernels: Mapping[str, Kernel], config: LoraConfig) -> dict[str, 
         raise NoMatchError(
             format_error(
                 f"LoraConfig: layers={config.layers}",
-                got=f"no layer {', '.join(missing)} in any stack; the longest has {longest}",
+                got=f"no layer {', '.join(missing)}; the largest stack has {longest} layers",
                 expected=f"indices below {longest}" if longest else "kernels stacked by layer",
-                fix="Correct the indices; they count from 0."
+                fix="Correct the indices, which count from 0."
                 if longest
                 else "Pass kernels=jl.find_kernels(...), or name unstacked layers in targets.",
             )
@@ -106,7 +106,7 @@ def with_layers(kernels: Mapping[str, Kernel], config: LoraConfig) -> dict[str, 
 
 
 def names(kernels: Mapping[str, Kernel], config: LoraConfig) -> list[str]:
-    """List what a pattern may name: the leaves, and every adapted layer of the stacks."""
+    """List the paths that a pattern can match: leaves, and adapted layers of stacks."""
     layered = [
         paths.layer_path(path, index)
         for path, kernel in kernels.items()
@@ -116,12 +116,12 @@ def names(kernels: Mapping[str, Kernel], config: LoraConfig) -> list[str]:
 
 
 def rank_mask(ranks: Nested, rank: int, inner: int) -> np.ndarray:
-    """Mark the columns of `a` that are in use: `(*stack, 1, ..., 1, rank)` of bools.
+    """Return a mask of the columns of `a` within each rank: bool `(*stack, 1, ..., 1, rank)`.
 
     Args:
       ranks: Rank of every kernel of the stack.
       rank: Rank of the factors.
-      inner: How many axes `a` has between the stack and the rank.
+      inner: Number of axes of `a` between the stack and the rank.
 
     Returns:
       A mask that broadcasts against `a`.
@@ -131,7 +131,7 @@ def rank_mask(ranks: Nested, rank: int, inner: int) -> np.ndarray:
 
 
 def _over_stack(values: list[Any], kernel: Kernel) -> Nested:
-    """Repeat a value per layer over the other stack axes, as experts within layers have."""
+    """Repeat a value per layer over further stack axes, such as experts."""
 
     def repeat(value: Any, sizes: tuple[int, ...]) -> Any:
         return tuple(repeat(value, sizes[1:]) for _ in range(sizes[0])) if sizes else value

@@ -1,4 +1,4 @@
-"""Targets: which kernels a configuration means, and an error whenever that could be a mistake."""
+"""Select the kernels that a configuration targets; a pattern that matches nothing is an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax_lora.errors import LoraError, NoMatchError, SkippedKernelWarning, forma
 from jax_lora.kernels import stacks
 from jax_lora.kernels.kernel import Kernel, Kernels, ambiguous, is_floating, kernels_by_name
 
-# Names that Flax, Hugging Face and the papers give to the parts of a Transformer block.
+# Names of modules of Transformer blocks in Flax, Hugging Face and papers.
 ATTENTION = (
     "*attn*",
     "*attention*",
@@ -49,19 +49,19 @@ _GROUPS = {"attention": ATTENTION, "mlp": MLP}
 def select(
     leaves: Mapping[str, Any], config: LoraConfig, kernels: Mapping[str, Kernel] | None
 ) -> dict[str, Kernel]:
-    """Choose the kernels that a configuration targets.
+    """Select the kernels that a configuration targets.
 
     Args:
-      leaves: Every leaf of the parameters by path.
-      config: What to adapt.
-      kernels: What `find_kernels` reported; None to go by shape and name.
+      leaves: All leaves of the parameters by path.
+      config: The configuration.
+      kernels: The result of `find_kernels`, or None to find kernels by name and shape.
 
     Returns:
-      The chosen kernels by path, in the order of their paths.
+      The selected kernels by path, sorted by path.
 
     Raises:
-      NoMatchError: A pattern that matches no kernel.
-      AmbiguousKernelError: A chosen leaf whose axes are not known without `find_kernels`.
+      NoMatchError: A pattern matches no kernel.
+      AmbiguousKernelError: The axes of a selected leaf are not known without `find_kernels`.
 
     Warns:
       SkippedKernelWarning: A target is in `kernels.skipped`.
@@ -83,7 +83,7 @@ def select(
 
 
 def select_whole(leaves: Mapping[str, Any], config: LoraConfig) -> list[str]:
-    """Choose the leaves that `modules_to_save` trains whole."""
+    """Select the leaves that `modules_to_save` trains in full."""
     floating = {path: leaf for path, leaf in leaves.items() if is_floating(leaf)}
     _check_patterns("modules_to_save", config.modules_to_save, floating, leaves, config)
     return sorted(path for path in floating if _any_matches(config.modules_to_save, path))
@@ -95,7 +95,7 @@ def _chosen(
     if config.targets == "all-linear":
         return _all_linear(leaves, known, guessed=guessed)
     if config.targets in _GROUPS:
-        # A model may well name a module "mlp" or "attention" itself: the group includes it.
+        # The groups include modules that are themselves named "mlp" or "attention".
         group = _GROUPS[config.targets]
         dense = [path for path, kernel in known.items() if kernel.kind == "dense"]
         chosen = [path for path in dense if _any_matches(group, path)]
@@ -122,14 +122,14 @@ def _all_linear(
     if not dense:
         raise _no_match("targets", "all-linear", known, "there is no dense kernel")
     body = [path for path in dense if not known[path].is_output_head]
-    return body or dense  # a model that is nothing but a head: adapt that
+    return body or dense  # a model that consists of an output head only
 
 
 def _warn_of_skipped(kernels: Kernels, config: LoraConfig) -> None:
-    """Name the targets that no adapter can reach, in one warning."""
+    """Warn about the targets that cannot be adapted."""
     targets = config.targets
     if targets == "all-linear" or targets in _GROUPS:
-        # What is never contracted with data, such as a table of positions, is no dense kernel.
+        # A matrix that is never contracted with data is not a dense kernel.
         wanted = [
             path
             for path in kernels.acting
@@ -143,11 +143,10 @@ def _warn_of_skipped(kernels: Kernels, config: LoraConfig) -> None:
     is_settled = lambda path: path in kernels or _any_matches(left_out, path)  # noqa: E731
     wanted = sorted(path for path in wanted if not is_settled(path))
     if wanted:
-        lines = [f"    {path}: {kernels.skipped[path]}" for path in wanted]
         warnings.warn(
             format_error(
-                f"lora_init: {len(wanted)} of the targets get no adapter",
-                got="\n" + "\n".join(lines),
+                f"lora_init: {len(wanted)} targets cannot be adapted",
+                got=[f"{path}: {kernels.skipped[path]}" for path in wanted],
                 expected="matrices that are contracted with data, looked up or convolved",
                 fix="Exclude them to silence this warning, or train them with modules_to_save.",
             ),
@@ -164,10 +163,9 @@ def _refuse_ambiguous(
     leaves: Mapping[str, Any], patterns: Sequence[str], known: Mapping[str, Kernel]
 ) -> None:
     for path, leaf in leaves.items():
-        named = any(paths.matches(pattern, path) for pattern in patterns)
-        if named and path not in known and is_floating(leaf) and len(leaf.shape) > 1:
-            bias = path.split("/")[-1] in ("bias", "scale")
-            if not bias:
+        is_vector = path.split("/")[-1] in ("bias", "scale")
+        if _any_matches(patterns, path) and path not in known and not is_vector:
+            if is_floating(leaf) and len(leaf.shape) > 1:
                 raise ambiguous(path, leaf)
 
 
@@ -193,7 +191,7 @@ def _unused(
     others = [path for path in leaves if paths.matches(pattern, path)]
     skipped = getattr(legal, "skipped", {})
     if reasons := [f"{path}: {skipped[path]}" for path in others if path in skipped]:
-        why = f"no adapter can reach {'; '.join(reasons[:5])}"
+        why = f"it matches leaves that cannot be adapted: {'; '.join(reasons[:5])}"
     elif others:
         shown = ", ".join(f"{path} {tuple(leaves[path].shape)}" for path in others[:5])
         why = f"it matches only leaves that are not kernels: {shown}"
@@ -203,13 +201,13 @@ def _unused(
 
 
 def _no_match(setting: str, pattern: str, legal: Mapping[str, Any], why: str) -> NoMatchError:
-    near = paths.nearest(pattern, legal) or ["none: the function consumes no kernel of this tree"]
+    near = paths.nearest(pattern, legal) or ["none: the function uses no kernel of this tree"]
     return NoMatchError(
         format_error(
             f"LoraConfig: {setting}={pattern!r}",
-            got=f"no match among {len(legal)} names of kernels; {why}",
-            expected="a name or glob of at least one kernel; the nearest are\n"
+            got=f"no match among {len(legal)} kernels; {why}",
+            expected="a name or glob of at least one kernel; the closest paths are\n"
             + "\n".join(f"              {path}" for path in near),
-            fix="Correct the pattern, or leave it out.",
+            fix="Correct the pattern, or remove it.",
         )
     )

@@ -1,22 +1,33 @@
 """Flax Transformers that read and write Hugging Face checkpoints."""
 
-from jax_lora.models.bert import Bert, BertConfig
+from jax_lora.models.architectures import (
+    Gemma,
+    Gemma2,
+    Gemma2Config,
+    Gemma3,
+    Gemma3Config,
+    GemmaConfig,
+    Llama,
+    LlamaConfig,
+    Mistral,
+    MistralConfig,
+    Mixtral,
+    MixtralConfig,
+    Phi3,
+    Phi3Config,
+    Qwen2,
+    Qwen2Config,
+    Qwen3,
+    Qwen3Config,
+    Qwen3MoE,
+    Qwen3MoEConfig,
+)
+from jax_lora.models.bert import Bert, BertConfig, Roberta, RobertaConfig
 from jax_lora.models.classifier import add_classifier
 from jax_lora.models.decoder_inputs import KVCache
 from jax_lora.models.decoding import generate
-from jax_lora.models.gemma import Gemma, GemmaConfig
-from jax_lora.models.gemma2 import Gemma2, Gemma2Config
-from jax_lora.models.gemma3 import Gemma3, Gemma3Config
 from jax_lora.models.gpt2 import GPT2, GPT2Config
-from jax_lora.models.llama import Llama, LlamaConfig
 from jax_lora.models.load_checkpoint import load
-from jax_lora.models.mistral import Mistral, MistralConfig
-from jax_lora.models.mixtral import Mixtral, MixtralConfig
-from jax_lora.models.phi3 import Phi3, Phi3Config
-from jax_lora.models.qwen2 import Qwen2, Qwen2Config
-from jax_lora.models.qwen3 import Qwen3, Qwen3Config
-from jax_lora.models.qwen3_moe import Qwen3MoE, Qwen3MoEConfig
-from jax_lora.models.roberta import Roberta, RobertaConfig
 from jax_lora.models.save_checkpoint import save
 from jax_lora.models.surgery import replicate_layers, resize_vocab, untie
 from jax_lora.models.t5 import T5, T5Cache, T5Config

@@ -1,4 +1,4 @@
-"""The activations that checkpoints name, by those names, and the soft cap."""
+"""Activations by the names that `config.json` has for them, and the soft cap."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Squeeze x smoothly into plus and minus `cap`; None leaves it.
+    """Compute cap * tanh(x / cap), which lies between -cap and cap; None: return x.
 
     Example:
       >>> float(soft_cap(jnp.float32(1e6), 30.0))

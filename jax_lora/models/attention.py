@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions, and the switches that decoders turn."""
+"""Grouped-query attention with rotary positions, and the switches of its variants."""
 
 from __future__ import annotations
 
@@ -10,43 +10,46 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora.models.activations import soft_cap
+from jax_lora.models.checkpoint_model import linear
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.rotary import apply_rotary
 
-__all__ = ["Attention", "Context", "Memory", "attend", "linear", "remember"]
+__all__ = ["Attention", "LayerCache", "LayerContext", "attend", "update_cache"]
 
-# One layer's keys and values, (batch, length, key-value heads, head_dim) each.
-Memory = tuple[jax.Array, jax.Array]
-
-
-class Context(NamedTuple):
-    """What every layer shares: rotation, which keys a query may see, where the cache stands."""
-
-    cos: jax.Array  # (batch, tokens, rotated channels / 2)
-    sin: jax.Array
-    mask: jax.Array | None  # (batch, 1, tokens, keys) booleans; None: plainly causal
-    filled: jax.Array | None  # int32 scalar; None without a cache
+# The keys and values of one layer, each (batch, length, key-value heads, head_dim).
+LayerCache = tuple[jax.Array, jax.Array]
 
 
-def linear(config: Any, features: int, bias: bool, param_dtype: Any) -> nn.Dense:
-    """A dense layer with the configuration's initial deviation."""
-    initial = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, use_bias=bias, kernel_init=initial, param_dtype=param_dtype)
+class LayerContext(NamedTuple):
+    """The inputs that every decoder layer shares.
+
+    Attributes:
+      cos: (batch, tokens, rotary_dim / 2), from `rotary_angles`; None without rotary positions.
+      sin: Same shape.
+      mask: (batch or 1, 1, tokens, keys) booleans, True where a query attends to a key; None:
+        causal.
+      filled: int32 scalar, the cache's filled slots; None without a cache.
+    """
+
+    cos: jax.Array | None
+    sin: jax.Array | None
+    mask: jax.Array | None
+    filled: jax.Array | None
 
 
 class Attention(nn.Module):
-    """Queries, keys and values by three kernels, or by one (`fused`), and the output's kernel.
+    """Attention with one kernel each for queries, keys and values, or one for all (`fused`).
 
     Attributes:
-      config: sizes.
-      param_dtype: dtype that `init` gives the parameters.
-      bias: whether queries, keys and values have a bias.
-      out_bias: whether the output has one.
-      fused: whether one kernel `qkv_proj` makes all three.
-      qk_norm: the normalisation of each query's and key's channels, or None.
-      scale: factor on the scores; None: 1 / sqrt(head_dim).
-      soft_cap: scores are squeezed into plus and minus this; None: as they are.
+      config: Sizes.
+      param_dtype: Dtype in which `init` makes the parameters.
+      bias: Whether queries, keys and values have a bias.
+      out_bias: Whether the output projection has a bias.
+      fused: Whether one kernel `qkv_proj` makes queries, keys and values.
+      qk_norm: Normalization of each query's and key's channels; None: no normalization.
+      scale: Factor on the scores; None: 1 / sqrt(head_dim).
+      soft_cap: Soft cap on the scores; None: no cap.
     """
 
     config: DecoderConfig
@@ -72,20 +75,19 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = self.qk_norm.clone(), self.qk_norm.clone()
 
     def __call__(
-        self, x: jax.Array, context: Context, memory: Memory | None
-    ) -> tuple[jax.Array, Memory | None]:
-        """x: (batch, tokens, hidden) -> the same shape, and the layer's cache if it has one."""
+        self, x: jax.Array, context: LayerContext, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """(batch, tokens, hidden) -> the same shape, and the layer's updated cache, if any."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (part.reshape(heads) for part in self._project(x))  # (b, t, h or g, d)
         if self.qk_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rotary(q, context.cos, context.sin)  # (b, t, h, d)
-        k = apply_rotary(k, context.cos, context.sin)  # (b, t, g, d)
-        if memory is not None and context.filled is not None:
-            memory = remember(memory, k, v, context.filled)
-            k, v = (part.astype(x.dtype) for part in memory)  # (b, length, g, d)
+        if context.cos is not None and context.sin is not None:
+            q = apply_rotary(q, context.cos, context.sin)  # (b, t, h, d)
+            k = apply_rotary(k, context.cos, context.sin)  # (b, t, g, d)
+        k, v, cache = update_cache(cache, k, v, context.filled)  # (b, length, g, d) with a cache
         y = attend(q, k, v, context.mask, scale=self.scale, soft_cap=self.soft_cap)
-        return self.o_proj(y.reshape(*x.shape[:2], -1)), memory
+        return self.o_proj(y.reshape(*x.shape[:2], -1)), cache
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         if not self.fused:
@@ -95,14 +97,28 @@ class Attention(nn.Module):
         return jnp.split(self.qkv_proj(x), [queries, queries + groups], axis=-1)
 
 
-def remember(memory: Memory, k: jax.Array, v: jax.Array, filled: jax.Array) -> Memory:
-    """Write new keys and values behind those that a layer's cache holds."""
-    keys, values = memory
+def update_cache(
+    cache: LayerCache | None, k: jax.Array, v: jax.Array, filled: jax.Array | None
+) -> tuple[jax.Array, jax.Array, LayerCache | None]:
+    """Append new keys and values to a layer's cache.
+
+    Args:
+      cache: The layer's cache; None: keys and values are returned unchanged.
+      k: (batch, tokens, groups, head_dim).
+      v: Same shape.
+      filled: int32 scalar, number of slots in use; None without a cache.
+
+    Returns:
+      All keys and values, (batch, length, groups, head_dim) each in k's dtype, and the new cache.
+    """
+    if cache is None or filled is None:
+        return k, v, cache
+    keys, values = cache
     zero = jnp.zeros_like(filled)
     start = (zero, filled, zero, zero)
     keys = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype), start)
     values = jax.lax.dynamic_update_slice(values, v.astype(values.dtype), start)
-    return keys, values
+    return keys.astype(k.dtype), values.astype(v.dtype), (keys, values)
 
 
 def attend(
@@ -114,15 +130,15 @@ def attend(
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> jax.Array:
-    """Each query's mean of the values, weighted by the softmax of its scores.
+    """Compute each query's mean of the values, weighted by the softmax of its scores.
 
     Args:
       q: (batch, tokens, heads, head_dim).
-      k: (batch, keys, groups, head_dim); each group serves heads / groups heads in a row.
-      v: same shape.
-      mask: (batch or 1, 1, tokens, keys), True where a query sees a key; None: plainly causal.
-      scale: factor on the scores; None: 1 / sqrt(head_dim).
-      soft_cap: c in c * tanh(score / c); None: none.
+      k: (batch, keys, groups, head_dim); each group serves heads / groups consecutive heads.
+      v: Same shape.
+      mask: (batch or 1, 1, tokens, keys), True where a query attends to a key; None: causal.
+      scale: Factor on the scores; None: 1 / sqrt(head_dim).
+      soft_cap: c in c * tanh(score / c); None: no cap.
 
     Returns:
       (batch, tokens, heads, head_dim), in q's dtype.
@@ -132,7 +148,7 @@ def attend(
     """
     if soft_cap is not None:
         return _attend_capped(q, k, v, mask, scale, soft_cap)
-    # Its own promotion of bfloat16 scores to float32 is refused by strict dtype promotion.
+    # JAX itself promotes bfloat16 scores to float32 here, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=mask is None)
 

@@ -1,4 +1,4 @@
-"""A classifier of texts made of an encoder that was trained for something else."""
+"""Replace an encoder's head by a new classification head."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jax_lora.errors import ModelError, format_error
 from jax_lora.models.encoder import CLASSIFICATION, Encoder
+from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.parameter_shapes import parameter_shapes
 
 __all__ = ["add_classifier"]
@@ -20,23 +20,24 @@ __all__ = ["add_classifier"]
 def add_classifier(
     key: jax.Array, model: Any, params: Mapping[str, Any], labels: Sequence[str]
 ) -> tuple[Any, dict[str, Any]]:
-    """Put a new head for classes of texts onto an encoder, in place of the one it has.
+    """Replace an encoder's head by a new classification head.
 
-    Use it to fine-tune a masked language model as a classifier. The head starts random, so train it
-    whole: `modules_to_save=("classifier",)` for RoBERTa, `("pooler", "classifier")` for BERT.
+    Use it to fine-tune a masked language model as a classifier. The head is initialized randomly,
+    so train all of it: `modules_to_save=("classifier",)` for RoBERTa, `("pooler", "classifier")`
+    for BERT.
 
     Args:
-      key: what the head's first values are drawn with.
-      model: a BERT or RoBERTa of this package.
-      params: its parameters.
-      labels: names of the classes, in the order of their numbers.
+      key: A key for the head's initial parameters.
+      model: A BERT or RoBERTa of this package.
+      params: Its parameters.
+      labels: Names of the classes, in order.
 
     Returns:
       The classifier and its parameters; the encoder's are the same arrays.
 
     Raises:
-      ModelError: if the model is no encoder.
-      ConfigError: if there are no labels, or one is no text.
+      ModelError: If the model is not an encoder.
+      ConfigError: If there are no labels, or one is not a string.
 
     Example:
       >>> from jax_lora.models import Roberta, RobertaConfig
@@ -49,14 +50,8 @@ def add_classifier(
       (1, 2)
     """
     if not isinstance(model, Encoder):
-        raise ModelError(
-            format_error(
-                "add_classifier",
-                got=f"a {type(model).__name__}",
-                expected="an encoder: BERT or RoBERTa",
-                fix="a decoder has no token that stands for the whole row.",
-            )
-        )
+        got, expected = f"a {type(model).__name__}", "an encoder: BERT or RoBERTa"
+        raise_model_error("add_classifier", got, expected, "load an encoder.")
     config = dataclasses.replace(model.config, head=CLASSIFICATION, labels=tuple(labels))
     classifier = model.clone(config=config)
     shapes = parameter_shapes(classifier)
@@ -72,7 +67,7 @@ def _fits(leaf: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _draw(model: Encoder, paths: frozenset[str], key: jax.Array) -> dict[str, jax.Array]:
-    """Some of the first values of a model; under jit, the others are never made."""
+    """Initialize some of a model's parameters; under jit, the others are never computed."""
     params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     return {path: flat[path] for path in paths}

@@ -1,26 +1,13 @@
-"""The skeleton of a decoder: embed, a stack of layers under one scan, a last norm, unembed.
+"""The Llama-like decoder: one module for every architecture in `architectures.py`.
 
-Training and scoring::
-
-    logits = model.apply({"params": params}, input_ids, attention_mask=mask)
-
-Generation keeps each layer's keys and values in a cache, an ordinary pytree that goes in and
-comes out. `attention_mask` then covers the cache's whole length: the prompt's mask (prompts of
-unequal length are padded on the left) followed by ones. One call fills the prompt, each later
-call adds one token::
-
-    cache = model.init_cache(batch, length, dtype)
-    logits, cache = model.apply({"params": params}, prompt, attention_mask=mask, cache=cache)
-    logits, cache = model.apply(
-        {"params": params}, token[:, None], attention_mask=mask, cache=cache
-    )
-
-The layers are one stack under `nn.scan`: every kernel is (layers, in, out). Arithmetic follows the
-parameters' dtype; norms, rotation and softmax are float32 inside.
+The layers are one stack under `nn.scan`: every kernel is (layers, in, out). Arithmetic is in the
+parameters' dtype; norms, rotary embedding and softmax are float32 inside.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -28,196 +15,223 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.models.attention import Context, Memory, linear
+from jax_lora.models.activations import soft_cap
+from jax_lora.models.attention import Attention, LayerCache, LayerContext
+from jax_lora.models.causal_decoder import CausalDecoder
+from jax_lora.models.checkpoint_model import linear, token_table
 from jax_lora.models.decoder_config import DecoderConfig
-from jax_lora.models.decoder_inputs import KVCache, check_inputs, count_positions, visible
-from jax_lora.models.layout import Layout, StandsInFiles, decoder_layout
+from jax_lora.models.decoder_inputs import MaskInputs, visible
+from jax_lora.models.experts import ExpertNames, SparseMLP, expert_layout
+from jax_lora.models.layer_stack import layer_stack
+from jax_lora.models.layout import Layout, dense, embedding, vector
+from jax_lora.models.mlp import GatedMLP
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.rotary import rotary_angles
 
-__all__ = ["Decoder", "DecoderLayer"]
+__all__ = ["Decoder", "DecoderDesign", "decoder_norm"]
+
+# The norms of a layer, by our names -> Hugging Face's.
+_NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+_SANDWICH_NORMS = {
+    "pre_feedforward_norm": "pre_feedforward_layernorm",
+    "post_feedforward_norm": "post_feedforward_layernorm",
+}
+_QK_NORMS = {"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderDesign:
+    """What an architecture changes in a Llama, whatever its configuration says.
+
+    Biases by `attention_bias` and `mlp_bias`, soft caps, windows and the sizes of experts follow
+    from the configuration.
+
+    Attributes:
+      qkv_bias: Whether queries, keys and values always have a bias.
+      qk_norm: Whether queries and keys are normalized before they are rotated.
+      fused: Whether one kernel makes queries, keys and values, and one makes gate and up.
+      sandwich: Whether the outputs of attention and feed-forward block are normalized too.
+      gemma_scales: Whether norms multiply by 1 + scale in float32, and embeddings by
+        sqrt(hidden_size).
+      experts: Names of the experts' kernels in the files, for a mixture of experts.
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    fused: bool = False
+    sandwich: bool = False
+    gemma_scales: bool = False
+    experts: ExpertNames | None = None
+
+    @property
+    def norm_names(self) -> dict[str, str]:
+        """Our name of each of a layer's norms -> Hugging Face's."""
+        more = (_SANDWICH_NORMS if self.sandwich else {}) | (_QK_NORMS if self.qk_norm else {})
+        return _NORMS | more
+
+
+def decoder_norm(config: DecoderConfig, design: DecoderDesign, param_dtype: Any) -> RMSNorm:
+    """Make the norm of a design; it belongs to no module until one assigns it in `setup`."""
+    gemma = design.gemma_scales
+    return RMSNorm(
+        config.rms_norm_eps,
+        offset=1.0 if gemma else 0.0,
+        wide_scale=gemma,
+        param_dtype=param_dtype,
+        parent=None,
+    )
 
 
 class DecoderLayer(nn.Module):
-    """One layer of the stack; an architecture's own class has the parts and says how they join."""
+    """Attention and feed-forward block, each on a normed copy of x and added to x.
 
-    config: Any  # a DecoderConfig of the architecture's own class
-    param_dtype: Any
-
-    norm_names: ClassVar[dict[str, str]] = {}  # ours -> Hugging Face's
-
-    def block(
-        self, x: jax.Array, context: Context, memory: Memory | None
-    ) -> tuple[jax.Array, Memory | None]:
-        """x: (batch, tokens, hidden) -> the same shape, and the layer's cache if it has one."""
-        raise NotImplementedError
-
-    def __call__(
-        self, x: jax.Array, contexts: Context, memory: Memory | None, kind: jax.Array | None
-    ) -> tuple[jax.Array, Memory | None]:
-        """Scanned, so it returns (carry, this layer's output).
-
-        Args:
-          x: (batch, tokens, hidden).
-          contexts: What every layer shares; with several kinds of layers, stacked by kind.
-          memory: The layer's cache, or None.
-          kind: int32 scalar, which of the kinds this layer is; None if there is one kind only.
-        """
-        if kind is not None:
-            filled = contexts.filled  # the same for every kind
-            of_kind = contexts._replace(filled=None)
-            of_this: Context = jax.tree.map(lambda each: each[kind], of_kind)
-            contexts = of_this._replace(filled=filled)
-        return self.block(x, contexts, memory)
-
-
-class Decoder(StandsInFiles, nn.Module):
-    """What the rotary decoders share; an architecture's own class adds its layer.
-
-    Attributes:
-      config: sizes, in Hugging Face's terms.
-      remat: recompute each layer's activations in the backward pass, to save memory.
-      param_dtype: dtype that `init` gives the parameters; `apply` follows what it is given.
+    Reference:
+      Gemma 2 (arXiv:2408.00118), section 2, for the norms after each block (`sandwich`).
     """
 
-    config: Any  # a DecoderConfig of the architecture's own class
-    remat: bool = False
-    param_dtype: Any = jnp.float32
-
-    def layer_class(self) -> type[DecoderLayer]:
-        """The architecture's layer."""
-        raise NotImplementedError
-
-    def layout(self) -> Layout:
-        """Where the parameters stand in the files: under the usual names here."""
-        return self.usual_layout()
-
-    def usual_layout(self, **parts: tuple[str, ...]) -> Layout:
-        """The usual names with what differs: `attention`, `mlp`, `biased` of `decoder_layout`."""
-        c = self.config
-        # Where an architecture has this switch, it turns on the biases of the whole attention.
-        usual = {"biased": ("attn",) * getattr(c, "attention_bias", False)}
-        norms = self.layer_class().norm_names
-        return decoder_layout(norms=norms, tied=c.tie_word_embeddings, **(usual | parts))
-
-    def final_norm(self) -> nn.Module:
-        """The norm behind the last layer."""
-        return RMSNorm(self.config.rms_norm_eps, param_dtype=self.param_dtype)
-
-    def embed(self, input_ids: jax.Array) -> jax.Array:
-        """(batch, tokens) integers -> (batch, tokens, hidden)."""
-        return self.embed_tokens(input_ids)
-
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Final hidden states (..., hidden) -> logits (..., vocabulary)."""
-        if self.config.tie_word_embeddings:
-            return self.embed_tokens.attend(hidden)
-        return self.lm_head(hidden)
+    config: Any  # a DecoderConfig
+    design: DecoderDesign
+    param_dtype: Any
 
     def setup(self):  # noqa: D102  Linen's hook
-        c = self.config
-        initial = nn.initializers.normal(c.initializer_range)
-        self.embed_tokens = nn.Embed(
-            c.vocab_size, c.hidden_size, embedding_init=initial, param_dtype=self.param_dtype
+        c, design, dtype = self.config, self.design, self.param_dtype
+        self.input_norm = self._norm()
+        scalar = c.query_pre_attn_scalar
+        self.attn = Attention(
+            c,
+            dtype,
+            bias=c.attention_bias or design.qkv_bias,
+            out_bias=c.attention_bias,
+            fused=design.fused,
+            qk_norm=self._norm() if design.qk_norm else None,
+            scale=None if scalar is None else scalar**-0.5,
+            soft_cap=c.attn_logit_softcapping,
         )
-        # Under scan the loop itself keeps XLA from undoing the recomputation.
-        layer = self.layer_class()
-        self.layers = nn.scan(
-            nn.remat(layer, prevent_cse=False) if self.remat else layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType]  Flax: Any will do
-            length=c.num_hidden_layers,
-        )(c, self.param_dtype)
-        self.norm = self.final_norm()
-        if not c.tie_word_embeddings:
-            self.lm_head = linear(c, c.vocab_size, False, self.param_dtype)
+        self.post_attention_norm = self._norm()
+        if c.experts is None:
+            self.mlp = GatedMLP(c, dtype, bias=c.mlp_bias, fused=design.fused)
+        else:
+            self.mlp = SparseMLP(c, dtype, c.experts)
+        if design.sandwich:
+            self.pre_feedforward_norm = self._norm()
+            self.post_feedforward_norm = self._norm()
+
+    def _norm(self) -> RMSNorm:
+        return decoder_norm(self.config, self.design, self.param_dtype)
 
     def __call__(
         self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
-        return_hidden: bool = False,
-    ):
-        """Score every next token.
+        x: jax.Array,
+        contexts: LayerContext,
+        cache: LayerCache | None,
+        kind: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Apply the layer; called by `nn.scan`.
 
         Args:
-          input_ids: (batch, tokens) integers.
-          attention_mask: (batch, tokens), 1 at real tokens and 0 at padding, on either side; with a
-            cache (batch, cache length). None: no padding.
-          positions: (batch, tokens); by default each real token counts the real ones before it.
-          segment_ids: (batch, tokens); tokens see only their own segment (packed documents; give
-            `positions` too, so that each document starts from 0). Not with a cache.
-          cache: from `init_cache` or an earlier call; the tokens are appended to it.
-          return_hidden: return the final normed hidden states (batch, tokens, hidden) in place of
-            logits, for a loss that calls `unembed` on a part at a time.
+          x: (batch, tokens, hidden).
+          contexts: Shared by all layers; with several kinds of layers, stacked by kind.
+          cache: The layer's keys and values, or None.
+          kind: int32 scalar, the index of the layer's kind; None if all layers are of one kind.
 
         Returns:
-          Logits (batch, tokens, vocabulary) in the parameters' dtype; with a cache
-          `(logits, cache)`.
-
-        Raises:
-          ConfigError: if an argument's shape does not fit the others.
+          x after the layer, and the layer's updated cache, if any.
         """
-        check_inputs(input_ids, attention_mask, positions, segment_ids, cache)
-        filled = None if cache is None else cache.filled
-        if positions is None:
-            positions = count_positions(input_ids, attention_mask, filled)
-        keys = input_ids.shape[1] if cache is None else cache.keys.shape[2]
-        given = (attention_mask, segment_ids, filled)
-        contexts, kinds = _contexts(self.config, positions, keys, given)
-        x = self.embed(input_ids)  # (batch, tokens, hidden)
-        memory = None if cache is None else (cache.keys, cache.values)
-        x, memory = self.layers(x, contexts, memory, kinds)
-        x = self.norm(x)
-        y = x if return_hidden else self.unembed(x)
-        if cache is None or memory is None:
-            return y
-        return y, KVCache(*memory, filled=cache.filled + jnp.int32(input_ids.shape[1]))
+        context = contexts if kind is None else _context_of_kind(contexts, kind)
+        attended, cache = self.attn(self.input_norm(x), context, cache)
+        if not self.design.sandwich:
+            x = x + attended
+            return x + self.mlp(self.post_attention_norm(x)), cache
+        x = x + self.post_attention_norm(attended)
+        return x + self.post_feedforward_norm(self.mlp(self.pre_feedforward_norm(x))), cache
 
-    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
-        """An empty cache; needs no parameters, so call it on the module itself.
 
-        Args:
-          batch: how many rows will be generated together.
-          length: prompt and new tokens together, at most; under jit nobody can tell how many
-            slots are filled, so a token too many overwrites the last ones.
-          dtype: of keys and values; the parameters' dtype loses nothing.
+def _context_of_kind(contexts: LayerContext, kind: jax.Array) -> LayerContext:
+    filled = contexts.filled  # a scalar, the same for every kind
+    of_kind: LayerContext = jax.tree.map(lambda each: each[kind], contexts._replace(filled=None))
+    return of_kind._replace(filled=filled)
 
-        Returns:
-          A `KVCache` of zeros.
-        """
+
+class Decoder(CausalDecoder):
+    """Base of the Llama-like decoders; a subclass gives its `design` and nothing else."""
+
+    design: ClassVar[DecoderDesign] = DecoderDesign()
+
+    def setup(self):  # noqa: D102  Linen's hook
+        c, dtype = self.config, self.param_dtype
+        self.embed_tokens = token_table(c, c.vocab_size, c.hidden_size, dtype)
+        layers = layer_stack(
+            DecoderLayer, c.num_hidden_layers, remat=self.remat, inputs_per_layer=2
+        )
+        self.layers = layers(c, self.design, dtype)
+        self.norm = decoder_norm(c, self.design, dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = linear(c, c.vocab_size, False, dtype)
+
+    @property
+    def cache_sizes(self) -> tuple[int, int, int]:
+        """Layers, key-value heads and channels of a head."""
         c = self.config
-        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, c.head_dim)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
+        return c.num_hidden_layers, c.num_key_value_heads, c.head_dim
 
+    def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Embed tokens: (batch, tokens) integers -> (batch, tokens, hidden)."""
+        x = self.embed_tokens(input_ids)
+        if not self.design.gemma_scales:
+            return x
+        # Rounded to x's dtype first, as the checkpoints were trained.
+        return x * jnp.float32(math.sqrt(self.config.hidden_size)).astype(x.dtype)
 
-_Given = tuple[jax.Array | None, jax.Array | None, jax.Array | None]  # mask, segments, filled
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """Normalize the last layer's hidden states, (batch, tokens, hidden)."""
+        return self.norm(x)
 
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Turn final hidden states (..., hidden) into logits (..., vocabulary)."""
+        tied = self.config.tie_word_embeddings
+        logits = self.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
+        return soft_cap(logits, self.config.final_logit_softcapping)
 
-def _contexts(
-    config: DecoderConfig, positions: jax.Array, keys: int, given: _Given
-) -> tuple[Context, jax.Array | None]:
-    """What the layers share, stacked by kind where there are several; and each layer's kind."""
-    kinds = list(dict.fromkeys(config.layer_kinds))
-    attention_mask, segment_ids, filled = given
-    # A window as long as the row hides nothing.
-    windows = [None if k.window is None or k.window >= keys else k.window for k in kinds]
-    plain = all(each is None for each in (*given, *windows))
-    masks = [
-        None if plain else visible(positions.shape[1], keys, attention_mask, segment_ids, filled, w)
-        for w in windows
-    ]
-    contexts = [
-        Context(*rotary_angles(kind.rope, positions), mask, None)
-        for kind, mask in zip(kinds, masks, strict=True)
-    ]
-    if len(kinds) == 1:
-        return contexts[0]._replace(filled=filled), None
-    stacked = jax.tree.map(lambda *each: jnp.stack(each), *contexts)
-    numbers = np.array([kinds.index(kind) for kind in config.layer_kinds], np.int32)
-    return stacked._replace(filled=filled), jnp.asarray(numbers)
+    def layer_inputs(
+        self, positions: jax.Array, keys: int, given: MaskInputs
+    ) -> tuple[LayerContext, jax.Array | None]:
+        """Make one context per kind of layer, stacked if there are several, and each layer's kind.
+
+        Returns:
+          The context or contexts, and (layers,) int32, or None if there is one kind only.
+        """
+        kinds = list(dict.fromkeys(self.config.layer_kinds))
+        # A window as long as the sequence masks nothing.
+        windows = [None if k.window is None or k.window >= keys else k.window for k in kinds]
+        causal = all(each is None for each in (*given, *windows))
+        masks = [
+            None if causal else visible(positions.shape[1], keys, *given, window)
+            for window in windows
+        ]
+        contexts = [
+            LayerContext(*rotary_angles(kind.rope, positions), mask, None)
+            for kind, mask in zip(kinds, masks, strict=True)
+        ]
+        if len(kinds) == 1:
+            return contexts[0]._replace(filled=given[-1]), None
+        stacked: LayerContext = jax.tree.map(lambda *each: jnp.stack(each), *contexts)
+        numbers = np.array([kinds.index(kind) for kind in self.config.layer_kinds], np.int32)
+        return stacked._replace(filled=given[-1]), jnp.asarray(numbers)
+
+    def layout(self) -> Layout:
+        """Place the parameters in the files, under the names of Llama's."""
+        c, design, layer = self.config, self.design, "model.layers.{layer}"
+        qkv = ("qkv_proj",) if design.fused else ("q_proj", "k_proj", "v_proj")
+        placed = embedding("embed_tokens", "model.embed_tokens")
+        for name in (*qkv, "o_proj"):
+            bias = c.attention_bias or (design.qkv_bias and name in qkv)
+            placed |= dense(f"layers/attn/{name}", f"{layer}.self_attn.{name}", bias=bias)
+        gate_up = ("gate_up_proj",) if design.fused else ("gate_proj", "up_proj")
+        for name in () if design.experts else (*gate_up, "down_proj"):
+            placed |= dense(f"layers/mlp/{name}", f"{layer}.mlp.{name}", bias=c.mlp_bias)
+        for ours, theirs in design.norm_names.items():
+            placed |= vector(f"layers/{ours}/scale", f"{layer}.{theirs}.weight")
+        placed |= vector("norm/scale", "model.norm.weight")
+        if not c.tie_word_embeddings:
+            placed |= dense("lm_head", "lm_head")
+        return placed | expert_layout(design.experts) if design.experts else placed

@@ -1,4 +1,4 @@
-"""The configuration that all rotary decoders share, in Hugging Face's terms."""
+"""Configurations of Llama-like decoders, without and with sliding-window attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from flax.core import FrozenDict
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.model_config import ModelConfig, is_positive, is_size
 
-__all__ = ["DecoderConfig", "LayerKind", "frozen_settings"]
+__all__ = [
+    "FULL",
+    "SLIDING",
+    "DecoderConfig",
+    "ExpertSizes",
+    "LayerKind",
+    "MixedLayersConfig",
+    "WindowConfig",
+    "frozen_settings",
+]
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # as `layer_types` has them
 
 _SIZES = (
     "vocab_size",
@@ -23,7 +34,7 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-# What each rotary scaling cannot do without; the keys are all the scalings there are.
+# Every implemented rotary scaling, and the settings that it requires.
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -37,31 +48,51 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     ),
     "longrope": ("original_max_position_embeddings",),
 }
-# Settings with a number for each pair of rotated channels.
+# Settings with one number for each pair of rotated channels.
 _ROPE_LISTS = {"longrope": ("short_factor", "long_factor")}
 
 
 class LayerKind(NamedTuple):
-    """What layers of one kind have in common; most models have one kind only.
+    """The settings that may differ between layers; most models have one kind of layer only.
 
     Attributes:
-      window: How many tokens back a query sees, itself included; None: all.
-      rope: The configuration whose rotary fields these layers go by.
+      window: Number of most recent tokens that a query attends to, itself included; None: all.
+      rope: The configuration whose rotary fields these layers use.
     """
 
     window: int | None
     rope: DecoderConfig
 
 
+class ExpertSizes(NamedTuple):
+    """Sizes of a mixture of experts.
+
+    Attributes:
+      total: Number of experts.
+      per_token: Number of experts that each token is routed to.
+      width: Intermediate channels of one expert.
+      normalized: Whether the weights of a token's experts are divided by their sum.
+    """
+
+    total: int
+    per_token: int
+    width: int
+    normalized: bool
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ModelConfig):
     """Sizes and switches of a decoder with rotary positions and grouped-query attention.
 
-    Each architecture adds its own fields. `jax_lora.models.load` fills one from `config.json`.
+    Each architecture's own class adds fields and changes defaults; see `architectures.py`.
 
     Raises:
-      ConfigError: for a size that is no positive integer, heads that do not divide, an activation
-        or a rotary scaling that is not implemented.
+      ConfigError: If a size is not a positive integer, heads do not divide, or an activation, a
+        rotary scaling or another variant is not implemented.
+
+    Example:
+      >>> DecoderConfig(hidden_size=64, num_attention_heads=4).head_dim
+      16
     """
 
     vocab_size: int = 32000
@@ -78,17 +109,30 @@ class DecoderConfig(ModelConfig):
     rope_scaling: Mapping[str, Any] | None = None  # {"rope_type": "linear", "factor": 2.0, ...}
     tie_word_embeddings: bool = False
 
-    def __post_init__(self) -> None:  # noqa: D105  fills in what is derived, then checks
+    # Not fields here, so `config.json` must not set them; architectures that have one of these
+    # switches declare a field of the same name.
+    attention_bias = False
+    mlp_bias = False
+    query_pre_attn_scalar = None
+    attn_logit_softcapping = None
+    final_logit_softcapping = None
+
+    def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
         if not self.num_key_value_heads:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+            self.overwrite("num_key_value_heads", self.num_attention_heads)
         if not self.head_dim and is_size(self.num_attention_heads):
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.rope_scaling is not None:  # frozen, so that a module that holds it can be hashed
-            object.__setattr__(self, "rope_scaling", frozen_settings(self.rope_scaling))
+            self.overwrite("head_dim", self.hidden_size // self.num_attention_heads)
+        if self.rope_scaling is not None:
+            self.overwrite("rope_scaling", frozen_settings(self.rope_scaling))
         self.check_sizes(_SIZES)
         self.check_positive(("rms_norm_eps", "rope_theta"))
         self.check_choice("hidden_act", ACTIVATIONS)
-        self._check_heads()
+        fix = "let each key-value head serve equally many query heads."
+        self.check_divides("num_key_value_heads", "num_attention_heads", fix)
+        if self.rotary_dim % 2:
+            where = "head_dim" if self.rotary_dim == self.head_dim else "rotated part of head_dim"
+            fix = "rotary embedding turns channel pairs."
+            self.refuse(where, self.rotary_dim, "an even number", fix)
         self._check_rope()
 
     @property
@@ -99,7 +143,7 @@ class DecoderConfig(ModelConfig):
 
     @property
     def rotary_dim(self) -> int:
-        """How many of a head's channels are rotated."""
+        """Number of channels of a head that are rotated."""
         return self.head_dim
 
     @property
@@ -107,18 +151,10 @@ class DecoderConfig(ModelConfig):
         """The kind of every layer, in order."""
         return (LayerKind(None, self),) * self.num_hidden_layers
 
-    def _check_heads(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            self.refuse(
-                "num_key_value_heads",
-                self.num_key_value_heads,
-                f"a divisor of num_attention_heads, {self.num_attention_heads}",
-                "let each key-value head serve equally many query heads.",
-            )
-        if self.rotary_dim % 2:
-            where = "head_dim" if self.rotary_dim == self.head_dim else "rotated part of head_dim"
-            fix = "rotary embedding turns channel pairs."
-            self.refuse(where, self.rotary_dim, "an even number", fix)
+    @property
+    def experts(self) -> ExpertSizes | None:
+        """Sizes of the mixture of experts; None for one feed-forward block per layer."""
+        return None
 
     def _check_rope(self) -> None:
         scaling, kind = self.rope_scaling or {}, self.rope_type
@@ -154,6 +190,66 @@ class DecoderConfig(ModelConfig):
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowConfig(DecoderConfig):
+    """Configuration of a decoder whose layers all have the same window, or none."""
+
+    sliding_window: int | None = None
+
+    use_sliding_window = True  # a field of Qwen only, whose `sliding_window` may be switched off
+
+    def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
+        super().__post_init__()
+        if self.sliding_window is not None and not is_size(self.sliding_window):
+            expected = "a whole number above 0, or None"
+            self.refuse("sliding_window", self.sliding_window, expected, "give a window or none.")
+
+    @property
+    def window(self) -> int | None:
+        """Number of recent tokens that a sliding layer attends to, the query's own included."""
+        return self.sliding_window if self.use_sliding_window else None
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer, in order."""
+        return (LayerKind(self.window, self),) * self.num_hidden_layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedLayersConfig(WindowConfig):
+    """Configuration of a decoder in which some layers have a window and others have none."""
+
+    layer_types: tuple[str, ...] | None = None  # None: the architecture's default pattern
+
+    def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
+        super().__post_init__()
+        self.derive("layer_types", self.default_layer_types())
+        self._check_layer_types(self.layer_types or ())
+
+    def default_layer_types(self) -> tuple[str, ...]:
+        """The kind of every layer, for files without `layer_types`."""
+        raise NotImplementedError
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer, in order."""
+        kinds = {FULL: LayerKind(None, self), SLIDING: self.sliding_kind}
+        return tuple(kinds[each] for each in self.layer_types or ())
+
+    @property
+    def sliding_kind(self) -> LayerKind:
+        """The kind of the layers with a window."""
+        return LayerKind(self.window, self)
+
+    def _check_layer_types(self, types: tuple[str, ...]) -> None:
+        if set(types) - {FULL, SLIDING} or len(types) != self.num_hidden_layers:
+            expected = f"{FULL} or {SLIDING} for each of {self.num_hidden_layers} layers"
+            self.refuse("layer_types", types, expected, "other layers are not implemented.")
+        if SLIDING in types and self.window is None:
+            fix = "give the window of the layers that have one."
+            self.refuse("sliding_window", None, f"a whole number, for {SLIDING} layers", fix)
+
+
 def frozen_settings(settings: Mapping[str, Any]) -> FrozenDict[str, Any]:
-    """Settings that can be hashed: lists become tuples."""
+    """Make settings hashable, as Linen requires of a module's attributes: lists become tuples."""
     return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})

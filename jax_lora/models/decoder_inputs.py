@@ -1,22 +1,33 @@
-"""What a decoder is called with: positions, who sees whom, and shapes that fit each other."""
+"""Inputs of a decoder: the KV cache, checks of shapes, positions and attention masks."""
 
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.models.model_errors import raise_config_error
 
-__all__ = ["KVCache", "check_inputs", "count_positions", "visible"]
+__all__ = [
+    "KVCache",
+    "MaskInputs",
+    "check_inputs",
+    "count_positions",
+    "empty_cache",
+    "key_mask",
+    "visible",
+]
+
+# The arguments attention_mask, segment_ids and filled of `visible`.
+MaskInputs = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, for a decoder to go on from.
+    """Keys and values of the tokens seen so far, from which a decoder continues.
 
     Attributes:
       keys: (layers, batch, length, key-value heads, head_dim), already rotated.
-      values: same shape.
-      filled: int32 scalar, how many of the `length` slots hold a token.
+      values: Same shape.
+      filled: int32 scalar, number of the `length` slots that hold a token.
     """
 
     keys: jax.Array
@@ -24,40 +35,63 @@ class KVCache(NamedTuple):
     filled: jax.Array
 
 
+def empty_cache(shape: tuple[int, ...], dtype: Any) -> KVCache:
+    """Make a cache of zeros.
+
+    Args:
+      shape: (layers, batch, length, key-value heads, head_dim).
+      dtype: Dtype of keys and values.
+    """
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
+
+
 def check_inputs(
     input_ids: jax.Array,
     attention_mask: jax.Array | None,
-    positions: jax.Array | None,
-    segment_ids: jax.Array | None,
-    cache: KVCache | None,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
 ) -> None:
-    """Refuse shapes that would broadcast into a wrong answer."""
+    """Raise for shapes that would broadcast into a wrong answer.
+
+    Raises:
+      ConfigError: If an argument's shape does not fit the others.
+    """
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         _refuse("input_ids", input_ids, "integers (batch, tokens)", "add a batch axis: ids[None].")
     batch, tokens = input_ids.shape
     length = tokens if cache is None else cache.keys.shape[2]
     if cache is not None and (cache.keys.shape[1] != batch or tokens > length):
-        fix = "make the cache with init_cache(batch, length) for these rows."
-        _refuse("cache", cache.keys, f"room for {batch} rows of {tokens} tokens", fix)
+        fix = "make the cache with init_cache(batch, length) for this batch."
+        _refuse("cache", cache.keys, f"room for {batch} sequences of {tokens} tokens", fix)
     if attention_mask is not None and attention_mask.shape != (batch, length):
         fix = "with a cache the mask covers its whole length, 1 where tokens will come."
         _refuse("attention_mask", attention_mask, f"shape {(batch, length)}", fix)
     for name, value in (("positions", positions), ("segment_ids", segment_ids)):
         if value is not None and value.shape != (batch, tokens):
-            _refuse(name, value, f"shape {(batch, tokens)}", "give one number a token.")
+            _refuse(name, value, f"shape {(batch, tokens)}", "give one integer per token.")
     if segment_ids is not None and cache is not None:
-        _refuse("segment_ids", segment_ids, "none together with a cache", "generate unpacked rows.")
+        fix = "generate from sequences that are not packed."
+        _refuse("segment_ids", segment_ids, "None together with a cache", fix)
 
 
 def _refuse(where: str, value: jax.Array, expected: str, fix: str) -> NoReturn:
-    got = f"{value.dtype} {value.shape}"
-    raise ConfigError(format_error(where, got=got, expected=expected, fix=fix))
+    raise_config_error(where, f"{value.dtype} {value.shape}", expected, fix)
 
 
 def count_positions(
     input_ids: jax.Array, attention_mask: jax.Array | None, filled: jax.Array | None
 ) -> jax.Array:
-    """Position of a token = how many real tokens stand before it; padding takes no number."""
+    """Count, for every token, the real tokens before it; padding is not counted.
+
+    Args:
+      input_ids: (batch, tokens).
+      attention_mask: (batch, tokens), or (batch, cache length) with a cache; None: no padding.
+      filled: int32 scalar, the cache's filled slots; None without a cache.
+
+    Returns:
+      (batch, tokens) int32.
+    """
     batch, tokens = input_ids.shape
     if attention_mask is None:
         positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[None], (batch, tokens))
@@ -71,6 +105,11 @@ def count_positions(
     return jax.lax.dynamic_slice_in_dim(counted, filled, tokens, axis=1)
 
 
+def key_mask(attention_mask: jax.Array) -> jax.Array:
+    """Turn a mask of keys, (batch, keys), into booleans for scores, (batch, 1, 1, keys)."""
+    return attention_mask.astype(bool)[:, None, None, :]
+
+
 def visible(
     queries: int,
     keys: int,
@@ -79,9 +118,18 @@ def visible(
     filled: jax.Array | None,
     window: int | None = None,
 ) -> jax.Array:
-    """(batch or 1, 1, queries, keys) booleans: earlier, real, and of the same document.
+    """Tell which keys a query attends to: earlier, real, and of the same segment.
 
-    With a window, also no more than so many tokens back, the query's own included.
+    Args:
+      queries: Number of queries.
+      keys: Number of keys; with a cache, its length.
+      attention_mask: (batch, keys), 1 at real tokens; None: no padding.
+      segment_ids: (batch, tokens); None: one segment.
+      filled: int32 scalar, the cache's filled slots, behind which the queries follow; or None.
+      window: Number of most recent keys that are visible, the query's own included; None: all.
+
+    Returns:
+      (batch or 1, 1, queries, keys) booleans.
     """
     row = jnp.arange(queries, dtype=jnp.int32)[:, None]
     row = row if filled is None else row + jnp.broadcast_to(filled, row.shape)
@@ -91,7 +139,7 @@ def visible(
         seen = seen & (column > row - jnp.int32(window))
     seen = seen[None, None]
     if attention_mask is not None:
-        seen = seen & attention_mask.astype(bool)[:, None, None, :]
+        seen = seen & key_mask(attention_mask)
     if segment_ids is not None:
         seen = seen & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     return seen

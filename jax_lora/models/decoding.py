@@ -1,8 +1,8 @@
-"""Going on from prompts, token by token, with a cache of keys and values.
+"""Generation: continue prompts token by token, with a KV cache.
 
-A batch of one shape runs one compiled program, `advance`: its first call fills the cache with the
-prompts, and every call adds tokens until it is told to pause, or all rows have ended. Between two
-calls the cache stays on the device, and the host can look at what has been written.
+One compiled function, `advance`, serves a batch of one shape: its first call fills the cache with
+the prompts, and every call adds tokens until a given number is written or all sequences have
+ended. Between two calls the cache stays on the device, and the host can read the new tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_lora.adapter import is_adapted
-from jax_lora.errors import ConfigError, format_error
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.decoder_inputs import KVCache
+from jax_lora.models.model_errors import raise_config_error
 from jax_lora.models.sampling import Choice, draw
 from jax_lora.transform import lora_apply
 
@@ -29,14 +29,14 @@ __all__ = ["Progress", "advance", "begin", "end_mask", "generate", "make_choice"
 
 
 class Progress(NamedTuple):
-    """Where a batch stands.
+    """The state of a batch that is being generated.
 
     Attributes:
-      written: int32 scalar, how many columns of `tokens` hold a token.
-      done: (rows,) booleans, whether a row has ended.
-      lengths: (rows,) int32, how many tokens of a row count, its end token among them.
-      tokens: (rows, most) int32, the new tokens; the padding token behind a row's end.
-      cache: What the model has seen: prompts and new tokens but the last.
+      written: int32 scalar, number of columns of `tokens` that hold a token.
+      done: (batch,) booleans, whether a sequence has ended.
+      lengths: (batch,) int32, new tokens of each sequence, its end token included.
+      tokens: (batch, max_new_tokens) int32, the new tokens; padding after a sequence's end.
+      cache: The KV cache of prompts and new tokens, except the last.
     """
 
     written: jax.Array
@@ -59,33 +59,33 @@ def generate(
     top_p: float | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Go on from prompts, with any decoder of `jax_lora.models`.
+    """Continue prompts, with any decoder of `jax_lora.models`.
 
-    Each shape of `input_ids` and each `max_new_tokens` compiles one program (two, if you both
-    sample and take the likeliest token); all else is data. Pad prompts to a few lengths.
+    Each shape of `input_ids` and each `max_new_tokens` compiles one function (two, if you use both
+    sampling and greedy decoding); other values never recompile. Pad prompts to a few lengths.
 
     Args:
       model: The decoder.
       params: Its parameters, with or without the "params" level. Leaves may carry an adapter, as
-        `combine` gives them; merging it first (`merge`) saves its work in every step.
+        `combine` returns them; merging it first (`merge`) makes every step faster.
       input_ids: (batch, prompt) integers; prompts of unequal lengths are padded on the left.
       attention_mask: (batch, prompt), 1 at real tokens and 0 at padding. None: no padding.
       max_new_tokens: Most tokens to add.
-      eos_id: The token or tokens that end a row; None takes the configuration's own, `()` none.
-      temperature: Divides the logits; 0 takes the likeliest token.
-      top_k: Draw among the k likeliest tokens only.
-      top_p: Draw among the fewest tokens only that together are this likely.
-      key: A key for drawing, or (batch,) keys, one a row. What a row draws depends on neither the
-        rows beside it nor its padding.
+      eos_id: The token or tokens that end a sequence. None: the configuration's; `()`: no token.
+      temperature: Divides the logits; 0: greedy decoding.
+      top_k: Sample from the k most likely tokens only.
+      top_p: Sample from the smallest set of tokens whose probabilities sum to at least this.
+      key: A key, or (batch,) keys, for sampling. A sequence's samples do not depend on the other
+        sequences of the batch or on its padding.
 
     Returns:
-      `(ids, lengths)`: ids (batch, prompt + max_new_tokens), the configuration's padding token
-      behind each row's end (its end token, if there is no padding token); lengths (batch,), how
-      many new tokens each row has, its end token among them.
+      `(ids, lengths)`: ids (batch, prompt + max_new_tokens), with the configuration's padding
+      token after each sequence's end (its end token, if there is no padding token); lengths
+      (batch,), the number of new tokens of each sequence, its end token included.
 
     Raises:
-      ConfigError: A number is out of its range, sampling has no key, a row is padded on the right,
-        the model is no decoder, or its table of positions is too short.
+      ConfigError: If a value is out of range, sampling has no key, a prompt is padded on the
+        right, the model is not a decoder, or its table of positions is too short.
 
     Example:
       >>> import jax, jax.numpy as jnp, jax_lora as jl
@@ -101,7 +101,7 @@ def generate(
     ids, mask = _check_prompts(input_ids, attention_mask)
     most = _integer("max_new_tokens", max_new_tokens)
     variables = params if "params" in params else {"params": params}
-    progress = begin(model, variables, ids.shape, most)  # only a decoder can
+    progress = begin(model, variables, ids.shape, most)  # raises unless it is a decoder
     _check_room(model, mask, most)
     ends = _end_ids(model.config.eos_token_id if eos_id is None else eos_id)
     choice = make_choice(key, len(ids), temperature=temperature, top_k=top_k, top_p=top_p)
@@ -120,42 +120,39 @@ def generate(
 
 
 def begin(model: Any, variables: Any, shape: tuple[int, ...], most: int) -> Progress:
-    """Make room for prompts and answers.
+    """Allocate the state of a batch, with an empty cache.
 
     Args:
       model: The decoder.
-      variables: `{"params": params}`, adapted or not.
-      shape: (rows, prompt).
-      most: Most new tokens of a row.
-
-    Returns:
-      Nothing written yet.
+      variables: `{"params": params}`, with or without an adapter.
+      shape: (batch, prompt).
+      most: Most new tokens of a sequence.
 
     Raises:
-      ConfigError: The model has no cache, or one that reads texts apart from answers (T5).
+      ConfigError: If the model has no KV cache, or is an encoder-decoder (T5).
     """
-    rows, length = shape
+    batch, length = shape
     leaves = jax.tree.leaves(variables, is_leaf=is_adapted)
     dtypes = [(leaf.base if is_adapted(leaf) else leaf).dtype for leaf in leaves]
     dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
-    zeros = jnp.zeros((rows,), jnp.int32)
-    tokens = jnp.zeros((rows, most), jnp.int32)
+    zeros = jnp.zeros((batch,), jnp.int32)
+    tokens = jnp.zeros((batch, most), jnp.int32)
     make = getattr(model, "init_cache", lambda *sizes: None)
-    cache = make(rows, length + most, dtype)
+    cache = make(batch, length + most, dtype)
     if not isinstance(cache, KVCache):
         got, fix = type(model).__name__, "load a model whose class ends in ForCausalLM."
         _refuse("model", got, "a decoder, which has a cache", fix)
-    return _beside(leaves, Progress(jnp.int32(0), zeros > 0, zeros, tokens, cache))
+    return _placed(leaves, Progress(jnp.int32(0), zeros > 0, zeros, tokens, cache))
 
 
-def _beside(leaves: list[Any], progress: Progress) -> Progress:
-    """Tie what is fresh to the devices that the weights are tied to, if they are.
+def _placed(leaves: list[Any], progress: Progress) -> Progress:
+    """Commit the new arrays to the devices that the weights are committed to, if they are.
 
-    What `advance` gives back is tied to them, so else its second call would be compiled again.
+    `advance` returns committed arrays, so otherwise its second call would be compiled again.
     """
     arrays = jax.tree.leaves([leaf.base if is_adapted(leaf) else leaf for leaf in leaves])
-    tied = [each for each in arrays if isinstance(each, jax.Array) and not isinstance(each, Tracer)]
-    where = next((each.sharding for each in tied if each.committed), None)
+    real = [each for each in arrays if isinstance(each, jax.Array) and not isinstance(each, Tracer)]
+    where = next((each.sharding for each in real if each.committed), None)
     if isinstance(where, NamedSharding):
         where = NamedSharding(where.mesh, PartitionSpec())
     return progress if where is None else jax.device_put(progress, where)
@@ -173,34 +170,34 @@ def advance(
     padding: jax.Array,
     choice: Choice | None,
 ) -> Progress:
-    """Write tokens until there are `until` of them, or all rows have ended.
+    """Write tokens until there are `until` of them, or all sequences have ended.
 
     Args:
       model: The decoder.
-      variables: `{"params": params}`, adapted or not.
-      ids: (rows, prompt) int32, padded on the left.
-      mask: (rows, prompt) int32.
-      progress: From `begin` or an earlier call; it is given up.
-      until: int32 scalar, at most the columns that there are.
-      ends: (vocabulary,) booleans, the tokens that end a row.
-      padding: int32 scalar, the token behind a row's end.
-      choice: How tokens are drawn; None takes the likeliest.
+      variables: `{"params": params}`, with or without an adapter.
+      ids: (batch, prompt) int32, padded on the left.
+      mask: (batch, prompt) int32.
+      progress: From `begin` or an earlier call; its buffers are donated.
+      until: int32 scalar, at most the number of columns of `progress.tokens`.
+      ends: (vocabulary,) booleans, the tokens that end a sequence.
+      padding: int32 scalar, the token after a sequence's end.
+      choice: Settings of sampling; None: greedy decoding.
 
     Returns:
-      Where the batch stands then.
+      The new state.
     """
     apply = lora_apply(model.apply)
-    rows, most = progress.tokens.shape
-    mask = jnp.concatenate([mask, jnp.ones((rows, most), mask.dtype)], axis=1)
+    new = jnp.ones(progress.tokens.shape, mask.dtype)
+    mask = jnp.concatenate([mask, new], axis=1)  # (batch, cache length)
 
     def step(tokens: jax.Array, now: Progress) -> Progress:
-        """tokens: (rows, any number), those that the cache has not seen yet."""
+        """Add one token; tokens: (batch, n), those that are not in the cache yet."""
         hidden, cache = apply(
             variables, tokens, attention_mask=mask, cache=now.cache, return_hidden=True
         )
-        logits = apply(variables, hidden[:, -1], method="unembed")  # (rows, vocabulary)
+        logits = apply(variables, hidden[:, -1], method="unembed")  # (batch, vocabulary)
         if choice is None:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # (rows,)
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # (batch,)
         else:
             token = draw(logits, choice, now.written)
         token = jnp.where(now.done, padding, token)
@@ -218,7 +215,7 @@ def advance(
     def add(now: Progress) -> Progress:
         return step(jax.lax.dynamic_slice_in_dim(now.tokens, now.written - 1, 1, axis=1), now)
 
-    # One program for the first call and the later ones: the prompts go in only once.
+    # A condition, so that the first call and later ones share one compiled function.
     first = progress.written == 0
     progress = jax.lax.cond(first, functools.partial(step, ids), lambda now: now, progress)
     return jax.lax.while_loop(running, add, progress)
@@ -226,53 +223,56 @@ def advance(
 
 def make_choice(
     key: jax.Array | None,
-    rows: int,
+    batch: int,
     *,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Choice | None:
-    """Check the settings of a choice of tokens, and make data of them.
+    """Check the settings of sampling, and make arrays of them.
 
     Args:
-      key: One key, or (rows,) keys.
-      rows: How many rows draw.
+      key: One key, or (batch,) keys.
+      batch: Number of sequences.
       temperature: 0, or a positive number.
       top_k: None, or at least 1.
       top_p: None, or a number in (0, 1].
 
     Returns:
-      The choice; None at temperature 0, where the likeliest token is taken.
+      The settings; None at temperature 0, which is greedy decoding.
 
     Raises:
-      ConfigError: A number is out of its range, or there is no key.
+      ConfigError: If a value is out of range, or there is no key.
     """
     if not 0 <= temperature < float("inf"):
         _refuse("temperature", temperature, "a number of at least 0", "0 does not sample.")
-    most = np.iinfo(np.int32).max  # beyond every vocabulary: all tokens stay
+    most = np.iinfo(np.int32).max  # larger than every vocabulary: all tokens are kept
     k = most if top_k is None else min(_integer("top_k", top_k), most)
     if top_p is not None and not 0 < top_p <= 1:
-        _refuse("top_p", top_p, "a number above 0 and at most 1", "1 leaves all tokens in.")
+        _refuse("top_p", top_p, "a number above 0 and at most 1", "1 keeps all tokens.")
     if temperature == 0:
         return None
     if key is None:
         _refuse("key", None, "a key, as temperature is above 0", "pass key=jax.random.key(0).")
     p = 1.0 if top_p is None else top_p
-    return Choice(_row_keys(key, rows), jnp.float32(temperature), jnp.int32(k), jnp.float32(p))
+    return Choice(
+        _sequence_keys(key, batch), jnp.float32(temperature), jnp.int32(k), jnp.float32(p)
+    )
 
 
-def _row_keys(key: jax.Array, rows: int) -> jax.Array:
+def _sequence_keys(key: jax.Array, batch: int) -> jax.Array:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
-        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-    if key.shape != (rows,):
-        _refuse("key", f"keys {key.shape}", f"one key, or {rows} of them", "give each row one.")
+        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        expected = f"one key, or {batch} of them"
+        _refuse("key", f"keys {key.shape}", expected, "give each sequence one.")
     return key
 
 
 def end_mask(model: Any, ids: Iterable[int]) -> np.ndarray:
-    """Mark the tokens that end a row.
+    """Mark the tokens that end a sequence.
 
     Args:
       model: The decoder.
@@ -282,13 +282,13 @@ def end_mask(model: Any, ids: Iterable[int]) -> np.ndarray:
       (vocabulary,) booleans.
 
     Raises:
-      ConfigError: A token is not in the vocabulary.
+      ConfigError: If a token is not in the vocabulary.
     """
     size = model.config.vocab_size
     ends = np.zeros(size, bool)
     for index in ids:
         if not 0 <= index < size:
-            _refuse("eos_id", index, f"a token, 0 to {size - 1}", "look into the tokenizer.")
+            _refuse("eos_id", index, f"a token, 0 to {size - 1}", "check the tokenizer's ids.")
         ends[index] = True
     return ends
 
@@ -311,20 +311,25 @@ def _check_prompts(ids: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         _refuse("input_ids", got, "integers (batch, prompt)", "add a batch axis: ids[None].")
     mask = np.ones(ids.shape, np.int32) if mask is None else np.asarray(mask)
     if mask.shape != ids.shape:
-        _refuse("attention_mask", mask.shape, f"shape {ids.shape}", "give one number a token.")
+        _refuse(
+            "attention_mask",
+            mask.shape,
+            f"shape {ids.shape}",
+            "give one integer per token.",
+        )
     if not mask[:, -1].all():
         rows = np.flatnonzero(mask[:, -1] == 0)[:5].tolist()
-        got, fix = f"padding behind the prompts of rows {rows}", "pad prompts on the left."
+        got, fix = f"padding at the end of prompts {rows}", "pad prompts on the left."
         _refuse("attention_mask", got, "real tokens in the last column", fix)
     return ids.astype(np.int32), mask.astype(np.int32)
 
 
 def _check_room(model: Any, mask: np.ndarray, most: int) -> None:
-    """Rotation goes on for ever, for better or worse; a table of positions ends."""
-    if isinstance(model.config, DecoderConfig):
+    """Raise if a sequence would be longer than the table of learned positions."""
+    if isinstance(model.config, DecoderConfig):  # rotary positions have no limit
         return
     length, table = int(mask.sum(axis=1).max()), model.config.max_position_embeddings
-    if length + most - 1 > table:  # the last token is not gone on from
+    if length + most - 1 > table:  # the last token is not an input
         got, fix = f"{length} + {most} tokens", "shorten the prompts, or add fewer tokens."
         _refuse("max_new_tokens", got, f"no more than the model's {table} positions", fix)
 
@@ -340,4 +345,4 @@ def _integer(where: str, value: Any) -> int:
 
 
 def _refuse(where: str, got: Any, expected: str, fix: str) -> NoReturn:
-    raise ConfigError(format_error(f"generate: {where}", got=f"{got}", expected=expected, fix=fix))
+    raise_config_error(f"generate: {where}", got, expected, fix)

@@ -1,14 +1,14 @@
-"""A feed-forward part of many experts, of which each token visits a few.
+"""A mixture of experts: a feed-forward block of many experts, a few of them for each token.
 
 The kernels of all experts are one stack. Tokens are sorted by expert, so that each expert's tokens
-stand together and one `jax.lax.ragged_dot` multiplies every group by its own kernel: the work is
-that of the experts chosen, and no token is dropped whatever the load.
+are contiguous and one `jax.lax.ragged_dot` multiplies every group by its own kernel: only the
+chosen experts are computed, and no token is dropped whatever the load.
 
 The router is an ordinary dense kernel: `find_kernels` finds it and "all-linear" adapts it, as PEFT
-does for these models. `exclude="gate"` leaves it alone.
+does for these models. `exclude="gate"` leaves it out.
 
-JAX 0.10 cannot `vmap` a `ragged_dot` over tokens that share its kernels, so an adapter for each row
-of a batch goes through `jax.lax.map` with these models.
+JAX 0.10 cannot `vmap` a `ragged_dot` over tokens that share its kernels, so with these models use
+`jax.lax.map` for a different adapter per example.
 
 Reference:
     Shazeer et al. (arXiv:1701.06538), section 2; Jiang et al., Mixtral (arXiv:2401.04088).
@@ -16,102 +16,110 @@ Reference:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jax_lora.models.activations import ACTIVATIONS
-from jax_lora.models.attention import linear
-from jax_lora.models.decoder_config import DecoderConfig
-from jax_lora.models.layout import Layout, Placement, dense
+from jax_lora.models.checkpoint_model import linear
+from jax_lora.models.decoder_config import DecoderConfig, ExpertSizes
+from jax_lora.models.layout import Layout, Placement
 
-__all__ = ["SparseMLP", "route", "sparse_layout"]
+__all__ = ["ExpertNames", "SparseMLP", "expert_layout", "route"]
+
+
+class ExpertNames(NamedTuple):
+    """Names in the files.
+
+    Attributes:
+      block: The feed-forward block; modules call it "mlp".
+      gate: The kernels of one expert.
+      up: See `gate`.
+      down: See `gate`.
+    """
+
+    block: str
+    gate: str
+    up: str
+    down: str
 
 
 class SparseMLP(nn.Module):
-    """A router, and experts that are each a gated feed-forward part without biases.
+    """A router, and experts that are each a gated feed-forward block without biases.
 
     Attributes:
-      config: sizes of the model.
-      param_dtype: dtype that `init` gives the parameters.
-      experts: how many there are.
-      chosen: how many each token visits.
-      width: intermediate channels of one expert.
-      normalised: whether the weights of a token's experts are made to sum to 1.
+      config: Sizes of the model.
+      param_dtype: Dtype in which `init` makes the parameters.
+      sizes: Sizes of the experts.
     """
 
     config: DecoderConfig
     param_dtype: Any
-    experts: int
-    chosen: int
-    width: int
-    normalised: bool
+    sizes: ExpertSizes
 
     def setup(self):  # noqa: D102  Linen's hook
-        self.gate = linear(self.config, self.experts, False, self.param_dtype)
-        self.expert_stack = Experts(
-            self.config, self.param_dtype, self.experts, self.width, name="experts"
-        )
+        self.gate = linear(self.config, self.sizes.total, False, self.param_dtype)
+        self.expert_stack = Experts(self.config, self.param_dtype, self.sizes, name="experts")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (batch, tokens, hidden) -> the same shape."""
-        weights, indices = route(self.gate(x), self.chosen, self.normalised)
+        """(batch, tokens, hidden) -> the same shape."""
+        weights, indices = route(self.gate(x), self.sizes.per_token, self.sizes.normalized)
         return self.expert_stack(x, weights, indices)
 
 
 class Experts(nn.Module):
-    """The experts' kernels: down(act(gate(x)) * up(x)), with gate and up side by side in one."""
+    """The experts: down(act(gate(x)) * up(x)), with gate and up side by side in one kernel."""
 
     config: DecoderConfig
     param_dtype: Any
-    experts: int
-    width: int
+    sizes: ExpertSizes
 
     @nn.compact
     def __call__(self, x: jax.Array, weights: jax.Array, indices: jax.Array) -> jax.Array:
-        """Send each token to its experts and add up what they say.
+        """Apply each token's experts and sum their outputs.
 
         Args:
           x: (batch, tokens, hidden).
-          weights: (batch, tokens, chosen) float32.
-          indices: (batch, tokens, chosen) int32, each token's experts.
+          weights: (batch, tokens, per_token) float32.
+          indices: (batch, tokens, per_token) int32, each token's experts.
 
         Returns:
           (batch, tokens, hidden), in x's dtype.
         """
+        count, width = self.sizes.total, self.sizes.width
         initial = nn.initializers.normal(self.config.initializer_range)
         shapes = {
-            "gate_up_proj": (self.experts, x.shape[-1], 2 * self.width),
-            "down_proj": (self.experts, self.width, x.shape[-1]),
+            "gate_up_proj": (count, x.shape[-1], 2 * width),
+            "down_proj": (count, width, x.shape[-1]),
         }
         gate_up, down = (
             self.param(name, initial, shape, self.param_dtype).astype(x.dtype)
             for name, shape in shapes.items()
         )
-        chosen = indices.shape[-1]
-        visits = indices.reshape(-1)  # (batch * tokens * chosen,), which expert
+        visits = indices.reshape(-1)  # (batch * tokens * per_token,), which expert
         order = jnp.argsort(visits)  # stable: the visits to expert 0 first, in order of tokens
-        sizes = jnp.zeros(self.experts, jnp.int32).at[visits].add(1)
-        rows = x.reshape(-1, x.shape[-1])[order // chosen]  # (visits, hidden), sorted by expert
-        gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up, sizes), 2, axis=-1)
+        sizes = jnp.zeros(count, jnp.int32).at[visits].add(1)
+        per_token = indices.shape[-1]
+        sorted_x = x.reshape(-1, x.shape[-1])[order // per_token]  # (visits, hidden)
+        gate, up = jnp.split(jax.lax.ragged_dot(sorted_x, gate_up, sizes), 2, axis=-1)
         hidden = ACTIVATIONS[self.config.hidden_act](gate) * up  # (visits, width)
-        said = jax.lax.ragged_dot(hidden, down, sizes)  # (visits, hidden)
-        said = said[jnp.argsort(order)].reshape(*indices.shape, -1)  # by token again
-        return jnp.einsum("btc,btch->bth", weights, said.astype(jnp.float32)).astype(x.dtype)
+        y = jax.lax.ragged_dot(hidden, down, sizes)  # (visits, hidden)
+        y = y[jnp.argsort(order)].reshape(*indices.shape, -1)  # (b, t, per_token, hidden)
+        return jnp.einsum("btc,btch->bth", weights, y.astype(jnp.float32)).astype(x.dtype)
 
 
-def route(logits: jax.Array, chosen: int, normalised: bool) -> tuple[jax.Array, jax.Array]:
+def route(logits: jax.Array, per_token: int, normalized: bool) -> tuple[jax.Array, jax.Array]:
     """Choose the most probable experts of every token.
 
     Args:
       logits: (..., experts).
-      chosen: how many each token visits.
-      normalised: whether their weights are made to sum to 1.
+      per_token: Number of experts of each token.
+      normalized: Whether their weights are divided by their sum.
 
     Returns:
-      Weights (..., chosen), always float32, and the experts' indices, of the same shape.
+      Weights (..., per_token), always float32, and the experts' indices, of the same shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,33 +130,25 @@ def route(logits: jax.Array, chosen: int, normalised: bool) -> tuple[jax.Array, 
       (1, 2)
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, indices = jax.lax.top_k(probabilities, chosen)  # (..., chosen)
-    if normalised:
+    weights, indices = jax.lax.top_k(probabilities, per_token)  # (..., per_token)
+    if normalized:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return weights, indices
 
 
-def sparse_layout(part: str, gate: str, up: str, down: str) -> Layout:
-    """Place router and experts, whose files hold each expert's three kernels apart.
-
-    Args:
-      part: Name of the feed-forward part in the files; modules call it "mlp".
-      gate: Names of an expert's kernels in the files.
-      up: See `gate`.
-      down: See `gate`.
-    """
-    files, modules = f"model.layers.{{layer}}.{part}", "model.layers.{layer}.mlp"
-    expert = f"{files}.experts.{{expert}}"
-    router = dense("layers/mlp/gate", f"{files}.gate")["layers/mlp/gate/kernel"]
+def expert_layout(names: ExpertNames) -> Layout:
+    """Place router and experts; the files hold each expert's three kernels separately."""
+    files, module = f"model.layers.{{layer}}.{names.block}", "model.layers.{layer}.mlp"
+    gate, up, down = (
+        f"{files}.experts.{{expert}}.{name}.weight" for name in (names.gate, names.up, names.down)
+    )
+    # Router and experts are not torch `Linear` modules, so adapters name the parameter itself.
     return {
-        # Router and experts are no modules of torch's `Linear`, so adapters name the parameter.
-        "layers/mlp/gate/kernel": Placement(router.tensors, True, f"{modules}.gate.weight"),
+        "layers/mlp/gate/kernel": Placement(
+            (f"{files}.gate.weight",), True, f"{module}.gate.weight"
+        ),
         "layers/mlp/experts/gate_up_proj": Placement(
-            (f"{expert}.{gate}.weight", f"{expert}.{up}.weight"),
-            True,
-            f"{modules}.experts.gate_up_proj",
+            (gate, up), True, f"{module}.experts.gate_up_proj"
         ),
-        "layers/mlp/experts/down_proj": Placement(
-            (f"{expert}.{down}.weight",), True, f"{modules}.experts.down_proj"
-        ),
+        "layers/mlp/experts/down_proj": Placement((down,), True, f"{module}.experts.down_proj"),
     }

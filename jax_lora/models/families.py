@@ -1,68 +1,40 @@
-"""The architectures that can be loaded, by the `model_type` of their `config.json`."""
+"""All architectures that can be loaded, by the `model_type` of their `config.json`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jax_lora.errors import ModelError, format_error
-from jax_lora.models import (
-    bert,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    llama,
-    mistral,
-    mixtral,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    roberta,
-    t5,
-)
+from jax_lora.models import gpt2, t5
+from jax_lora.models.architectures import DECODERS
+from jax_lora.models.bert import ENCODERS
 from jax_lora.models.family import Family
+from jax_lora.models.model_errors import raise_model_error
 
 __all__ = ["FAMILIES", "family_of", "family_of_config"]
 
-_ARCHITECTURES = (
-    bert,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    llama,
-    mistral,
-    mixtral,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    roberta,
-    t5,
-)
-FAMILIES: dict[str, Family] = {each.FAMILY.model_type: each.FAMILY for each in _ARCHITECTURES}
+_ALL = (*DECODERS, *ENCODERS, gpt2.FAMILY, t5.FAMILY)
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in sorted(_ALL, key=lambda each: each.model_type)
+}
 
 
 def family_of(model: Any) -> Family:
-    """The family of a module.
+    """Return the family of a module.
 
     Raises:
-      ModelError: if the module is of no architecture of this package.
+      ModelError: If the module is not of an architecture of this package.
     """
     found = next((each for each in FAMILIES.values() if type(model) is each.module), None)
     if found is None:
-        raise ModelError(
-            format_error(
-                "model",
-                got=f"a {type(model).__name__}",
-                expected="a module of jax_lora.models",
-                fix="use what jax_lora.models.load returned, or one of the package's classes.",
-            )
+        raise_model_error(
+            "model",
+            f"a {type(model).__name__}",
+            "a module of jax_lora.models",
+            "use what jax_lora.models.load returned, or one of the package's classes.",
         )
     return found
 
 
 def family_of_config(config: Any) -> Family:
-    """The family of a configuration."""
+    """Return the family of a configuration."""
     return next(each for each in FAMILIES.values() if type(config) is each.config)

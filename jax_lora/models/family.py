@@ -1,4 +1,4 @@
-"""Family: all that loading and saving have to know of one architecture."""
+"""Family: what loading and saving need to know of one architecture."""
 
 from __future__ import annotations
 
@@ -6,38 +6,35 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["ROTARY_TABLES", "Family", "decoder_json", "nullable", "plain_json"]
-
-# Tables of rotary frequencies that older files hold.
-ROTARY_TABLES = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+__all__ = ["Family", "nullable", "plain_json"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One architecture, as its file describes it.
+    """One architecture.
 
     Args:
-      model_type: What `config.json` calls it.
-      architectures: The classes of transformers whose files fit, the usual one first.
-      config: The configuration's class.
+      model_type: Its name in `config.json`.
+      architectures: The transformers classes whose files can be loaded, the usual one first.
+      config: The class of its configurations.
       module: The Linen module, called with a configuration.
-      to_json: From a configuration to the fields of `config.json` that it governs.
+      to_json: From a configuration to the fields of `config.json` that it sets.
       fields: From `config.json` to further arguments of the configuration, beyond those that
         have the same name there.
-      settle: Completes a configuration by what the files hold; it is given a function from a
-        tensor's name to its numbers, or None if there is none.
+      settle: Completes a configuration by the contents of the files; its second argument is a
+        function from a tensor's name to its values, or None if there is no such tensor.
       neutral: Field of `config.json` -> the values with which it changes nothing here.
-      harmless: Fields that change nothing whatever their value.
-      redundant: Patterns of tensors that files may hold although nothing needs them.
-      tied_copies: The same, where the embedding is tied to the output head.
-      prefix: What files of the model without its head leave off the tensors' names.
-      renames: Patterns in tensors' names and what stands in their place today.
-      embedding: Path of the table of tokens, (vocabulary, hidden).
+      harmless: Fields that change nothing, whatever their value.
+      redundant: Patterns of tensors that files may hold although they are not needed.
+      tied_copies: The same, for a model whose embedding is tied to the output head.
+      prefix: The prefix that files of the model without its head omit from tensor names.
+      renames: Patterns in tensor names of older files, and their replacements.
+      embedding: Path of the token embedding, (vocabulary, hidden).
       head: Path of the output head of an untied model, (hidden, vocabulary); None if the head
         cannot be untied.
       head_bias: Path of the head's bias, if it has one.
-      decodes: Whether it goes on from a prompt by itself, token by token.
-      depth: The configuration's field with the number of layers; None if there are two stacks.
+      decodes: Whether `generate` can continue a prompt with it.
+      depth: The configuration's field with the number of layers; None for two layer stacks.
     """
 
     model_type: str
@@ -61,7 +58,7 @@ class Family:
 
 
 def nullable(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Make a reader of fields in which null is a value, and not the same as leaving them out.
+    """Make a reader of fields in which null is a value, different from an absent field.
 
     Example:
       >>> nullable("window")({"window": None, "size": 3})
@@ -71,19 +68,8 @@ def nullable(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def plain_json(config: Any) -> dict[str, Any]:
-    """Every field of a configuration under its own name, as values that JSON has."""
+    """Return every field of a configuration under its own name, as JSON values."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     del fields["source"]
     listed = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
     return {name: dict(v) if isinstance(v, Mapping) else v for name, v in listed.items()}
-
-
-def decoder_json(config: Any) -> dict[str, Any]:
-    """The same for a decoder, with its rotary settings as old and new readers want them."""
-    fields = plain_json(config)
-    scaling = fields["rope_scaling"] or {}
-    rope = {**scaling, "rope_type": config.rope_type, "rope_theta": config.rope_theta}
-    # Transformers 5 reads rope_parameters, its elders the two older fields.
-    fields["rope_parameters"] = rope
-    fields["rope_scaling"] = {**scaling, "rope_type": config.rope_type} if scaling else None
-    return fields

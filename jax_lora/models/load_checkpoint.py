@@ -1,7 +1,7 @@
 """Read a Hugging Face folder's tensors into a module's stacked parameters.
 
-Each tensor goes from its file straight into its place in a stack that is updated in place, so the
-peak is the model and one layer's tensor. Shapes are compared before anything is allocated.
+Each tensor is written from its file into a stack that is updated in place, so peak memory is the
+model and one layer's tensor. Shapes are checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jax_lora.errors import ModelError, format_error
 from jax_lora.models.families import family_of, family_of_config
 from jax_lora.models.family import Family
 from jax_lora.models.layout import Placement
+from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.parameter_shapes import parameter_shapes
 from jax_lora.models.read_config import read_config
 from jax_lora.models.tensor_files import DTYPES, Tensor, open_tensors
 
 __all__ = ["load"]
 
-# For each parameter by path and shape; or one for all.
+# One for all parameters, or a function of path and shape.
 Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding]
 
 
@@ -42,28 +42,27 @@ def load(
     sharding: Shardings | None = None,
     ignore: Iterable[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
-    """Read a model from a Hugging Face folder.
+    """Load a model from a Hugging Face folder.
 
-    The architecture follows from `config.json`. Nothing in the folder is run, and no file outside
-    it is read. Every layer goes straight to where it is to lie, so no more than the model and one
-    layer of it is ever held.
+    The architecture follows from `config.json`. No code in the folder is run, and no file outside
+    it is read. Every layer is written directly to its devices, so peak memory is the model and one
+    of its layers.
 
     Args:
-      path: folder with `config.json` and `model.safetensors`, or shards with their index.
-      dtype: of the parameters, and so of the arithmetic; None keeps the files' (float32 if
-        they differ among themselves).
-      remat: recompute activations in the backward pass, to save memory.
-      sharding: where the parameters are to lie: one `jax.sharding.Sharding` for all, or a function
-        of a parameter's path and shape, which starts with the layers' axis where it is stacked.
-        None: the default device.
-      ignore: fields of `config.json` that are not known here and that you know to change nothing.
+      path: Folder with `config.json` and `model.safetensors`, or shards with their index.
+      dtype: Dtype of the parameters and the arithmetic; None: that of the files (float32 if they
+        differ).
+      remat: Whether to recompute activations in the backward pass, to save memory.
+      sharding: One `jax.sharding.Sharding` for all parameters, or a function of a parameter's path
+        and shape; a stacked parameter's shape starts with the layers. None: the default device.
+      ignore: Unknown fields of `config.json` that do not change the outputs.
 
     Returns:
       The module and its parameters: `model.apply({"params": params}, input_ids)`.
 
     Raises:
-      ModelError: if the folder cannot be read, asks for what is not implemented, or its tensors
-        are not those of its configuration (one message lists them all).
+      ModelError: If the folder cannot be read, needs a variant that is not implemented, or its
+        tensors do not match its configuration (one message lists all differences).
 
     Example:
       >>> from jax_lora.bundled import model_path
@@ -73,19 +72,13 @@ def load(
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ModelError(
-            format_error(
-                str(folder),
-                got="no such folder",
-                expected="a Hugging Face model folder",
-                fix="check the path; models are not downloaded.",
-            )
-        )
+        fix = "check the path; models are not downloaded."
+        raise_model_error(folder, "no such folder", "a Hugging Face model folder", fix)
     config = read_config(folder, ignore)
     with ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         family = family_of_config(config)
-        tensors = _by_todays_names(tensors, family)
+        tensors = _current_names(tensors, family)
         config = family.settle(config, partial(_read_if_there, tensors))
         # Without 64-bit mode there is no float64 to load into.
         dtype = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(tensors))
@@ -103,8 +96,8 @@ def _read_if_there(tensors: Mapping[str, Tensor], name: str) -> np.ndarray | Non
     return tensors[name].read() if name in tensors else None
 
 
-def _by_todays_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Give tensors the names that they have today in the files of a model with its head."""
+def _current_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Rename tensors as in current files of a model with its head."""
     for pattern, replacement in family.renames:
         tensors = {re.sub(pattern, replacement, name): each for name, each in tensors.items()}
     if not family.prefix or any(name.startswith(family.prefix) for name in tensors):
@@ -113,7 +106,7 @@ def _by_todays_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Te
 
 
 # -----------------------------------------------------------------------------------------------
-# Comparing
+# Checks
 # -----------------------------------------------------------------------------------------------
 
 
@@ -123,17 +116,15 @@ def _compare(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Refuse a folder whose tensors are not exactly those of its configuration."""
+    """Raise if the folder's tensors are not exactly those of its configuration."""
     problems = list(_differences(model, shapes, tensors))
     problems += [] if problems else _false_copies(model, tensors)
     if problems:
-        raise ModelError(
-            format_error(
-                str(folder),
-                got="tensors that do not fit config.json:\n    " + "\n    ".join(problems),
-                expected="exactly the tensors of this configuration",
-                fix="check that config.json belongs to these files and that no shard is missing.",
-            )
+        raise_model_error(
+            folder,
+            "tensors that do not fit config.json:\n    " + "\n    ".join(problems),
+            "exactly the tensors of this configuration",
+            "check that config.json belongs to these files and that no shard is missing.",
         )
 
 
@@ -155,7 +146,7 @@ def _differences(
 
 
 def _false_copies(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """What a tied model's files call a copy, and is none."""
+    """Find tensors that should be copies of a tied model's embedding and are different."""
     family = family_of(model)
     if not getattr(model.config, "tie_word_embeddings", False):
         return
@@ -164,7 +155,7 @@ def _false_copies(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     for name in sorted(set(tensors) - set(originals)):
         if any(re.fullmatch(pattern, name) for pattern in family.tied_copies):
             if not any(_are_equal(tensors[each], tensors[name]) for each in originals):
-                yield f"no copy: {name} is not {originals[0]}, though tie_word_embeddings says so"
+                yield f"not a copy: {name} differs from {originals[0]} despite tie_word_embeddings"
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
@@ -181,7 +172,7 @@ def _difference(name: str, want: tuple[int, ...], tensor: Tensor | None) -> Iter
 
 
 def _common_dtype(tensors: Mapping[str, Tensor]) -> Any:
-    """The dtype of the files; float32 where they mix, which holds every half exactly."""
+    """Return the dtype of the files; float32 if they differ, which represents both halves."""
     stored = {DTYPES[tensor.dtype] for tensor in tensors.values() if tensor.dtype in DTYPES}
     return stored.pop() if len(stored) == 1 else "float32"
 
@@ -199,17 +190,17 @@ def _read_leaf(
     sharding: Sharding | None,
 ) -> jax.Array:
     parts = (
-        (position, placement.from_files([tensors[name].read() for name in names], dtype))
-        for position, names in placement.expand(shape)
+        (index, placement.from_files([tensors[name].read() for name in names], dtype))
+        for index, names in placement.expand(shape)
     )
     if not placement.stacked:
         return _put(next(parts)[1], sharding)
     depth = len(placement.stacked)
     leaf = _zeros(shape, dtype, sharding)  # (*stack, in, out)
-    for position, part in parts:
-        start = np.array([*position, *[0] * (len(shape) - depth)], np.int32)
+    for index, part in parts:
+        start = np.array([*index, *[0] * (len(shape) - depth)], np.int32)
         part = _put(part.reshape((1,) * depth + part.shape), _of_part(sharding, depth))
-        # Waiting keeps layers that are read from gathering in memory before they are written.
+        # Without waiting, layers would be read faster than written and accumulate in memory.
         leaf = jax.block_until_ready(_write(leaf, part, start, sharding))
     return leaf
 
@@ -227,7 +218,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> jax
 
 
 def _of_part(sharding: Sharding | None, depth: int) -> Sharding | None:
-    """Where one layer lies: as in the stack, but whole along the stack's own axes."""
+    """Return the sharding of one layer: that of the stack, not sharded along the stack axes."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     rest = tuple(sharding.spec)[depth:]
@@ -238,7 +229,7 @@ def _of_part(sharding: Sharding | None, depth: int) -> Sharding | None:
 def _write(
     stack: jax.Array, part: jax.Array, start: jax.Array, sharding: Sharding | None
 ) -> jax.Array:
-    """Write one layer into the stack; donated, so that no second stack is ever held."""
+    """Write one layer into the stack, which is donated, so that there is no second one."""
     written = jax.lax.dynamic_update_slice(stack, part, tuple(start))
     return written if sharding is None else jax.lax.with_sharding_constraint(written, sharding)
 

@@ -1,4 +1,4 @@
-"""The gated feed-forward part of a decoder layer."""
+"""The gated feed-forward block of a decoder layer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora.models.activations import ACTIVATIONS
-from jax_lora.models.attention import linear
+from jax_lora.models.checkpoint_model import linear
 from jax_lora.models.decoder_config import DecoderConfig
 
 __all__ = ["GatedMLP"]
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), with gate and up in one kernel if `fused`.
+    """Compute down(act(gate(x)) * up(x)), with gate and up in one kernel if `fused`.
 
     Reference:
       Shazeer, GLU variants (arXiv:2002.05202), equation 6.
@@ -37,7 +37,7 @@ class GatedMLP(nn.Module):
         self.down_proj = linear(c, c.hidden_size, self.bias, self.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (batch, tokens, hidden) -> the same shape."""
+        """(batch, tokens, hidden) -> the same shape."""
         if self.fused:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)  # (b, t, intermediate) each
         else:

@@ -1,4 +1,4 @@
-"""What all architectures' configurations have in common: checks, and the text they came from."""
+"""The base of all model configurations: checks of fields, and the text that was read."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.models.model_errors import raise_config_error
 
-__all__ = ["ModelConfig"]
+__all__ = ["ModelConfig", "is_positive", "is_size"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Base of every architecture's configuration; the fields have Hugging Face's names.
 
+    `jax_lora.models.load` fills one from `config.json`. A field that is out of range or asks for
+    a variant that is not implemented raises a `ConfigError` that names the class and the field.
+
     Args:
       source: The text of the `config.json` that it was read from, so that saving an unchanged
-        model writes the same file again. Two configurations may differ in it and be equal.
+        model writes the same file again. Not compared: two configurations that differ only in
+        `source` are equal.
     """
 
     initializer_range: float = 0.02
@@ -27,29 +31,45 @@ class ModelConfig:
     pad_token_id: int | None = None
     source: str = dataclasses.field(default="", repr=False, compare=False)
 
+    def derive(self, name: str, value: Any, *, absent: Any = None) -> None:
+        """Set a field of the frozen configuration, if its value is `absent`."""
+        if getattr(self, name) == absent:
+            self.overwrite(name, value)
+
+    def overwrite(self, name: str, value: Any) -> None:
+        """Set a field of the frozen configuration; for `__post_init__` only."""
+        object.__setattr__(self, name, value)
+
     def check_sizes(self, names: Iterable[str]) -> None:
-        """Refuse a size that is no positive integer."""
+        """Raise unless the fields are positive integers."""
         for name in names:
             if not is_size(getattr(self, name)):
                 self.refuse(name, getattr(self, name), "a whole number above 0", f"give {name}.")
 
     def check_positive(self, names: Iterable[str]) -> None:
-        """Refuse a number that is not finite and above 0."""
+        """Raise unless the fields are finite and above 0."""
         for name in names:
             if not is_positive(getattr(self, name)):
                 self.refuse(name, getattr(self, name), "a number above 0", f"give {name}.")
 
     def check_choice(self, name: str, choices: Iterable[Any]) -> None:
-        """Refuse a value that is not implemented."""
+        """Raise unless the field has one of the implemented values."""
         value, choices = getattr(self, name), tuple(choices)
         if value not in choices:
             expected = " or ".join(map(repr, choices))
             self.refuse(name, value, expected, "this variant is not implemented.")
 
+    def check_divides(
+        self, name: str, total: str, fix: str = "give each head equally many channels."
+    ) -> None:
+        """Raise unless field `name` divides field `total`."""
+        value, of = getattr(self, name), getattr(self, total)
+        if of % value:
+            self.refuse(name, value, f"a divisor of {total}, {of}", fix)
+
     def refuse(self, where: str, got: Any, expected: str, fix: str) -> NoReturn:
         """Raise the error for one field."""
-        where = f"{type(self).__name__}: {where}"
-        raise ConfigError(format_error(where, got=repr(got), expected=expected, fix=fix))
+        raise_config_error(f"{type(self).__name__}: {where}", repr(got), expected, fix)
 
 
 def is_size(value: Any) -> bool:

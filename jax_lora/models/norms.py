@@ -1,4 +1,4 @@
-"""The two normalisations of Transformers."""
+"""RMSNorm and LayerNorm, computed in float32."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class RMSNorm(nn.Module):
     """Divide by the root mean square over channels, then scale each channel.
 
     Attributes:
-      eps: added to the mean square.
-      offset: added to the scale; Gemma keeps scales as their difference from 1.
-      wide_scale: whether to scale in float32, before the cast to x's dtype, and not after it.
-      param_dtype: dtype that `init` gives the scale.
+      eps: Added to the mean square.
+      offset: Added to the scale; Gemma stores scales as their difference from 1.
+      wide_scale: Whether to scale in float32, before the cast to x's dtype, and not after it.
+      param_dtype: Dtype in which `init` makes the scale.
     """
 
     eps: float
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise x: (..., channels)."""
+        """Normalize x: (..., channels)."""
         first = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", first, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
@@ -44,8 +44,8 @@ class LayerNorm(nn.Module):
     """Subtract the mean over channels, divide by the deviation, then scale and shift.
 
     Attributes:
-      eps: added to the variance.
-      param_dtype: dtype that `init` gives scale and bias.
+      eps: Added to the variance.
+      param_dtype: Dtype in which `init` makes scale and bias.
     """
 
     eps: float
@@ -53,13 +53,13 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise x: (..., channels)."""
+        """Normalize x: (..., channels)."""
         channels = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)  # (..., 1)
-        normed = centred * jax.lax.rsqrt(variance + jnp.float32(self.eps))
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)  # (..., 1)
+        normed = centered * jax.lax.rsqrt(variance + jnp.float32(self.eps))
         scale, bias = (jnp.broadcast_to(p.astype(jnp.float32), x.shape) for p in (scale, bias))
         return (normed * scale + bias).astype(x.dtype)

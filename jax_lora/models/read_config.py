@@ -1,8 +1,8 @@
-"""From a checkpoint's `config.json` to a configuration, refusing what is not implemented.
+"""Read a checkpoint's `config.json` into a configuration.
 
-Every field is one that the configuration knows, one that is known to change nothing, or refused by
-name: loading a model without a field that changes its arithmetic would give wrong numbers
-without a word.
+Every field must be one of the configuration's, or one that is known to change nothing. Any other
+field raises an error by name: ignoring a field that changes the arithmetic would silently give
+wrong outputs.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jax_lora.errors import ConfigError, ModelError, format_error
+from jax_lora.errors import ConfigError, ModelError
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.families import FAMILIES
 from jax_lora.models.family import Family
 from jax_lora.models.folder import read_json, read_text
+from jax_lora.models.model_errors import raise_model_error
 
 __all__ = ["arguments_to_config", "read_config"]
 
-# Field -> the values that leave the arithmetic alone, whatever the architecture.
+# Field -> the values that do not change the arithmetic of any architecture.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
@@ -47,7 +48,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "chunk_size_feed_forward": (None, 0),
 }
-# What a configuration says of files, training, generation and labels, and not of the arithmetic.
+# Fields about files, training, generation and labels, which do not change the arithmetic.
 _HARMLESS = frozenset(
     "architectures model_type torch_dtype dtype transformers_version _name_or_path auto_map "
     "use_cache return_dict output_attentions output_hidden_states output_router_logits torchscript "
@@ -64,29 +65,25 @@ _HARMLESS = frozenset(
     "output_scores return_dict_in_generate remove_invalid_values exponential_decay_length_penalty "
     "cross_attention_hidden_size".split()
 )
-_ROPE_FIELDS = (
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "original_max_position_embeddings",
+_ROPE_FIELDS = frozenset(
+    ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 )
 
 
 def read_config(folder: Path, ignore: Iterable[str] = ()) -> Any:
-    """The configuration of a Hugging Face folder.
+    """Read the configuration of a Hugging Face folder.
 
     Reads `rope_parameters` (transformers 5) as well as `rope_theta` with `rope_scaling` (before).
 
     Args:
-      folder: the folder.
-      ignore: fields that the caller knows to change nothing.
+      folder: The folder.
+      ignore: Unknown fields that do not change the outputs.
 
     Returns:
-      A configuration of the class of its family.
+      A configuration of the architecture's class.
 
     Raises:
-      ModelError: for another architecture, a field that is unknown or changes the arithmetic in a
-        way that is not implemented, or a value that the configuration refuses.
+      ModelError: If the architecture or a value is not implemented, or a field is unknown.
     """
     raw = read_json(folder, "config.json")
     where = folder / "config.json"
@@ -99,10 +96,10 @@ def read_config(folder: Path, ignore: Iterable[str] = ()) -> Any:
 def arguments_to_config(
     raw: dict[str, Any], family: Family, where: Path = Path("config.json")
 ) -> Any:
-    """The configuration that the fields of a `config.json` make, those unknown left aside.
+    """Make a configuration from the fields of a `config.json`, without a check for unknown ones.
 
     Raises:
-      ModelError: for a value that the configuration refuses.
+      ModelError: If a value is out of range or not implemented.
     """
     try:
         return family.config(**_arguments(raw, family, where))
@@ -115,11 +112,13 @@ def _family(raw: dict[str, Any], where: Path) -> Family:
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         got = f"model_type {raw.get('model_type')!r}"
-        _refuse(where, got, f"one of {known}", "this architecture is not implemented.")
+        raise_model_error(where, got, f"one of {known}", "this architecture is not implemented.")
     named = raw.get("architectures") or family.architectures[:1]
     if not set(named) & set(family.architectures):
         expected = "architectures with " + " or ".join(family.architectures)
-        _refuse(where, f"architectures {named!r}", expected, "this model is not implemented.")
+        raise_model_error(
+            where, f"architectures {named!r}", expected, "this model is not implemented."
+        )
     return family
 
 
@@ -135,14 +134,12 @@ def _check_fields(raw: dict[str, Any], family: Family, where: Path, ignore: froz
             if value not in neutral[field]:
                 expected = f"{field} absent or {neutral[field][-1]!r}"
                 fix = f"this variant of {family.model_type} is not implemented."
-                _refuse(where, f"{field} = {value!r}", expected, fix)
+                raise_model_error(where, f"{field} = {value!r}", expected, fix)
         elif value:
-            _refuse(
-                where,
-                f"{field} = {value!r}, which is not known here",
-                f"fields of a {family.model_type} that are known to be implemented or harmless",
-                f"if it changes nothing that the model computes, load with ignore=({field!r},).",
-            )
+            got = f"{field} = {value!r}, which is not known here"
+            expected = f"fields of a {family.model_type} that are implemented or change nothing"
+            fix = f"if it does not change the outputs, load with ignore=({field!r},)."
+            raise_model_error(where, got, expected, fix)
 
 
 def _names(family: Family) -> set[str]:
@@ -150,7 +147,7 @@ def _names(family: Family) -> set[str]:
 
 
 def _arguments(raw: dict[str, Any], family: Family, where: Path) -> dict[str, Any]:
-    names = _names(family) - set(_ROPE_FIELDS)
+    names = _names(family) - _ROPE_FIELDS
     found = {name: raw[name] for name in names if raw.get(name) is not None}
     found = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
     if issubclass(family.config, DecoderConfig):
@@ -161,7 +158,7 @@ def _arguments(raw: dict[str, Any], family: Family, where: Path) -> dict[str, An
 def _rope_fields(raw: dict[str, Any], family: Family, where: Path) -> dict[str, Any]:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        _refuse(where, f"rope settings {rope!r}", "an object", "fetch the file again.")
+        raise_model_error(where, f"rope settings {rope!r}", "an object", "download the file again.")
     rope = dict(rope)
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or family.config.rope_theta
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -174,7 +171,3 @@ def _rope_fields(raw: dict[str, Any], family: Family, where: Path) -> dict[str, 
     if kind == "yarn" and rope.get("factor") is None and original:
         rope["factor"] = raw.get("max_position_embeddings", original) / original
     return {"rope_theta": theta, "rope_scaling": rope}
-
-
-def _refuse(where: Path, got: str, expected: str, fix: str) -> NoReturn:
-    raise ModelError(format_error(str(where), got=got, expected=expected, fix=fix))

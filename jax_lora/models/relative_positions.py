@@ -1,4 +1,6 @@
-"""T5's positions: a bias for each head by the distance between a query and a key, in buckets.
+"""T5's relative positions: distances between queries and keys, in buckets.
+
+Each head has one learned bias per bucket.
 
 Reference:
     Raffel et al., T5 (arXiv:1910.10683), section 2.1.
@@ -16,18 +18,18 @@ __all__ = ["bucket_of", "bucket_table"]
 
 
 def bucket_table(buckets: int, most: int, *, both_ways: bool) -> np.ndarray:
-    """The bucket of every distance that has one of its own.
+    """Compute the bucket of every distance up to `most`.
 
-    Half of the buckets hold one distance each, the others ever wider ranges up to `most`.
+    Half of the buckets hold one distance each, the others logarithmically wider ranges.
 
     Args:
-      buckets: how many there are.
-      most: the distance from which on all share the last bucket.
-      both_ways: whether keys behind the query have buckets too, half of them; otherwise their
-        distance counts as 0.
+      buckets: Number of buckets.
+      most: The largest distance; all larger ones share its bucket.
+      both_ways: Whether half of the buckets are for keys after the query; otherwise the distance
+        of these keys counts as 0.
 
     Returns:
-      (2 * most + 1,) int32, for the distances -most to most of a key from the query.
+      (2 * most + 1,) int32, for the distances -most to most from the query to a key.
 
     Example:
       >>> bucket_table(4, 3, both_ways=False).tolist()
@@ -41,7 +43,7 @@ def bucket_table(buckets: int, most: int, *, both_ways: bool) -> np.ndarray:
     else:
         distance = np.maximum(-distance, 0)
     single = buckets // 2
-    # In float32, as checkpoints were trained: a rounding decides where a bucket ends.
+    # In float32, as the checkpoints were trained: rounding decides where a bucket ends.
     ratio = np.maximum(distance, single).astype(np.float32) / np.float32(single)
     part = np.log(ratio) / np.float32(math.log(most / single))
     shared = single + (part * np.float32(buckets - single)).astype(np.int32)
@@ -53,7 +55,7 @@ def bucket_of(table: np.ndarray, queries: jax.Array, keys: jax.Array) -> jax.Arr
     """Look up the buckets of all pairs.
 
     Args:
-      table: from `bucket_table`.
+      table: From `bucket_table`.
       queries: (queries,) positions.
       keys: (keys,) positions.
 

@@ -1,9 +1,8 @@
-"""Rotary position embedding and the ways checkpoints stretch it beyond their training length.
+"""Rotary position embedding, and its scalings to contexts longer than the trained length.
 
-A head's channels are pairs that turn by ``position * frequency``. Every scaling type below only
-changes the frequencies (and, for yarn, one factor on the result); the rotation itself never
-changes. All of it is float32 whatever the model's dtype: bfloat16 has too few digits for a
-position.
+A head's channels are pairs that turn by ``position * frequency``. Every scaling only changes the
+frequencies (yarn and longrope also multiply the result by a factor). All of it is float32,
+whatever the model's dtype: bfloat16 cannot hold large positions.
 
 References:
     Su et al., RoFormer, https://arxiv.org/abs/2104.09864 (equation 34).
@@ -25,10 +24,10 @@ __all__ = ["apply_rotary", "rotary_angles"]
 
 
 def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines by which each position's channels are turned.
+    """Compute cosines and sines of the angles by which each position's channels are rotated.
 
     Args:
-      config: the model's configuration; `rope_theta` and `rope_scaling` are used.
+      config: The model's configuration; `rope_theta` and `rope_scaling` are used.
       positions: (batch, tokens) integers.
 
     Returns:
@@ -48,25 +47,25 @@ def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Arra
 
 
 def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the channel pairs (i, i + rotary_dim / 2) of every head; channels beyond stay.
+    """Rotate the channel pairs (i, i + rotary_dim / 2) of every head; later channels are unchanged.
 
     Args:
       x: (batch, tokens, heads, head_dim), queries or keys.
       cos: (batch, tokens, rotary_dim / 2), from `rotary_angles`.
-      sin: same shape.
+      sin: Same shape.
 
     Returns:
-      The turned array, x's shape and dtype.
+      The rotated array, in x's shape and dtype.
     """
     half = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # one angle for all heads
     first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]  # (b, t, h, ...) each
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)  # (b, t, h, head_dim)
 
 
 def _frequencies(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, float]:
-    """Radians per position of each channel pair, and the factor on cosines and sines."""
+    """Compute radians per position of each channel pair, and the factor on cosines and sines."""
     scaling = config.rope_scaling or {}
     kind = config.rope_type
     if kind == "dynamic":
@@ -90,19 +89,18 @@ def _plain(theta: float, dim: int) -> np.ndarray:
 
 
 def _dynamic(config: DecoderConfig, scaling: Mapping[str, Any], positions: jax.Array) -> jax.Array:
-    """Theta grows with the longest position of the batch once it passes the trained length."""
+    """Increase theta with the batch's longest position, beyond the trained length."""
     dim, trained = config.rotary_dim, config.max_position_embeddings
     length = jnp.maximum(positions.max() + 1, trained).astype(jnp.float32)
     factor = jnp.float32(scaling["factor"])
-    growth = (factor * length / jnp.float32(trained) - (factor - jnp.float32(1.0))) ** jnp.float32(
-        dim / (dim - 2)
-    )
+    growth = factor * length / jnp.float32(trained) - (factor - jnp.float32(1.0))
+    growth = growth ** jnp.float32(dim / (dim - 2))
     exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / jnp.float32(dim)
     return jnp.float32(1.0) / (jnp.float32(config.rope_theta) * growth) ** exponent
 
 
 def _llama3(plain: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
-    """Slow channels are slowed by `factor`, fast ones kept, those between blended."""
+    """Divide low frequencies by `factor`, keep high ones, and interpolate between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -110,9 +108,9 @@ def _llama3(plain: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
 
 
 def _yarn(plain: np.ndarray, config: DecoderConfig, scaling: Mapping[str, Any]) -> np.ndarray:
-    """Channels that turn often within the trained length are kept, the others stretched."""
+    """Keep frequencies that turn often within the trained length, divide the others by `factor`."""
     low, high = _yarn_ramp_ends(config, scaling)
-    # A ramp of no width would divide by zero; a thousandth of a channel is a step.
+    # A ramp of width zero would divide by zero; with a thousandth of a channel it is a step.
     width = (high - low) or 0.001
     stretch = np.clip((np.arange(len(plain)) - low) / width, 0.0, 1.0)
     return (1.0 - stretch) * plain + stretch * plain / scaling["factor"]
@@ -123,7 +121,7 @@ def _yarn_ramp_ends(config: DecoderConfig, scaling: Mapping[str, Any]) -> tuple[
     dim = config.rotary_dim
 
     def channel(turns: float) -> float:
-        """The channel that makes `turns` turns over the trained length."""
+        """Find the channel that makes `turns` turns over the trained length."""
         return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low = channel(scaling.get("beta_fast") or 32)
@@ -137,11 +135,8 @@ def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
     given = scaling.get("attention_factor")
     if given is not None:
         return given
-    factor, mscale, all_dim = (
-        scaling["factor"],
-        scaling.get("mscale"),
-        scaling.get("mscale_all_dim"),
-    )
+    factor = scaling["factor"]
+    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
     if mscale and all_dim:
         return _mscale(factor, mscale) / _mscale(factor, all_dim)
     return _mscale(factor, 1.0)
@@ -152,7 +147,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def _longrope(plain: np.ndarray, scaling: Mapping[str, Any], positions: jax.Array) -> jax.Array:
-    """Each pair is slowed by a factor of its own; the long set serves beyond the trained length."""
+    """Divide each pair's frequency by its factor; the long list is for long sequences."""
     short, long = (
         jnp.asarray(plain / np.array(scaling[name]), jnp.float32)
         for name in ("short_factor", "long_factor")

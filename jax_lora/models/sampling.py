@@ -1,4 +1,4 @@
-"""Choosing the next token: temperature, top-k, top-p, and a draw of its own for every row."""
+"""Sampling of the next token: temperature, top-k and top-p, with one key per sequence."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["Choice", "draw", "filter_logits"]
 
 
 class Choice(NamedTuple):
-    """How tokens are drawn. All of it is data: other values never compile another program.
+    """The settings of sampling, as arrays: other values never recompile a function.
 
     Attributes:
-      keys: (rows,) keys, one a row, so that no row's draws depend on the rows beside it.
+      keys: (batch,) keys, so that no sequence's samples depend on the other sequences.
       temperature: float32 scalar above 0.
-      top_k: int32 scalar of at least 1; the vocabulary's size or more leaves all tokens in.
-      top_p: float32 scalar above 0; 1 leaves all tokens in.
+      top_k: int32 scalar of at least 1; the vocabulary's size or more keeps all tokens.
+      top_p: float32 scalar above 0; 1 keeps all tokens.
     """
 
     keys: jax.Array
@@ -29,10 +29,10 @@ class Choice(NamedTuple):
 def filter_logits(
     logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> jax.Array:
-    """Divide by the temperature, keep the k best, and of those the fewest that weigh top_p.
+    """Divide by the temperature, then apply top-k, then top-p.
 
-    The three come in the order that is usual elsewhere. Tokens that tie with the k-th best stay;
-    the token that passes top_p stays, so one is always left.
+    Tokens that tie with the k-th most likely are kept. The token that reaches top_p is kept, so at
+    least one token remains.
 
     Args:
       logits: (..., vocabulary).
@@ -41,7 +41,7 @@ def filter_logits(
       top_p: Scalar in (0, 1].
 
     Returns:
-      float32 logits of the same shape, minus infinity where a token is out.
+      float32 logits of the same shape, minus infinity at tokens that are not kept.
 
     Reference:
       Fan et al. (arXiv:1805.04833), section 5.4, for top-k; Holtzman et al. (arXiv:1904.09751),
@@ -61,7 +61,7 @@ def filter_logits(
     place = size - jnp.clip(top_k, 1, size)
     kth = jax.lax.dynamic_slice_in_dim(ranked, place, 1, axis=-1)  # (..., 1)
     ranked = jnp.where(ranked < kth, -jnp.inf, ranked)
-    # Out is whatever the tokens up to and with it weigh no more than what is to be cut off.
+    # Drop a token if it and the less likely ones sum to no more than 1 - top_p.
     weight = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
     kept = (weight > 1 - top_p) | (top_p >= 1)
     kept = (kept & (ranked > -jnp.inf)).at[..., -1].set(True)
@@ -70,15 +70,15 @@ def filter_logits(
 
 
 def draw(logits: jax.Array, choice: Choice, step: jax.Array) -> jax.Array:
-    """Draw one token a row.
+    """Sample one token per sequence.
 
     Args:
-      logits: (rows, vocabulary).
-      choice: How.
-      step: int32 scalar, how many tokens of the answer there are already.
+      logits: (batch, vocabulary).
+      choice: Settings.
+      step: int32 scalar, the number of new tokens so far.
 
     Returns:
-      (rows,) int32. A row's token depends on its own key and logits and on the step alone.
+      (batch,) int32. A sequence's token depends only on its key, its logits and the step.
     """
     filtered = filter_logits(logits, choice.temperature, choice.top_k, choice.top_p)
 

@@ -25,17 +25,17 @@ __all__ = ["save"]
 
 
 def save(path: str | os.PathLike[str], model: Any, params: Mapping[str, Any]) -> None:
-    """Write `config.json` and `model.safetensors`, in the parameters' own dtype.
+    """Write `config.json` and `model.safetensors`, in the parameters' dtype.
 
     Use it for a base model or for merged parameters; adapters have their own formats.
 
     Args:
-      path: folder, made if absent; files of the same names are replaced.
-      model: the module the parameters belong to.
-      params: as `model.init` or `load` gives them, without the "params" level.
+      path: The folder, made if absent; files of the same names are replaced.
+      model: The module that the parameters belong to.
+      params: As `model.init` or `load` returns them, without the "params" level.
 
     Raises:
-      StructureError: if the parameters are not exactly the model's; nothing is written then.
+      StructureError: If the parameters are not exactly the model's; then nothing is written.
     """
     family = family_of(model)
     flat = flatten_dict(dict(params), sep="/")
@@ -49,7 +49,7 @@ def save(path: str | os.PathLike[str], model: Any, params: Mapping[str, Any]) ->
     (folder / "config.json").write_text(text, encoding="utf-8", newline="")
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # the writer makes a private file; config.json is not private either
+    weights.chmod(0o644)  # as config.json; the writer makes a private file
 
 
 def _check(model: Any, flat: Mapping[str, Any]) -> None:
@@ -60,7 +60,7 @@ def _check(model: Any, flat: Mapping[str, Any]) -> None:
         if path not in expected:
             problems.append(f"extra: {path} {shape}")
         elif not isinstance(leaf, jax.Array | np.ndarray):
-            problems.append(f"no array: {path} is {type(leaf).__name__}")
+            problems.append(f"not an array: {path} is {type(leaf).__name__}")
         elif shape != expected[path]:
             problems.append(f"wrong shape: {path} is {shape}, expected {expected[path]}")
     if problems:
@@ -84,7 +84,7 @@ def _tensors(layout: Layout, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _config_text(family: Family, config: Any, dtype: str, tensors: Mapping[str, np.ndarray]) -> str:
-    """The `config.json` of a model: the one that it was read from, where nothing has changed."""
+    """Return the text of `config.json`: the one that was read, if nothing has changed."""
     try:
         raw = json.loads(config.source)
     except ValueError:

@@ -1,22 +1,22 @@
-"""Another model made of a model's parameters: untied, of repeated layers, of another vocabulary.
+"""Change a model's structure: untie the output head, repeat layers, resize the vocabulary.
 
-Adapters from elsewhere are made for such models: an adapter on one end of a tied embedding, a stack
-with layers repeated, added tokens. The model changes first; then the adapter fits it.
-`jl.peft.load_model` calls these functions as a PEFT adapter needs them.
+Some adapters are made for such a model: an adapter on only one of embedding and tied head, on
+repeated layers, or with added tokens. Change the model first, then load the adapter.
+`jl.peft.load_model` calls these functions as a PEFT adapter requires.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jax_lora.errors import ModelError, format_error
 from jax_lora.models.families import family_of
+from jax_lora.models.model_errors import raise_model_error
 
 __all__ = ["replicate_layers", "resize_vocab", "untie"]
 
@@ -24,21 +24,21 @@ _Params = Mapping[str, Any]
 
 
 def untie(model: Any, params: _Params) -> tuple[Any, dict[str, Any]]:
-    """Give a model whose embedding is its output head too a head of its own, of the same numbers.
+    """Give a model with a tied output head a separate head, a copy of the embedding.
 
     Use it before an adapter that changes only one of the two, and before merging such an adapter:
-    in a tied model the other end would change with it.
+    in a tied model, both would change.
 
     Args:
-      model: a decoder of this package.
-      params: its parameters.
+      model: A decoder of this package.
+      params: Its parameters.
 
     Returns:
-      The model with its configuration's `tie_word_embeddings` off, and parameters with a head. They
-      compute exactly what they did.
+      The model with `tie_word_embeddings` off, and parameters with a head. The outputs do not
+      change.
 
     Raises:
-      ModelError: if the model is not tied, or has no head of its own when untied.
+      ModelError: If the model is not tied, or cannot have a separate head.
 
     Example:
       >>> import jax_lora as jl
@@ -52,34 +52,29 @@ def untie(model: Any, params: _Params) -> tuple[Any, dict[str, Any]]:
     """
     family = family_of(model)
     if not getattr(model.config, "tie_word_embeddings", False) or family.head is None:
-        raise _refusal(
-            "untie", f"a {type(model).__name__} without a tied output head", "a tied decoder"
-        )
+        _refuse("untie", f"a {type(model).__name__} without a tied output head", "a tied decoder")
     config = dataclasses.replace(model.config, tie_word_embeddings=False)
     flat: dict[str, Any] = flatten_dict(dict(params), sep="/")
-    flat[family.head] = jnp.asarray(
-        flat[family.embedding]
-    ).T  # (vocabulary, hidden) -> its transpose
+    flat[family.head] = jnp.asarray(flat[family.embedding]).T  # (hidden, vocabulary)
     return model.clone(config=config), unflatten_dict(flat, sep="/")
 
 
 def replicate_layers(
     model: Any, params: _Params, ranges: Sequence[Sequence[int]]
 ) -> tuple[Any, dict[str, Any]]:
-    """Build a deeper model from a model's layers, some of them several times.
+    """Build a deeper model by repeating layers.
 
     Args:
-      model: a decoder of this package.
-      params: its parameters.
-      ranges: `[start, stop)` of the layers to put one behind the other, as PEFT's
-        `layer_replication` gives them.
+      model: A decoder of this package.
+      params: Its parameters.
+      ranges: The layers `[start, stop)` to concatenate, as in PEFT's `layer_replication`.
 
     Returns:
-      The deeper model and its parameters. Repeated layers are copies: each can have an adapter, and
-      be merged with it, on its own.
+      The deeper model and its parameters. Repeated layers are copies: each can have its own
+      adapter, and be merged with it.
 
     Raises:
-      ModelError: if a range is none of the model's layers, or the model is no single stack.
+      ModelError: If a range is not within the model's layers, or the model has two layer stacks.
 
     Example:
       >>> import jax_lora as jl
@@ -92,15 +87,15 @@ def replicate_layers(
     name = family_of(model).depth
     if name is None:
         got = f"a {type(model).__name__}, whose layers are two stacks"
-        raise _refusal("replicate_layers", got, "a model with one stack of layers")
+        _refuse("replicate_layers", got, "a model with one stack of layers")
     depth = getattr(model.config, name)
     for each in ranges:
         if len(each) != 2 or not 0 <= each[0] < each[1] <= depth:
             got, expected = f"the range {list(each)}", f"[start, stop) within the {depth} layers"
-            raise _refusal("replicate_layers", got, expected)
+            _refuse("replicate_layers", got, expected)
     order = [layer for start, stop in ranges for layer in range(start, stop)]
     if not order:
-        raise _refusal("replicate_layers", "no range", "at least one [start, stop)")
+        _refuse("replicate_layers", "no range", "at least one [start, stop)")
     changes = {name: len(order), **_per_layer(model.config, order)}
     config = dataclasses.replace(model.config, **changes)
     layers = jax.tree.map(lambda leaf: leaf[jnp.array(order, jnp.int32)], params["layers"])
@@ -108,27 +103,27 @@ def replicate_layers(
 
 
 def _per_layer(config: Any, order: Sequence[int]) -> dict[str, Any]:
-    """The settings that have a value for each layer, in the new order."""
+    """Reorder the settings that have one value per layer."""
     kinds = getattr(config, "layer_types", None)
     return {} if kinds is None else {"layer_types": tuple(kinds[layer] for layer in order)}
 
 
 def resize_vocab(model: Any, params: _Params, size: int) -> tuple[Any, dict[str, Any]]:
-    """Change the number of tokens that a model knows.
+    """Change the size of a model's vocabulary.
 
-    Use it for a base whose adapter was trained with added tokens, before loading the adapter.
+    Use it for a base model whose adapter was trained with added tokens, before loading the adapter.
 
     Args:
-      model: a decoder of this package.
-      params: its parameters.
-      size: how many tokens there are to be; new ones start as the mean of the old, and a smaller
-        vocabulary leaves the last ones off.
+      model: A decoder of this package.
+      params: Its parameters.
+      size: The new number of tokens. New tokens start as the mean of the old ones; a smaller
+        vocabulary drops the last ones.
 
     Returns:
-      The model of the new vocabulary, and its parameters.
+      The model with the new vocabulary, and its parameters.
 
     Raises:
-      ModelError: if the size is no positive number.
+      ModelError: If the size is not a positive integer.
 
     Example:
       >>> import jax_lora as jl
@@ -139,7 +134,7 @@ def resize_vocab(model: Any, params: _Params, size: int) -> tuple[Any, dict[str,
       2
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise _refusal("resize_vocab", repr(size), "a whole number above 0")
+        _refuse("resize_vocab", repr(size), "a whole number above 0")
     family = family_of(model)
     flat: dict[str, Any] = flatten_dict(dict(params), sep="/")
     for path, axis in ((family.embedding, 0), (family.head, -1), (family.head_bias, -1)):
@@ -157,6 +152,6 @@ def _resized(leaf: jax.Array, size: int, axis: int) -> jax.Array:
     return jnp.concatenate([leaf, jnp.repeat(mean, size - have, axis=axis)], axis=axis)
 
 
-def _refusal(where: str, got: str, expected: str) -> ModelError:
+def _refuse(where: str, got: str, expected: str) -> NoReturn:
     fix = "pass a model and its parameters as jax_lora.models.load returned them."
-    return ModelError(format_error(where, got=got, expected=expected, fix=fix))
+    raise_model_error(where, got, expected, fix)

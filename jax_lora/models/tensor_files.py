@@ -1,4 +1,4 @@
-"""The tensors of a folder's safetensors files, opened together and read one at a time."""
+"""Open the safetensors files of a folder together; read their tensors one at a time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from jax_lora.errors import ModelError, format_error
 from jax_lora.models.folder import member, weight_files
+from jax_lora.models.model_errors import raise_model_error
 
 __all__ = ["DTYPES", "Tensor", "open_tensors"]
 
@@ -19,24 +20,24 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 class Tensor:
-    """A tensor in an open file: its shape and dtype at once, its numbers when asked."""
+    """A tensor in an open file: shape and dtype, and the values on `read`."""
 
     def __init__(self, file: Any, name: str):
-        """Look a tensor up."""
+        """Look up a tensor; its values are not read yet."""
         piece = file.get_slice(name)
         self.shape, self.dtype = tuple(piece.get_shape()), piece.get_dtype()
         self._file, self._name = file, name
 
     def read(self) -> np.ndarray:
-        """Read the numbers."""
+        """Read the values."""
         return self._file.get_tensor(self._name)
 
 
 def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
-    """Every tensor of the folder by name; files stay open as long as `stack`.
+    """Open every tensor of the folder, by name; files stay open as long as `stack`.
 
     Raises:
-      ModelError: if a file is broken, or lacks a tensor that the index places there.
+      ModelError: If a file is broken, or lacks a tensor that the index places there.
     """
     tensors: dict[str, Tensor] = {}
     for file_name, named in weight_files(folder).items():
@@ -51,16 +52,10 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
                     str(path),
                     got=f"a broken file: {error}",
                     expected="a safetensors file",
-                    fix="fetch the file again.",
+                    fix="download the file again.",
                 )
             ) from error
         if named is not None and named - found:
-            raise ModelError(
-                format_error(
-                    str(path),
-                    got="a shard without " + ", ".join(sorted(named - found)),
-                    expected="the tensors that the index places there",
-                    fix="fetch the shard and the index again.",
-                )
-            )
+            got, fix = "a shard without " + ", ".join(sorted(named - found)), "download both again."
+            raise_model_error(path, got, "the tensors that the index places there", fix)
     return tensors

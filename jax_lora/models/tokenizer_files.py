@@ -1,4 +1,4 @@
-"""What belongs to a model's folder beside its weights and config.json: tokenizer, templates."""
+"""The other files of a model folder: tokenizer, chat template, generation settings."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 __all__ = ["copy_companions"]
 
-# In all the forms there are.
-PATTERNS = (
+_PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -20,12 +19,12 @@ PATTERNS = (
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what a model needs beside its weights, so that the new folder is whole.
+    """Copy all files that a model needs, except its weights and `config.json`.
 
     Args:
-      source: The model's own folder.
+      source: The model's folder.
       target: The folder that `jl.models.save` wrote.
     """
-    for pattern in PATTERNS:
+    for pattern in _PATTERNS:
         for file in filter(Path.is_file, source.glob(pattern)):
             shutil.copyfile(file, target / file.name)

@@ -1,7 +1,7 @@
-"""Adapters in the files of others: Hugging Face PEFT, mlx-lm and loralib.
+"""Read and write adapters of Hugging Face PEFT, mlx-lm and loralib.
 
-`names` says what each of our kernels is called there; `jax_lora.models` gives it for its own models
-as `model.hf_names`, and anybody can write it down for a model of their own.
+The argument `names` maps the path of a kernel to the name of its PyTorch module. The models of
+`jax_lora.models` provide it as `model.hf_names`; for any other model, write a dict.
 """
 
 from jax_lora.peft.load import load

@@ -1,8 +1,7 @@
-"""`adapter_config.json`: every field that PEFT writes, read strictly and written in full.
+"""Read and write `adapter_config.json`, with every field that PEFT has.
 
-A field is one that is understood here, one that only informs, or one that would change what the
-adapter computes in a way that is not implemented: that is refused by name. A field that is not
-known at all was written by a newer PEFT; it is dropped with a warning, as PEFT itself does.
+A field that enables a feature that is not implemented here is an error. An unknown field, written
+by a newer PEFT, is dropped with a warning, as PEFT does.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ CONFIG = "adapter_config.json"
 _MOST_BYTES = 2**20
 _MOST_RANK = 2**16
 _MOST_LAYERS = 2**16
-_KEPT = "peft"  # the name in LoraConfig.metadata
+_KEPT = "peft"  # the key in LoraConfig.metadata
 
-# Every field that PEFT 0.21.2 writes for LoRA, and its default.
+# All fields that PEFT 0.21.2 writes for LoRA, with their defaults.
 DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
@@ -68,7 +67,7 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
-# Fields of what is not implemented -> the values with which they ask for nothing.
+# Fields of features that are not implemented -> the values that disable the feature.
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -79,25 +78,25 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (None, False),
     "velora_config": (None,),
 }
-# Initialisations that change the base model too: the file alone is not the whole update.
+# Initializations that also change the base model, so that the file does not have the whole update.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's `adapter_config.json`.
+    """Read `adapter_config.json`.
 
     Args:
       folder: The folder.
 
     Returns:
-      Every field of `DEFAULTS`, from the file where it has it.
+      All fields of `DEFAULTS`, with the values of the file or the defaults.
 
     Raises:
-      AdapterFileError: The file cannot be read, or asks for something that is not implemented; all
-        that is wrong stands in one message.
+      AdapterFileError: The file cannot be read, or has invalid or unimplemented settings. One
+        message lists all of them.
 
     Warns:
-      AdapterFileWarning: Fields that are not known here.
+      AdapterFileWarning: The file has unknown fields.
     """
     raw = read_json(folder / CONFIG, AdapterFileError, _MOST_BYTES)
     problems = list(_problems(raw))
@@ -105,16 +104,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterFileError(
             format_error(
                 str(folder / CONFIG),
-                got="".join(f"\n    {problem}" for problem in problems),
-                expected="the configuration of a LoRA adapter that this library can run",
-                fix="Save the adapter in PEFT without these, or merge it there.",
+                got=problems,
+                expected="the configuration of a LoRA adapter that this library supports",
+                fix="Save the adapter in PEFT without these settings, or merge it in PEFT.",
             )
         )
     unknown = sorted(set(raw) - set(DEFAULTS) - {"runtime_config"})
     if unknown:
         warnings.warn(
-            f"{folder / CONFIG}: {', '.join(unknown)}: written by another version of PEFT, "
-            "not known here and left out",
+            f"{folder / CONFIG}: unknown fields {', '.join(unknown)}, written by another version "
+            "of PEFT, are ignored",
             AdapterFileWarning,
             stacklevel=3,  # the caller of load
         )
@@ -130,7 +129,7 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
     start = raw.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
         yield (
-            f"init_lora_weights {start!r}: it changes the base model too; convert it in PEFT with "
+            f"init_lora_weights {start!r}: it also changes the base model; convert it in PEFT with "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     yield from _type_problems(raw)
@@ -140,27 +139,28 @@ def _type_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     ranks = {"r": raw.get("r", 8), **_dict(raw.get("rank_pattern"))}
     for name, rank in ranks.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MOST_RANK:
-            yield f"rank {name} = {_short(rank)}: no whole number from 1 to {_MOST_RANK}"
+            yield f"rank {name} = {_short(rank)}: expected an integer from 1 to {_MOST_RANK}"
     alphas = {"lora_alpha": raw.get("lora_alpha", 8), **_dict(raw.get("alpha_pattern"))}
     for name, alpha in alphas.items():
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            yield f"alpha {name} = {_short(alpha)}: no number"
+            yield f"alpha {name} = {_short(alpha)}: expected a number"
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(raw.get(name) or {}, dict):
-            yield f"{name} = {_short(raw[name])}: no object"
+            yield f"{name} = {_short(raw[name])}: expected an object"
     for name in ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"):
         if not isinstance(raw.get(name) or False, bool):
-            yield f"{name} = {_short(raw[name])}: neither true nor false"
+            yield f"{name} = {_short(raw[name])}: expected true or false"
     dropout = raw.get("lora_dropout") or 0.0
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        yield f"lora_dropout = {_short(dropout)}: no number from 0 to 1"
+        yield f"lora_dropout = {_short(dropout)}: expected a number from 0 to 1"
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
-        yield f"bias = {_short(raw['bias'])}: not 'none', 'all' or 'lora_only'"
+        yield f"bias = {_short(raw['bias'])}: expected 'none', 'all' or 'lora_only'"
     for name in ("target_modules", "modules_to_save", "target_parameters"):
         if not _is_names(raw.get(name)):
-            yield f"{name} = {_short(raw[name])}: no list of names"
+            yield f"{name} = {_short(raw[name])}: expected a list of names"
     if not _is_ranges(raw.get("layer_replication")):
-        yield f"layer_replication = {_short(raw['layer_replication'])}: no list of [start, stop)"
+        shown = _short(raw["layer_replication"])
+        yield f"layer_replication = {shown}: expected a list of [start, stop)"
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -191,22 +191,22 @@ def _short(value: Any) -> str:
 
 
 def config_text(config: Mapping[str, Any]) -> str:
-    """Write a configuration down as PEFT does, with every field and its names in order."""
+    """Return a configuration as JSON, with all fields and sorted keys, like PEFT."""
     return json.dumps({**DEFAULTS, **config}, indent=2, sort_keys=True)
 
 
 # -----------------------------------------------------------------------------------------------
-# Between reading and writing
+# The configuration that an adapter was loaded with
 # -----------------------------------------------------------------------------------------------
 
 
 def keep(config: LoraConfig, text: str) -> LoraConfig:
-    """Keep the text of an `adapter_config.json` in the configuration of its adapter."""
+    """Store the text of an `adapter_config.json` in the metadata of a configuration."""
     return dataclasses.replace(config, metadata={**config.metadata, _KEPT: text})
 
 
 def kept(config: LoraConfig) -> dict[str, Any] | None:
-    """The fields of the text that `keep` kept, or None."""
+    """Return the fields of the text that `keep` stored, or None."""
     try:
         return {**DEFAULTS, **json.loads(config.metadata.get(_KEPT, ""))}
     except (ValueError, TypeError, RecursionError):
@@ -214,6 +214,6 @@ def kept(config: LoraConfig) -> dict[str, Any] | None:
 
 
 def forget(config: LoraConfig) -> LoraConfig:
-    """Drop what `keep` kept."""
+    """Remove the text that `keep` stored."""
     others = {name: text for name, text in config.metadata.items() if name != _KEPT}
     return dataclasses.replace(config, metadata=others)

@@ -1,10 +1,10 @@
-"""The model that PEFT makes of a base before it adds an adapter.
+"""Change a base model in the way that PEFT does before it adds an adapter.
 
     layer_replication          -> replicate_layers
     tables of another size     -> resize_vocab
     one end of a tied table    -> untie
 
-The configuration and the tensors of the adapter tell which of them are needed.
+The configuration and the tensors of the adapter determine which changes are necessary.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from jax_lora.peft.tied import HEAD, settle, tied_table
 
 _Tensors = Mapping[str, np.ndarray]
 _Params = Mapping[str, Any]
-# Tensors of a table that hold the base's own values.
+# Tensors with the values of an embedding table of the base model.
 _FROZEN = (".base_layer.weight", keys.ROWS_FROZEN, ".original_module.weight")
 
 
 def changed_model(
     model: Any, params: _Params, tensors: _Tensors, config: Mapping[str, Any]
 ) -> tuple[Any, _Params]:
-    """Change a model into the one that an adapter was trained on.
+    """Change a base model to the model that an adapter was trained on.
 
     Args:
-      model: The base, a model of `jax_lora.models`.
+      model: The base model, from `jax_lora.models`.
       params: Its parameters, without the "params" level.
-      tensors: The adapter's tensors by name.
-      config: Its configuration.
+      tensors: The tensors of the adapter by name.
+      config: The configuration of the adapter.
 
     Returns:
-      The model and its parameters; the very same where the adapter fits them.
+      The model and its parameters; the same objects if no change is necessary.
 
     Raises:
-      ModelError: The model is not one of `jax_lora.models`, or cannot be changed so.
+      ModelError: The model is not one of `jax_lora.models`, or does not support the change.
     """
     model, params = _replicated(model, params, config)
     before = _table(model, params).shape[0]
     model, params = _resized(model, params, tensors)
-    # Before untying, since the new head is the table with its new rows; and after it, since the
-    # file may have rows of the head alone.
+    # Before untying, because the new head copies the table with its new rows; and after untying,
+    # because the file may have new rows of the head only.
     params = _with_rows(model, params, tensors, before)
     model, params = _untied(model, params, tensors, config)
     return model, _with_rows(model, params, tensors, before)
@@ -66,7 +66,7 @@ def _replicated(model: Any, params: _Params, config: Mapping[str, Any]) -> tuple
 
 
 def _table(model: Any, params: _Params) -> Any:
-    """The embedding, (vocabulary, hidden)."""
+    """Return the embedding table, (vocabulary, hidden)."""
     flat: dict[str, Any] = flatten_dict(dict(params), sep="/")
     return flat[family_of(model).embedding]
 
@@ -87,7 +87,7 @@ def _resized(model: Any, params: _Params, tensors: _Tensors) -> tuple[Any, _Para
 
 
 def _with_rows(model: Any, params: _Params, tensors: _Tensors, first: int) -> _Params:
-    """Take the base's embeddings of added tokens, from `first` on, from the file."""
+    """Replace the rows of added tokens, from `first` on, by those of the file."""
     if _table(model, params).shape[0] <= first:
         return params
     flat: dict[str, Any] = flatten_dict(dict(params), sep="/")
@@ -104,7 +104,7 @@ def _with_rows(model: Any, params: _Params, tensors: _Tensors, first: int) -> _P
 
 
 def _tables(model: Any) -> Iterator[tuple[str, str]]:
-    """The paths of the embedding and of the head, each with the name that PEFT's tensors have."""
+    """Yield the paths of the embedding and of the head, with the stems of their PEFT names."""
     family, names = family_of(model), model.hf_names
     yield family.embedding, keys.PREFIX + names[family.embedding]
     if family.head is not None:

@@ -1,8 +1,6 @@
-"""Factors: the update of one module, apart from the stack that holds it.
+"""Factors: the update of one PyTorch module, independent of layer stacks and file formats.
 
-    Adapter  --split-->  {module: Factors}  --join-->  Adapter
-
-Every format of adapters is a way to write `Factors` down.
+Adapter  --split-->  {module: Factors}  --join-->  Adapter
 """
 
 from __future__ import annotations
@@ -24,11 +22,11 @@ class Factors:
     """The update of one module, scale * a @ b, as NumPy arrays.
 
     Args:
-      a: `(in, r)`; for experts that share a module, `(experts, in, r)`.
-      b: `(r, out)`, or `(experts, r, out)`.
-      scale: Factor in front.
-      magnitude: `(out,)` of DoRA, or None.
-      bias: `(out,)` that b's product gets added, or None.
+      a: Down-projection, `(in, r)`; for experts in one module, `(experts, in, r)`.
+      b: Up-projection, `(r, out)` or `(experts, r, out)`.
+      scale: Scale of the update.
+      magnitude: Magnitude of DoRA, `(out,)`, or None.
+      bias: Bias of B, `(out,)`, or None.
     """
 
     a: np.ndarray
@@ -39,24 +37,24 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Rank of the update."""
+        """Rank of the factors."""
         return self.a.shape[-1]
 
 
 def split(pair: LoraPair, leaf: Leaf) -> dict[str, Factors]:
-    """Take a pair apart into the factors of its modules, zero padding left off.
+    """Split a pair into the factors of its modules, without zero padding.
 
     Args:
       pair: The pair.
-      leaf: The leaf that it belongs to.
+      leaf: The leaf of the pair.
 
     Returns:
-      Factors by the module's name; none for a layer that has no update.
+      Factors by module name, without modules that have no update.
     """
     found = {}
     stack = len(pair.stack_axes)
     ins = math.prod(pair.a.shape[stack:-1])
-    # Several input or output axes are one in torch.
+    # A PyTorch weight has one input axis and one output axis.
     a = np.asarray(pair.a).reshape(*pair.a.shape[:stack], ins, pair.rank)
     b = np.asarray(pair.b).reshape(*pair.b.shape[: stack + 1], -1)
     ranks = None if pair.ranks is None else np.asarray(pair.ranks)
@@ -79,12 +77,12 @@ def _part(array: Any, position: tuple[int, ...]) -> np.ndarray | None:
 
 
 def join(leaf: Leaf, found: Mapping[tuple[int, ...], Factors], dtype: Any) -> LoraPair:
-    """Put the factors of a leaf's modules together, padded with zeros to the largest rank.
+    """Join the factors of the modules of a leaf, with zero padding to the largest rank.
 
     Args:
       leaf: The leaf.
-      found: Factors by position in the stack; a position that is missing gets no update.
-      dtype: Type of the factors; None keeps theirs.
+      found: Factors by position in the stack; other positions have no update.
+      dtype: Type of the result, or None for the type of the factors.
 
     Returns:
       The pair.
@@ -109,7 +107,7 @@ def join(leaf: Leaf, found: Mapping[tuple[int, ...], Factors], dtype: Any) -> Lo
         in_axes=kernel.in_axes,
         out_axes=kernel.out_axes,
         stack_axes=kernel.stack_axes,
-        # Positions without an update need no scale of their own: their factors are zero.
+        # The scale of a position without an update is arbitrary, as its factors are zero.
         scale=used.pop() if len(used) == 1 else _nested(scales),
         ranks=_nested(ranks) if stack[:depth] and len(set(ranks.flat)) > 1 else None,
         **_vectors(leaf, found, dtype),
@@ -117,7 +115,7 @@ def join(leaf: Leaf, found: Mapping[tuple[int, ...], Factors], dtype: Any) -> Lo
 
 
 def _vectors(leaf: Leaf, found: Mapping[tuple[int, ...], Factors], dtype: Any) -> dict[str, Any]:
-    """Stack magnitudes and biases, where there are any."""
+    """Stack the magnitudes and biases."""
     stacked = {}
     for name in ("magnitude", "bias"):
         parts = {position: getattr(each, name) for position, each in found.items()}

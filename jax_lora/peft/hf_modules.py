@@ -1,7 +1,7 @@
-"""Sites: every module that an adapter's file may name, and where its kernel lies here.
+"""The PyTorch modules that correspond to the leaves of a model.
 
-`names` maps a kernel's path to the module's name, with "{layer}" for the position in a stack; here
-it is written out, one `Site` for each module.
+`names` maps the path of a leaf to a module name with "{layer}" for the index in a layer stack; a
+`Site` is one module of such a template.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _MODULE, _PARAMETER = "module", "parameter"
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A leaf of the parameters that `names` has a name for.
+    """A leaf with an entry in `names`.
 
     Args:
-      path: Its path.
-      template: The name of its modules, with braces.
-      shape: Its shape.
-      kernel: Which of its axes are inputs, outputs and stack.
-      is_table: Whether it is looked up and not multiplied with.
-      is_parameter: Whether the name is that of a parameter and not of a module with one weight:
-        experts, whose module holds several, and routers.
+      path: Path of the leaf.
+      template: Name of its modules, with braces for the position in the stack.
+      shape: Shape of the leaf.
+      kernel: The roles of its axes.
+      is_table: Whether it is an embedding table.
+      is_parameter: Whether the name belongs to a parameter of a module instead of a module with one
+        weight, as for experts and routers.
     """
 
     path: str
@@ -43,11 +43,11 @@ class Leaf:
 
     @property
     def depth(self) -> int:
-        """How many stack axes the name's braces stand for."""
+        """Number of stack axes that have braces in the template."""
         return len(braces(self.template))
 
     def modules(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every module's name, and its position in the stack."""
+        """Yield the name of every module and its position in the stack."""
         fields = braces(self.template)
         stack = [self.shape[axis] for axis in self.kernel.stack_axes[: self.depth]]
         for position in itertools.product(*map(range, stack)):
@@ -56,12 +56,12 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One module, or one parameter that is adapted like a module.
+    """A module, or a parameter that PEFT adapts like a module.
 
     Args:
-      module: Its name.
-      leaf: The leaf that holds its kernel.
-      position: Where in the stack.
+      module: Name of the module.
+      leaf: The leaf with its kernel.
+      position: Position in the stack.
     """
 
     module: str
@@ -70,7 +70,7 @@ class Site:
 
 
 def braces(template: str) -> tuple[str, ...]:
-    """The names in a template's braces, in order.
+    """Return the names in the braces of a template, in order.
 
     Example:
       >>> braces("model.layers.{layer}.mlp.experts.{expert}.w1")
@@ -82,20 +82,20 @@ def braces(template: str) -> tuple[str, ...]:
 def find_leaves(
     tree: Any, names: Mapping[str, str], kernels: Mapping[str, Kernel] | None = None
 ) -> dict[str, Leaf]:
-    """Match `names` with the leaves of a tree.
+    """Find the leaves of `names` in a tree.
 
     Args:
       tree: Parameters, or `{"params": parameters}`; arrays or `jax.ShapeDtypeStruct`s.
       names: Path of a kernel, with or without "params/" -> name of its module.
-      kernels: What `find_kernels` found; without it, axes follow from the braces: a stack axis
-        each, and then (in, out).
+      kernels: The result of `find_kernels`. Without it, a leaf has a stack axis for each of the
+        braces, followed by (in, out).
 
     Returns:
-      A `Leaf` for each name, by path.
+      A `Leaf` by path for each name.
 
     Raises:
-      StructureError: A path that the tree lacks.
-      AmbiguousKernelError: A leaf whose axes only `kernels` could tell.
+      StructureError: A path is not in the tree.
+      AmbiguousKernelError: The axes of a leaf are not known without `kernels`.
     """
     have = {path: leaf for path, leaf in paths.flatten_with_paths(tree, is_leaf=is_adapted)[0]}
     shapes = {path: tuple(getattr(leaf, "base", leaf).shape) for path, leaf in have.items()}
@@ -108,7 +108,7 @@ def find_leaves(
                 format_error(
                     f"names: {name}",
                     got="no such leaf in the parameters",
-                    expected=f"a path of the parameters; the nearest are {near}",
+                    expected=f"a path of the parameters; the closest paths are {near}",
                     fix="Pass the parameters and the names of the same model.",
                 )
             )
@@ -119,19 +119,19 @@ def find_leaves(
 def describe(
     path: str, template: str, shape: tuple[int, ...], kernel: Kernel | None = None
 ) -> Leaf:
-    """Work out how a leaf stands in an adapter's file.
+    """Return the roles of a leaf in an adapter file.
 
     Args:
-      path: Its path.
-      template: The name of its modules.
-      shape: Its shape.
-      kernel: What `find_kernels` found of it, or None.
+      path: Path of the leaf.
+      template: Name of its modules.
+      shape: Shape of the leaf.
+      kernel: Its kernel from `find_kernels`, or None.
 
     Returns:
       The leaf.
 
     Raises:
-      AmbiguousKernelError: Its axes do not follow from the name.
+      AmbiguousKernelError: The name does not determine the axes.
     """
     is_table = kernel.kind == "embedding" if kernel else path.split("/")[-1] == "embedding"
     owner = template.split(".")[-2:-1]
@@ -149,24 +149,24 @@ def _kernel(path: str, template: str, shape: tuple[int, ...], of_experts: bool) 
             format_error(
                 path,
                 got=f"shape {shape} for the name {template!r}",
-                expected="an axis for each brace, and then (in, out)",
+                expected="a stack axis for each pair of braces, followed by (in, out)",
                 fix="Pass kernels=jl.find_kernels(model.apply, variables, *args).",
             )
         )
     stack = tuple(range(depth))
-    matrix = len(shape) - depth == 2  # else a norm or a bias, which is trained whole or not at all
+    matrix = len(shape) - depth == 2  # otherwise a norm or a bias, which has no factors
     ins, outs = ((depth,), (depth + 1,)) if matrix else ((), tuple(range(depth, len(shape))))
     return Kernel(path, shape, None, "dense", ins, outs, stack)
 
 
 def sites_of(leaves: Mapping[str, Leaf]) -> dict[str, Site]:
-    """Every module of some leaves, by name.
+    """Return all modules of some leaves.
 
     Args:
       leaves: Leaves by path.
 
     Returns:
-      Sites by the module's name, in the order of the leaves.
+      Sites by module name, in the order of the leaves.
     """
     return {
         module: Site(module, leaf, position)

@@ -1,4 +1,4 @@
-"""What PEFT calls each tensor, and how its axes lie.
+"""The names and layouts of the factor tensors of PEFT.
 
     base_model.model.<module>.lora_A.weight        (r, in)          a.T
     base_model.model.<module>.lora_B.weight        (out, r)         b.T
@@ -7,9 +7,9 @@
     base_model.model.<module>.lora_embedding_B     (out, r)         b.T
     base_model.model.<module>.lora_magnitude_vector  (out,)
 
-Experts share a module: A is (experts * r, in), one expert behind the other, and B is (out, r *
-experts), the experts side by side within each column of the rank. A module with several adapted
-parameters holds them one inside the other, the first of them behind the most `.base_layer`s.
+Experts share a module: A is (experts * r, in), concatenated by expert, and B is (out, r * experts),
+with the expert as the fastest axis. If several parameters of a module are adapted, their wrappers
+are nested: the first parameter has the most `.base_layer` segments.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TABLE_A, TABLE_B = ".lora_embedding_A", ".lora_embedding_B"
 MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 ROWS_FROZEN = ".token_adapter.base_layer.weight"
-# PEFT writes some of a module's tensors up to three times.
+# PEFT writes some tensors of a module up to three times.
 _COPIES = (".original_module.", ".modules_to_save.")
 _PARTS = re.compile(
     r"(?P<module>.*?)(?P<nested>(\.base_layer)*)"
@@ -40,12 +40,12 @@ _PARTS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """The name of one tensor of factors, taken apart.
+    """The parsed name of a factor tensor.
 
     Args:
-      module: The module, without prefix and nesting.
-      depth: How many `.base_layer`s stand between.
-      part: What it holds, such as `A`.
+      module: Name of the module, without prefix and nesting.
+      depth: Number of `.base_layer` segments.
+      part: The suffix that identifies the tensor, such as `A`.
     """
 
     module: str
@@ -54,7 +54,7 @@ class Key:
 
 
 def is_copy(name: str) -> bool:
-    """Tell a tensor that repeats another one of the file.
+    """Tell whether a tensor is a copy of another one in the file.
 
     Example:
       >>> is_copy("base_model.model.lm_head.original_module.weight")
@@ -64,7 +64,7 @@ def is_copy(name: str) -> bool:
 
 
 def parse(name: str) -> Key | None:
-    """Take a tensor's name apart; None if it is not one of factors.
+    """Parse the name of a tensor; None if it is not a factor tensor.
 
     Example:
       >>> parse("base_model.model.h.0.attn.lora_A.weight")
@@ -77,9 +77,9 @@ def parse(name: str) -> Key | None:
 
 
 def owner(site: Site) -> str:
-    """The module whose tensors a site's factors are: a parameter's are its module's.
+    """Return the module that has the tensors of a site.
 
-    Example: the parameter `mlp.experts.down_proj` is the module `mlp.experts`'s.
+    For the parameter `mlp.experts.down_proj` it is `mlp.experts`.
     """
     return site.module.rpartition(".")[0] if site.leaf.is_parameter else site.module
 
@@ -90,14 +90,14 @@ def owner(site: Site) -> str:
 
 
 def encode(found: Mapping[str, Factors], sites: Mapping[str, Site]) -> dict[str, np.ndarray]:
-    """Write factors down as PEFT's tensors, in their own types.
+    """Convert factors to PEFT tensors of the same types.
 
     Args:
-      found: Factors by the module's or parameter's name.
-      sites: Every site by its name.
+      found: Factors by the name of their module or parameter.
+      sites: All sites by name.
 
     Returns:
-      Arrays by PEFT's names.
+      Arrays by PEFT name.
     """
     sharing: dict[str, list[str]] = {}
     for module in found:
@@ -131,12 +131,12 @@ def _encode_one(stem: str, factors: Factors, site: Site) -> dict[str, np.ndarray
 
 
 def shapes_of(site: Site, part: str, rank: int) -> tuple[int, ...]:
-    """The shape that a tensor has to have.
+    """Return the expected shape of a tensor.
 
     Args:
-      site: What it belongs to.
-      part: What it holds.
-      rank: The rank of the pair.
+      site: The site.
+      part: The suffix of the tensor.
+      rank: Rank of the factors.
 
     Returns:
       The shape.
@@ -155,12 +155,12 @@ def shapes_of(site: Site, part: str, rank: int) -> tuple[int, ...]:
 def decode(
     parts: Mapping[str, np.ndarray], site: Site, scale_of_rank: Callable[[int], float]
 ) -> Factors:
-    """Read PEFT's tensors of one site, whose shapes were checked before.
+    """Convert the PEFT tensors of one site, whose shapes are valid, to factors.
 
     Args:
-      parts: Arrays by what they hold.
-      site: What they belong to.
-      scale_of_rank: From the rank to the scale.
+      parts: Arrays by suffix.
+      site: The site.
+      scale_of_rank: A function from the rank to the scale.
 
     Returns:
       The factors.
@@ -180,7 +180,7 @@ def decode(
 
 
 def rank_in(parts: Mapping[str, np.ndarray], site: Site) -> int | None:
-    """The rank that A's shape gives, or None if it gives none."""
+    """Return the rank according to the shape of A, or None if the shape is invalid."""
     a = parts.get(A, parts.get(TABLE_A))
     stack = site.leaf.kernel.stack_shape[site.leaf.depth :]
     experts = stack[0] if stack else 1

@@ -1,11 +1,10 @@
-"""Read an adapter that PEFT wrote.
+"""Load a PEFT adapter.
 
-    adapter_config.json        -> which scale each module has
+    adapter_config.json        -> scale of each module
     adapter_model.safetensors  -> factors by module -> pairs by path
 
-Every tensor of the file has its place in the parameters, and every module that the configuration
-names has its tensors: whatever does not fit is an error, all of it in one message, and nothing is
-loaded.
+An unknown tensor, or a missing tensor of a module that the configuration names, is an error. One
+message lists all of them.
 """
 
 from __future__ import annotations
@@ -43,31 +42,32 @@ def load(
     kernels: Mapping[str, Kernel] | None = None,
     dtype: Any = jnp.float32,
 ) -> Adapter:
-    """Load an adapter from a folder that PEFT's `save_pretrained` wrote.
+    """Load an adapter from a folder of PEFT's `save_pretrained`.
 
-    Nothing in the folder is run: a pickle is refused unopened, and a pattern from the file that
-    could take for ever is not matched. The ranks are those of the tensors.
+    No code from the folder is executed: pickle files are not opened, and regular expressions with
+    a potentially unbounded run time are refused. The ranks are those of the tensors.
 
     Args:
       path: Folder with `adapter_config.json` and `adapter_model.safetensors`.
-      variables: The base: parameters, or `{"params": parameters}`; of `jax.ShapeDtypeStruct`s too.
-      names: Path of each kernel -> its module's name in torch, "{layer}" and "{expert}" for the
-        position in a stack: `model.hf_names` of a model of `jax_lora.models`.
-      kernels: What `find_kernels` found, for kernels of more than (in, out) behind the stack.
-      dtype: Type of the factors, as PEFT gives them whatever the file's; None keeps the file's.
+      variables: The base parameters, or `{"params": parameters}`; arrays or
+        `jax.ShapeDtypeStruct`s.
+      names: Path of each kernel -> name of its PyTorch module, with "{layer}" and "{expert}" for
+        the position in a stack: `model.hf_names` for a model of `jax_lora.models`.
+      kernels: The result of `find_kernels`, for other axes than the stack and (in, out).
+      dtype: Type of the factors; None for the type of the file. Like PEFT, the default is float32.
 
     Returns:
-      The adapter, for `combine`, `merge`, and `save_adapter`.
+      The adapter, for `combine`, `merge` and `save_adapter`.
 
     Raises:
-      AdapterFileError: The files are broken, ask for what is not implemented, or do not fit the
-        base. If they fit a changed base (untied, with layers repeated, of another vocabulary), the
-        message says so, and `load_model` makes it.
-      StructureError: A path of `names` is none of the parameters'.
-      AmbiguousKernelError: A kernel's axes only `kernels` could tell.
+      AdapterFileError: The files are damaged, need an unimplemented feature, or do not fit the base
+        model. If they fit a changed base model (untied, with repeated layers, or with another
+        vocabulary), the message recommends `load_model`.
+      StructureError: A path of `names` is not in the parameters.
+      AmbiguousKernelError: The axes of a kernel are not known without `kernels`.
 
     Warns:
-      AdapterFileWarning: The configuration has fields that are not known here.
+      AdapterFileWarning: The configuration has unknown fields.
 
     Example:
       >>> import tempfile, jax, jax_lora as jl
@@ -98,22 +98,22 @@ def assemble(
     kernels: Mapping[str, Kernel] | None = None,
     dtype: Any = jnp.float32,
 ) -> Adapter:
-    """Make an adapter of the contents of its folder.
+    """Build an adapter from the contents of its folder.
 
     Args:
       folder: The folder, for messages.
       tensors: The tensors by name.
       config: The configuration.
-      variables: As for `load`, and so are `names`, `kernels` and `dtype`.
-      names: Names of modules by path.
-      kernels: What `find_kernels` found.
-      dtype: Type of the factors.
+      variables: As in `load`.
+      names: As in `load`.
+      kernels: As in `load`.
+      dtype: As in `load`.
 
     Returns:
       The adapter.
 
     Raises:
-      AdapterFileError: They do not fit the base.
+      AdapterFileError: The tensors do not fit the base model.
     """
     leaves = find_leaves(variables, names, kernels)
     sites = sites_of(leaves)
@@ -144,14 +144,14 @@ Parts = dict[str, np.ndarray]
 def group(
     tensors: Mapping[str, np.ndarray], sites: Mapping[str, Site]
 ) -> tuple[dict[str, Parts], dict[str, np.ndarray]]:
-    """Sort the tensors of factors by the site that they belong to; the others are left over.
+    """Group factor tensors by site.
 
     Args:
-      tensors: Every tensor of the file by name.
-      sites: Every site of the base by name.
+      tensors: All tensors of the file by name.
+      sites: All sites of the base model by name.
 
     Returns:
-      Tensors of factors by site and by what they hold, and the other tensors by name.
+      Factor tensors by site and suffix, and the other tensors by name.
     """
     by_place: dict[str, dict[int, Parts]] = {}
     rest = {}
@@ -179,7 +179,7 @@ def group(
 def _assigned(
     levels: Mapping[int, Parts], names: list[str], sites: Mapping[str, Site]
 ) -> dict[int, str]:
-    """Tell which parameter of a module each level of nesting belongs to: its shapes say so."""
+    """Assign each nesting level of a module to one of its parameters, by the shapes."""
     if len(names) == 1:
         return {0: names[0]} if 0 in levels else {}
     chosen, free = {}, list(names)
@@ -192,19 +192,19 @@ def _assigned(
 
 
 def _problems(parts: Parts, site: Site) -> Iterator[str]:
-    """Say what is wrong with the tensors of one site."""
+    """Yield the problems of the tensors of one site."""
     a, b = (keys.TABLE_A, keys.TABLE_B) if site.leaf.is_table else (keys.A, keys.B)
     for part in (a, b):
         if part not in parts:
             yield f"missing: {site.module}{part}"
     rank = keys.rank_in(parts, site)
     if rank is None and a in parts:
-        yield f"wrong shape: {site.module}{a} is {parts[a].shape}, which gives no rank"
+        yield f"wrong shape: {site.module}{a} is {parts[a].shape}, which has no valid rank"
     for part, tensor in parts.items():
         if site.leaf.is_table and part in (keys.A, keys.B):
-            yield f"extra: {site.module}{part}, of a table that is looked up"
+            yield f"extra: {site.module}{part}, but the module is an embedding table"
         elif not site.leaf.is_table and part in (keys.TABLE_A, keys.TABLE_B):
-            yield f"extra: {site.module}{part}, of a kernel that is no table"
+            yield f"extra: {site.module}{part}, but the module is not an embedding table"
         elif rank and tensor.shape != (want := keys.shapes_of(site, part, rank)):
             yield f"wrong shape: {site.module}{part} is {tensor.shape}, expected {want}"
 
@@ -212,10 +212,10 @@ def _problems(parts: Parts, site: Site) -> Iterator[str]:
 def _missing(
     grouped: Mapping[str, Parts], config: Mapping[str, Any], sites: Mapping[str, Site]
 ) -> Iterator[str]:
-    """Modules that the configuration names and the file has no factors of."""
+    """Yield the modules that the configuration names but that have no factors in the file."""
     for module in expected_modules(config, sites):
         if module not in grouped:
-            yield f"missing: {module}{keys.A}, although the configuration names it"
+            yield f"missing: {module}{keys.A}, which the configuration names"
 
 
 def _pairs(
@@ -247,11 +247,10 @@ def _replication_problems(config: Mapping[str, Any], leaves: Mapping[str, Leaf])
 def _refusal(folder: Path, problems: list[str]) -> AdapterFileError:
     return AdapterFileError(
         format_error(
-            str(folder),
-            got=f"{len(problems)} things that do not fit the base:"
-            + "".join(f"\n    {problem}" for problem in problems),
-            expected="exactly the tensors that its configuration and the base call for",
-            fix="Load it for the base that it was trained on, with that model's names. Where a "
-            "line names it: model, params, adapter = jl.peft.load_model(path, model, params).",
+            f"{folder}: {len(problems)} problems",
+            got=problems,
+            expected="exactly the tensors that the configuration and the base model require",
+            fix="Load the base model that the adapter was trained on, and pass its names. If a "
+            "line says so: model, params, adapter = jl.peft.load_model(path, model, params).",
         )
     )

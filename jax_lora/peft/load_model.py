@@ -1,4 +1,4 @@
-"""Load a PEFT adapter together with the model that it was trained on, made of its base."""
+"""Load a PEFT adapter, and change the base model to the model that it was trained on."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ def load_model(
     *,
     dtype: Any = jnp.float32,
 ) -> tuple[Any, Any, Adapter]:
-    """Load a PEFT adapter, and change the model into the one that the adapter was trained on.
+    """Load a PEFT adapter, and change the base model to the model that it was trained on.
 
-    Use it in place of `load` for a model of `jax_lora.models`. It repeats the layers that
-    `layer_replication` names, resizes the vocabulary to that of the tables in the file, and unties
-    the output head where the adapter changes one end of a tied embedding. Embeddings of added
-    tokens are the file's where it has the base's own; otherwise they are the mean of the others.
-    An adapter that fits the base leaves model and parameters as they are.
+    Use it instead of `load` for a model of `jax_lora.models`. It repeats layers according to
+    `layer_replication`, resizes the vocabulary to the size of the tables in the file, and unties
+    the output head if the adapter changes only one end of a tied embedding. Embeddings of added
+    tokens are those of the file if it has them, else the mean embedding. If no change is necessary,
+    model and parameters are returned unchanged.
 
-    Pass the base as it was loaded. A second adapter for the changed model is loaded with `load`:
-    here its layers would be repeated again.
+    Pass the unchanged base model. To load a second adapter for the changed model, use `load`: this
+    function would repeat the layers again.
 
     Args:
       path: Folder with `adapter_config.json` and `adapter_model.safetensors`.
-      model: The base, as `jl.models.load` returned it.
-      params: Its parameters, (layers, in, out) for each kernel in a layer, or
-        `{"params": parameters}`; arrays.
-      dtype: Type of the factors; None keeps the file's.
+      model: The base model, from `jl.models.load`.
+      params: Its parameters, or `{"params": parameters}`; arrays, with kernels of shape
+        (layers, in, out).
+      dtype: Type of the factors; None for the type of the file.
 
     Returns:
-      The model, its parameters in the form that they were passed in, and the adapter: all that
-      `combine(params, adapter)` and `save(path, adapter, names=model.hf_names)` need.
+      The model, its parameters in the form of `params`, and the adapter. Continue with
+      `combine(params, adapter)` or `save(path, adapter, names=model.hf_names)`.
 
     Raises:
-      AdapterFileError: The files are broken, ask for what is not implemented, or do not fit the
-        changed model either.
-      ModelError: `model` is not a model of `jax_lora.models`, or cannot be changed so.
+      AdapterFileError: The files are damaged, need an unimplemented feature, or do not fit the
+        changed model.
+      ModelError: `model` is not from `jax_lora.models`, or does not support the change.
 
     Warns:
-      AdapterFileWarning: The configuration has fields that are not known here.
+      AdapterFileWarning: The configuration has unknown fields.
 
     Example:
       >>> import tempfile, jax, jax_lora as jl
@@ -67,7 +67,7 @@ def load_model(
     """
     folder = Path(path)
     tensors, config = read_tensors(folder, WEIGHTS), read_config(folder)
-    # Models import Flax's modules, which adapters of other models do without.
+    # Imports Flax modules, which `load` does not need.
     from jax_lora.peft.changed_model import changed_model
 
     wrapped = set(params) == {"params"}

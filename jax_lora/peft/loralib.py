@@ -1,9 +1,9 @@
-"""Checkpoints of loralib, the paper's own library, in safetensors.
+"""Load checkpoints of loralib, the library of the LoRA paper, from safetensors.
 
     <module>.lora_A   (r, in)
     <module>.lora_B   (out, r)
 
-The files hold no alpha, so the caller has to know it.
+The files do not have alpha, so it is an argument.
 
 Reference:
     Hu et al., LoRA (arXiv:2106.09685).
@@ -39,22 +39,22 @@ def load_loralib(
     kernels: Mapping[str, Kernel] | None = None,
     dtype: Any = jnp.float32,
 ) -> Adapter:
-    """Load the factors of a checkpoint that `loralib.lora_state_dict` gave and safetensors saved.
+    """Load the output of `loralib.lora_state_dict` from a safetensors file.
 
     Args:
       path: The safetensors file.
-      variables: The base: parameters, or `{"params": parameters}`.
-      names: Path of each kernel -> its module's name in that checkpoint.
+      variables: The base parameters, or `{"params": parameters}`.
+      names: Path of each kernel -> name of its module in the file.
       alpha: `lora_alpha` of the layers; the scale is alpha / r.
-      kernels: What `find_kernels` found, for kernels of more than (in, out) behind the stack.
-      dtype: Type of the factors; None keeps the file's.
+      kernels: The result of `find_kernels`, for other axes than the stack and (in, out).
+      dtype: Type of the factors; None for the type of the file.
 
     Returns:
       The adapter.
 
     Raises:
-      AdapterFileError: The file is broken or does not fit the base; all that is wrong in one
-        message.
+      AdapterFileError: The file is damaged or does not fit the base model. One message lists all
+        problems.
     """
     file = Path(path)
     sites = sites_of(find_leaves(variables, names, kernels))
@@ -72,9 +72,9 @@ def load_loralib(
         raise AdapterFileError(
             format_error(
                 str(file),
-                got="".join(f"\n    {problem}" for problem in problems),
-                expected="lora_A (r, in) and lora_B (out, r) of modules that names has",
-                fix="Save lora_state_dict(model) alone, and pass the names that its modules have.",
+                got=problems,
+                expected="lora_A (r, in) and lora_B (out, r) of modules in names",
+                fix="Save only lora_state_dict(model), and pass the names of its modules.",
             )
         )
     config = {**DEFAULTS, "lora_alpha": alpha}

@@ -1,4 +1,4 @@
-"""Adapters of mlx-lm, both ways.
+"""Load and save adapters of mlx-lm.
 
     adapter_config.json    {"fine_tune_type": "lora", "num_layers": N, "lora_parameters": {...}}
     adapters.safetensors   <module>.lora_a (in, r), <module>.lora_b (r, out)
@@ -35,19 +35,19 @@ _LAYER = re.compile(r"layers\.\d+\.(.*)")
 
 
 def save_mlx(path: str | os.PathLike[str], adapter: Adapter, *, names: Mapping[str, str]) -> None:
-    """Write an adapter to a folder that mlx-lm takes as `--adapter-path`.
+    """Save an adapter to a folder for the option `--adapter-path` of mlx-lm.
 
-    Scales that differ are folded into `lora_b`, as mlx-lm has one for all.
+    mlx-lm has a single scale, so differences between scales are multiplied into `lora_b`.
 
     Args:
-      path: The folder, made if it is not there.
+      path: The folder, created if necessary.
       adapter: The adapter.
-      names: Path of each kernel -> its module's name: `model.hf_names`.
+      names: Path of each kernel -> name of its module: `model.hf_names`.
 
     Raises:
-      AdapterFileError: It has leaves trained whole, magnitudes, biases, experts or layers left out,
-        which mlx-lm's files do not hold in a way that is written here; or the file system refuses.
-      StructureError: `names` has no name for a leaf of the adapter.
+      AdapterFileError: The adapter has fully trained leaves, magnitudes, biases, experts, different
+        ranks or layers without an update, or the folder cannot be written.
+      StructureError: `names` does not have a leaf of the adapter.
     """
     adapter = jax.tree.map(np.asarray, adapter)
     leaves = adapted_leaves(adapter, names)
@@ -58,8 +58,8 @@ def save_mlx(path: str | os.PathLike[str], adapter: Adapter, *, names: Mapping[s
             found |= split(adapter.pairs[leaf.path], leaf)
     problems = list(_not_for_mlx(adapter, found, sites))
     if problems:
-        fix = "Fuse it into the model instead, or export it for PEFT."
-        raise _refusal("save_mlx", problems, "plain factors of every layer's modules", fix)
+        fix = "Merge it into the model with jl.merge, or export it with jl.peft.save."
+        raise _refusal("save_mlx", problems, "LoRA factors of equal rank in every layer", fix)
     scales = {each.scale for each in found.values()}
     scale = max(scales)
     tensors = {}
@@ -73,18 +73,18 @@ def save_mlx(path: str | os.PathLike[str], adapter: Adapter, *, names: Mapping[s
 def _not_for_mlx(
     adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Site]
 ) -> Iterator[str]:
-    yield from (f"{path}: trained whole" for path in adapter.whole)
+    yield from (f"{path}: a fully trained leaf" for path in adapter.whole)
     yield from (f"{path}: trained rows" for path in adapter.rows)
     for module, each in found.items():
         for what in ("magnitude", "bias"):
             if getattr(each, what) is not None:
                 yield f"{module}: a {what}"
         if sites[module].leaf.is_parameter:
-            yield f"{module}: a parameter of a module with several"
+            yield f"{module}: a parameter of a module with several parameters"
     yield from (f"{module}: no update in this layer" for module in sites if module not in found)
     ranks = {each.rank for each in found.values()}
     if len(ranks) > 1:
-        yield f"ranks {sorted(ranks)}: mlx-lm has one for all"
+        yield f"ranks {sorted(ranks)}: mlx-lm supports only one rank"
 
 
 def _config(adapter: Adapter, found: Mapping[str, Factors], scale: float) -> dict[str, Any]:
@@ -110,21 +110,21 @@ def load_mlx(
     kernels: Mapping[str, Kernel] | None = None,
     dtype: Any = jnp.float32,
 ) -> Adapter:
-    """Load an adapter that mlx-lm trained.
+    """Load an adapter of mlx-lm.
 
     Args:
       path: Folder with `adapter_config.json` and `adapters.safetensors`.
-      variables: The base: parameters, or `{"params": parameters}`.
-      names: Path of each kernel -> its module's name: `model.hf_names`.
-      kernels: What `find_kernels` found, for kernels of more than (in, out) behind the stack.
-      dtype: Type of the factors; None keeps the file's.
+      variables: The base parameters, or `{"params": parameters}`.
+      names: Path of each kernel -> name of its module: `model.hf_names`.
+      kernels: The result of `find_kernels`, for other axes than the stack and (in, out).
+      dtype: Type of the factors; None for the type of the file.
 
     Returns:
       The adapter.
 
     Raises:
-      AdapterFileError: The files are broken, not of plain LoRA, or do not fit the base; all that is
-        wrong in one message.
+      AdapterFileError: The files are damaged, are not of type "lora", or do not fit the base model.
+        One message lists all problems.
     """
     folder = Path(path)
     tensors = read_tensors(folder, WEIGHTS)
@@ -141,8 +141,8 @@ def load_mlx(
     for module, each in parts.items():
         problems += _shape_problems(module, each, sites[module])
     if problems:
-        fix = "Load it for the base that it was trained on, with that model's names."
-        raise _refusal(str(folder), problems, "an adapter of plain LoRA for this base", fix)
+        fix = "Load the base model that the adapter was trained on, and pass its names."
+        raise _refusal(str(folder), problems, "a LoRA adapter for this base model", fix)
     parameters = settings["lora_parameters"]
     config = {
         **DEFAULTS,
@@ -159,7 +159,7 @@ def assembled(
     config: Mapping[str, Any],
     dtype: Any,
 ) -> Adapter:
-    """Build an adapter from plain pairs `lora_a` (in, r) and `lora_b` (r, out) by module."""
+    """Build an adapter from `lora_a` (in, r) and `lora_b` (r, out) by module."""
     by_path: dict[str, dict[tuple[int, ...], Factors]] = {}
     for module, each in parts.items():
         rank = each["lora_a"].shape[1]
@@ -173,18 +173,18 @@ def assembled(
 def _config_problems(settings: Mapping[str, Any]) -> Iterator[str]:
     kind = settings.get("fine_tune_type", "lora")
     if kind != "lora":
-        yield f"fine_tune_type {kind!r}: only 'lora' is read here"
+        yield f"fine_tune_type {kind!r}: only 'lora' is implemented"
     parameters = settings.get("lora_parameters")
     if not isinstance(parameters, dict):
-        yield f"lora_parameters {parameters!r}: no object"
+        yield f"lora_parameters {parameters!r}: expected an object"
         return
     for name in ("scale", "dropout"):
         value = parameters.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            yield f"lora_parameters: {name} {value!r}: no number"
+            yield f"lora_parameters: {name} {value!r}: expected a number"
     rank = parameters.get("rank", 8)
     if type(rank) is not int or rank < 1:
-        yield f"lora_parameters: rank {rank!r}: no whole number above 0"
+        yield f"lora_parameters: rank {rank!r}: expected an integer above 0"
 
 
 def _shape_problems(module: str, parts: Mapping[str, np.ndarray], site: Site) -> Iterator[str]:
@@ -199,8 +199,4 @@ def _shape_problems(module: str, parts: Mapping[str, np.ndarray], site: Site) ->
 
 
 def _refusal(where: str, problems: list[str], expected: str, fix: str) -> AdapterFileError:
-    got = "".join(f"\n    {problem}" for problem in problems)
-    return AdapterFileError(format_error(where, got=got, expected=expected, fix=fix))
-
-
-__all__ = ["assembled", "load_mlx", "save_mlx"]
+    return AdapterFileError(format_error(where, got=problems, expected=expected, fix=fix))

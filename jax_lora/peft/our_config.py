@@ -1,4 +1,4 @@
-"""A `LoraConfig` that says what an adapter from elsewhere is."""
+"""The `LoraConfig` of an adapter that was loaded from another format."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def our_config(
     whole: Iterable[str],
     dtype: Any,
 ) -> LoraConfig:
-    """Describe an adapter in our terms.
+    """Return a configuration with which `lora_init` creates pairs with the given ranks and scales.
 
     Args:
-      config: PEFT's configuration.
-      pairs: The pairs by path; their ranks and scales are what counts.
-      whole: Paths of leaves that are trained whole.
-      dtype: Type of the factors; None: that of the first pair.
+      config: The PEFT configuration.
+      pairs: The pairs by path.
+      whole: Paths of the fully trained leaves.
+      dtype: Type of the factors; None for the type of the first pair.
 
     Returns:
-      A configuration: `lora_init` with it makes an adapter of the same ranks and scales.
+      The configuration.
     """
     ranks, alphas = {}, {}
     for path, pair in pairs.items():
         for name, rank, scale in _kernels(path, pair):
             ranks[name] = rank
-            # The scale is alpha over this.
+            # alpha = scale * rank, or scale * sqrt(rank) with rsLoRA.
             alphas[name] = scale * (np.sqrt(rank) if config["use_rslora"] else rank)
     rank = _usual(ranks.values(), config["r"])
     alpha = _usual(alphas.values(), config["lora_alpha"])
@@ -54,7 +54,7 @@ def our_config(
 
 
 def _kernels(path: str, pair: LoraPair) -> Iterable[tuple[str, int, float]]:
-    """Each kernel of a pair that has an update: a layer of a stack by its own name."""
+    """Yield path, rank and scale of each kernel with an update; a layer has its own path."""
     ranks = np.asarray(pair.rank if pair.ranks is None else pair.ranks)
     scales = np.asarray(pair.scale, np.float64)
     if not ranks.ndim and not scales.ndim:

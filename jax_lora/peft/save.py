@@ -1,7 +1,7 @@
-"""Write an adapter as PEFT would.
+"""Save an adapter in the format of PEFT.
 
-pairs by path -> factors by module -> tensors by PEFT's keys -> adapter_model.safetensors
-and the configuration that gives every module its rank and scale.
+pairs by path -> factors by module -> tensors by PEFT name -> adapter_model.safetensors
+ranks and scales -> adapter_config.json
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jax_lora.peft.their_config import their_config
 from jax_lora.peft.tied import HEAD, mirror, tied_table
 
 TARGETS = (None, "vllm")
-_TABLES = ("embed_tokens", HEAD)  # PEFT writes the base's own beside their factors
+_TABLES = ("embed_tokens", HEAD)  # for these, PEFT writes the base weight next to the factors
 
 
 def save(
@@ -40,25 +40,26 @@ def save(
     base: Any = None,
     target: str | None = None,
 ) -> None:
-    """Write an adapter to a folder that PEFT's `from_pretrained` loads.
+    """Save an adapter to a folder for PEFT's `from_pretrained`.
 
-    An adapter that was loaded from PEFT and not changed is written byte for byte, with the names of
-    its modules in alphabetical order.
+    Saving an unchanged adapter from PEFT reproduces its files byte for byte, except that module
+    names are sorted.
 
     Args:
-      path: The folder, made if it is not there; an adapter in it is replaced once the new one is
-        whole.
+      path: The folder, created if necessary. An adapter in it is replaced atomically.
       adapter: The adapter.
-      names: Path of each kernel -> its module's name in torch: `model.hf_names`.
-      base_model: Name or path of the base, for those who load it; None keeps what was loaded.
-      base: The base's parameters. PEFT writes the base's own weight beside factors of
-        `embed_tokens` or `lm_head`; it is left out without them, and PEFT loads such files too.
-      target: "vllm" writes what vLLM accepts: scales folded into B, one rank for all.
+      names: Path of each kernel -> name of its PyTorch module: `model.hf_names`.
+      base_model: Name or path of the base model for `adapter_config.json`; None keeps the name that
+        the adapter was loaded with.
+      base: The base parameters. If given, the base weights of adapted `embed_tokens` and `lm_head`
+        modules are also written, as PEFT does. PEFT loads files with and without them.
+      target: "vllm" for the restrictions of vLLM: equal ranks, and scales multiplied into B.
 
     Raises:
-      AdapterFileError: A factor is not finite, the file system refuses, or vLLM would.
-      StructureError: `names` has no name for a leaf of the adapter.
-      ConfigError: Another `target`.
+      AdapterFileError: A factor has NaN or Inf, the folder cannot be written, or vLLM does not
+        support the adapter.
+      StructureError: `names` does not have a leaf of the adapter.
+      ConfigError: `target` is unknown.
     """
     if target not in TARGETS:
         expected, fix = "None or 'vllm'", "Leave it out for PEFT itself."
@@ -83,13 +84,13 @@ def save(
     if base_model is not None:
         config["base_model_name_or_path"] = base_model
     if (table := tied_table(names)) is not None:
-        tensors |= mirror(tensors, table)  # PEFT takes a head that the file lacks for frozen
+        tensors |= mirror(tensors, table)  # without these tensors, PEFT does not update the head
     _add_tables(tensors, config, sites, base)
     write_files(Path(path), WEIGHTS, tensors, CONFIG, config_text(config))
 
 
 def adapted_leaves(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Leaf]:
-    """The leaves that the adapter changes or stands beside, in the order of `names`."""
+    """Return the leaves of the adapter in the order of `names`; for a bias, that of its module."""
     templates = {p.removeprefix("params/"): name for p, name in names.items()}
     found, problems = {}, []
     for path in (*adapter.pairs, *adapter.whole, *adapter.rows):
@@ -97,7 +98,7 @@ def adapted_leaves(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Leaf
         own = bare if bare in templates else _kernel_beside(bare, templates)
         if own is None:
             near = ", ".join(paths.nearest(bare, templates, 3))
-            problems.append(f"{path}: no name; the nearest that have one are {near}")
+            problems.append(f"{path}: not in names; the closest paths are {near}")
             continue
         prefix = path.removesuffix(bare)
         found[prefix + own] = _describe(prefix + own, templates[own], path, adapter)
@@ -105,9 +106,9 @@ def adapted_leaves(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Leaf
         raise StructureError(
             format_error(
                 "names",
-                got="".join(f"\n    {problem}" for problem in problems),
-                expected="a module's name for every leaf of the adapter",
-                fix="Pass the names of the model that the adapter is for: names=model.hf_names.",
+                got=problems,
+                expected="a module name for every leaf of the adapter",
+                fix="Pass the names of the model of the adapter: names=model.hf_names.",
             )
         )
     order = {name: place for place, name in enumerate(templates)}
@@ -115,7 +116,7 @@ def adapted_leaves(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Leaf
 
 
 def _kernel_beside(path: str, templates: Mapping[str, str]) -> str | None:
-    """The kernel or scale beside a bias."""
+    """Return the kernel or scale in the same layer as a bias."""
     stem = path.rpartition("/")[0]
     return next(
         (p for p in templates if p.rpartition("/")[0] == stem and path.endswith("bias")), None
@@ -135,13 +136,13 @@ def _describe(own: str, template: str, path: str, adapter: Adapter) -> Leaf:
     if own in adapter.rows:
         size = max(adapter.rows[own].indices) + 1
         return describe(own, template, (size, adapter.rows[own].values.shape[1]))
-    return describe(own, template, adapter.whole[path].shape)  # a bias alone: its stack will do
+    return describe(own, template, adapter.whole[path].shape)  # a bias: only its stack is needed
 
 
 def _whole(
     adapter: Adapter, leaves: Mapping[str, Leaf], adapted: set[str], tensors: dict[str, np.ndarray]
 ) -> dict[str, bool]:
-    """Add the leaves trained whole to the tensors; say which modules they are of."""
+    """Add fully trained leaves to the tensors; map modules to whether only a bias is trained."""
     only_bias: dict[str, bool] = {}
     for path, array in adapter.whole.items():
         stem = path.rpartition("/")[0]
@@ -153,7 +154,7 @@ def _whole(
 
 
 def _all_leaves(names: Mapping[str, str], leaves: Mapping[str, Leaf]) -> list[list[str]]:
-    """Every module that `names` knows: those of leaves without an adapter by any index at hand."""
+    """Return all module names for every leaf of `names`, with as many layers as the adapter."""
     depth = max((leaf.shape[0] for leaf in leaves.values() if leaf.depth), default=1)
     return [[name.format(layer=i, expert=0) for i in range(depth)] for name in names.values()]
 
@@ -161,7 +162,7 @@ def _all_leaves(names: Mapping[str, str], leaves: Mapping[str, Leaf]) -> list[li
 def _add_tables(
     tensors: dict[str, np.ndarray], config: Mapping[str, Any], sites: Mapping[str, Any], base: Any
 ) -> None:
-    """Add the base's own table and head where PEFT does: where its list names them as they are."""
+    """Add the base weights of table and head where PEFT does: if `target_modules` lists them."""
     if base is None or not isinstance(config["target_modules"], list):
         return
     have = {p.removeprefix("params/"): leaf for p, leaf in paths.flatten_with_paths(base)[0]}

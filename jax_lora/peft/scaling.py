@@ -1,7 +1,7 @@
-"""The scale of a module: alpha / r, where patterns may give a module an alpha of its own.
+"""The scale of a module: alpha / r, where `alpha_pattern` can set alpha per module.
 
-PEFT's patterns are regular expressions that come out of a file. They are matched here only if they
-cannot take long: no repeated groups, and few repetitions.
+PEFT patterns are regular expressions from an untrusted file. Only patterns with few repetitions and
+without repeated groups are matched, whose run time is bounded.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from jax_lora.errors import AdapterFileError, format_error
 _MOST_CHARACTERS = 300
 _MOST_REPETITIONS = 4
 _REPETITION = re.compile(r"(?<!\\)[*+{]")
-# A group or class that is repeated whole, or a repetition of a repetition: what may take for ever.
+# A repeated group, or a repetition of a repetition, whose run time can be exponential.
 _NESTED = re.compile(r"\)[*+{?]|[*+?}][*+{]|\(\?")
 
 
 def value_of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches a module's name, or the default.
+    """Return the value of the first pattern that matches a module name, or the default.
 
     Args:
-      patterns: Values by pattern, in the file's order.
-      module: The module's name, without "base_model.model.".
-      default: What holds otherwise.
+      patterns: Values by pattern, in the order of the file.
+      module: Name of the module, without "base_model.model.".
+      default: The value if no pattern matches.
 
     Returns:
       The value.
 
     Raises:
-      AdapterFileError: A pattern that is no regular expression, or one that could take for ever.
+      AdapterFileError: A pattern is not a valid regular expression, or its run time may be
+        exponential.
 
     Example:
       >>> value_of({"q_proj": 4, "^model.layers.0": 5}, "model.layers.1.attn.q_proj", 8)
@@ -49,11 +50,11 @@ def value_of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 def _compiled(pattern: str) -> re.Pattern[str]:
     long = len(pattern) > _MOST_CHARACTERS
     if long or _NESTED.search(pattern) or len(_REPETITION.findall(pattern)) > _MOST_REPETITIONS:
-        raise _refusal(pattern, "a regular expression that could take very long")
+        raise _refusal(pattern, "a regular expression whose run time may be exponential")
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except re.error as error:
-        raise _refusal(pattern, f"no regular expression: {error}") from error
+        raise _refusal(pattern, f"an invalid regular expression: {error}") from error
 
 
 def _refusal(pattern: str, got: str) -> AdapterFileError:
@@ -61,19 +62,19 @@ def _refusal(pattern: str, got: str) -> AdapterFileError:
         format_error(
             f"rank_pattern or alpha_pattern: {pattern[:80]!r}",
             got=got,
-            expected="names of modules, at most a few repetitions and no repeated groups",
-            fix="Write the names out.",
+            expected="module names, with few repetitions and without repeated groups",
+            fix="List the module names instead.",
         )
     )
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The factor in front of B @ A.
+    """Return the scale of the update of a module.
 
     Args:
-      config: The adapter's configuration.
-      module: The module's name.
-      rank: The rank that its tensors have.
+      config: The PEFT configuration.
+      module: Name of the module.
+      rank: Rank of its factors.
 
     Returns:
       alpha / rank, or alpha / sqrt(rank) with rsLoRA.

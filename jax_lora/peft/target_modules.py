@@ -1,8 +1,8 @@
-"""Which modules a configuration's names mean, by PEFT's rules.
+"""Match the module names of a PEFT configuration.
 
-A list of names matches whole modules or their last segments: "q_proj" matches "...self_attn.q_proj"
-and never "my_q_proj". A string is a regular expression out of a file, or "all-linear": it is not
-interpreted, as the file's own tensors say what was adapted.
+A list of names matches full module names or their last segments: "q_proj" matches
+"...self_attn.q_proj" and not "my_q_proj". A string is a regular expression or "all-linear". It is
+not interpreted, because the tensors of the file determine the adapted modules.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jax_lora.peft.hf_modules import Site
 
 
 def matches(name: str, module: str) -> bool:
-    """Tell whether a name of a list means a module.
+    """Tell whether a name of a list matches a module.
 
     Example:
       >>> matches("q_proj", "layers.0.q_proj"), matches("proj", "layers.0.q_proj")
@@ -24,7 +24,7 @@ def matches(name: str, module: str) -> bool:
 
 
 def listed(names: str | Sequence[str] | None) -> list[str]:
-    """The names of a field that holds one name, a list of them or null.
+    """Return the names of a field that is a name, a list of names or null.
 
     Example:
       >>> listed("lm_head"), listed(None)
@@ -34,11 +34,11 @@ def listed(names: str | Sequence[str] | None) -> list[str]:
 
 
 def expected_modules(config: Mapping[str, Any], sites: Mapping[str, Site]) -> Iterator[str]:
-    """The modules that a configuration names by list, so that factors of each are expected.
+    """Yield the modules that a configuration lists, for which factors are required.
 
     Args:
-      config: The configuration.
-      sites: Every site of the base by name.
+      config: The PEFT configuration.
+      sites: All sites of the base model by name.
 
     Yields:
       Names of sites.
@@ -55,7 +55,7 @@ def expected_modules(config: Mapping[str, Any], sites: Mapping[str, Site]) -> It
 def _left_out(config: Mapping[str, Any], module: str) -> bool:
     excluded, saved = config["exclude_modules"], listed(config["modules_to_save"])
     if isinstance(excluded, str):
-        return True  # a regular expression out of the file: it may mean this one
+        return True  # a regular expression, which may match this module
     if any(matches(name, module) for name in excluded or []):
         return True
     if any(f".{name}." in f".{module}." for name in saved):
@@ -68,19 +68,19 @@ def _left_out(config: Mapping[str, Any], module: str) -> bool:
 
 
 def layers_apply(config: Mapping[str, Any]) -> bool:
-    """Tell whether `layers_to_transform` chooses layers: an empty list chooses all."""
+    """Tell whether `layers_to_transform` restricts the layers; an empty list does not."""
     return config["layers_to_transform"] not in (None, [])
 
 
 def layer_of(module: str, pattern: str | Sequence[str] | None = None) -> int | None:
-    """The index of the layer that a module belongs to: the first number in its name.
+    """Return the layer index of a module: the first number in its name.
 
     Args:
-      module: The module's name.
-      pattern: Names of the list of layers; None: whichever comes first.
+      module: Name of the module.
+      pattern: Name or names of the module list of layers; None accepts any.
 
     Returns:
-      The index, or None for a module of no layer.
+      The index, or None for a module outside the layers.
 
     Example:
       >>> layer_of("model.layers.3.mlp.experts.7.w1")

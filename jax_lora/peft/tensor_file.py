@@ -1,4 +1,4 @@
-"""A safetensors file of an adapter: read with every doubt, written whole or not at all."""
+"""Read untrusted safetensors files, and write adapter files atomically."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """Read all tensors of a folder's safetensors file.
+    """Read all tensors of a safetensors file.
 
-    Nothing else in the folder is opened; a pickle, which could run code, never is.
+    No other file in the folder is opened; in particular no pickle file, which could execute code.
 
     Args:
       folder: The folder.
-      name: The file's name.
+      name: Name of the file.
 
     Returns:
       Arrays by name.
 
     Raises:
-      AdapterFileError: There is no such file, it is broken, or tensors are of integers or not
-        finite; all of them in one message.
+      AdapterFileError: The file is missing or damaged, or tensors are not floating-point or have
+        NaN or Inf. One message lists all such tensors.
     """
     path = contained(folder, name, AdapterFileError)
     if not path.is_file():
@@ -40,18 +40,17 @@ def read_tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="numpy") as file:
             kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-            wrong = [f"{k}: numbers of type {v}" for k, v in kinds.items() if v not in _FLOATS]
+            wrong = [f"{k}: type {v}" for k, v in kinds.items() if v not in _FLOATS]
             found = {} if wrong else {key: file.get_tensor(key) for key in kinds}
     except (SafetensorError, OSError) as error:
         fix = "Copy the file again."
-        raise _refusal(path, f"a broken file: {error}", "a safetensors file", fix) from error
+        raise _refusal(path, f"a damaged file: {error}", "a safetensors file", fix) from error
     for key, tensor in found.items():
         bad = int(np.sum(~np.isfinite(tensor.astype(np.float32))))
         if bad:
-            wrong.append(f"{key}: {bad} entries are NaN or Inf")
+            wrong.append(f"{key}: {bad} elements are NaN or Inf")
     if wrong:
-        got = "".join(f"\n    {each}" for each in wrong)
-        raise _refusal(path, got, "finite floating-point numbers", "Take an earlier checkpoint.")
+        raise _refusal(path, wrong, "finite floating-point values", "Use an earlier checkpoint.")
     return found
 
 
@@ -60,47 +59,47 @@ def _absent(folder: Path, name: str) -> AdapterFileError:
         return _refusal(folder, "no such folder", f"a folder with {name}", "Check the path.")
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
-        got = f"only pickle files, {', '.join(pickles)}, which can run code"
+        got = f"only pickle files, {', '.join(pickles)}, which can execute code"
         return _refusal(folder, got, name, "Save the adapter in the safetensors format.")
     return _refusal(folder, f"no {name}", f"a folder with {name}", "Check the path.")
 
 
-def _refusal(where: Path, got: str, expected: str, fix: str) -> AdapterFileError:
+def _refusal(where: Path, got: str | list[str], expected: str, fix: str) -> AdapterFileError:
     return AdapterFileError(format_error(str(where), got=got, expected=expected, fix=fix))
 
 
 def write_files(
     folder: Path, weights: str, tensors: Mapping[str, np.ndarray], config: str, text: str
 ) -> None:
-    """Write an adapter's two files; what was there stays until both are whole.
+    """Write the two files of an adapter; existing files are replaced when both are complete.
 
     Args:
-      folder: The folder, made if it is not there.
+      folder: The folder, created if necessary.
       weights: Name of the file of tensors.
       tensors: Arrays by name.
-      config: Name of the configuration's file.
+      config: Name of the configuration file.
       text: The configuration.
 
     Raises:
-      AdapterFileError: An array is not finite, or the file system refuses.
+      AdapterFileError: An array has NaN or Inf, or the folder cannot be written.
     """
     bad = [key for key, each in tensors.items() if not np.isfinite(each.astype(np.float32)).all()]
     if bad:
         got = f"NaN or Inf in {', '.join(bad)}"
-        fix = "Export an adapter from before the loss broke. Nothing was written."
-        raise _refusal(folder, got, "finite numbers", fix)
+        fix = "Export an adapter from before the NaN loss. Nothing was written."
+        raise _refusal(folder, got, "finite values", fix)
     parts = {weights: folder / f".{weights}.part", config: folder / f".{config}.part"}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         contiguous = {key: np.ascontiguousarray(each) for key, each in tensors.items()}
         save_file(contiguous, parts[weights], metadata={"format": "pt"})
-        parts[weights].chmod(0o644)  # the writer makes a private file
+        parts[weights].chmod(0o644)  # safetensors creates a file with mode 0600
         parts[config].write_text(text, encoding="utf-8")
         for name, part in parts.items():
             os.replace(part, folder / name)
     except OSError as error:
-        fix = "Free some space or save elsewhere."
-        raise _refusal(folder, f"{error}", "a folder that can be written to", fix) from error
+        fix = "Free some space, or save to another folder."
+        raise _refusal(folder, f"{error}", "a writable folder", fix) from error
     finally:
         for part in parts.values():
             if part.exists():

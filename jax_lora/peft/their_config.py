@@ -1,9 +1,9 @@
-"""PEFT's configuration for an adapter: the one that it was loaded with, or a new one.
+"""The PEFT configuration of an adapter: the loaded one, or a new one.
 
-A configuration that was loaded is kept as long as it still says the same as the pairs: then what
-PEFT wrote is written again. A new one names modules by their last segment where all such modules
-are adapted, and in full elsewhere, so that no two patterns ever match one module: PEFT writes
-patterns in alphabetical order and goes by the first that matches.
+A loaded configuration is reused as long as it agrees with the ranks and scales of the pairs. A new
+configuration names modules by their last segment if all modules with this segment are adapted, and
+by their full name otherwise. Two patterns then never match the same module; PEFT sorts patterns and
+uses the first that matches.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def their_config(
     rows: Mapping[str, tuple[int, ...]],
     tied: str | None,
 ) -> dict[str, Any]:
-    """Make the configuration.
+    """Return the PEFT configuration of an adapter.
 
     Args:
       adapter: The adapter.
       found: Factors by module.
-      sites: Their sites.
-      every: Names of all modules that `names` knows.
-      whole: Names of modules with leaves trained whole -> whether only their bias is.
-      rows: Trained tokens by the table's module.
-      tied: The table that is the output head too, if there is one.
+      sites: The sites of the modules.
+      every: All module names.
+      whole: Modules with fully trained leaves -> whether only their bias is trained.
+      rows: Trained tokens by the module of their table.
+      tied: The module of the table that is also the output head, or None.
 
     Returns:
-      Every field of PEFT's configuration.
+      All fields of the configuration.
     """
     loaded = kept(adapter.config)
     one_sided = tied in found and not (loaded or {}).get("ensure_weight_tying")
@@ -58,11 +58,11 @@ def their_config(
     parameters = [name for name in found if sites[name].leaf.is_parameter]
     saved = [name for name, only_bias in whole.items() if not only_bias]
     biased = [name for name, only_bias in whole.items() if only_bias]
-    targets = _named(modules, every) + [HEAD] * (tied in found)  # its pair changes both ends
+    targets = _named(modules, every) + [HEAD] * (tied in found)  # a tied pair changes both modules
     config["target_modules"] = sorted(targets) or None
     config["ensure_weight_tying"] = tied in found or tied in saved
     config["target_parameters"] = _named(parameters, every, segments=2) or None
-    # PEFT ties a saved table to the head only where the list has its full name.
+    # PEFT ties a saved table to the head only if the list has its full name.
     untied = [name for name in saved if name != tied]
     full = [tied] if tied in saved else []
     config["modules_to_save"] = sorted(_named(untied, every) + full) or None
@@ -90,7 +90,7 @@ def _still_true(
     found: Mapping[str, Factors],
     sites: Mapping[str, Site],
 ) -> bool:
-    """Tell whether a configuration gives every module its rank and scale, and names them all."""
+    """Tell whether a configuration names all modules, with their ranks and scales."""
     for module, factors in found.items():
         site = sites[module]
         names = loaded["target_parameters" if site.leaf.is_parameter else "target_modules"]
@@ -127,12 +127,12 @@ def _numbers(adapter: Adapter, found: Mapping[str, Factors]) -> dict[str, Any]:
 
 
 def _tidy(number: float) -> int | float:
-    """A whole number where only rounding kept it from being one."""
+    """Round to an integer if the difference is a rounding error."""
     return round(number) if abs(number - round(number)) < 1e-9 * max(1.0, abs(number)) else number
 
 
 def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """Values that differ from the usual: by last segment where all of it agree, else in full."""
+    """Return the values that differ from the default, by last segment if all its values agree."""
     of_segment: dict[str, set[Any]] = {}
     for module, value in values.items():
         of_segment.setdefault(_last(module), set()).add(value)
@@ -144,7 +144,7 @@ def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
 
 
 def _named(modules: Iterable[str], every: set[str], segments: int = 1) -> list[str]:
-    """Names that mean exactly these modules: last segments where those mean no others."""
+    """Return names that match exactly these modules: last segments where these are unambiguous."""
     modules = set(modules)
     names = set()
     for module in modules:

@@ -1,9 +1,9 @@
-"""Adapters of a model whose embedding is its output head too.
+"""Adapters of a model whose embedding table is also its output head.
 
-In PEFT the two ends are modules of their own, even where the table is one, and each may have its
-own update. Here a tied table is one leaf, and its update changes both ends. So an adapter fits a
-tied model only if it changes both ends alike: then the tensors of the head repeat those of the
-table. Any other is for the untied model, which `jl.peft.load_model` makes.
+In PEFT the table and the head are separate modules, and each may have an update. In this library a
+tied table is one leaf, and its update changes both. An adapter fits a tied model only if the
+tensors of the head repeat those of the table. Any other adapter needs the untied model, which
+`jl.peft.load_model` creates.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from jax_lora.peft.target_modules import listed
 
 HEAD = "lm_head"
 UNTIE = "the model is tied; jl.peft.load_model(path, model, params) unties it"
-# Tables that are no output head: of positions, of segments, and the tokens of encoders, whose
-# head has a kernel of its own in front.
+# Tables that are not output heads: positions, segments, and the tokens of encoders, whose head has
+# an additional kernel.
 _NO_HEAD = ("wpe", "position_embeddings", "token_type_embeddings", "word_embeddings")
 _WHOLE, _FROZEN = ".weight", ".base_layer.weight"
-# Tensors of the head that hold the same as the table's of the same name.
+# Tensors of the head that are equal to those of the table with the same suffix.
 _SAME = (_WHOLE, keys.ROWS, keys.ROWS_FROZEN)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """The tensors of an adapter, those of a tied head settled.
+    """The tensors of an adapter without those of a tied head.
 
     Args:
-      rest: Tensors that are not factors, without the head's.
-      one_sided: Tensors that change one end and not the other, with the reason.
-      problems: What else is wrong.
+      rest: Tensors that are not factors, without those of the head.
+      one_sided: Tensors that change only the table or only the head, with reasons.
+      problems: Other problems.
     """
 
     rest: dict[str, np.ndarray]
@@ -45,7 +45,9 @@ class Ends:
 
 
 def tied_table(names: Mapping[str, str]) -> str | None:
-    """The module of the table that is the output head too: no kernel stands outside the layers.
+    """Return the module of the table that is also the output head, or None.
+
+    A model is tied if it has a table and no kernel outside its layers.
 
     Example:
       >>> tied_table({"embed/embedding": "model.embed", "layers/q/kernel": "model.{layer}.q"})
@@ -65,17 +67,18 @@ def settle(
     config: Mapping[str, Any],
     base: Callable[[], Any],
 ) -> Ends:
-    """Leave out the head's tensors of a tied model where they repeat the table's.
+    """Remove the tensors of a tied head if they repeat those of the table.
 
     Args:
-      grouped: Tensors of factors by module.
+      grouped: Factor tensors by module.
       rest: The other tensors by name.
-      table: The table that is tied, or None.
-      config: The configuration.
-      base: Returns the base's table, (vocabulary, hidden); it is compared if the file has none.
+      table: The module of the tied table, or None.
+      config: The PEFT configuration.
+      base: Returns the table of the base model, (vocabulary, hidden), for comparison if the file
+        does not have it.
 
     Returns:
-      The other tensors, and the reasons for which the adapter does not fit.
+      The other tensors, and the reasons why the adapter does not fit.
     """
     if table is None:
         return Ends(dict(rest), [], [])
@@ -92,14 +95,14 @@ def settle(
         if what in (keys.A, keys.B):
             mirrored = factors.get(keys.TABLE_B if what == keys.A else keys.TABLE_A)
             if mirrored is None:
-                ends.one_sided.append(f"{HEAD}{what}: of the head alone")
+                ends.one_sided.append(f"{HEAD}{what}: changes only the head")
             elif not np.array_equal(tensor, mirrored.T):
-                ends.one_sided.append(f"{HEAD}{what}: other factors than the table's")
+                ends.one_sided.append(f"{HEAD}{what}: differs from the factors of the table")
         elif what in _SAME:
             twin = others.get(keys.PREFIX + table + what)
             if not _equal(tensor, twin, base if what == _WHOLE else None):
-                ends.one_sided.append(f"{HEAD}{what}: other values than {table}{what}")
-        elif what == _FROZEN:  # the base's own, which is compared as the table's
+                ends.one_sided.append(f"{HEAD}{what}: differs from {table}{what}")
+        elif what == _FROZEN:  # the base weight, which is compared like that of the table
             others.setdefault(keys.PREFIX + table + what, tensor)
         else:
             ends.problems.append(f"extra: {HEAD}{what} {tensor.shape}")
@@ -113,17 +116,17 @@ def _of_lookup(
     table: str,
     config: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Tensors of the table that the head has no counterpart of."""
-    # A table that PEFT does not train is loaded into the shared weight, which changes both ends.
+    """Yield the tensors of the table without a counterpart in the head."""
+    # PEFT loads a table that it does not train into the shared weight, which changes both modules.
     trained = any(table.endswith(name) for name in listed(config["modules_to_save"]))
     if trained and keys.PREFIX + table + _WHOLE in others and _WHOLE not in of_head:
-        yield f"{table}{_WHOLE}: of the lookup alone"
+        yield f"{table}{_WHOLE}: changes only the embedding"
     if table in grouped and not config["ensure_weight_tying"]:
-        yield f"{table}: factors of the lookup alone"
+        yield f"{table}: factors that change only the embedding"
 
 
 def _equal(tensor: np.ndarray, twin: np.ndarray | None, base: Callable[[], Any] | None) -> bool:
-    """Compare a tensor of the head with the table's, or with the base's own where there is none."""
+    """Compare a tensor of the head with that of the table, or else with the base weight."""
     if twin is not None:
         return np.array_equal(tensor, twin)
     leaf = None if base is None else base()
@@ -136,14 +139,14 @@ def _equal(tensor: np.ndarray, twin: np.ndarray | None, base: Callable[[], Any] 
 
 
 def mirror(tensors: Mapping[str, np.ndarray], table: str) -> dict[str, np.ndarray]:
-    """The head's tensors that PEFT writes beside a tied table's.
+    """Return the tensors of a tied head that PEFT writes in addition to those of the table.
 
     Args:
-      tensors: The adapter's tensors.
-      table: The table's module.
+      tensors: The tensors of the adapter.
+      table: The module of the table.
 
     Returns:
-      The table itself where it was trained whole, and its factors transposed.
+      The fully trained table, or its transposed factors.
     """
     stem, head = keys.PREFIX + table, keys.PREFIX + HEAD
     mirrored = {}

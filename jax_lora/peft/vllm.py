@@ -1,7 +1,7 @@
-"""What vLLM takes: plain factors, one rank for all, and one scale.
+"""Convert an adapter for vLLM, which supports only factors of one rank and one scale.
 
-vLLM reads `r` and `lora_alpha` and no patterns, so a module with a scale of its own would be served
-wrong without a word. Scales are folded into B, and alpha is r.
+vLLM reads `r` and `lora_alpha` but ignores patterns, so it would silently use wrong scales. The
+scales are therefore multiplied into B, and alpha is set to r.
 """
 
 from __future__ import annotations
@@ -19,45 +19,46 @@ from jax_lora.peft.hf_modules import Site
 
 
 def check(adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Site]) -> None:
-    """Refuse what vLLM cannot serve, all of it in one message.
+    """Check that vLLM supports an adapter.
 
     Args:
       adapter: The adapter.
       found: Factors by module.
-      sites: Their sites.
+      sites: The sites of the modules.
 
     Raises:
-      AdapterFileError: It has something that vLLM refuses, or would leave out without a word.
+      AdapterFileError: vLLM refuses or silently ignores a part of the adapter. One message lists
+        all of them.
     """
-    problems = [f"{path}: trained whole; vLLM takes factors only" for path in adapter.whole]
-    problems += [f"{path}: trained rows; vLLM takes factors only" for path in adapter.rows]
+    problems = [f"{path}: fully trained; vLLM supports only factors" for path in adapter.whole]
+    problems += [f"{path}: trained rows; vLLM supports only factors" for path in adapter.rows]
     for module, factors in found.items():
         if factors.magnitude is not None:
-            problems.append(f"{module}: DoRA's magnitude; vLLM has no DoRA")
+            problems.append(f"{module}: a magnitude; vLLM does not support DoRA")
         if factors.bias is not None:
-            problems.append(f"{module}: a bias on B; vLLM has none")
+            problems.append(f"{module}: a bias of B; vLLM does not support it")
         if sites[module].leaf.is_parameter:
-            problems.append(f"{module}: a parameter of a module with several; vLLM takes modules")
+            problems.append(f"{module}: a parameter of a module; vLLM supports only modules")
     if problems:
         raise AdapterFileError(
             format_error(
                 "target='vllm'",
-                got="".join(f"\n    {problem}" for problem in problems),
-                expected="factors of plain modules, which is all that vLLM serves",
-                fix="Serve the merged model instead: jl.models.save(path, model, jl.merge(...)).",
+                got=problems,
+                expected="LoRA factors of modules with one weight",
+                fix="Serve the merged model: jl.models.save(path, model, jl.merge(...)).",
             )
         )
 
 
 def uniform(adapter: Adapter, found: Mapping[str, Factors]) -> tuple[Adapter, dict[str, Factors]]:
-    """Fold every scale into B, and pad every rank to the largest with zeros.
+    """Multiply every scale into B, and pad the factors with zeros to the largest rank.
 
     Args:
       adapter: The adapter.
       found: Factors by module.
 
     Returns:
-      An adapter whose configuration says so, and the factors with scale 1.
+      The adapter with a matching configuration, and the factors with scale 1.
     """
     rank = max(each.rank for each in found.values())
     config = dataclasses.replace(

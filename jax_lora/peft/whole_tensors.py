@@ -1,10 +1,10 @@
-"""Tensors of an adapter's file that are no factors: leaves trained whole, biases, rows, copies.
+"""Tensors of PEFT files that are not factors.
 
 <module>.weight, <module>.bias                 modules_to_save, biases, a resized vocabulary
 <module>.base_layer.bias                       the bias of an adapted module
-<module>.base_layer.weight                     a copy of the base's own table or head
-<module>.token_adapter.base_layer.weight       the same beside trained rows
-<module>.token_adapter.trainable_tokens_delta  rows of a table that were trained
+<module>.base_layer.weight                     a copy of the table or head of the base model
+<module>.token_adapter.base_layer.weight       the same, with trained rows
+<module>.token_adapter.trainable_tokens_delta  trained rows of a table
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax_lora.peft import keys
 from jax_lora.peft.hf_modules import Leaf, Site
 from jax_lora.updates import TokenRows
 
-# The base's own weight, by where PEFT keeps it.
+# Suffixes of base weights in PEFT files.
 _FROZEN = (keys.ROWS_FROZEN, ".base_layer.weight")
 
 
@@ -31,16 +31,16 @@ def read(
     sites: Mapping[str, Site],
     config: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, TokenRows], list[str]]:
-    """Give every tensor that is no factor its place.
+    """Convert the tensors that are not factors.
 
     Args:
       rest: The tensors by name.
-      base: The base's leaves by path.
-      sites: Every site by name.
-      config: The configuration.
+      base: The leaves of the base model by path.
+      sites: All sites by name.
+      config: The PEFT configuration.
 
     Returns:
-      Leaves trained whole by path, rows by path, and what is wrong.
+      Fully trained leaves by path, trained rows by path, and a list of problems.
     """
     whole: dict[str, Any] = {}
     rows: dict[str, TokenRows] = {}
@@ -64,7 +64,7 @@ def read(
 
 
 def bias_path(path: str) -> str:
-    """The path of the bias beside a kernel or a scale."""
+    """Return the path of the bias in the layer of a kernel or a scale."""
     return "/".join([*path.split("/")[:-1], "bias"])
 
 
@@ -77,7 +77,7 @@ def _taken_apart(name: str) -> tuple[str, str]:
 
 def _extra(name: str, tensor: np.ndarray, sites: Mapping[str, Site]) -> str:
     near = ", ".join(paths.nearest(_taken_apart(name)[0], sites, 3))
-    return f"extra: {name} {tensor.shape}; the nearest modules are {near}"
+    return f"extra: {name} {tensor.shape}; the closest modules are {near}"
 
 
 def _read_rows(
@@ -89,7 +89,7 @@ def _read_rows(
         indices = named[0] if named else None
     size, width = site.leaf.kernel.in_size, site.leaf.kernel.out_size
     if not isinstance(indices, list) or not all(type(i) is int and 0 <= i < size for i in indices):
-        yield f"trainable_token_indices = {indices!r}: no list of tokens below {size}"
+        yield f"trainable_token_indices = {indices!r}: expected a list of tokens below {size}"
     elif not site.leaf.is_table or tensor.shape != (len(indices), width):
         want = (len(indices), width)
         yield f"wrong shape: {site.module}{keys.ROWS} is {tensor.shape}, expected {want}"
@@ -100,15 +100,16 @@ def _read_rows(
 def _compare_copy(
     name: str, tensor: np.ndarray, site: Site, base: Mapping[str, Any]
 ) -> Iterator[str]:
-    """A copy of the base's own weight has to be the base's: else the adapter is for another one."""
+    """Check that a copy of a base weight is equal to it: otherwise the base models differ."""
     leaf = base[site.leaf.path]
     want = leaf.shape if site.leaf.is_table else leaf.shape[::-1]
     if tensor.shape != want:
-        yield f"{name}: the base has shape {want}, the file {tensor.shape}{_resize(tensor, want)}"
+        suffix = _resize(tensor, want)
+        yield f"{name}: the base model has shape {want}, the file has {tensor.shape}{suffix}"
     elif not isinstance(leaf, jax.ShapeDtypeStruct):
         have = np.asarray(leaf if site.leaf.is_table else leaf.T)
         if not np.array_equal(have, tensor.astype(have.dtype)):
-            yield f"{name}: other values than the base's: the adapter is for another base"
+            yield f"{name}: differs from the base: the adapter is for a different base model"
 
 
 def _resize(tensor: np.ndarray, want: tuple[int, ...]) -> str:
@@ -127,7 +128,7 @@ def _read_whole(
     base: Mapping[str, Any],
 ) -> Iterator[str]:
     if path not in base:
-        yield f"extra: {name} {tensor.shape}; the base has no {path}"
+        yield f"extra: {name} {tensor.shape}; the base model has no {path}"
         return
     leaf, depth = base[path], len(site.position)
     want = tuple(leaf.shape[depth:])
@@ -142,7 +143,7 @@ def _read_whole(
         whole[path] = np.zeros(leaf.shape, oriented.dtype)
         whole[path][site.position] = oriented
     else:
-        if path not in whole:  # layers that the file leaves out stay as they are in the base
+        if path not in whole:  # layers that are not in the file keep the base weights
             whole[path] = np.array(leaf, oriented.dtype)
         whole[path][site.position] = oriented
 
@@ -150,7 +151,7 @@ def _read_whole(
 def _oriented(
     tensor: np.ndarray, want: tuple[int, ...], leaf: Leaf, path: str
 ) -> np.ndarray | None:
-    """Turn torch's (out, in) to (in, out); tables and vectors stand as they are."""
+    """Transpose (out, in) of PyTorch to (in, out); tables and vectors are not transposed."""
     if tensor.ndim == 2 and not leaf.is_table and path == leaf.path and tensor.shape[::-1] == want:
         return tensor.T
     return tensor if tensor.shape == want else None
@@ -162,16 +163,16 @@ def _oriented(
 
 
 def write(array: Any, leaf: Leaf, path: str, adapted: set[str]) -> dict[str, np.ndarray]:
-    """Write a leaf that was trained whole down as PEFT's tensors.
+    """Convert a fully trained leaf to PEFT tensors.
 
     Args:
       array: The leaf.
-      leaf: The kernel or scale that names it: its own, or the one that a bias stands beside.
-      path: The leaf's path.
-      adapted: Modules with factors: their own bias is one level down.
+      leaf: The leaf in `names`: itself, or the kernel or scale in the layer of a bias.
+      path: Path of the fully trained leaf.
+      adapted: Modules with factors, in which PEFT nests the bias in `.base_layer`.
 
     Returns:
-      Arrays by PEFT's names.
+      Arrays by PEFT name.
     """
     array = np.asarray(array)
     is_bias = path != leaf.path

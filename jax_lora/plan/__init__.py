@@ -1,1 +1,1 @@
-"""What a run will take, in memory, arithmetic and time, before anything is loaded."""
+"""Estimate the memory, operations and time of a run before anything is loaded."""

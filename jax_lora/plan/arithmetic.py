@@ -1,12 +1,12 @@
-"""The formulas: parameters, bytes and operations of fine-tuning, as functions of shapes alone.
+"""Formulas for the parameters, memory and floating-point operations of fine-tuning a Transformer.
 
-Nothing here imports JAX, so the same numbers can be had on a machine without it. Sizes are counts
-of numbers, memory is in bytes, 1 GB is 10^9 bytes and 1 GiB is 2^30.
+Every result depends on shapes only, and nothing here imports JAX. Sizes are numbers of elements,
+memory is in bytes, 1 GB is 10^9 bytes and 1 GiB is 2^30 bytes.
 
 Reference:
     Hu et al., LoRA (arXiv:2106.09685), sections 4.1 and 4.2; Dettmers et al., QLoRA
-    (arXiv:2305.14314), section 3; Kaplan et al. (arXiv:2001.08361), section 2.1: 2 N operations
-    for a token forward, twice that backward.
+    (arXiv:2305.14314), section 3; Kaplan et al., Scaling Laws (arXiv:2001.08361), section 2.1:
+    a forward pass costs 2 N operations per token, a backward pass twice that.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-# Numbers that an optimizer keeps for each number that it trains; a matrix that is adafactor's
-# keeps a row and a column of them, which rounds to none.
-MOST_LOGITS = 2**24  # in memory together, where nothing else is asked for
-MOMENTS = {
+# Optimizer state per trainable parameter, in elements. Adafactor stores a row and a column for each
+# matrix, which is negligible.
+STATE_SIZE = {
     "adamw": 2, "adam": 2, "lamb": 2, "radam": 2, "adopt": 2, "muon": 1, "lion": 1, "rmsprop": 1,
-    "adagrad": 1, "momentum": 1, "sgd": 0, "adafactor": 0,
+    "adagrad": 1, "sgd": 0, "adafactor": 0,
 }  # fmt: skip
-FACTOR_BYTES = 4  # factors, their gradients and moments are float32 whatever the base is
-AT_ONCE = 0.75  # of a layer that is computed again: its first arrays are freed before its last
-NF4_BLOCK = 64  # weights that share a scale
-NF4_SCALES = 256  # scales that share a scale of theirs
+MOST_LOGITS = 2**24  # logits computed at a time unless `loss_chunk` is set
+ADAPTER_BYTES = 4  # per element: adapter weights are float32, whatever the dtype of the base
+RECOMPUTED_SHARE = 0.75  # of a recomputed layer's activations that are live at the same time
+NF4_BLOCK = 64  # weights per scale
+NF4_SCALES = 256  # scales per second-level scale
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelShape:
-    """One kernel, or a stack of them: one for every layer, say.
+    """A kernel, or a stack of kernels with the same shape (one per layer or expert).
 
     Args:
-      path: Its path in the parameters.
-      inputs: Inputs of one kernel.
-      outputs: Outputs of one kernel.
-      count: How many there are in the stack.
-      active: Numbers of the stack that one token meets: all of them, or with experts a share.
-      kind: `"dense"`, or `"embedding"` for a table that is looked up.
-      is_head: Whether its product is the logits.
+      path: Path in the parameters.
+      inputs: Input features of one kernel.
+      outputs: Output features of one kernel.
+      count: Kernels in the stack.
+      active: Elements of the stack that one token uses; fewer than `size` for experts.
+      kind: `"dense"` or `"embedding"`.
+      is_head: Whether the kernel computes the logits.
     """
 
     path: str
@@ -51,91 +51,91 @@ class KernelShape:
 
     @property
     def size(self) -> int:
-        """Count the numbers of the stack."""
+        """Elements of the stack."""
         return self.count * self.inputs * self.outputs
 
     def pair_size(self, rank: int) -> int:
-        """Count the numbers of the stack's factors."""
+        """Count the elements of the stack's LoRA factors."""
         return self.count * pair_size(self.inputs, self.outputs, rank)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What the formulas need to know of a Transformer.
+    """The sizes of a Transformer that the formulas use.
 
     Args:
-      name: What it is called.
-      kernels: Its kernels and tables.
-      other: Numbers that are in none of them: biases, norms.
-      width: Channels of the hidden states.
-      layers: Layers.
-      heads: Heads that ask.
-      groups: Heads that hold keys and values.
-      head_dim: Channels of a head.
-      feed_forward: Width of the feed-forward part that one token meets.
-      vocabulary: Tokens that there are.
-      wide_norms: Copies of the hidden states that a layer's norms keep in float32.
+      name: Name of the model.
+      kernels: Kernels and embedding tables.
+      other: Parameters outside `kernels`: biases and norms.
+      hidden_size: Features of the hidden states.
+      num_layers: Layers.
+      num_heads: Query heads.
+      num_kv_heads: Key and value heads.
+      head_dim: Features of a head.
+      intermediate_size: Features inside the feed-forward block, for one token.
+      vocab_size: Tokens in the vocabulary.
+      float32_norms: Float32 copies of the hidden states that the norms of a layer keep.
     """
 
     name: str
     kernels: tuple[KernelShape, ...]
     other: int
-    width: int
-    layers: int
-    heads: int
-    groups: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    feed_forward: int
-    vocabulary: int
-    wide_norms: int = 4
+    intermediate_size: int
+    vocab_size: int
+    float32_norms: int = 4
 
     @property
     def size(self) -> int:
-        """Count all parameters."""
+        """All parameters."""
         return self.other + sum(kernel.size for kernel in self.kernels)
 
     @property
     def body(self) -> tuple[KernelShape, ...]:
-        """The dense kernels but the output head: those that every token goes through."""
+        """Dense kernels except the output head."""
         return tuple(k for k in self.kernels if k.kind == "dense" and not k.is_head)
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """One training step.
+class Step:
+    """The shape of one training step.
 
     Args:
-      rows: Rows that are in memory together.
-      length: Tokens of a row.
-      learned: Tokens of a row that have a loss, and so logits.
-      parts: Parts of a batch, one after the other.
-      remat: Whether each layer's activations are computed again in the backward pass.
-      loss_chunk: Learned tokens whose logits are formed together; None: as many as MOST_LOGITS
-        allows, 0: all.
+      batch_size: Examples in memory at a time.
+      length: Sequence length.
+      targets: Target tokens per example: the tokens that have a loss.
+      accumulation: Gradient accumulation steps.
+      remat: Whether the backward pass recomputes the activations of each layer.
+      loss_chunk: Target tokens whose logits are computed at a time; None: MOST_LOGITS divided by
+        the vocabulary, 0: all.
     """
 
-    rows: int
+    batch_size: int
     length: int
-    learned: int
-    parts: int = 1
+    targets: int
+    accumulation: int = 1
     remat: bool = False
     loss_chunk: int | None = None
 
     @property
     def tokens(self) -> int:
-        """Count the tokens that are in memory together."""
-        return self.rows * self.length
+        """Tokens in memory at a time."""
+        return self.batch_size * self.length
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """What a traced program keeps for the backward pass, in bytes for each token.
+class Residuals:
+    """Bytes per token that a traced model keeps for the backward pass.
 
     Args:
-      fixed: Whatever the row's length.
-      by_length: For each token of the row: scores.
-      remat_fixed: The same where layers are computed again, but for the one that is.
-      remat_by_length: See `by_length`.
+      fixed: The part that does not depend on the sequence length.
+      by_length: The part per token of sequence length: attention scores.
+      remat_fixed: `fixed` with rematerialization, without the layer being recomputed.
+      remat_by_length: `by_length` with rematerialization.
     """
 
     fixed: float
@@ -144,13 +144,11 @@ class Kept:
     remat_by_length: float
 
 
-# -----------------------------------------------------------------------------------------------
-# Parameters
-# -----------------------------------------------------------------------------------------------
+# --- Parameters --------------------------------------------------------------------------------
 
 
 def pair_size(inputs: int, outputs: int, rank: int) -> int:
-    """Count the numbers of A (inputs, rank) and B (rank, outputs).
+    """Count the elements of the factors `a` (inputs, rank) and `b` (rank, outputs).
 
     Example:
       >>> pair_size(4096, 4096, 8), 4096 * 4096
@@ -159,46 +157,44 @@ def pair_size(inputs: int, outputs: int, rank: int) -> int:
     return rank * (inputs + outputs)
 
 
-def fewer(inputs: int, outputs: int, rank: int) -> float:
-    """Share of a kernel's numbers that its factors spare.
+def reduction(inputs: int, outputs: int, rank: int) -> float:
+    """Compute by what share the factors have fewer elements than the kernel.
 
     Example:
-      >>> f"{fewer(4096, 4096, 8):.2%}"
+      >>> f"{reduction(4096, 4096, 8):.2%}"
       '99.61%'
     """
     return 1 - pair_size(inputs, outputs, rank) / (inputs * outputs)
 
 
 def adapter_size(kernels: Iterable[KernelShape], rank: int) -> int:
-    """Count the numbers of the factors of several kernels."""
+    """Count the elements of the LoRA factors of several kernels."""
     return sum(kernel.pair_size(rank) for kernel in kernels)
 
 
-# -----------------------------------------------------------------------------------------------
-# Bytes that stay
-# -----------------------------------------------------------------------------------------------
+# --- Memory between steps ----------------------------------------------------------------------
 
 
-def weight_bytes(shape: ModelShape, number: int, quantize: str = "none") -> float:
-    """Size of the base.
+def weight_bytes(shape: ModelShape, itemsize: int, quantize: str = "none") -> float:
+    """Compute the memory of the base weights.
 
     Args:
       shape: The model.
-      number: Bytes of a number that is not quantized.
-      quantize: `"int8"` or `"nf4"` for the dense kernels but the head; `"none"`.
+      itemsize: Bytes of an element that is not quantized.
+      quantize: `"none"`, or `"int8"` or `"nf4"` for the dense kernels except the output head.
 
     Returns:
       Bytes.
     """
     per_kernel = {"none": None, "int8": int8_bytes, "nf4": nf4_bytes}[quantize]
     if per_kernel is None:
-        return shape.size * number
-    packed = sum(per_kernel(k.inputs, k.outputs) * k.count for k in shape.body)
-    return packed + (shape.size - sum(k.size for k in shape.body)) * number
+        return shape.size * itemsize
+    quantized = sum(per_kernel(k.inputs, k.outputs) * k.count for k in shape.body)
+    return quantized + (shape.size - sum(k.size for k in shape.body)) * itemsize
 
 
 def int8_bytes(inputs: int, outputs: int) -> float:
-    """A byte for each weight, and a float32 scale for each output.
+    """Compute the bytes of an int8 kernel: one per weight, and a float32 scale per output.
 
     Example:
       >>> int8_bytes(4096, 4096) / 4096**2
@@ -208,154 +204,137 @@ def int8_bytes(inputs: int, outputs: int) -> float:
 
 
 def nf4_bytes(inputs: int, outputs: int) -> float:
-    """Four bits for each weight, a byte for each block's scale, and a scale of those scales.
+    """Compute the bytes of an NF4 kernel: 4 bits per weight, and doubly quantized scales.
 
     Example:
-      >>> f"{8 * nf4_bytes(4096, 4096) / 4096**2:.3f} bits a weight"
-      '4.127 bits a weight'
+      >>> f"{8 * nf4_bytes(4096, 4096) / 4096**2:.3f} bits per weight"
+      '4.127 bits per weight'
 
     Reference:
-      Dettmers et al., QLoRA (arXiv:2305.14314), section 3, double quantization: 0.127 bits.
+      Dettmers et al., QLoRA (arXiv:2305.14314), section 3: scales take 0.127 bits per weight.
     """
     weights = inputs * outputs
     blocks = weights / NF4_BLOCK
     return weights / 2 + blocks + 4 * blocks / NF4_SCALES
 
 
-def moment_bytes(trained: int, number: int, optimizer: str = "adamw") -> int:
-    """Size of the optimizer's state.
+def optimizer_bytes(trainable: int, itemsize: int, optimizer: str = "adamw") -> int:
+    """Compute the memory of the optimizer state.
 
     Args:
-      trained: Numbers that are trained.
-      number: Bytes of each.
-      optimizer: Its name; one that is not known counts as AdamW.
+      trainable: Trainable parameters.
+      itemsize: Bytes of one.
+      optimizer: Name of the optimizer; a name missing from STATE_SIZE counts as AdamW.
 
     Returns:
       Bytes.
     """
-    return MOMENTS.get(optimizer, MOMENTS["adamw"]) * trained * number
+    return STATE_SIZE.get(optimizer, STATE_SIZE["adamw"]) * trainable * itemsize
 
 
-# -----------------------------------------------------------------------------------------------
-# Bytes of a step
-# -----------------------------------------------------------------------------------------------
+# --- Memory within a step ----------------------------------------------------------------------
 
 
-def layer_bytes(shape: ModelShape, work: Work, number: int, rank: int = 0, pairs: int = 0) -> int:
-    """What one layer keeps of the forward pass for the backward pass.
+def layer_bytes(shape: ModelShape, step: Step, itemsize: int, rank: int = 0, pairs: int = 0) -> int:
+    """Compute the activation memory of one layer in bytes, as JAX keeps it for a Llama.
 
-    For each token: the hidden states, before and behind the norms; queries, keys, values; scores
-    before and behind the softmax, once in float32; six arrays of the feed-forward part's width;
-    and the thin products of the adapter. This is read off what JAX keeps of the models here.
+    Per token: the hidden states before and after the norms; queries, keys and values; attention
+    scores before and after the softmax, one of them in float32; six arrays of the feed-forward
+    block; and the input of each up-projection.
 
-    Args:
-      shape: The model.
-      work: The step.
-      number: Bytes of a number of the activations.
-      rank: Rank of the factors; 0 in full fine-tuning.
-      pairs: Kernels of a layer that have factors.
-
-    Returns:
-      Bytes.
+    The arguments are those of `activation_bytes`.
     """
-    attended = shape.heads * shape.head_dim
-    hidden = shape.wide_norms * shape.width * 4 + (8 - shape.wide_norms) * shape.width * number
-    attention = (2 * attended + 2 * shape.groups * shape.head_dim) * number
-    scores = shape.heads * work.length * (4 + number)
-    inner = 6 * shape.feed_forward * number
-    return work.tokens * (hidden + attention + scores + inner + rank * pairs * number)
+    features = shape.num_heads * shape.head_dim
+    norms = shape.float32_norms
+    hidden = shape.hidden_size * (norms * 4 + (8 - norms) * itemsize)
+    attention = (2 * features + 2 * shape.num_kv_heads * shape.head_dim) * itemsize
+    scores = shape.num_heads * step.length * (4 + itemsize)
+    feed_forward = 6 * shape.intermediate_size * itemsize
+    return step.tokens * (hidden + attention + scores + feed_forward + rank * pairs * itemsize)
 
 
 def activation_bytes(
     shape: ModelShape,
-    work: Work,
-    number: int,
+    step: Step,
+    itemsize: int,
     rank: int = 0,
     pairs: int = 0,
-    kept: Kept | None = None,
+    residuals: Residuals | None = None,
 ) -> float:
-    """What all layers keep; with `remat` their inputs, and most of one layer at a time.
+    """Compute the activation memory of all layers.
+
+    With `remat`, that is the inputs of all layers and most of the activations of one layer.
 
     Args:
       shape: The model.
-      work: The step.
-      number: Bytes of a number of the activations.
-      rank: Rank of the factors; 0 in full fine-tuning.
-      pairs: Kernels of a layer that have factors.
-      kept: What a trace of the model says, in place of `layer_bytes`.
+      step: The training step.
+      itemsize: Bytes of an element of the activations.
+      rank: LoRA rank; 0 for full fine-tuning.
+      pairs: Adapted kernels per layer.
+      residuals: Traced sizes to use instead of `layer_bytes`.
 
     Returns:
       Bytes.
     """
-    if kept is None:
-        everything = shape.layers * layer_bytes(shape, work, number, rank, pairs)
-        inputs = shape.layers * work.tokens * shape.width * number
+    if residuals is None:
+        total = shape.num_layers * layer_bytes(shape, step, itemsize, rank, pairs)
+        inputs = shape.num_layers * step.tokens * shape.hidden_size * itemsize
     else:
-        everything = work.tokens * (kept.fixed + kept.by_length * work.length)
-        inputs = work.tokens * (kept.remat_fixed + kept.remat_by_length * work.length)
-    return inputs + AT_ONCE * everything / shape.layers if work.remat else everything
+        total = step.tokens * (residuals.fixed + residuals.by_length * step.length)
+        inputs = step.tokens * (residuals.remat_fixed + residuals.remat_by_length * step.length)
+    return inputs + RECOMPUTED_SHARE * total / shape.num_layers if step.remat else total
 
 
-def logit_bytes(shape: ModelShape, work: Work) -> int:
-    """The learned tokens' logits and their gradient, in float32."""
-    tokens = work.rows * work.learned
-    chunk = work.loss_chunk
-    chunk = max(1, MOST_LOGITS // shape.vocabulary) if chunk is None else chunk or tokens
-    formed = min(chunk, tokens)
-    return 2 * formed * shape.vocabulary * 4
+def logit_bytes(shape: ModelShape, step: Step) -> int:
+    """Compute the memory of one chunk of float32 logits and its gradient."""
+    targets = step.batch_size * step.targets
+    chunk = step.loss_chunk
+    chunk = max(1, MOST_LOGITS // shape.vocab_size) if chunk is None else chunk or targets
+    return 2 * 4 * min(chunk, targets) * shape.vocab_size
 
 
-# -----------------------------------------------------------------------------------------------
-# Operations
-# -----------------------------------------------------------------------------------------------
+# --- Floating-point operations -----------------------------------------------------------------
 
 
-def forward_flops(shape: ModelShape, work: Work) -> int:
-    """A pass through the layers: 2 for each weight and token, and attention; no head.
-
-    Every query meets every key of its row, as masked scores are computed too.
-    """
-    products = 2 * work.tokens * sum(kernel.active for kernel in shape.body)
-    return products + attention_flops(shape, work)
+def forward_flops(shape: ModelShape, step: Step) -> int:
+    """Count the operations of a forward pass without the output head: matmuls and attention."""
+    return 2 * step.tokens * sum(k.active for k in shape.body) + attention_flops(shape, step)
 
 
-def attention_flops(shape: ModelShape, work: Work) -> int:
-    """Scores, and the values weighted by them: two products."""
-    return 4 * work.tokens * work.length * shape.heads * shape.head_dim * shape.layers
+def attention_flops(shape: ModelShape, step: Step) -> int:
+    """Count the operations of the two attention products, masked positions included."""
+    features = shape.num_heads * shape.head_dim
+    return 4 * step.tokens * step.length * features * shape.num_layers
 
 
-def head_flops(shape: ModelShape, work: Work) -> int:
-    """Logits of the learned tokens."""
-    return 2 * work.rows * work.learned * shape.width * shape.vocabulary
+def head_flops(shape: ModelShape, step: Step) -> int:
+    """Count the operations of the logits of the target tokens."""
+    return 2 * step.batch_size * step.targets * shape.hidden_size * shape.vocab_size
 
 
-def full_flops(shape: ModelShape, work: Work) -> int:
-    """A step of full fine-tuning: forward, and twice that backward (6 N T and attention)."""
-    forward = forward_flops(shape, work)
-    return work.parts * (3 * (forward + head_flops(shape, work)) + work.remat * forward)
+def full_flops(shape: ModelShape, step: Step) -> int:
+    """Count the operations of a step of full fine-tuning: three forward passes (6 N T)."""
+    forward = forward_flops(shape, step)
+    return step.accumulation * (3 * (forward + head_flops(shape, step)) + step.remat * forward)
 
 
 def lora_flops(
-    shape: ModelShape, work: Work, rank: int, adapted: Iterable[KernelShape] | None = None
+    shape: ModelShape, step: Step, rank: int, adapted: Iterable[KernelShape] | None = None
 ) -> int:
-    """A step of LoRA: no product for the gradient of a base weight, and three thin pairs.
+    """Count the operations of a LoRA step: no gradients of base weights, but low-rank products.
 
     Args:
       shape: The model.
-      work: The step.
-      rank: Rank of the factors.
-      adapted: The kernels that have them; None: all but the head.
+      step: The training step.
+      rank: LoRA rank.
+      adapted: Adapted kernels; None: all dense kernels except the output head.
 
     Returns:
       Floating-point operations.
     """
     adapted = shape.body if adapted is None else tuple(adapted)
-    forward, head = forward_flops(shape, work), head_flops(shape, work)
-    spared = forward - attention_flops(shape, work) + head  # the dW of full fine-tuning
-    thin = 2 * work.tokens * sum(_active_pair(kernel, rank) for kernel in adapted)
-    step = 3 * (forward + head) - spared + 3 * thin + work.remat * (forward + thin)
-    return round(work.parts * step)
-
-
-def _active_pair(kernel: KernelShape, rank: int) -> float:
-    return kernel.pair_size(rank) * kernel.active / kernel.size
+    forward, head = forward_flops(shape, step), head_flops(shape, step)
+    base_gradients = forward - attention_flops(shape, step) + head
+    low_rank = 2 * step.tokens * sum(k.pair_size(rank) * k.active / k.size for k in adapted)
+    total = 3 * (forward + head + low_rank) - base_gradients + step.remat * (forward + low_rank)
+    return round(step.accumulation * total)

@@ -1,4 +1,4 @@
-"""The shapes of a run's batches: from the rows, or, where they are not known, the longest."""
+"""Find the batch shapes of a run: from its data, or from the longest sequence that is allowed."""
 
 from __future__ import annotations
 
@@ -13,84 +13,82 @@ from jax_lora.data.examples import make_examples
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.finetune.settings import TrainSettings
 
-_TOKENIZER = "tokenizer.json"
-
 
 class BatchShape(NamedTuple):
-    """A shape, and how many batches of an epoch have it."""
+    """A sequence length, a number of target tokens, and the batches of an epoch that have them."""
 
     length: int
-    learned: int
+    targets: int
     batches: int
 
 
 @dataclasses.dataclass(frozen=True)
 class DataShapes:
-    """What is known of the data.
+    """The batch shapes of an epoch.
 
     Args:
-      source: Where it is from, in words.
-      shapes: The shapes, from short to long.
-      rows: Rows of an epoch, or None without data.
-      tokens: Real tokens of an epoch, or None where they were not counted.
-      note: What should be known of how this was found.
+      source: Where the data come from, for display.
+      shapes: The shapes, in order of length.
+      examples: Examples of an epoch, or None without data.
+      tokens: Tokens of an epoch without padding, or None without data or a tokenizer.
+      note: How the shapes were found, if not from tokenized data.
     """
 
     source: str
     shapes: tuple[BatchShape, ...]
-    rows: int | None = None
+    examples: int | None = None
     tokens: int | None = None
     note: str = ""
 
     @property
     def largest(self) -> BatchShape:
-        """The shape that takes the most memory."""
-        return max(self.shapes, key=lambda shape: (shape.length, shape.learned))
+        """The shape with the highest peak memory."""
+        return max(self.shapes, key=lambda shape: (shape.length, shape.targets))
 
     @property
     def per_epoch(self) -> int | None:
         """Batches of an epoch, or None without data."""
-        return None if self.rows is None else sum(shape.batches for shape in self.shapes)
+        return None if self.examples is None else sum(shape.batches for shape in self.shapes)
 
 
 def data_shapes(
-    data: str | Path | None, model: Path | None, settings: TrainSettings, longest: int
+    data: str | Path | None, model: Path | None, settings: TrainSettings, max_length: int
 ) -> DataShapes:
-    """Find the shapes that `train` would make batches of.
+    """Find the shapes of the batches that `train` would make.
 
     Args:
-      data: The rows, or None.
-      model: The model's folder, for its tokenizer; None without one.
-      settings: Batch size, longest row, and what becomes of longer ones.
-      longest: Tokens that the model's positions reach to.
+      data: Data file or folder, or None.
+      model: Folder of the model, for its tokenizer, or None.
+      settings: Settings of the run, for batch size, sequence length, truncation and packing.
+      max_length: Longest sequence that the model supports.
 
     Returns:
-      The shapes. Without rows, or a tokenizer, every row counts as the longest that is allowed.
+      The shapes. Without data or a tokenizer, every example has the longest length allowed.
 
     Raises:
-      DataError: Rows that cannot be used.
+      DataError: An example cannot be used.
     """
-    length = min(settings.max_seq_length, longest)
-    rows = settings.batch_size * settings.grad_accumulation_steps
+    length = min(settings.max_seq_length, max_length)
+    batch_size = settings.batch_size * settings.grad_accumulation_steps
+    assumed = f"every example counts as {length} tokens, all of them target tokens"
     if data is None:
-        note = f"every row counts as {length} tokens, all of them learned; --data has the true ones"
+        note = f"{assumed}; pass --data for the real lengths"
         return DataShapes("none", (BatchShape(length, length, 1),), note=note)
     file = read_data(data).split("train")
-    if model is None or not (model / _TOKENIZER).is_file():
-        batches = -(-len(file.rows) // rows)
-        note = f"no tokenizer here: every row counts as {length} tokens, all of them learned"
-        shapes = (BatchShape(length, length, batches),)
-        return DataShapes(str(data), shapes, len(file.rows), note=note)
+    if model is None or not (model / "tokenizer.json").is_file():
+        shape = BatchShape(length, length, -(-len(file.rows) // batch_size))
+        note = f"no tokenizer found: {assumed}"
+        return DataShapes(str(data), (shape,), len(file.rows), note=note)
     examples = make_examples(
         file,
         Tokenizer.load(model),
         max_length=length,
         truncate=settings.truncate,
         mask_prompt=settings.mask_prompt,
-    )
+    ).rows
     pack = settings.max_seq_length if settings.pack else None
-    batches = Batches.of(examples.rows, rows, seed=settings.seed, pack=pack)
+    batches = Batches.of(examples, batch_size, seed=settings.seed, pack=pack)
     counted = collections.Counter((b.ids.shape[1], b.at.shape[1]) for b in batches.once())
     shapes = tuple(BatchShape(*shape, count) for shape, count in sorted(counted.items()))
-    tokens = sum(len(example.ids) for example in examples.rows)
-    return DataShapes(str(data), shapes, len(examples.rows), tokens)
+    tokens = sum(len(example.ids) for example in examples)
+    return DataShapes(str(data), shapes, len(examples), tokens)

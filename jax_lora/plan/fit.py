@@ -1,49 +1,57 @@
-"""What to change so that a run fits a memory, in the order of what costs least."""
+"""Find the cheapest changes to a run that make it fit into a given memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from jax_lora.plan.arithmetic import Kept
+from jax_lora.plan.arithmetic import Residuals
 from jax_lora.plan.methods import Method, estimate
 from jax_lora.plan.planned_model import PlannedModel, with_dtype
-from jax_lora.plan.planning import Choices, method_of, work_of
-from jax_lora.plan.residuals import kept_by
+from jax_lora.plan.planning import Choices, method_of, step_of
+from jax_lora.plan.residuals import trace_residuals
 
-SHARE = 0.95  # of the memory that a plan may fill; the rest is for what no formula sees
-SHORTEST, SMALLEST_RANK = 128, 4  # what is not gone below
-NOT_YET = "by formula; not a training mode of this command yet"
+SHARE = 0.95  # of the memory that a plan may use; the formulas do not count everything
+SHORTEST, SMALLEST_RANK = 128, 4  # limits of the search
+NOT_YET = "by formula only; train does not support a quantized base yet"
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One thing to change.
+    """A change to a run.
 
     Args:
-      cost: What it costs, as a number to order by; 0 for no change.
-      flags: What to type.
-      says: What it costs, in words.
-      to: The choices with the change made.
+      cost: How undesirable the change is, to order changes by.
+      flags: Flags of `train` that make the change.
+      says: Effect of the change, for display.
+      values: Settings with their new values.
     """
 
     cost: int
     flags: str
     says: str
-    to: Callable[[Choices], Choices]
+    values: dict[str, Any]
+
+    def apply(self, choices: Choices) -> Choices:
+        """Return the choices with the change made."""
+        if "quantize" in self.values:
+            return dataclasses.replace(choices, **self.values)
+        settings = dataclasses.replace(choices.settings, **self.values)
+        return dataclasses.replace(choices, settings=settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Changes that make a run fit, or go as far as changes go.
+    """The result of a search.
 
     Args:
-      fits: Whether they are enough.
-      before: Bytes without any.
-      changes: What to change, cheapest first.
-      totals: Bytes after each of them.
-      choices: With all of them made.
+      fits: Whether the changes suffice.
+      before: Bytes without changes.
+      changes: The changes, cheapest first.
+      totals: Bytes after each change.
+      choices: The choices with all changes made.
     """
 
     fits: bool
@@ -61,164 +69,119 @@ class Fit:
 def fit(
     choices: Choices, memory: float, total: Callable[[Choices], float], *, dtype: str, length: int
 ) -> Fit:
-    """Find the cheapest changes that fit.
+    """Search for the cheapest combination of changes that fits.
 
     Args:
-      choices: What is planned.
-      memory: Bytes that there are; a twentieth is left free.
-      total: Counts the bytes of choices.
-      dtype: Type of the base now.
-      length: Tokens of the longest row now.
+      choices: The planned run.
+      memory: Available bytes, of which 5% are left free.
+      total: Computes the peak memory of choices, in bytes.
+      dtype: Dtype of the base weights.
+      length: Longest sequence length of the run.
 
     Returns:
-      The changes, none if it fits as it is. Where nothing fits: those that take the least.
+      The changes; none if the run fits already. If no combination fits, the one that needs the
+      least memory.
     """
-    before, least = total(choices), None
-    if before <= SHARE * memory:
-        return Fit(True, before, (), (), choices)
-    for changes in _by_cost(choices, dtype, length):
-        found = _made(choices, changes, total, before)
-        if found.after <= SHARE * memory:
-            return dataclasses.replace(found, fits=True)
-        if least is None or found.after < least.after:
+    before = total(choices)
+    least = Fit(before <= SHARE * memory, before, (), (), choices)
+    if least.fits:
+        return least
+    for changes in _combinations(choices, dtype, length):
+        changed, totals = choices, []
+        for change in changes:
+            changed = change.apply(changed)
+            totals.append(total(changed))
+        found = Fit(totals[-1] <= SHARE * memory, before, changes, tuple(totals), changed)
+        if found.fits:
+            return found
+        if not least.changes or found.after < least.after:
             least = found
-    return least or Fit(False, before, (), (), choices)
+    return least
 
 
-def _made(
-    choices: Choices,
-    changes: tuple[Change, ...],
-    total: Callable[[Choices], float],
-    before: float,
-) -> Fit:
-    """Make changes one after the other, and count after each."""
-    totals = []
-    for change in changes:
-        choices = change.to(choices)
-        totals.append(total(choices))
-    return Fit(False, before, changes, tuple(totals), choices)
-
-
-def _by_cost(choices: Choices, dtype: str, length: int) -> Iterator[tuple[Change, ...]]:
-    """Every combination of changes, the cheapest first."""
-    combinations = itertools.product(
-        _smaller_batches(choices),
-        _remat(choices),
-        _dtype(dtype),
-        _method(choices),
-        _ranks(choices),
-        _lengths(length),
-        _quantized(choices),
-    )
-    some = (tuple(change for change in each if change.cost) for each in combinations)
-    ordered = sorted(some, key=lambda changes: sum(change.cost for change in changes))
+def _combinations(choices: Choices, dtype: str, length: int) -> Iterator[tuple[Change, ...]]:
+    """Yield every combination of changes, cheapest first."""
+    kinds = _changes(choices, dtype, length)
+    combinations = itertools.product(*([None, *changes] for changes in kinds))
+    chosen = (tuple(change for change in each if change is not None) for each in combinations)
+    ordered = sorted(chosen, key=lambda changes: sum(change.cost for change in changes))
     yield from (tuple(sorted(each, key=lambda change: change.cost)) for each in ordered if each)
 
 
-_NONE = Change(0, "", "", lambda choices: choices)
-
-
-def _smaller_batches(choices: Choices) -> list[Change]:
-    """Fewer rows in memory and as many in an update."""
-    rows, parts = choices.settings.batch_size, choices.settings.grad_accumulation_steps
-    changes, cost = [_NONE], 0
-    while rows % 2 == 0:
-        rows, parts, cost = rows // 2, parts * 2, cost + 1
-        values = {"batch_size": rows, "grad_accumulation_steps": parts}
-        flags = f"--batch-size {rows} --grad-accumulation-steps {parts}"
-        changes.append(Change(cost, flags, "the same update, in parts", _set(values)))
-    return changes
-
-
-def _remat(choices: Choices) -> list[Change]:
-    if choices.remat:
-        return [_NONE]
-    says = "the same numbers, about a third more operations"
-    to = lambda choices: dataclasses.replace(choices, remat=True)  # noqa: E731
-    return [_NONE, Change(12, "--grad-checkpoint", says, to)]
-
-
-def _dtype(dtype: str) -> list[Change]:
-    if dtype != "float32":
-        return [_NONE]
-    says = "the base in 16 bits, factors in 32; slow on a CPU"
-    return [_NONE, Change(14, "--dtype bfloat16", says, _set({"dtype": "bfloat16"}))]
-
-
-def _method(choices: Choices) -> list[Change]:
-    if choices.method != "full":
-        return [_NONE]
-    says = "trains factors and not the base"
-    to = lambda choices: dataclasses.replace(choices, method="lora")  # noqa: E731
-    return [_NONE, Change(30, "--fine-tune-type lora", says, to)]
-
-
-def _ranks(choices: Choices) -> list[Change]:
-    rank, changes = choices.settings.rank, [_NONE]
-    while rank // 2 >= SMALLEST_RANK:
-        rank //= 2
-        cost = 40 * len(changes)
-        changes.append(Change(cost, f"--rank {rank}", "fewer factors", _set({"rank": rank})))
-    return changes
-
-
-def _lengths(length: int) -> list[Change]:
-    changes = [_NONE]
-    while length // 2 >= SHORTEST:
-        length //= 2
-        flags, says = f"--max-seq-length {length}", "longer rows are cut"
-        cost = 50 * len(changes)
-        changes.append(Change(cost, flags, says, _set({"max_seq_length": length})))
-    return changes
-
-
-def _quantized(choices: Choices) -> list[Change]:
-    if choices.quantize != "none":
-        return [_NONE]
-
-    def to(kind: str) -> Callable[[Choices], Choices]:
-        return lambda choices: dataclasses.replace(choices, quantize=kind)
-
-    return [
-        _NONE,
-        Change(1000, "int8 base", NOT_YET, to("int8")),
-        Change(1001, "NF4 base", NOT_YET, to("nf4")),
+def _changes(choices: Choices, dtype: str, length: int) -> Iterator[list[Change]]:
+    """Yield the alternatives of each kind of change, at most one of which is made."""
+    settings = choices.settings
+    batches, batch_size, accumulation = [], settings.batch_size, settings.grad_accumulation_steps
+    while batch_size % 2 == 0:
+        batch_size, accumulation = batch_size // 2, accumulation * 2
+        flags = f"--batch-size {batch_size} --grad-accumulation-steps {accumulation}"
+        values = {"batch_size": batch_size, "grad_accumulation_steps": accumulation}
+        says = "the same update, in more steps of accumulation"
+        batches.append(Change(len(batches) + 1, flags, says, values))
+    yield batches
+    if not settings.grad_checkpoint:
+        says = "the same result, with about a third more operations"
+        yield [Change(12, "--grad-checkpoint", says, {"grad_checkpoint": True})]
+    if dtype == "float32":
+        says = "a 16-bit base and a float32 adapter; slow on a CPU"
+        yield [Change(14, "--dtype bfloat16", says, {"dtype": "bfloat16"})]
+    if settings.fine_tune_type == "full":
+        says = "trains an adapter instead of the base weights"
+        yield [Change(30, "--fine-tune-type lora", says, {"fine_tune_type": "lora"})]
+    yield [
+        Change(40 * n, f"--rank {rank}", "a smaller adapter", {"rank": rank})
+        for n, rank in _halvings(settings.rank, SMALLEST_RANK)
     ]
+    yield [
+        Change(
+            50 * n,
+            f"--max-seq-length {shorter}",
+            "truncates longer examples",
+            {"max_seq_length": shorter},
+        )
+        for n, shorter in _halvings(length, SHORTEST)
+    ]
+    if choices.quantize == "none":
+        yield [
+            Change(1000, "int8 base", NOT_YET, {"quantize": "int8"}),
+            Change(1001, "NF4 base", NOT_YET, {"quantize": "nf4"}),
+        ]
 
 
-def _set(values: Mapping[str, object]) -> Callable[[Choices], Choices]:
-    def to(choices: Choices) -> Choices:
-        settings = dataclasses.replace(choices.settings, **values)  # pyright: ignore[reportArgumentType]
-        return dataclasses.replace(choices, settings=settings)
+def _halvings(value: int, least: int) -> Iterator[tuple[int, int]]:
+    """Yield 1, value / 2; 2, value / 4; and so on, down to `least`."""
+    count = 1
+    while (value := value // 2) >= least:
+        yield count, value
+        count += 1
 
-    return to
 
-
-def formula_total(model: PlannedModel, length: int, learned: int) -> Callable[[Choices], float]:
-    """Make the function that counts the bytes of choices on one device, by formula.
+def formula_total(model: PlannedModel, length: int, targets: int) -> Callable[[Choices], float]:
+    """Create the function that computes the peak memory of choices on one device, by formula.
 
     Args:
-      model: The model, in the type that it is planned in.
-      length: Tokens of the longest row there is.
-      learned: Of which so many are learned.
+      model: The model.
+      length: Longest sequence length of the data.
+      targets: Target tokens per example.
 
     Returns:
-      A function of choices.
+      A function from choices to bytes.
     """
-    models: dict[str, tuple[PlannedModel, Kept | None]] = {}
-    known: dict[tuple[int, str, str], Method] = {}
+    # Tracing dominates the search, and few of the choices change its results.
+    models: dict[str, tuple[PlannedModel, Residuals | None]] = {}
+    methods: dict[tuple[int, str, str], Method] = {}
 
     def total(choices: Choices) -> float:
-        dtype = choices.settings.dtype
+        settings = choices.settings
+        dtype = settings.dtype
         if dtype not in models:
-            of_type = with_dtype(model, dtype)
-            models[dtype] = of_type, kept_by(of_type, choices.settings)
-        key = (choices.settings.rank, choices.method, dtype)
-        if key not in known:
-            of_type, kept = models[dtype]
-            known[key] = method_of(of_type, choices, kept)
-        cut = min(length, choices.settings.max_seq_length)
-        method = dataclasses.replace(known[key], quantize=choices.quantize)
-        return estimate(method, work_of(choices, cut, min(learned, cut))).total
+            cast = with_dtype(model, dtype)
+            models[dtype] = cast, trace_residuals(cast, settings)
+        key = (settings.rank, settings.fine_tune_type, dtype)
+        if key not in methods:
+            methods[key] = method_of(models[dtype][0], choices, models[dtype][1])
+        method = dataclasses.replace(methods[key], quantize=choices.quantize)
+        cut = min(length, settings.max_seq_length)
+        return estimate(method, step_of(choices, cut, min(targets, cut))).total
 
     return total

@@ -1,4 +1,4 @@
-"""Full fine-tuning, LoRA, and LoRA on a quantized base, side by side and by formula."""
+"""Estimates of full fine-tuning, LoRA, and LoRA on a quantized base, by formula."""
 
 from __future__ import annotations
 
@@ -6,122 +6,113 @@ import dataclasses
 from typing import Any
 
 from jax_lora.plan import arithmetic
-from jax_lora.plan.arithmetic import FACTOR_BYTES, Kept, KernelShape, ModelShape, Work
+from jax_lora.plan.arithmetic import ADAPTER_BYTES, KernelShape, ModelShape, Residuals, Step
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to train: what it trains, and how the base is kept.
+    """A fine-tuning method applied to a model.
 
     Args:
       shape: The model.
-      adapted: The kernels that get factors.
-      rank: Rank of the factors.
-      trained: Numbers of the adapter.
-      number: Bytes of a number of the base and of the activations.
-      optimizer: Its name.
-      full: Whether the base itself is trained, and no adapter.
+      adapted: Adapted kernels.
+      rank: LoRA rank.
+      trainable: Parameters of the adapter.
+      itemsize: Bytes of an element of the base weights and activations.
+      optimizer: Name of the optimizer.
+      full: Whether to train the base weights, without an adapter.
       quantize: `"none"`, `"int8"` or `"nf4"`.
-      kept: What a trace says of the activations; None: the formula for Transformers at large.
+      residuals: Traced activation sizes; None: the formula for Transformers in general.
     """
 
     shape: ModelShape
     adapted: tuple[KernelShape, ...]
     rank: int
-    trained: int
-    number: int
+    trainable: int
+    itemsize: int
     optimizer: str = "adamw"
     full: bool = False
     quantize: str = "none"
-    kept: Kept | None = None
+    residuals: Residuals | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a method takes: bytes, and the operations of a step.
+    """Memory in bytes and operations of one training step.
 
     Args:
-      trained: Numbers that are trained.
-      weights: The base.
-      adapter: The factors.
-      gradients: Of what is trained.
-      moments: The optimizer's state.
-      activations: Kept for the backward pass.
-      logits: Of the learned tokens, with their gradient.
-      flops: Operations of a step.
+      trainable: Trainable parameters.
+      weights: Memory of the base weights.
+      adapter: Memory of the adapter.
+      gradients: Memory of the gradients.
+      optimizer_state: Memory of the optimizer state.
+      activations: Memory of the activations kept for the backward pass.
+      logits: Memory of the logits and their gradient.
+      flops: Floating-point operations.
     """
 
-    trained: int
+    trainable: int
     weights: float
     adapter: int
     gradients: int
-    moments: int
+    optimizer_state: int
     activations: float
     logits: int
     flops: int
 
     @property
-    def stays(self) -> float:
-        """Bytes that are there from step to step."""
-        return self.weights + self.adapter + self.moments
-
-    @property
-    def passes(self) -> float:
-        """Bytes that are there within a step only."""
-        return self.gradients + self.activations + self.logits
-
-    @property
     def total(self) -> float:
-        """All bytes."""
-        return self.stays + self.passes
+        """Peak memory in bytes."""
+        between_steps = self.weights + self.adapter + self.optimizer_state
+        return between_steps + self.gradients + self.activations + self.logits
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the numbers by name, the total among them."""
+        """Return the values and their total by name."""
         return dataclasses.asdict(self) | {"total": self.total}
 
 
-def estimate(method: Method, work: Work) -> Estimate:
-    """Count what a method takes, by the formulas of `arithmetic`.
+def estimate(method: Method, step: Step) -> Estimate:
+    """Estimate the memory and operations of a method with the formulas of `arithmetic`.
 
     Args:
       method: The method.
-      work: A step.
+      step: The training step.
 
     Returns:
       The estimate.
     """
-    shape, number = method.shape, method.number
-    trained = shape.size if method.full else method.trained
-    each = number if method.full else FACTOR_BYTES
+    shape, itemsize = method.shape, method.itemsize
+    trainable = shape.size if method.full else method.trainable
+    trained_itemsize = itemsize if method.full else ADAPTER_BYTES
     rank = 0 if method.full else method.rank
     if method.full:
-        flops = arithmetic.full_flops(shape, work)
+        flops = arithmetic.full_flops(shape, step)
     else:
-        flops = arithmetic.lora_flops(shape, work, rank, method.adapted)
+        flops = arithmetic.lora_flops(shape, step, rank, method.adapted)
     return Estimate(
-        trained=trained,
-        weights=arithmetic.weight_bytes(shape, number, method.quantize),
-        adapter=0 if method.full else trained * each,
-        # The sum over the parts of a batch, and the gradient of one part.
-        gradients=trained * each * (1 if work.parts == 1 else 2),
-        moments=arithmetic.moment_bytes(trained, each, method.optimizer),
+        trainable=trainable,
+        weights=arithmetic.weight_bytes(shape, itemsize, method.quantize),
+        adapter=0 if method.full else trainable * trained_itemsize,
+        # Accumulation keeps the running sum beside the current gradient.
+        gradients=trainable * trained_itemsize * (1 if step.accumulation == 1 else 2),
+        optimizer_state=arithmetic.optimizer_bytes(trainable, trained_itemsize, method.optimizer),
         activations=arithmetic.activation_bytes(
-            shape, work, number, rank, len(method.adapted), method.kept
+            shape, step, itemsize, rank, len(method.adapted), method.residuals
         ),
-        logits=arithmetic.logit_bytes(shape, work),
+        logits=arithmetic.logit_bytes(shape, step),
         flops=flops,
     )
 
 
-def side_by_side(method: Method, work: Work) -> dict[str, Estimate]:
-    """Estimate every method on the same step.
+def side_by_side(method: Method, step: Step) -> dict[str, Estimate]:
+    """Estimate every method for one training step.
 
     Args:
-      method: LoRA on the base as it is.
-      work: A step.
+      method: LoRA on a base that is not quantized.
+      step: The training step.
 
     Returns:
-      Estimates by the names of the columns.
+      Column name -> estimate.
     """
     lora = dataclasses.replace(method, full=False)
     columns = {
@@ -130,4 +121,4 @@ def side_by_side(method: Method, work: Work) -> dict[str, Estimate]:
         "LoRA, int8": dataclasses.replace(lora, quantize="int8"),
         "LoRA, NF4": dataclasses.replace(lora, quantize="nf4"),
     }
-    return {name: estimate(each, work) for name, each in columns.items()}
+    return {name: estimate(each, step) for name, each in columns.items()}

@@ -1,4 +1,4 @@
-"""A model as a plan sees it: shapes of its parameters, and what its kernels are. No weights."""
+"""The shapes of a model and its kernels, without any weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import jax
@@ -21,53 +22,53 @@ from jax_lora.models.folder import read_json
 from jax_lora.models.parameter_shapes import parameter_shapes
 from jax_lora.models.read_config import arguments_to_config, read_config
 from jax_lora.plan.arithmetic import KernelShape, ModelShape
-from jax_lora.plan.published import GPT3, GPT3_SIZES, NAMES, PUBLISHED
+from jax_lora.plan.published import GPT3, GPT3_CONFIG, NAMES, PUBLISHED
 from jax_lora.transform import find_kernels
 
-_TOKENS = 8  # of the row that the kernels are looked for with
+_TOKENS = 8  # sequence length for tracing the kernels
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedModel:
-    """Shapes, and nothing that would take memory.
+    """A model without weights.
 
     Args:
-      name: What it is called.
-      module: Its module, or None where there is no code for it (GPT-3).
+      name: Name for display.
+      module: The Flax module, or None for GPT-3, which this package does not implement.
       variables: `{"params": params}` of `jax.ShapeDtypeStruct`s.
-      kernels: What `find_kernels` says of them.
-      shape: The same for the formulas.
-      longest: Tokens that its positions reach to.
-      decodes: Whether `train` could train it.
+      kernels: The result of `find_kernels`.
+      shape: The sizes that the formulas use.
+      max_length: Longest sequence that the model supports.
+      decodes: Whether the model is a decoder, which `train` requires.
     """
 
     name: str
     module: Any
     variables: Any
-    kernels: dict[str, Kernel]
+    kernels: Mapping[str, Kernel]
     shape: ModelShape
-    longest: int
+    max_length: int
     decodes: bool
 
     @property
     def dtype(self) -> str:
-        """Name the type of the parameters."""
+        """Name of the parameters' dtype."""
         return str(jax.tree.leaves(self.variables)[0].dtype)
 
 
 def plan_folder(folder: str | Path, dtype: Any, name: str | None = None) -> PlannedModel:
-    """Read the shapes of a Hugging Face folder, of which only config.json is opened.
+    """Read the shapes of a Hugging Face folder from its `config.json`.
 
     Args:
       folder: The folder.
-      dtype: Of the parameters; None: as the file says, else float32.
-      name: What it is to be called (the folder's path).
+      dtype: Dtype of the parameters; None: the one in the file, or float32.
+      name: Name for display; None: the path of the folder.
 
     Returns:
       The model.
 
     Raises:
-      ModelError: No such folder, or a model that `load` would refuse.
+      ModelError: The folder does not exist, or the model is not supported.
     """
     config = read_config(Path(folder))
     stored = _stored_dtype(read_json(Path(folder), "config.json"))
@@ -75,17 +76,18 @@ def plan_folder(folder: str | Path, dtype: Any, name: str | None = None) -> Plan
 
 
 def plan_shape(name: str, dtype: Any) -> PlannedModel:
-    """Find the shapes of a published model, or of a `config.json`.
+    """Look up the shapes of a published model, or read them from a `config.json`.
 
     Args:
-      name: One of `published.NAMES`, a `config.json` under any name, or a folder with one.
-      dtype: Of the parameters; None: as the file says, and bfloat16 for a published model.
+      name: One of `published.NAMES`, the path of a configuration file, or a folder with a
+        `config.json`.
+      dtype: Dtype of the parameters; None: the one in the file, or bfloat16 for a published model.
 
     Returns:
       The model.
 
     Raises:
-      ModelError: Neither a name that is known nor a file, or one of no model known here.
+      ModelError: The name is unknown and not a file, or the architecture is not supported.
 
     Example:
       >>> plan_shape("llama-2-7b", None).shape.size
@@ -100,18 +102,53 @@ def plan_shape(name: str, dtype: Any) -> PlannedModel:
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         near = difflib.get_close_matches(name, NAMES, n=3) or NAMES
-        _refuse(name, "neither a name that is known nor a file", "See " + ", ".join(near) + ".")
+        _refuse(name, "neither a known name nor a file", "Choose " + ", ".join(near) + ".")
     raw = read_json(path.parent, path.name)
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        _refuse(name, f"model_type {raw.get('model_type')!r}", f"There are {known}.")
-    # Fields that change the arithmetic and no shape do not matter here.
+        supported = ", ".join(sorted(FAMILIES))
+        _refuse(name, f"model_type {raw.get('model_type')!r}", f"Supported are {supported}.")
+    # Unlike `read_config`, this accepts fields that change the computation but no shape.
     return of_config(arguments_to_config(raw, family, path), dtype or _stored_dtype(raw), name)
 
 
+def of_config(config: Any, dtype: Any, name: str) -> PlannedModel:
+    """Trace the initialization and the kernels of a model without allocating any array.
+
+    Args:
+      config: Configuration of a model of `jax_lora.models`.
+      dtype: Dtype of the parameters.
+      name: Name for display.
+
+    Returns:
+      The model.
+
+    Raises:
+      ModelError: The model is an encoder-decoder.
+    """
+    family = family_of_config(config)
+    if family.depth is None:
+        _refuse(name, "an encoder-decoder", "Plan a decoder or an encoder.")
+    module = family.module(config, param_dtype=jnp.dtype(dtype))
+    variables = _abstract(parameter_shapes(module), dtype)
+    ids = jax.ShapeDtypeStruct((1, _TOKENS), jnp.int32)
+    kernels = find_kernels(module.apply, variables, ids)
+    max_length = getattr(config, "max_position_embeddings", None) or config.n_positions
+    shape = _shape(name, variables, kernels, config)
+    return PlannedModel(name, module, variables, kernels, shape, max_length, family.decodes)
+
+
+def with_dtype(model: PlannedModel, dtype: str) -> PlannedModel:
+    """Return the model with another parameter dtype; `"auto"` keeps the present one."""
+    if dtype in ("auto", model.dtype):
+        return model
+    if model.module is None:
+        return _gpt3(jnp.dtype(dtype))
+    return of_config(model.module.config, dtype, model.name)
+
+
 def _refuse(name: str, got: str, fix: str) -> NoReturn:
-    expected = "a published model's name, or a config.json of a model that is known here"
+    expected = "the name of a published model, or a config.json of a supported architecture"
     raise ModelError(format_error(f"--shape {name}", got=got, expected=expected, fix=fix))
 
 
@@ -120,71 +157,37 @@ def _stored_dtype(raw: Mapping[str, Any]) -> Any:
     return jnp.dtype(named if named in ("bfloat16", "float16", "float32") else "float32")
 
 
-def of_config(config: Any, dtype: Any, name: str, *, remat: bool = False) -> PlannedModel:
-    """Trace a model's init and its kernels; nothing is allocated.
-
-    Args:
-      config: Its configuration.
-      dtype: Of the parameters.
-      name: What it is called.
-      remat: Whether it recomputes activations.
-
-    Returns:
-      The model.
-    """
-    family = family_of_config(config)
-    if family.depth is None:
-        _refuse(name, "a model of two stacks", "Plan a decoder or an encoder.")
-    module = family.module(config, remat=remat, param_dtype=jnp.dtype(dtype))
-    flat = {
-        path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in parameter_shapes(module).items()
-    }
-    variables = {"params": unflatten_dict(flat, sep="/")}
-    ids = jax.ShapeDtypeStruct((1, _TOKENS), jnp.int32)
-    kernels = find_kernels(module.apply, variables, ids)
-    longest = getattr(config, "max_position_embeddings", None) or config.n_positions
-    shape = _shape(name, variables, kernels, config)
-    return PlannedModel(name, module, variables, kernels, shape, longest, family.decodes)
+def _abstract(shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> Any:
+    flat = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
+    return {"params": unflatten_dict(flat, sep="/")}
 
 
-def with_dtype(model: PlannedModel, dtype: str) -> PlannedModel:
-    """The same model with parameters of another type; `"auto"` changes nothing."""
-    if dtype in ("auto", model.dtype):
-        return model
-    if model.module is None:
-        return _gpt3(jnp.dtype(dtype))
-    return of_config(model.module.config, dtype, model.name)
-
-
-# -----------------------------------------------------------------------------------------------
-# From what JAX sees to what the formulas take
-# -----------------------------------------------------------------------------------------------
+# --- The sizes that the formulas use -----------------------------------------------------------
 
 
 def _first(config: Any, *names: str) -> int:
-    """The first of several fields that a configuration has and has set."""
+    """Return the first of several fields that the configuration has and sets."""
     return next(int(value) for name in names if (value := getattr(config, name, None)))
 
 
 def _shape(name: str, variables: Any, kernels: Mapping[str, Kernel], config: Any) -> ModelShape:
     found = tuple(_kernel(kernel) for kernel in kernels.values())
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
-    heads = _first(config, "num_attention_heads", "n_head", "num_heads")
-    width = _first(config, "hidden_size", "n_embd", "d_model")
-    inner = _first(config, "moe_intermediate_size", "intermediate_size", "n_inner", "d_ff")
+    heads = _first(config, "num_attention_heads", "n_head")
+    hidden = _first(config, "hidden_size", "n_embd")
+    inner = _first(config, "moe_intermediate_size", "intermediate_size", "n_inner")
     return ModelShape(
         name=name,
         kernels=found,
         other=total - sum(kernel.size for kernel in found),
-        width=width,
-        layers=_first(config, "num_hidden_layers", "n_layer", "num_layers")
-        + (getattr(config, "num_decoder_layers", None) or 0),
-        heads=heads,
-        groups=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or getattr(config, "d_kv", width // heads),
-        feed_forward=inner * (getattr(config, "num_experts_per_tok", None) or 1),
-        vocabulary=config.vocab_size,
-        wide_norms=4 if isinstance(config, DecoderConfig) else 6,
+        hidden_size=hidden,
+        num_layers=_first(config, "num_hidden_layers", "n_layer"),
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        intermediate_size=inner * (getattr(config, "num_experts_per_tok", None) or 1),
+        vocab_size=config.vocab_size,
+        float32_norms=4 if isinstance(config, DecoderConfig) else 6,
     )
 
 
@@ -194,7 +197,7 @@ def _kernel(kernel: Kernel) -> KernelShape:
         inputs=kernel.in_size,
         outputs=kernel.out_size,
         count=math.prod(kernel.stack_shape),
-        # Two operations for each weight that a token meets.
+        # Two operations for each element that a token uses.
         active=kernel.flops // (2 * _TOKENS),
         kind=kernel.kind,
         is_head=kernel.is_output_head,
@@ -202,41 +205,31 @@ def _kernel(kernel: Kernel) -> KernelShape:
 
 
 def _gpt3(dtype: Any) -> PlannedModel:
-    """GPT-3 175B, with queries, keys and values by kernels of their own as in the LoRA paper."""
-    width, layers = GPT3_SIZES["width"], GPT3_SIZES["layers"]
+    """Return GPT-3 175B with separate query, key and value kernels, as the LoRA paper adapts it."""
+    config = SimpleNamespace(**GPT3_CONFIG)
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    positions = config.max_position_embeddings
     dense = {f"attn/{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    dense |= {"mlp/fc1": (width, 4 * width), "mlp/fc2": (4 * width, width)}
-    flat: dict[str, Any] = {
-        "wte/embedding": (GPT3_SIZES["vocabulary"], width),
-        "wpe/embedding": (GPT3_SIZES["positions"], width),
+    dense |= {"mlp/fc1": (width, inner), "mlp/fc2": (inner, width)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte/embedding": (config.vocab_size, width),
+        "wpe/embedding": (positions, width),
         "ln_f/scale": (width,),
         "ln_f/bias": (width,),
     }
     for path, (inputs, outputs) in dense.items():
-        flat[f"layers/{path}/kernel"] = (layers, inputs, outputs)
-        flat[f"layers/{path}/bias"] = (layers, outputs)
+        shapes[f"layers/{path}/kernel"] = (layers, inputs, outputs)
+        shapes[f"layers/{path}/bias"] = (layers, outputs)
     for norm in ("ln_1", "ln_2"):
-        flat |= {f"layers/{norm}/{leaf}": (layers, width) for leaf in ("scale", "bias")}
-    flat = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in flat.items()}
-    kernels = {
-        f"params/{path}": _gpt3_kernel(f"params/{path}", leaf)
-        for path, leaf in flat.items()
-        if path.endswith(("kernel", "embedding"))
-    }
-    variables = {"params": unflatten_dict(flat, sep="/")}
-    found = tuple(_kernel(kernel) for kernel in kernels.values())
-    total = sum(math.prod(leaf.shape) for leaf in flat.values())
-    shape = ModelShape(
-        name=GPT3, kernels=found, other=total - sum(k.size for k in found), width=width,
-        layers=layers, heads=GPT3_SIZES["heads"], groups=GPT3_SIZES["heads"],
-        head_dim=width // GPT3_SIZES["heads"], feed_forward=4 * width,
-        vocabulary=GPT3_SIZES["vocabulary"], wide_norms=6,
-    )  # fmt: skip
-    return PlannedModel(GPT3, None, variables, kernels, shape, GPT3_SIZES["positions"], False)
-
-
-def _gpt3_kernel(path: str, leaf: Any) -> Kernel:
-    if path.endswith("embedding"):
-        return Kernel(path, leaf.shape, leaf.dtype, "embedding", (0,), (1,))
-    flops = 2 * _TOKENS * math.prod(leaf.shape)
-    return Kernel(path, leaf.shape, leaf.dtype, "dense", (1,), (2,), (0,), 1, flops)
+        shapes |= {f"layers/{norm}/{leaf}": (layers, width) for leaf in ("scale", "bias")}
+    kernels: dict[str, Kernel] = {}
+    for path, shape in shapes.items():
+        full = f"params/{path}"
+        if path.endswith("embedding"):
+            kernels[full] = Kernel(full, shape, dtype, "embedding", (0,), (1,))
+        elif path.endswith("kernel"):
+            flops = 2 * _TOKENS * math.prod(shape)
+            kernels[full] = Kernel(full, shape, dtype, "dense", (1,), (2,), (0,), 1, flops)
+    variables = _abstract(shapes, dtype)
+    shape = _shape(GPT3, variables, kernels, config)
+    return PlannedModel(GPT3, None, variables, kernels, shape, positions, False)

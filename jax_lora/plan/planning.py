@@ -1,69 +1,62 @@
-"""plan: all of it put together, from settings to estimates."""
+"""Plan a run: combine its settings, model and data into estimates and a compiled step."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jax_lora.finetune.settings import TrainSettings
-from jax_lora.plan.arithmetic import Kept, Work
+from jax_lora.plan.arithmetic import Residuals, Step
+from jax_lora.plan.compiled_step import StepMemory, abstract_adapter, step_memory
 from jax_lora.plan.data_shapes import DataShapes
-from jax_lora.plan.methods import Estimate, Method, estimate, side_by_side
+from jax_lora.plan.methods import Estimate, Method, side_by_side
 from jax_lora.plan.planned_model import PlannedModel
-from jax_lora.plan.program import ProgramMemory, abstract_adapter, program_memory
-from jax_lora.plan.residuals import kept_by
+from jax_lora.plan.residuals import trace_residuals
 
-COMPILE_UP_TO = 1_000_000_000  # parameters; a larger model is planned by formula alone
+COMPILE_UP_TO = 1_000_000_000  # parameters; larger models are planned by formula only
 
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What a run is to do, as far as it changes what the run takes.
+    """The settings that determine memory and time.
 
     Args:
-      settings: Those of `train`.
-      method: `"lora"`, `"dora"` or `"full"`.
-      optimizer: Its name.
-      remat: Whether activations are computed again in the backward pass.
+      settings: Settings of `train`.
       quantize: `"none"`, `"int8"` or `"nf4"`.
     """
 
     settings: TrainSettings
-    method: str = "lora"
-    optimizer: str = "adamw"
-    remat: bool = False
     quantize: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run takes.
+    """The plan of a run.
 
     Args:
       model: The model.
-      data: The shapes of its batches.
-      choices: What it is to do.
-      trained: Numbers of the adapter.
-      adapted: How many matrices get factors.
-      columns: Estimates by formula, of the largest batch on one device.
-      own: That of the method chosen.
-      steps: Updates, or None without data.
-      flops: Operations of the whole run, or of one step without data.
-      program: What the compiled step takes, or None where it was not compiled.
-      why: Why it was not.
+      data: Batch shapes of the data.
+      choices: Settings of the run.
+      method: The method of this run.
+      columns: Estimates of every method for the largest batch on one device.
+      steps: Training steps, or None without data.
+      flops: Operations of the run by method, or of one step if `steps` is None.
+      compiled: Memory of the compiled step, or None if it was not compiled.
+      why: Why the step was not compiled, or an empty string.
     """
 
     model: PlannedModel
     data: DataShapes
     choices: Choices
-    trained: int
-    adapted: int
+    method: Method
     columns: dict[str, Estimate]
-    own: Estimate
     steps: int | None
     flops: dict[str, float]
-    program: ProgramMemory | None
+    compiled: StepMemory | None
     why: str
 
 
@@ -73,111 +66,123 @@ def make_plan(
     """Plan a run.
 
     Args:
-      model: Its shapes.
-      data: The shapes of its batches.
-      choices: What it is to do.
-      compiling: Whether the step may be compiled.
+      model: The model.
+      data: Batch shapes of the data.
+      choices: Settings of the run.
+      compiling: Whether to compile the step if that is possible.
 
     Returns:
       The plan.
 
     Raises:
-      NoMatchError: A target that the model does not have.
+      NoMatchError: A target matches no kernel of the model.
     """
-    method = method_of(model, choices, kept_by(model, choices.settings))
-    columns = side_by_side(method, work_of(choices, *data.largest[:2]))
-    steps = None if data.per_epoch is None else choices.settings.iterations(data.per_epoch)
-    if steps is None:
-        steps = choices.settings.iters
-    why = why_not_compiled(model, choices) if compiling else "not asked for"
-    program = None
-    if not why:
-        length, learned, _ = data.largest
-        program = program_memory(
-            model, choices.settings, length=length, learned=learned, remat=choices.remat
-        )
-        why = "" if program is not None else "this backend keeps no account of its memory"
+    settings = choices.settings
+    method = method_of(model, choices, trace_residuals(model, settings))
+    length, targets, _ = data.largest
+    step = step_of(choices, length, targets)
+    steps = settings.iters if data.per_epoch is None else settings.iterations(data.per_epoch)
+    why = why_not_compiled(model, choices) if compiling else "--no-compile was given"
+    compiled = None if why else step_memory(model, settings, length=length, targets=targets)
+    if compiled is None and not why:
+        why = "this backend does not report the memory of compiled functions"
     return Plan(
         model=model,
         data=data,
         choices=choices,
-        trained=method.trained,
-        adapted=sum(kernel.count for kernel in method.adapted),
-        columns=columns,
-        own=estimate(method, work_of(choices, *data.largest[:2])),
+        method=method,
+        columns=side_by_side(method, step),
         steps=steps,
         flops=_flops(method, choices, data, steps),
-        program=program,
+        compiled=compiled,
         why=why,
     )
 
 
-def method_of(model: PlannedModel, choices: Choices, kept: Kept | None = None) -> Method:
-    """Describe the chosen way to train for the formulas.
+def method_of(model: PlannedModel, choices: Choices, residuals: Residuals | None = None) -> Method:
+    """Describe the method of a run for the formulas.
 
     Args:
       model: The model.
-      choices: What the run is to do.
-      kept: What `kept_by` says of the model's activations.
+      choices: Settings of the run.
+      residuals: The result of `trace_residuals`.
 
     Returns:
       The method.
 
     Raises:
-      NoMatchError: A target that the model does not have.
+      NoMatchError: A target matches no kernel of the model.
     """
-    adapter = abstract_adapter(model, choices.settings)
+    settings = choices.settings
+    adapter = abstract_adapter(model, settings)
     paths = {path.removeprefix("params/") for path in adapter.pairs}
-    adapted = tuple(kernel for kernel in model.shape.kernels if kernel.path in paths)
-    trained = adapter.size
-    if choices.method == "dora" and not adapter.config.use_dora:
-        trained += sum(kernel.count * kernel.outputs for kernel in adapted)
     return Method(
         shape=model.shape,
-        adapted=adapted,
-        rank=choices.settings.rank,
-        trained=trained,
-        number=jnp.dtype(model.dtype).itemsize,
-        optimizer=choices.optimizer,
-        full=choices.method == "full",
+        adapted=tuple(kernel for kernel in model.shape.kernels if kernel.path in paths),
+        rank=settings.rank,
+        trainable=adapter.size,
+        itemsize=jnp.dtype(model.dtype).itemsize,
+        optimizer=settings.optimizer,
+        full=settings.fine_tune_type == "full",
         quantize=choices.quantize,
-        kept=kept,
+        residuals=residuals,
     )
 
 
-def work_of(choices: Choices, length: int, learned: int, devices: int = 1) -> Work:
-    """Describe a step on one of several devices that share its rows."""
+def step_of(choices: Choices, length: int, targets: int, devices: int = 1) -> Step:
+    """Describe a step on one of several devices that share a batch."""
     settings = choices.settings
-    return Work(
-        rows=settings.batch_size // devices,
+    return Step(
+        batch_size=settings.batch_size // devices,
         length=length,
-        learned=learned,
-        parts=settings.grad_accumulation_steps,
-        remat=choices.remat,
+        targets=targets,
+        accumulation=settings.grad_accumulation_steps,
+        remat=settings.grad_checkpoint,
         loss_chunk=settings.loss_chunk,
     )
 
 
 def why_not_compiled(model: PlannedModel, choices: Choices) -> str:
-    """Say why the step is not compiled; nothing if it can be."""
-    if model.module is None:
-        return "there is no code for this model"
-    if not model.decodes:
-        return "train takes decoders only"
-    if model.shape.size > COMPILE_UP_TO:
-        return "the model has more than 1 G parameters"
-    if choices.quantize != "none":
-        return "training on a quantized base is no mode of this command yet"
-    return ""
+    """Return why the step cannot be compiled, or an empty string if it can."""
+    reasons = {
+        "jax_lora does not implement this model": model.module is None,
+        "train supports decoders only": not model.decodes,
+        "the model has more than 1 G parameters": model.shape.size > COMPILE_UP_TO,
+        "train does not support a quantized base yet": choices.quantize != "none",
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 def _flops(
     method: Method, choices: Choices, data: DataShapes, steps: int | None
 ) -> dict[str, float]:
-    """Operations of the run by column: the mean step of an epoch, times the steps."""
+    """Compute the operations of the run by method: the mean over an epoch times the steps."""
     batches = sum(shape.batches for shape in data.shapes)
     sums: dict[str, float] = {}
-    for length, learned, count in data.shapes:
-        for name, column in side_by_side(method, work_of(choices, length, learned)).items():
+    for length, targets, count in data.shapes:
+        for name, column in side_by_side(method, step_of(choices, length, targets)).items():
             sums[name] = sums.get(name, 0.0) + column.flops * count / batches
     return {name: mean * (steps or 1) for name, mean in sums.items()}
+
+
+def matmul_rate(dtype: Any = jnp.float32) -> float:
+    """Measure for 0.3 s how fast the default device multiplies square matrices.
+
+    A training step is slower: norms, softmax and low-rank products are limited by memory bandwidth.
+
+    Args:
+      dtype: Dtype of the matrices.
+
+    Returns:
+      Floating-point operations per second of the fastest product.
+    """
+    size = 1024 if jax.default_backend() == "cpu" else 4096
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < 0.3:
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

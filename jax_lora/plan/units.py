@@ -1,4 +1,4 @@
-"""Sizes, counts and times as people write and read them."""
+"""Read and format sizes, counts and durations."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _UNITS = {
 
 
 def read_bytes(text: str) -> int:
-    """Read a size.
+    """Parse a size.
 
     Args:
-      text: A number and a unit: powers of ten (GB, MB) or of two (GiB, MiB); none means bytes.
+      text: A number and a unit: GB, MB (powers of ten), GiB, MiB (powers of two) or none (bytes).
 
     Returns:
       Bytes.
 
     Raises:
-      ConfigError: It is no size above 0.
+      ConfigError: The text is not a positive size.
 
     Example:
       >>> read_bytes("24GB"), read_bytes("1.5 GiB"), read_bytes("512")
@@ -35,35 +35,35 @@ def read_bytes(text: str) -> int:
             format_error(
                 "--fit",
                 got=repr(text),
-                expected="a size above 0, such as 24GB, 16GiB, 800MB or bytes",
-                fix="GB is 10^9 bytes, GiB is 2^30.",
+                expected="a positive size, such as 24GB, 16GiB, 800MB or a number of bytes",
+                fix="GB is 10^9 bytes, GiB is 2^30 bytes.",
             )
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def show_bytes(count: float) -> str:
-    """Show a size in powers of ten.
+    """Format a size in powers of ten.
 
     Example:
       >>> show_bytes(37_748_736), show_bytes(350e9), show_bytes(512)
       ('37.7 MB', '350 GB', '512 B')
     """
-    return _scaled(count, 1000, ("B", "kB", "MB", "GB", "TB", "PB"))
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB", "PB"))
 
 
 def show_count(count: float) -> str:
-    """Show a count of numbers or operations in powers of ten.
+    """Format a number of parameters or operations in powers of ten.
 
     Example:
       >>> show_count(18_874_368), show_count(175e9), show_count(12)
       ('18.9 M', '175 G', '12')
     """
-    return _scaled(count, 1000, ("", "k", "M", "G", "T", "P", "E", "Z", "Y")).rstrip()
+    return _scaled(count, ("", "k", "M", "G", "T", "P", "E", "Z", "Y")).rstrip()
 
 
 def show_seconds(seconds: float) -> str:
-    """Show a time in the unit that suits it.
+    """Format a duration in seconds, minutes, hours, days or years.
 
     Example:
       >>> show_seconds(0.25), show_seconds(90), show_seconds(7200), show_seconds(4e9)
@@ -76,11 +76,11 @@ def show_seconds(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _scaled(count: float, base: int, names: tuple[str, ...]) -> str:
+def _scaled(count: float, names: tuple[str, ...]) -> str:
     power = 0
-    # 999.6 would be shown as 1e+03.
-    while count / base**power >= base - 0.5 and power < len(names) - 1:
+    # 999.6 would be formatted as 1e+03.
+    while count / 1000**power >= 999.5 and power < len(names) - 1:
         power += 1
-    scaled = count / base**power
+    scaled = count / 1000**power
     shown = f"{scaled:.0f}" if power == 0 or scaled >= 99.95 else f"{scaled:.3g}"
     return f"{shown} {names[power]}"

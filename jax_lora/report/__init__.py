@@ -1,1 +1,1 @@
-"""What a run says of itself: on a screen, as lines, in files and as a plot."""
+"""Report a training run: on a terminal, as lines, in files and as a plot."""

@@ -1,4 +1,4 @@
-"""The curves of a run: training and validation loss by step, read from its metrics."""
+"""Loss curves of a run, read from its metrics."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Points = tuple[tuple[int, float], ...]  # (step, loss)
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """The losses of a run.
+    """Training and validation loss by step.
 
     Args:
-      name: The run's name.
+      name: Name of the run folder.
       train: Training loss by step.
       valid: Validation loss by step.
     """
@@ -29,7 +29,7 @@ class Curves:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """The lowest validation loss and its step."""
+        """Step and value of the lowest validation loss, or None."""
         return min(self.valid, key=lambda point: point[1], default=None)
 
 
@@ -37,10 +37,10 @@ def read_curves(run: str | Path) -> Curves:
     """Read the losses of a run.
 
     Args:
-      run: The run's folder, or its metrics.jsonl.
+      run: A run folder or its metrics.jsonl.
 
     Returns:
-      The curves; values that are no number are left out.
+      The curves, without missing and non-finite values.
     """
     path, rows = Path(run), read_metrics(run)
     folder = path if path.is_dir() else path.parent

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: its events, and the reporter that is told and says nothing."""
+"""Events of a training run, and the base class of the reporters that show them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """What a run is about to do, for its first lines.
+    """The plan of a run, shown before its first step.
 
     Args:
-      model: Where the base comes from.
-      adapter: The adapter in a few words.
-      data: The data in a few words.
-      steps: Updates to make.
-      notes: What should be known.
-      hints: What could be done better.
+      model: Path or name of the base model.
+      adapter: Short description of the adapter.
+      data: Short description of the data.
+      steps: Number of optimizer steps.
+      notes: Notices for the user.
+      hints: Suggested improvements.
     """
 
     model: str
@@ -29,37 +29,39 @@ class RunPlan:
 
 @dataclasses.dataclass(frozen=True)
 class TrainReport:
-    """The steps since the last report.
+    """Metrics of the steps since the last report.
 
     Args:
-      step: Updates made.
-      loss: Mean loss of the learned tokens since the last report.
-      learning_rate: At this step.
-      steps_per_second: Without the time of compiling, validating and saving.
-      tokens_per_second: Real tokens, no padding.
-      tokens: Real tokens of all steps so far.
-      peak_memory: Gigabytes.
+      step: Number of completed steps.
+      loss: Mean loss since the last report.
+      learning_rate: Learning rate at this step; None if unknown.
+      steps_per_second: Speed, without compilation, validation and saving.
+      tokens_per_second: Speed in tokens, without padding.
+      tokens: Tokens of all steps so far, without padding.
+      peak_memory: Peak memory in gigabytes.
+      unit: What `tokens` counts: "Tokens", or "Targets" where batches are not of tokens.
     """
 
     step: int
     loss: float
-    learning_rate: float
+    learning_rate: float | None
     steps_per_second: float
     tokens_per_second: float
     tokens: int
     peak_memory: float
+    unit: str = "Tokens"
 
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """The validation rows, measured.
+    """The result of a validation.
 
     Args:
-      step: Updates made.
-      loss: Mean loss of the learned tokens.
-      seconds: What it took.
-      best: Whether it is the lowest yet.
-      samples: Prompts with their answers.
+      step: Number of completed steps.
+      loss: Mean loss over the target tokens.
+      seconds: Duration.
+      best: Whether the loss is the lowest so far.
+      samples: Pairs of prompt and response.
     """
 
     step: int
@@ -71,24 +73,25 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """The result of a training run.
 
     Args:
-      steps: Updates made.
-      raw_tokens: Tokens of the rows' own text.
-      tokens: The same with template, start and end tokens.
-      padded_tokens: The same with padding.
-      seconds: The whole loop.
-      compile_seconds: Compiling, within them.
-      programs: Programs compiled.
+      steps: Number of completed steps.
+      raw_tokens: Tokens of the text itself.
+      tokens: Tokens including template, BOS and EOS tokens.
+      padded_tokens: Tokens including padding.
+      seconds: Duration of the training loop, compilation included.
+      compile_seconds: Duration of compilation.
+      programs: Number of compiled functions.
       val_loss: Last validation loss, or None.
       best: Best validation loss and its checkpoint, or None.
-      checkpoint: The last checkpoint.
-      peak_memory: Gigabytes, measured.
-      resident: Whether that is the whole process's resident memory, and not the device's own.
-      planned_memory: Gigabytes that the programs were to need; 0 where nobody knows.
-      stopped_early: Whether patience ended before the steps did.
-      interrupted: The signal that stopped it, or None.
+      checkpoint: The last checkpoint; None if nothing is saved.
+      peak_memory: Measured peak memory in gigabytes.
+      resident: Whether `peak_memory` is the process's resident memory instead of device memory.
+      planned_memory: Memory that the compiler planned, in gigabytes; 0 if unknown.
+      stopped_early: Whether early stopping ended the run.
+      interrupted: Name of the signal that stopped the run, or None.
+      unit: What `tokens` counts: "Tokens", or "Targets" where batches are not of tokens.
     """
 
     steps: int
@@ -100,37 +103,38 @@ class RunResult:
     programs: int
     val_loss: float | None
     best: tuple[float, str] | None
-    checkpoint: Path
+    checkpoint: Path | None
     peak_memory: float
     resident: bool = False
     planned_memory: float = 0.0
     stopped_early: bool = False
     interrupted: str | None = None
+    unit: str = "Tokens"
 
 
 class Reporter:
-    """Is told the events of a run, in their order; this one says nothing."""
+    """Base class of reporters. Receives the events of a run in order, and ignores them."""
 
     def planned(self, plan: RunPlan) -> None:
-        """The run is about to begin."""
+        """Handle the start of the run."""
 
     def compiling(self, what: str, number: int) -> None:
-        """Another program is being compiled; so far there are `number`."""
+        """Handle the start of compilation `number`, counted from 1."""
 
     def compiled(self, number: int, seconds: float, gigabytes: float) -> None:
-        """It is there, and needs so much memory; 0 where nobody knows."""
+        """Handle the end of a compilation; `gigabytes` is the planned memory, 0 if unknown."""
 
     def stepped(self, step: int, loss: float) -> None:
-        """A step is done."""
+        """Handle the end of a step."""
 
     def trained(self, report: TrainReport) -> None:
-        """Some steps are done."""
+        """Handle the metrics of the last steps."""
 
     def validated(self, validation: Validation) -> None:
-        """The validation rows have been measured."""
+        """Handle the result of a validation."""
 
     def saved(self, step: int, path: Path) -> None:
-        """A checkpoint is in place."""
+        """Handle a complete checkpoint."""
 
     def finished(self, result: RunResult) -> None:
-        """The run is over."""
+        """Handle the end of the run."""

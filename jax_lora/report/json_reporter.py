@@ -1,4 +1,4 @@
-"""The run as JSON, an object an event, for programs that watch it."""
+"""Report a run as JSON lines, one object per event."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jax_lora.report.events import Reporter, RunPlan, RunResult, TrainReport, Va
 
 
 class JsonReporter(Reporter):
-    """Writes every event but the single steps as one JSON object on a line of its own.
+    """Write every event except single steps as one line of JSON.
 
     Args:
-      out: Where the lines go.
+      out: The stream to write to.
     """
 
     def __init__(self, out: TextIO):
@@ -31,7 +31,7 @@ class JsonReporter(Reporter):
         self._write("compiling", {"what": what, "number": number})
 
     def compiled(self, number: int, seconds: float, gigabytes: float) -> None:
-        """Write what it took."""
+        """Write the compile time and the memory of the step."""
         values = {"number": number, "seconds": seconds, "planned_memory_gb": gigabytes}
         self._write("compiled", values)
 
@@ -44,12 +44,13 @@ class JsonReporter(Reporter):
         self._write("validated", dataclasses.asdict(validation))
 
     def saved(self, step: int, path: Path) -> None:
-        """Write where the checkpoint is."""
+        """Write the path of the checkpoint."""
         self._write("saved", {"step": step, "path": str(path)})
 
     def finished(self, result: RunResult) -> None:
         """Write the summary."""
-        self._write("finished", dataclasses.asdict(result) | {"checkpoint": str(result.checkpoint)})
+        checkpoint = None if result.checkpoint is None else str(result.checkpoint)
+        self._write("finished", dataclasses.asdict(result) | {"checkpoint": checkpoint})
 
     def _write(self, event: str, values: dict[str, Any]) -> None:
         plain = {name: _plain(value) for name, value in values.items()}
@@ -57,5 +58,5 @@ class JsonReporter(Reporter):
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no word for what is no number."""
+    """Replace NaN and infinity, which JSON does not support, with None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The loss curves of runs as a picture."""
+"""Plot the loss curves of runs as a PNG."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 
 from jax_lora.report.curves import Curves, read_curves
 
-STYLES = ("-", "--", "-.", ":")  # told apart in grey too
+STYLES = ("-", "--", "-.", ":")  # distinguishable in grayscale
 
 
 def write_plot(runs: Sequence[Curves], file: Path, *, log: bool = False) -> None:
-    """Draw the curves of one or several runs into a PNG.
+    """Plot the curves of one or more runs.
 
     Args:
       runs: The runs.
-      file: The picture.
-      log: Draw the loss on a logarithmic axis.
+      file: The PNG file to write.
+      log: Whether the loss axis is logarithmic.
     """
-    # The figure by itself: pyplot would keep it, and look for a screen.
+    # pyplot would keep the figure in memory and look for a display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -63,7 +63,7 @@ def write_plot(runs: Sequence[Curves], file: Path, *, log: bool = False) -> None
     if log:
         axes.set_yscale("log")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss of the learned tokens")
+    axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.margins(y=0.12)
     axes.legend(fontsize=9)
@@ -71,5 +71,5 @@ def write_plot(runs: Sequence[Curves], file: Path, *, log: bool = False) -> None
 
 
 def write_run_plot(run: Path) -> None:
-    """Draw a run's curves into its own folder, as loss.png."""
+    """Plot the curves of a run to loss.png in its folder."""
     write_plot([read_curves(run)], run / "loss.png")

@@ -1,4 +1,4 @@
-"""The numbers of a run in files: metrics.jsonl and metrics.csv, and TensorBoard if asked."""
+"""Metrics files of a run: metrics.jsonl, metrics.csv and, optionally, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ COLUMNS: tuple[str, ...] = (
 
 
 class MetricsLog:
-    """Adds a row to every file of metrics.
+    """Append metrics to every metrics file of a run.
 
     Args:
-      folder: The run's folder.
-      tensorboard: Whether to write for TensorBoard too.
-      resume_at: Steps that are done; later rows, which the run is about to write again, are
-        dropped, and a line that a kill left half written too.
+      folder: The run folder.
+      tensorboard: Whether to write TensorBoard events.
+      resume_at: Steps already done. Rows of later steps, which the run writes again, and
+        incomplete lines are removed.
 
     Raises:
-      ConfigError: TensorBoard is wanted, and the package that writes for it is not installed.
+      ConfigError: `tensorboard` is True and tensorboardX is not installed.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = False, resume_at: int = 0):
-        """Open the files."""
+        """Create or truncate the files."""
         self._folder = folder
         self._board = _open_board(folder, resume_at) if tensorboard else None
         kept = _rows_up_to(folder / JSONL, resume_at) if resume_at else []
@@ -49,10 +49,10 @@ class MetricsLog:
             self._add_csv(row)
 
     def log(self, values: dict[str, Any]) -> None:
-        """Add a row.
+        """Append a row.
 
         Args:
-          values: Numbers by the names of `COLUMNS`; what is no number is written as null.
+          values: Values by the names in `COLUMNS`; NaN and infinity are written as null.
         """
         row = {name: _finite(value) for name, value in values.items()}
         with (self._folder / JSONL).open("a", encoding="utf-8") as file:
@@ -65,7 +65,7 @@ class MetricsLog:
             self._board.flush()
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the TensorBoard file."""
         if self._board is not None:
             self._board.close()
 
@@ -75,16 +75,16 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the numbers of a run.
+    """Read the metrics of a run.
 
     Args:
-      path: The run's folder, or its metrics.jsonl.
+      path: A run folder or its metrics.jsonl.
 
     Returns:
-      A row a report or validation, in order.
+      One row for each report and each validation, in order.
 
     Raises:
-      DataError: There is no such file, it holds no row, or a line is damaged.
+      DataError: The file is missing, empty or damaged.
     """
     path = Path(path)
     file = path / JSONL if path.is_dir() else path
@@ -108,8 +108,8 @@ def _unreadable(where: str, got: str) -> DataError:
         format_error(
             where,
             got=got,
-            expected=f"the folder of a run, with the {JSONL} that jax-lora train writes",
-            fix="Check the path; a run that has reported nothing yet has no numbers.",
+            expected=f"a run folder with the {JSONL} that jax-lora train writes",
+            fix="Check the path. A run has no metrics before its first report.",
         )
     )
 
@@ -147,12 +147,12 @@ def _open_board(folder: Path, resume_at: int) -> Any:
     except ImportError as error:
         raise ConfigError(
             format_error(
-                "--log tensorboard",
-                got="the package tensorboardX is not installed",
-                expected="tensorboardX, which writes TensorBoard's files without TensorFlow",
-                fix="pip install 'jax-lora[cli]', or leave tensorboard out of --log.",
+                "log: tensorboard",
+                got="tensorboardX is not installed",
+                expected="tensorboardX, which writes TensorBoard events without TensorFlow",
+                fix="pip install 'jax-lora[cli]', or remove tensorboard from log.",
             )
         ) from error
-    # TensorBoard itself hides what was written from this step on before.
+    # TensorBoard then hides the earlier events from this step on.
     purge = resume_at + 1 if resume_at else None
     return tensorboardX.SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)

@@ -1,4 +1,4 @@
-"""The run as lines, one a report, for pipes, files and batch systems."""
+"""Report a run as plain lines, for pipes, log files and batch systems."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jax_lora.report.run_summary import summary_lines
 
 
 class PlainReporter(Reporter):
-    """Writes a line a report, as log parsers know them.
+    """Write one line per event, in the format of mlx-lm, which log parsers support.
 
     Args:
-      out: Where the lines go.
+      out: The stream to write to.
     """
 
     def __init__(self, out: TextIO):
@@ -22,7 +22,7 @@ class PlainReporter(Reporter):
         self._out = out
 
     def planned(self, plan: RunPlan) -> None:
-        """Name the model, the adapter and the data."""
+        """Write the model, the adapter and the data."""
         self._line(f"Model: {plan.model}")
         self._line(f"LoRA: {plan.adapter}")
         self._line(f"Data: {plan.data}")
@@ -33,27 +33,29 @@ class PlainReporter(Reporter):
         self._line(f"Starting training..., iters: {plan.steps}")
 
     def compiling(self, what: str, number: int) -> None:
-        """Say why nothing happens for a while."""
-        self._line(f"Compiling program {number}: {what}")
+        """Write what is being compiled, as this takes a while."""
+        self._line(f"Compiling function {number}: {what}")
 
     def compiled(self, number: int, seconds: float, gigabytes: float) -> None:
-        """Say what it took, and what the step will."""
+        """Write the compile time and the memory of the step."""
         needs = f"; the step needs {gigabytes:.3f} GB" if gigabytes else ""
-        self._line(f"Compiled program {number} in {seconds:.1f}s{needs}")
+        self._line(f"Compiled function {number} in {seconds:.1f}s{needs}")
 
     def trained(self, report: TrainReport) -> None:
-        """Write the report's line."""
+        """Write the training metrics."""
+        known = report.learning_rate is not None
+        rate = f"Learning Rate {report.learning_rate:.3e}, " if known else ""
         self._line(
             f"Iter {report.step}: Train loss {report.loss:.3f}, "
-            f"Learning Rate {report.learning_rate:.3e}, "
+            f"{rate}"
             f"It/sec {report.steps_per_second:.3f}, "
-            f"Tokens/sec {report.tokens_per_second:.3f}, "
-            f"Trained Tokens {report.tokens}, "
+            f"{report.unit}/sec {report.tokens_per_second:.3f}, "
+            f"Trained {report.unit} {report.tokens}, "
             f"Peak mem {report.peak_memory:.3f} GB"
         )
 
     def validated(self, validation: Validation) -> None:
-        """Write the validation loss, and the answers."""
+        """Write the validation loss and the sampled responses."""
         step = validation.step
         self._line(
             f"Iter {step}: Val loss {validation.loss:.3f}, Val took {validation.seconds:.3f}s"
@@ -62,7 +64,7 @@ class PlainReporter(Reporter):
             self._line(f"Iter {step}: Sample {prompt!r} -> {answer!r}")
 
     def saved(self, step: int, path: Path) -> None:
-        """Name the checkpoint."""
+        """Write the path of the checkpoint."""
         self._line(f"Iter {step}: Saved adapter weights to {path}.")
 
     def finished(self, result: RunResult) -> None:

@@ -1,4 +1,4 @@
-"""Text of strangers on a terminal: nothing in it may steer the terminal."""
+"""Escape control characters in untrusted text, so that it cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import unicodedata
 
 
 def printable(text: str, *, keep: str = "\n\t") -> str:
-    r"""Write control characters out, so that a terminal shows them and does not obey them.
+    r"""Escape control characters and marks that change the direction of text.
 
     Args:
-      text: Text from a file, or from a model.
-      keep: Control characters that stay.
+      text: Text from a file or a model.
+      keep: Control characters to keep.
 
     Returns:
       The text.
@@ -19,11 +19,10 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
       >>> printable("red: \x1b[31m")
       'red: \\x1b[31m'
     """
-    return "".join(c if c in keep or not _steers(c) else _escaped(c) for c in text)
+    return "".join(c if c in keep or not _is_control(c) else _escaped(c) for c in text)
 
 
-def _steers(character: str) -> bool:
-    # Control characters, and marks that turn the direction of the text around them.
+def _is_control(character: str) -> bool:
     bidirectional = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
     return bidirectional or unicodedata.category(character) == "Cc"
 

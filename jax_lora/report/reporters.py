@@ -1,4 +1,4 @@
-"""Chooses how a run is shown."""
+"""Choose a reporter by name."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ KINDS = ("auto", "rich", "plain", "json", "none")
 
 
 def make_reporter(kind: str = "auto") -> Reporter:
-    """Choose how a run is shown.
+    """Create the reporter of a run.
 
     Args:
-      kind: `"rich"`, `"plain"`, `"json"`, `"none"`, or `"auto"`: rich on a terminal and plain
-        elsewhere.
+      kind: `"rich"`, `"plain"`, `"json"`, `"none"`, or `"auto"` for rich on a terminal and plain
+        otherwise.
 
     Returns:
       The reporter.
 
     Raises:
-      ConfigError: Another kind.
+      ConfigError: The kind is unknown.
     """
     if kind not in KINDS:
         raise ConfigError(
             format_error(
-                "--progress",
+                "progress",
                 got=repr(kind),
                 expected=f"one of {', '.join(KINDS)}",
-                fix="Leave it out to let the terminal decide.",
+                fix="Omit it to choose rich on a terminal and plain otherwise.",
             )
         )
     if kind == "none":

@@ -1,4 +1,4 @@
-"""The run on a terminal: a panel, a table that grows, a progress bar, a box at the end."""
+"""Report a run on a terminal: a panel, a growing table, a progress bar and a summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jax_lora.report.run_summary import summary_lines
 
 
 class Column(NamedTuple):
-    """A column of the table: its head, its width, and whether a narrow terminal goes without."""
+    """A column of the table: heading, width, and whether narrow terminals show it too."""
 
     head: str
     width: int
@@ -40,14 +40,14 @@ COLUMNS = (
 
 
 class RichReporter(Reporter):
-    """Shows the run on a terminal.
+    """Show a run on a terminal.
 
     Args:
       console: The terminal.
     """
 
     def __init__(self, console: Console):
-        """Set the bar up; it appears with the first event."""
+        """Create the progress bar, which appears with the first event."""
         self._console = console
         self._steps = 0
         self._columns = fitting(console.width)
@@ -62,7 +62,7 @@ class RichReporter(Reporter):
         self._task = self._progress.add_task("training", total=None, loss="-")
 
     def planned(self, plan: RunPlan) -> None:
-        """Show the panel, and the heads of the table."""
+        """Show the panel and the table headings."""
         self._steps = plan.steps
         lines = [("model", plan.model, ""), ("LoRA", plan.adapter, ""), ("data", plan.data, "")]
         lines += [("note", note, "yellow") for note in plan.notes]
@@ -73,28 +73,30 @@ class RichReporter(Reporter):
         self._progress.start()
 
     def compiling(self, what: str, number: int) -> None:
-        """Say why nothing moves for a while."""
+        """Show what is being compiled, as this takes a while."""
         self._progress.update(self._task, description=f"compiling for {what}")
 
     def compiled(self, number: int, seconds: float, gigabytes: float) -> None:
-        """Say what it took, and what the step will."""
+        """Write the compile time and the memory of the step."""
         what = self._progress.tasks[0].description.removeprefix("compiling for ")
         needs = f", planned {gigabytes:.2f} GB" if gigabytes else ""
-        self._say(self._one_line(f"program {number}: {what}, {seconds:.1f} s{needs}"), "dim")
+        self._say(
+            self._one_line(f"compiled function {number}: {what}, {seconds:.1f} s{needs}"), "dim"
+        )
 
     def stepped(self, step: int, loss: float) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         shown = f"{loss:.3f}"
         self._progress.update(self._task, description="training", completed=step, loss=shown)
 
     def trained(self, report: TrainReport) -> None:
-        """Write a row above the bar."""
+        """Write a row of metrics above the progress bar."""
         left = (self._steps - report.step) / max(report.steps_per_second, 1e-9)
         self._row(
             {
                 "iter": f"{report.step}",
                 "loss": f"{report.loss:.4f}",
-                "lr": f"{report.learning_rate:.1e}",
+                "lr": "" if report.learning_rate is None else f"{report.learning_rate:.1e}",
                 "tokens/s": f"{report.tokens_per_second:,.0f}",
                 "it/s": f"{report.steps_per_second:.2f}",
                 "memory": f"{report.peak_memory:.2f} GB",
@@ -104,7 +106,7 @@ class RichReporter(Reporter):
         )
 
     def validated(self, validation: Validation) -> None:
-        """Write a row with the validation loss, and the answers below it."""
+        """Write a row with the validation loss, and the sampled responses below it."""
         row = {"iter": f"{validation.step}", "val": f"{validation.loss:.4f}"}
         self._row(row, "bold green" if validation.best else "green")
         for prompt, answer in validation.samples:
@@ -112,11 +114,11 @@ class RichReporter(Reporter):
             self._say(self._one_line(f"  {answer.strip()}"), "cyan")
 
     def saved(self, step: int, path: Path) -> None:
-        """Name the checkpoint above the bar."""
+        """Write the path of the checkpoint above the progress bar."""
         self._say(f"{step:>6} saved {path}", "dim")
 
     def finished(self, result: RunResult) -> None:
-        """Take the bar away and show the box."""
+        """Remove the progress bar and show the summary."""
         self._progress.stop()
         title = "interrupted" if result.interrupted else "done"
         lines = summary_lines(result)
@@ -137,15 +139,15 @@ class RichReporter(Reporter):
         self._say(" ".join(cells).rstrip(), style)
 
     def _say(self, text: str, style: str = "") -> None:
-        # As text and not as markup: brackets in a file's name are brackets.
+        # Rich would parse brackets in a string, such as those of a file name, as markup.
         self._console.print(Text(printable(text), style=style), soft_wrap=True)
 
 
 def fitting(width: int) -> tuple[Column, ...]:
-    """Choose the columns that fit a terminal, dropping the last ones first.
+    """Choose the columns that fit the terminal; optional columns are dropped from the right.
 
     Args:
-      width: Characters to a line.
+      width: Width of the terminal in characters.
 
     Returns:
       The columns.
@@ -160,10 +162,10 @@ def fitting(width: int) -> tuple[Column, ...]:
 
 
 def duration(seconds: float) -> str:
-    """Write a time such that it fits a column.
+    """Format a duration in at most seven characters.
 
     Args:
-      seconds: Any number.
+      seconds: The duration; infinity and NaN are formatted as `"?"`.
 
     Returns:
       For example `"42s"`, `"3m20s"`, `"2h05m"`, `"3d04h"`.

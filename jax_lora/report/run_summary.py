@@ -1,4 +1,4 @@
-"""The end of a run as names and values, for every way of showing it."""
+"""Summarize a finished run for every reporter."""
 
 from __future__ import annotations
 
@@ -6,40 +6,43 @@ from jax_lora.report.events import RunResult
 
 
 def summary_lines(result: RunResult) -> list[tuple[str, str]]:
-    """Describe a finished run.
+    """Summarize a finished run.
 
     Args:
-      result: The run.
+      result: The result of the run.
 
     Returns:
-      A name and a value a line.
+      Pairs of a name and a value.
     """
     working = max(result.seconds - result.compile_seconds, 1e-9)
     lines = [
-        ("Steps", f"{result.steps}{' (no better for too long)' if result.stopped_early else ''}"),
-        ("Tokens", _tokens(result)),
+        ("Steps", f"{result.steps}{' (early stop)' if result.stopped_early else ''}"),
+        (result.unit, _tokens(result)),
         ("Time", f"{result.seconds:.1f} s, of which {_compiling(result)}"),
-        ("Speed", f"{result.tokens / working:,.0f} tokens/s"),
+        ("Speed", f"{result.tokens / working:,.0f} {result.unit.lower()}/s"),
         ("Peak memory", f"{result.peak_memory:.2f} GB{_kind(result)}{_planned(result)}"),
     ]
     if result.val_loss is not None:
         lines.append(("Validation loss", f"{result.val_loss:.4f}"))
     if result.best is not None:
         lines.append(("Best", f"{result.best[0]:.4f} at {result.best[1]}"))
-    lines.append(("Checkpoint", str(result.checkpoint)))
+    if result.checkpoint is not None:
+        lines.append(("Checkpoint", str(result.checkpoint)))
     return lines
 
 
 def _tokens(result: RunResult) -> str:
+    if result.unit != "Tokens":
+        return f"{result.tokens:,}"
     return (
-        f"{result.raw_tokens:,} of text, {result.tokens:,} with template, "
+        f"{result.raw_tokens:,} in the text, {result.tokens:,} with the template, "
         f"{result.padded_tokens:,} with padding"
     )
 
 
 def _compiling(result: RunResult) -> str:
-    programs = "program" if result.programs == 1 else "programs"
-    return f"{result.compile_seconds:.1f} s compiling {result.programs} {programs}"
+    functions = "function" if result.programs == 1 else "functions"
+    return f"{result.compile_seconds:.1f} s compiling {result.programs} {functions}"
 
 
 def _kind(result: RunResult) -> str:

@@ -1,4 +1,4 @@
-"""The loss curves of runs as text, for a terminal without pictures."""
+"""Plot the loss curves of runs as text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ HEIGHT = 16
 
 
 def text_plot(runs: Sequence[Curves], width: int = 80, *, log: bool = False) -> list[str]:
-    """Draw the curves of one or several runs in characters.
+    """Plot the curves of one or more runs in characters.
 
     Args:
       runs: The runs.
-      width: Characters to a line.
-      log: Draw the loss on a logarithmic axis.
+      width: Width of the plot in characters.
+      log: Whether the loss axis is logarithmic.
 
     Returns:
       The lines.
@@ -25,7 +25,7 @@ def text_plot(runs: Sequence[Curves], width: int = 80, *, log: bool = False) -> 
     lines = [(marks, of) for marks, of in _lines(runs) if of]
     points = [point for _, of in lines for point in of]
     if not points:
-        return ["no numbers to draw"]
+        return ["no losses to plot"]
     value = (lambda loss: math.log10(max(loss, 1e-12))) if log else (lambda loss: loss)
     low, high = (pick(value(loss) for _, loss in points) for pick in (min, max))
     first, last = (pick(step for step, _ in points) for pick in (min, max))
@@ -48,7 +48,7 @@ def text_plot(runs: Sequence[Curves], width: int = 80, *, log: bool = False) -> 
 
 
 def _lines(runs: Sequence[Curves]) -> list[tuple[str, Points]]:
-    """Training first, so that the fewer points of validation lie on top."""
+    """Return training curves first, so that the fewer validation points are drawn on top."""
     train = [(TRAIN[i % len(TRAIN)], run.train) for i, run in enumerate(runs)]
     return train + [(VALID[i % len(VALID)], run.valid) for i, run in enumerate(runs)]
 

@@ -1,4 +1,4 @@
-"""What a run was made with: versions of the packages, and the devices."""
+"""Record the package versions and devices of a run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PACKAGES = (
 
 
 def versions() -> dict[str, Any]:
-    """List versions and devices.
+    """Collect package versions and devices.
 
     Returns:
-      Plain values by name; None for a package that is not there.
+      JSON values by name; None for a package that is not installed.
     """
     import jax_lora
 
@@ -43,7 +43,7 @@ def versions() -> dict[str, Any]:
 
 
 def write_versions(folder: Path) -> None:
-    """Write versions.json into a run's folder."""
+    """Write versions.json to a run folder."""
     text = json.dumps(versions(), indent=2) + "\n"
     (folder / "versions.json").write_text(text, encoding="utf-8")
 

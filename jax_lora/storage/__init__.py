@@ -1,1 +1,1 @@
-"""Files: safe paths, JSON, arrays, and the agreement of several processes on one folder."""
+"""File access: safe paths, JSON, arrays, and multi-host coordination."""

@@ -1,4 +1,4 @@
-"""The arrays of a saved adapter: an Orbax checkpoint, and a checksum of each of its files."""
+"""Store arrays as an Orbax checkpoint, with a checksum of each of its files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jax_lora.storage import multihost
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a tree of NumPy arrays with Orbax, which makes the folder."""
-    import orbax.checkpoint as ocp  # takes seconds to import, so not before it is needed
+    """Write a tree of NumPy arrays with Orbax, which creates the folder."""
+    import orbax.checkpoint as ocp  # imported on use, as it takes seconds
 
     with _checkpointer(ocp) as checkpointer:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))  # type: ignore[call-arg]
@@ -26,13 +26,13 @@ def read_arrays(folder: Path, template: Mapping[str, Any]) -> Any:
 
     Args:
       folder: The folder of arrays.
-      template: The tree that is expected, of `jax.ShapeDtypeStruct`s.
+      template: The expected tree of `jax.ShapeDtypeStruct`s.
 
     Returns:
-      The arrays, of whatever shapes and types were found.
+      The arrays, with the shapes and types of the files.
 
     Raises:
-      Exception: Of whatever type Orbax raises where it finds another tree.
+      Exception: Orbax finds another tree; the type depends on Orbax.
     """
     import orbax.checkpoint as ocp
 
@@ -55,7 +55,7 @@ def checksums(folder: Path) -> dict[str, str]:
       folder: The folder.
 
     Returns:
-      Hashes by the files' names within it.
+      Hashes by relative file names.
     """
     files = sorted(each for each in folder.rglob("*") if each.is_file())
     return {each.relative_to(folder).as_posix(): _checksum(each) for each in files}
@@ -67,34 +67,34 @@ def _checksum(file: Path) -> str:
 
 
 def file_problems(folder: Path, files: Mapping[str, str]) -> list[str]:
-    """Check every file before Orbax reads one: it would take a damaged index at its word.
+    """Check every file against its checksum. Orbax does not detect a damaged index.
 
     Args:
       folder: The folder of arrays.
       files: Hashes by name, from `checksums`.
 
     Returns:
-      A line for every file that is missing, changed, new, or a link out of the folder.
+      A line for every file that is missing, changed, new, or a link that leaves the folder.
     """
     root = folder.resolve()
     if root != folder.parent.resolve() / folder.name:
-        return [f"{folder.name}: leads out of the folder"]
+        return [f"{folder.name}: is a link that leaves the folder"]
     problems = [
         f"{folder.name}/{name}: {why}"
         for name, checksum in files.items()
         if (why := _file_problem(root, name, checksum))
     ]
     extra = set(_names(root)) - set(files)
-    return problems + [f"{folder.name}/{name}: was not saved with it" for name in sorted(extra)]
+    return problems + [f"{folder.name}/{name}: is not in the manifest" for name in sorted(extra)]
 
 
 def _file_problem(root: Path, name: str, checksum: str) -> str | None:
     file = root / name
     if not file.resolve().is_relative_to(root):
-        return "leads out of the folder"
+        return "is a link that leaves the folder"
     if not file.is_file():
         return "is missing"
-    return None if _checksum(file) == checksum else "has other bytes than were saved"
+    return None if _checksum(file) == checksum else "does not match its checksum"
 
 
 def _names(root: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Reading JSON that a stranger wrote: bounded, strict, and with one error for all that is wrong."""
+"""Read untrusted JSON files strictly, with a size limit and one error type."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def read_json(path: Path, error: type[LoraError], max_bytes: int = MAX_BYTES) ->
     Args:
       path: The file.
       error: Class of the exception to raise.
-      max_bytes: Size above which the file is refused unread.
+      max_bytes: Maximum size in bytes.
 
     Returns:
       The object.
 
     Raises:
-      LoraError: As `error`: no file, too large, no UTF-8, no JSON, no object, a key that stands
-        twice, NaN or Infinity, nested too deep.
+      LoraError: An `error`, if the file is missing, too large, nested too deeply, or not a JSON
+        object in UTF-8, or has a duplicate key, NaN or Infinity.
     """
     try:
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)  # never more, whatever the file system says of its size
+            data = file.read(max_bytes + 1)  # bounded even if the reported file size is wrong
         if len(data) > max_bytes:
             raise ValueError(f"more than {max_bytes} bytes")
         value = json.loads(
@@ -43,7 +43,7 @@ def read_json(path: Path, error: type[LoraError], max_bytes: int = MAX_BYTES) ->
                 str(path),
                 got=f"{type(cause).__name__}: {cause}",
                 expected="a JSON object",
-                fix="Check the path, and that the file was copied whole.",
+                fix="Check the path, and that the file is complete.",
             )
         ) from cause
     return value
@@ -52,19 +52,19 @@ def read_json(path: Path, error: type[LoraError], max_bytes: int = MAX_BYTES) ->
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(items)
     if len(result) != len(items):
-        raise ValueError("a key that stands twice")
+        raise ValueError("a duplicate key")
     return result
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"the number {name}")
+    raise ValueError(f"the value {name}")
 
 
 def digest(value: Any) -> str:
-    """Hash a JSON value, whatever the order of its keys.
+    """Hash a JSON value, independent of the order of keys.
 
     Args:
-      value: Anything that `json.dumps` takes.
+      value: A value that `json.dumps` accepts.
 
     Returns:
       32 hexadecimal digits.

@@ -1,7 +1,4 @@
-"""Several processes, as `jax.distributed` starts them: what one of them does for all.
-
-With one process everything here does the plain thing.
-"""
+"""Coordinate the processes of `jax.distributed`. A single process needs no coordination."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ import numpy as np
 
 
 def to_host(array: Any) -> np.ndarray:
-    """Copy a whole array to NumPy, wherever its parts lie.
+    """Copy a whole array to NumPy.
 
-    What is spread over several processes is gathered, for which all of them have to call this.
+    An array that is sharded over several processes is gathered, so all processes must call this.
     """
     alone = not isinstance(array, jax.Array) or array.is_fully_addressable
     if alone or array.is_fully_replicated:
@@ -26,13 +23,13 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def first_alone(do: Callable[[], None]) -> bool:
-    """Let the first process do something, on a file system that all of them see, and wait for it.
+    """Run a function in process 0 only, while the other processes wait.
 
     Args:
-      do: What to do; what it raises is raised in the first process.
+      do: The function, which may raise an exception in process 0.
 
     Returns:
-      Whether it was done, in every process.
+      Whether it succeeded, in every process.
     """
     if jax.process_count() == 1:
         do()
@@ -45,13 +42,13 @@ def first_alone(do: Callable[[], None]) -> bool:
             do()
             done = True
     finally:
-        # Also where it failed, or the others would wait for ever.
+        # Broadcast after a failure as well, for which the other processes wait.
         done = bool(multihost_utils.broadcast_one_to_all(np.int32(done)))
     return done
 
 
 def orbax_options() -> Any:
-    """Make Orbax act for this process alone; by itself it waits for all of them."""
+    """Return options with which Orbax does not wait for other processes."""
     import orbax.checkpoint as ocp
 
     if jax.process_count() == 1:

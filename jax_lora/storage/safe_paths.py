@@ -1,4 +1,4 @@
-"""Files of a folder that a stranger may have made: none is opened that does not lie in it."""
+"""Restrict file access to an untrusted folder: no file outside it is opened."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from jax_lora.errors import LoraError, format_error
 
 
 def contained(folder: Path, name: Any, error: type[LoraError]) -> Path:
-    """The path of `folder`'s own file `name`; nothing is opened.
+    """Return the path of a file in a folder, without opening it.
 
     Args:
       folder: The folder.
-      name: What is to be a plain file name.
+      name: The file name.
       error: Class of the exception to raise.
 
     Returns:
       The path.
 
     Raises:
-      LoraError: As `error`: the name is no plain file name, or is a link that leaves the folder.
+      LoraError: An `error`, if the name has other parts than a file name, or the file is a link
+        that leaves the folder.
     """
     if not _is_plain(name):
         raise error(
             format_error(
                 str(folder),
                 got=f"the file name {name!r}",
-                expected="a plain file name in the folder itself",
-                fix="do not trust this folder: its index points outside it.",
+                expected="the name of a file in the folder, without a path",
+                fix="Do not use this folder: its index refers to files outside it.",
             )
         )
     path = folder / name
@@ -38,8 +39,8 @@ def contained(folder: Path, name: Any, error: type[LoraError]) -> Path:
             format_error(
                 str(path),
                 got=f"a link to {target}",
-                expected="a file that lies in the folder",
-                fix="copy the file into the folder if you trust it.",
+                expected="a file in the folder",
+                fix="Copy the file into the folder if you trust it.",
             )
         )
     return path
@@ -52,5 +53,5 @@ def _is_plain(name: Any) -> bool:
 
 
 def _is_hub_blob(target: Path, root: Path) -> bool:
-    """A Hugging Face cache holds `snapshots/<commit>/` full of links into `blobs/` beside it."""
+    """Tell whether a link is from `snapshots/<commit>/` to `blobs/` of a Hugging Face cache."""
     return root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"

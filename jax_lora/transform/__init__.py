@@ -1,4 +1,4 @@
-"""The transform: a function's jaxpr, interpreted again with low-rank values."""
+"""Function transforms: interpret a function's jaxpr with low-rank weights."""
 
 from jax_lora.transform.apply import lora_apply
 from jax_lora.transform.explain import explain

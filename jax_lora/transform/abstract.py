@@ -1,13 +1,13 @@
-"""Programs without arrays: how an interpretation that computes nothing goes through them.
+"""Control flow for interpretations that propagate descriptions of values instead of arrays.
 
-The structure is that of control_flow.py, which builds the same programs again on arrays: what is
-materialized there loses its names here.
+It mirrors control_flow.py, which rebuilds the same equations on arrays: values that are
+materialized there are described as materialized here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from jax_lora.transform.programs import Body, Call, Cond, Scan, ShardMap, While, unchanged
 from jax_lora.transform.rules import Rule
@@ -16,50 +16,51 @@ from jax_lora.transform.walker import Interpretation, walk
 Value = TypeVar("Value")
 
 
-class Abstract(Interpretation[Value]):
-    """An interpretation on descriptions of values."""
+class Abstract(Interpretation[Value], Protocol[Value]):
+    """An interpretation of descriptions of values."""
 
     def inside(self, eqn: Any, times: int = 1) -> Self:
-        """Return the interpretation for a program that runs so often inside this one."""
-        raise NotImplementedError
+        """Return the interpretation of a sub-jaxpr that runs `times` times."""
+        ...
 
     def unrecorded(self) -> Self:
-        """Return one that forgets what it sees, for a first pass through a loop."""
-        raise NotImplementedError
+        """Return an interpretation that records nothing, to find the fixed point of a loop."""
+        ...
 
     def join(self, values: Sequence[Value]) -> Value:
         """Describe a value that is one of several."""
-        raise NotImplementedError
+        ...
 
     def sliced(self, value: Value) -> Value:
         """Describe a slice along the first axis."""
-        raise NotImplementedError
+        ...
 
     def stacked(self, value: Value, eqn: Any) -> Value:
         """Describe a stack of values along a new first axis."""
-        raise NotImplementedError
+        ...
 
     def materialized(self, value: Value, eqn: Any, operation: str) -> Value:
-        """Describe the full weight of a value that is a weight."""
-        raise NotImplementedError
+        """Describe a value after materialization, if it is a weight."""
+        ...
 
     def into_shards(
         self, eqn: Any, program: ShardMap, inputs: Sequence[Value]
     ) -> tuple[Self, Sequence[Value]]:
-        """Return the interpretation of what every shard runs, and its inputs."""
-        raise NotImplementedError
+        """Return the interpretation of the body of a `shard_map`, and the inputs of the body."""
+        ...
 
     def out_of_shards(self, inner: Any, program: ShardMap, outputs: Sequence[Value]) -> list[Value]:
-        """Return the outputs of all shards together."""
-        raise NotImplementedError
+        """Return the outputs of a `shard_map`, given those of its body."""
+        ...
 
-    def enter(self, eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Value] | None:
-        """Go through the programs that an equation holds."""
-        program = rule.open(eqn) if rule.open is not None else None
-        return None if program is None else _ENTER[type(program)](self, eqn, program, inputs)
+    def enter(
+        self, eqn: Any, rule: Rule, program: Any, inputs: Sequence[Value]
+    ) -> list[Value] | None:
+        """Interpret the sub-jaxprs of an equation."""
+        return _ENTER[type(program)](self, eqn, program, inputs)
 
     def run(self, body: Body, inputs: Sequence[Value]) -> list[Value]:
-        """Go through a program."""
+        """Interpret a sub-jaxpr."""
         return walk(self, body.jaxpr, body.consts, inputs)
 
 
@@ -104,13 +105,13 @@ def _shard_map(here: Abstract, eqn: Any, program: ShardMap, inputs: Sequence[Any
 
 
 class _Loop:
-    """The carry of a loop: what its body hands on untouched stays what it is."""
+    """The carry of a loop: values that the body returns unchanged keep their description."""
 
     def __init__(self, here: Abstract, eqn: Any, what: str, still: Sequence[bool]):
         self._here, self._eqn, self._what, self._still = here, eqn, what, still
 
     def materialized(self, values: Sequence[Any]) -> list[Any]:
-        """Describe what becomes of the values of a carry."""
+        """Describe the carry after materialization of the values that change."""
         return [
             value if fixed else self._here.materialized(value, self._eqn, self._what)
             for value, fixed in zip(values, self._still, strict=True)
@@ -119,7 +120,7 @@ class _Loop:
     def settled(
         self, carry: Sequence[Any], step: Callable[[list[Any]], Sequence[Any]]
     ) -> list[Any]:
-        """Join what goes into the loop with what comes round, until nothing changes."""
+        """Join the initial carry with the carry of later iterations until a fixed point."""
         carry = self.materialized(carry)
         while True:
             again = self.materialized(step(carry))

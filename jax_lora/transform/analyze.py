@@ -1,8 +1,8 @@
-"""analyze: the interpretation that follows the names of axes, and computes nothing.
+"""analyze: the interpretation behind `find_kernels`. It propagates the names of axes only.
 
-A weight is followed through the same rules as `evaluate` applies. Where it is used up, the names
-that are summed over say which of its axes are inputs. Where it loses its structure, the place and
-the reason are recorded. Everything else is a stream: data on its way from kernel to kernel.
+Weights move by the same rules as in `evaluate`. Where a weight is contracted, the names of the
+summed axes determine which axes are inputs. Where a weight would be materialized, the source line
+and the reason are recorded. Any other variable is a stream: data on its way from kernel to kernel.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from jax_lora.transform.rules import Operand, Rule, Use
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Any other variable.
+    """A variable that is not a weight.
 
     Args:
-      size: Number of elements before it was broadcast.
-      external: Whether it depends on more than the parameters.
-      heads: Kernels whose product it is, with at most a bias, a cast or a soft cap since.
+      size: Number of elements before broadcasting.
+      external: Whether it depends on data other than the parameters.
+      heads: Kernels whose product it is, up to a bias, a cast or a soft cap.
       after: Kernels whose products it depends on.
       from_parameters: Whether it depends on parameters.
-      lost: Leaves that were materialized to compute it, from parameters alone.
-      entries: Leaves of which entries were looked up to compute it, likewise.
+      lost: Leaves that were materialized to compute it, while it depends on parameters only.
+      entries: Leaves of which entries were looked up to compute it, in the same case.
     """
 
     size: Any = 1
@@ -46,14 +46,14 @@ class Stream:
 
 Value = Leaf | Stream
 
-# A product is still the output of a head after these.
+# A product remains the output of an output head after these operations.
 _HEAD_PRESERVING = frozenset(
     "add sub mul div tanh neg convert_element_type copy stop_gradient name select_n "
     "sharding_constraint optimization_barrier reshape transpose squeeze broadcast_in_dim slice "
     "dynamic_slice split".split()
 )
 _BROADCASTS = frozenset(("broadcast_in_dim", "convert_element_type", "reshape"))
-# How the output of one layer joins the stream that goes on to the next ones.
+# These combine the output of a layer with the stream into the next layers.
 _JOINS = frozenset(("add", "sub", "concatenate"))
 _CONTRACTIONS = frozenset(
     "dot_general ragged_dot ragged_dot_general conv_general_dilated gather".split()
@@ -61,16 +61,16 @@ _CONTRACTIONS = frozenset(
 
 
 class Analyze(Abstract[Value]):
-    """Follows weights by the names of their axes.
+    """Propagates the names of the axes of weights.
 
     Args:
-      record: Where to write down what is seen.
-      times: How often the program runs.
-      called_at: Where the program is called from, if it lies inside another one.
+      record: Where uses of weights are recorded.
+      times: How often the jaxpr runs: the length of the scans around it.
+      called_at: Source line of the call, if the jaxpr is inside another one.
     """
 
     def __init__(self, record: Record, times: int = 1, called_at: str = UNKNOWN):
-        """Keep them."""
+        """Start at the given place."""
         self._record, self._times, self._called_at = record, times, called_at
 
     # -------------------------------------------------------------------------------------------
@@ -80,10 +80,10 @@ class Analyze(Abstract[Value]):
     def constant(self, array: Any) -> Value:
         """Describe a constant."""
         size = math.prod(getattr(array, "shape", ()))
-        return Stream(size, external=size != 1)  # data that the function holds are data as well
+        return Stream(size, external=size != 1)  # an array in the closure of the function is data
 
     def concerns(self, inputs: Sequence[Value]) -> bool:
-        """Tell whether a leaf is among the inputs. Programs are opened for streams as well."""
+        """Tell whether an input depends on a leaf: sub-jaxprs are opened for streams as well."""
         return any(isinstance(value, Leaf) for value in inputs) or any(
             value.after or value.lost or value.entries
             for value in inputs
@@ -91,7 +91,7 @@ class Analyze(Abstract[Value]):
         )
 
     def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        """Describe what an operation makes of streams."""
+        """Describe the outputs of an operation on streams."""
         return [self._stream(eqn, place, inputs) for place in range(len(eqn.outvars))]
 
     def move(self, eqn: Any, rule: Rule, inputs: Sequence[Any]) -> list[Value] | None:
@@ -101,7 +101,7 @@ class Analyze(Abstract[Value]):
             return None
         if len(inputs) > 1 and not rule.each:
             streams = [value for value in inputs if isinstance(value, Stream)]
-            # A bias, or a row of a table, joins a kernel's product: it is no weight here.
+            # Next to the product of a kernel, a vector is a bias or an embedding, not a weight.
             joins = any(value.heads for value in streams)
             leaves = [i for i in leaves if inputs[i].is_matrix or not joins]
         moved = {position: self._moved(eqn, rule, inputs, position) for position in leaves}
@@ -124,7 +124,7 @@ class Analyze(Abstract[Value]):
         return [self._consume(eqn, rule, each) for eqn, each in zip(eqns, inputs, strict=True)]
 
     def without_rule(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        """Record that leaves had to be materialized."""
+        """Record that leaves are materialized."""
         name = eqn.primitive.name
         return self.plain(eqn, [self.materialized(value, eqn, name) for value in inputs])
 
@@ -133,11 +133,11 @@ class Analyze(Abstract[Value]):
     # -------------------------------------------------------------------------------------------
 
     def inside(self, eqn: Any, times: int = 1) -> Analyze:
-        """Record in the same place, as often as the program runs."""
+        """Share the record, and multiply the number of runs."""
         return Analyze(self._record, self._times * times, self._locate(eqn))
 
     def unrecorded(self) -> Analyze:
-        """Record elsewhere."""
+        """Use a copy of the record."""
         return Analyze(copy.deepcopy(self._record), self._times, self._called_at)
 
     def join(self, values: Sequence[Value]) -> Value:
@@ -149,7 +149,7 @@ class Analyze(Abstract[Value]):
         return dataclasses.replace(_union(streams), heads=frozenset.intersection(*heads))
 
     def sliced(self, value: Value) -> Value:
-        """Describe a slice: the first axis holds several kernels."""
+        """Describe a slice: the first axis is a stack axis."""
         if isinstance(value, Stream):
             return value
         for leaf in value.all:
@@ -159,7 +159,7 @@ class Analyze(Abstract[Value]):
         )
 
     def stacked(self, value: Value, eqn: Any) -> Value:
-        """Describe a stack: kernels stay kernels, a row of one is materialized."""
+        """Describe a stack: matrices stay weights, and vectors are materialized."""
         if isinstance(value, Stream):
             return value
         if sum(name is not None for name in value.axes) < 2:
@@ -173,7 +173,7 @@ class Analyze(Abstract[Value]):
         )
 
     def materialized(self, value: Value, eqn: Any, operation: str) -> Stream:
-        """Record that a leaf loses its structure."""
+        """Record that a leaf is materialized."""
         if isinstance(value, Stream):
             return value
         streams = [self._lost(leaf, operation, self._locate(eqn)) for leaf in value.all]
@@ -192,11 +192,11 @@ class Analyze(Abstract[Value]):
     def into_shards(
         self, eqn: Any, program: ShardMap, inputs: Sequence[Value]
     ) -> tuple[Analyze, Sequence[Value]]:
-        """Go on with the same values: a shard of a kernel is a kernel."""
+        """Keep the values: a shard of a kernel is a kernel."""
         return self.inside(eqn), inputs
 
     def out_of_shards(self, inner: Any, program: ShardMap, outputs: Sequence[Value]) -> list[Value]:
-        """Return what the shards return."""
+        """Keep the values."""
         return list(outputs)
 
     # -------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class Analyze(Abstract[Value]):
     def _moved(
         self, eqn: Any, rule: Rule, inputs: Sequence[Any], position: int
     ) -> dict[int, Leaf] | None:
-        """Return what becomes of one operand, by the output that it is."""
+        """Move one operand; the result maps outputs to leaves."""
         value = inputs[position]
         rest = [other for i, other in enumerate(inputs) if i != position]
         moved: dict[int, Leaf] = {}
@@ -232,9 +232,9 @@ class Analyze(Abstract[Value]):
         return moved
 
     def _picked(self, eqn: Any, before: Leaf, after: Leaf) -> Leaf:
-        """Record that an axis of which one entry is left holds several kernels.
+        """Record the axes of which one entry is left as stack axes.
 
-        If data tell which entry, the leaf may be a table instead: that is decided by its use.
+        If the index depends on data, the leaf may be an embedding table; its use decides.
         """
         left = dict(zip(after.axes, after.shape, strict=True))
         gone = [
@@ -279,7 +279,7 @@ class Analyze(Abstract[Value]):
         return use if use is not None and origins_of(use.summed) else None
 
     def _data_materialized(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
-        """Treat leaves that data have become part of as data, where another leaf is the weight."""
+        """Treat a leaf to which data was added as data if another operand is the weight."""
         leaves = [value for value in inputs if isinstance(value, Leaf)]
         weights = [leaf for leaf in leaves if not leaf.meets_data]
         result = list(inputs)
@@ -289,7 +289,7 @@ class Analyze(Abstract[Value]):
             if value.is_row:
                 result[place] = self.materialized(value, eqn, eqn.primitive.name)
             elif value.meets_data and weights:
-                why = f"data are added to it, and {weights[0].path} multiplies the sum at"
+                why = f"data is added to it, and {weights[0].path} multiplies the sum at"
                 for leaf in value.all:
                     self._record.lose(leaf, f"{why} {self._locate(eqn)}")
                 result[place] = Stream(math.prod(value.shape), external=True, from_parameters=True)
@@ -305,7 +305,7 @@ class Analyze(Abstract[Value]):
     # -------------------------------------------------------------------------------------------
 
     def _stream(self, eqn: Any, place: int, inputs: Sequence[Value]) -> Stream:
-        """Describe what an operation makes of streams, and record where they join."""
+        """Describe an output of an operation on streams, and record where streams join."""
         streams = [_as_stream(value) for value in inputs]
         size = math.prod(getattr(eqn.outvars[place].aval, "shape", ()))
         name = eqn.primitive.name
@@ -326,7 +326,7 @@ class Analyze(Abstract[Value]):
         )
 
     def _join(self, name: str, size: Any, inputs: Sequence[Value]) -> None:
-        """Record the kernels whose products become part of a stream that does not end in them."""
+        """Record the kernels whose products are combined with another stream."""
         streams = [value for value in inputs if isinstance(value, Stream)]
         for value in streams:
             for other in streams:
@@ -360,7 +360,7 @@ def _union(streams: Sequence[Stream]) -> Stream:
 
 
 def _beside(first: Value | None, other: Leaf) -> Leaf:
-    """Add a leaf to those that it has been combined with, if there are any."""
+    """Add a leaf to the leaves that it was combined with, if any."""
     if not isinstance(first, Leaf):
         return other
     return dataclasses.replace(first, others=(*first.others, *other.all))
@@ -373,13 +373,13 @@ def _is_external(value: Value) -> bool:
 
 
 def _is_small(value: Value, size: Any) -> bool:
-    """Tell whether an operand is a product, a bias, a mask or a number, not another stream."""
+    """Tell whether an operand is a product, a bias, a mask or a scalar, not another stream."""
     if isinstance(value, Leaf) or value.heads or not value.external:
-        return True  # a parameter is no stream, however small the product
+        return True  # parameters only, however small the product
     return _is_less(value, size)
 
 
 def _is_less(value: Stream, size: Any) -> bool:
     if isinstance(value.size, int) and isinstance(size, int):
         return value.size < size or size == 1
-    return isinstance(value.size, int)  # a symbolic size is that of a stream
+    return isinstance(value.size, int)  # a stream has the symbolic size

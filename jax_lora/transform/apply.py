@@ -1,4 +1,4 @@
-"""lora_apply: any function of parameters, run on parameters that carry an adapter."""
+"""lora_apply: run any function of parameters on a combined tree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jax_lora.adapter import is_adapted, is_weight
+from jax_lora.adapter import base_of, is_adapted, is_weight
 from jax_lora.algebra.base_weight import Recipe
 from jax_lora.algebra.low_rank import LowRank
 from jax_lora.transform.evaluate import Evaluate
@@ -24,31 +24,35 @@ def lora_apply(
     form: str = "auto",
     platform: str | None = None,
 ) -> Callable[..., Any]:
-    """Turn `model.apply`, or any function, into its LoRA version.
+    """Transform `model.apply`, or any other function, to accept parameters with an adapter.
 
-    The result accepts the same arguments, with leaves from `combine` anywhere among them. It
-    computes what `fn` computes on the merged weights W0 + scale * a @ b: where such a leaf is used
-    in a contraction, x · W0 + scale * (x · a) · b, and no gradient of W0's size is ever computed.
-    Kernels that read the same x share their down-projections. `fn` is traced as by `jax.jit`; wrap
-    the call in `jax.jit` for speed. W0 is behind `stop_gradient`.
+    The returned function has the signature of `fn` and accepts leaves from `combine` anywhere in
+    its arguments. Its result is that of `fn` on the merged weights W0 + scale * a @ b. A
+    contraction with such a leaf is computed as x · W0 + scale * (x · a) · b, and no gradient of
+    W0's size is computed. Kernels with the same input x share a down-projection. W0 is wrapped in
+    `stop_gradient`. `fn` is traced on every call, so wrap the call in `jax.jit` for speed.
 
     Args:
-      fn: The function. Static arguments, `method=`, `mutable=` and `rngs=` work as before: whatever
-        is not a JAX array is passed on unchanged.
-      on_materialize: What to do where an operation has no low-rank rule and the full weight has to
-        be materialized: `"warn"` once per site, `"error"`, or `"allow"`.
-      form: How contractions are computed. `"auto"` decides for each by its shapes and types;
-        `"factored"` and `"merged"` pin the two forms of `jax_lora/transform/strategies.py`, of
-        which the second gives way where it would round the update off. `explain` shows the choice.
-      platform: The target: `"cpu"`, `"gpu"` or `"tpu"`. By default the platform of the inputs, or
-        the default backend inside `jax.jit`. Pass it to compile for a device that is not there.
+      fn: The function. Static arguments, `method=`, `mutable=` and `rngs=` work as before: a value
+        that is not a JAX array is passed on unchanged.
+      on_materialize: What to do if an operation has no low-rank rule, so that the full weight is
+        materialized: `"warn"` once per site, `"error"`, or `"allow"`.
+      form: How contractions are computed. `"auto"` chooses by shapes, types and platform;
+        `"factored"` and `"merged"` select one of the two forms of
+        `jax_lora/transform/strategies.py`. Despite `"merged"`, a contraction is factored if merging
+        would lose the update to rounding. `explain` shows the choices.
+      platform: The target platform: `"cpu"`, `"gpu"` or `"tpu"`. By default the platform of the
+        inputs, or the default backend inside `jax.jit`. Pass it to compile for another platform.
 
     Returns:
-      A function with `fn`'s signature.
+      A function with the signature of `fn`.
 
     Raises:
-      ConfigError: An unknown `on_materialize`, `form` or `platform`.
-      MaterializeError: From the result, under `on_materialize="error"`.
+      ConfigError: `on_materialize`, `form` or `platform` is unknown.
+      MaterializeError: From the returned function, under `on_materialize="error"`.
+
+    Warns:
+      MaterializeWarning: From the returned function, under `on_materialize="warn"`.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), equation 3: h = W0 x + (alpha / r) B A x.
@@ -59,21 +63,21 @@ def lora_apply(
       >>> params, x = {"kernel": jnp.ones((3, 4))}, jnp.ones((2, 3))
       >>> adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=2))
       >>> y = jl.lora_apply(model)(jl.combine(params, adapter), x)
-      >>> bool((y == model(params, x)).all())  # b is zero: the base model, bit by bit
+      >>> bool((y == model(params, x)).all())  # b is zero: bitwise equal to the base model
       True
     """
     return with_settings(fn, Settings(on_materialize, form, platform))
 
 
 def with_settings(fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
-    """Do what `lora_apply` does, with settings that the caller keeps.
+    """Apply `lora_apply` with a `Settings` object, which records the sites.
 
     Args:
       fn: The function.
-      settings: What was asked for; afterwards it holds what was done.
+      settings: The settings.
 
     Returns:
-      A function with `fn`'s signature.
+      A function with the signature of `fn`.
     """
 
     @functools.wraps(fn)
@@ -94,7 +98,7 @@ def with_settings(fn: Callable[..., Any], settings: Settings) -> Callable[..., A
 
 
 class _Program:
-    """`fn` as a function of its arrays alone, and back from its arrays to its result."""
+    """`fn` as a function of its arrays only, and the conversion of arrays to the result of `fn`."""
 
     def __init__(self, fn: Callable[..., Any], leaves: list[Any], treedef: Any, data: list[int]):
         self._fn, self._leaves, self._treedef, self._data = fn, leaves, treedef, data
@@ -107,7 +111,7 @@ class _Program:
         args, kwargs = jax.tree.unflatten(self._treedef, leaves)
         results, treedef = jax.tree.flatten(self._fn(*args, **kwargs))
         returned = [leaf for leaf in results if isinstance(leaf, jax.Array)]
-        # What is no array (a string, a Python number) is handed through as it is.
+        # Other values (a string, a Python number) are returned unchanged.
         self._result = (
             [None if isinstance(leaf, jax.Array) else (leaf,) for leaf in results],
             treedef,
@@ -115,9 +119,9 @@ class _Program:
         return returned
 
     def rebuild(self, arrays: list[Any]) -> Any:
-        """Put the arrays that were computed back into the structure that `fn` returned."""
+        """Put computed arrays into the structure that `fn` returned."""
         if self._result is None:
-            raise RuntimeError("rebuild is for after the program has been traced")
+            raise RuntimeError("rebuild requires that the function was traced before")
         kept, treedef = self._result
         remaining = iter(arrays)
         return jax.tree.unflatten(
@@ -130,13 +134,13 @@ def _is_data(leaf: Any) -> bool:
 
 
 def _stand_in(leaf: Any) -> Any:
-    """Return an array, or the shape and type of one, for `fn` to be traced with."""
-    base = leaf.base if is_adapted(leaf) else leaf
+    """Return an array, or its shape and type, to trace `fn` with."""
+    base = base_of(leaf)
     return jax.ShapeDtypeStruct(base.shape, base.dtype) if isinstance(base, Recipe) else base
 
 
 def _value(leaf: Any) -> Any:
-    """Return what the interpretation computes with: an array or a low-rank value."""
+    """Return the array or low-rank value that `Evaluate` computes with."""
     if isinstance(leaf, Recipe):
         frozen = jax.tree.map(jax.lax.stop_gradient, leaf)
         return LowRank(frozen, tuple(range(leaf.ndim)), "a base without an adapter")

@@ -1,4 +1,4 @@
-"""Contraction: one use of a low-rank value on arrays, as the rules that compute it see it."""
+"""Contraction: an equation that contracts a low-rank value with data."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """One equation that uses a low-rank value up.
+    """One equation that contracts a low-rank value with data.
 
     Args:
       eqn: The equation.
-      inputs: Its operands: arrays, and the value.
-      weight: The value among them.
-      use: How it is used.
+      inputs: Its operands: arrays and one low-rank value.
+      weight: The operand that is the low-rank value.
+      use: How the equation uses it.
     """
 
     eqn: Any
@@ -43,11 +43,7 @@ class Contraction:
         return self.inputs[self.use.data]
 
     def on_base(self, x: Array | None = None) -> Array:
-        """Evaluate the equation on W0.
-
-        Args:
-          x: Data instead of the equation's own.
-        """
+        """Evaluate the equation on W0, with `x` instead of the data if it is given."""
         position = self.weight.position
         others = list(self.inputs)
         if x is not None:
@@ -61,10 +57,10 @@ class Contraction:
 
 
 class Evaluator(Protocol):
-    """What the rules that compute a contraction need of the interpretation that calls them."""
+    """The part of `Evaluate` that the compute functions of rules use."""
 
     strategy: Strategy
 
     def note(self, contraction: Contraction, choice: Choice, **sizes: Any) -> None:
-        """Record how a contraction is computed, and the sizes of its site, for `explain`."""
+        """Record the form and the sizes of a contraction for `explain`."""
         ...

@@ -1,6 +1,6 @@
-"""Programs, evaluated inside and built again: jit, remat, scan, while, cond and shard_map.
+"""Rebuild jit, remat, scan, while, cond and shard_map around the evaluation of their bodies.
 
-Each comes out as itself, with the factors beside W0.
+Factors become additional inputs of the rebuilt equation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax_lora.algebra.named_array import NamedArray
 from jax_lora.transform.programs import Body, Call, Cond, Scan, ShardMap, While, unchanged
 
 Value = Any  # an array or a LowRank
-Evaluator = Any  # the `Evaluate` that came upon the program
+Evaluator = Any  # the `Evaluate` of the jaxpr that has the equation
 
 
 # -----------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def jit(evaluator: Evaluator, eqn: Any, program: Call, inputs: list[Value]) -> l
 def _jitted(
     evaluator: Any, settings: Any, strategy: Any, times: int, called_at: str, jaxpr: Any, name: str
 ) -> Callable[..., Any]:
-    """Return the jitted evaluation of a program: the same one again, so that it compiles once."""
+    """Return the jitted evaluation of a jaxpr: the same function each time, to compile once."""
 
     def evaluate(consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
         return evaluator(settings, strategy, times, called_at).run(Body(jaxpr, consts), inputs)
@@ -59,7 +59,7 @@ def _jitted(
 
 
 def _constrained(values: Sequence[Value], shardings: Sequence[Any]) -> list[Value]:
-    """Put an inner jit's own shardings on its arrays."""
+    """Apply the shardings of an inner jit to its arrays."""
     wanted = [*shardings, *[None] * (len(values) - len(shardings))]
     return [
         lax.with_sharding_constraint(value, sharding)
@@ -87,40 +87,35 @@ def call(evaluator: Evaluator, eqn: Any, program: Call, inputs: list[Value]) -> 
 
 
 def scan(evaluator: Evaluator, eqn: Any, program: Scan, inputs: list[Value]) -> list[Value]:
-    """Evaluate under `lax.scan`: stacks are sliced, factors and all."""
+    """Evaluate under `lax.scan`: factors with the stack axis are sliced together with W0."""
     n_carry = program.n_carry
-    consts, carry, xs = program.split(inputs)
-    still = _still(program.body, carry, program.n_consts)
-    moving = evaluator.dense(
-        [value for value, fixed in zip(carry, still, strict=True) if not fixed], eqn, "scan carry"
-    )
+    consts, initial, xs = program.split(inputs)
+    carry = _Carry(evaluator, eqn, "scan carry", initial, program.body, program.n_consts)
     xs = [value if _is_sliceable(value) else evaluator.dense([value], eqn)[0] for value in xs]
     slices = [_StackSlices.of(value) for value in xs]
 
     def step(moving: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
         index, arrays = x
         layer = [each.at(array) for each, array in zip(slices, arrays, strict=True)]
-        values = [*consts, *_interleave(carry, moving, still), *layer]
-        values = [_keyed(value, index) for value in values]
+        values = [_keyed(value, index) for value in (*consts, *carry.values(moving), *layer)]
         outputs = evaluator.run(program.body, values, times=program.length)
-        new_carry = [out for out, fixed in zip(outputs[:n_carry], still, strict=True) if not fixed]
-        # Whole kernels that the body returns stay factored; a single row is smaller materialized.
+        # Matrices that the body returns stay factored; a single row is smaller materialized.
         ys = [
             out if _is_stackable(out) else evaluator.dense([out], eqn)[0]
             for out in outputs[n_carry:]
         ]
-        return evaluator.dense(new_carry, eqn, "scan carry"), ys
+        return carry.moving(outputs[:n_carry]), ys
 
     steps = jnp.arange(program.length) if any(map(_has_key, inputs)) else None
     moved, ys = lax.scan(
         step,
-        moving,
+        carry.moving(initial),
         (steps, [each.arrays for each in slices]),
         length=program.length,
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    return [*_interleave(carry, moved, still), *(_stacked(value, inputs) for value in ys)]
+    return [*carry.values(moved), *(_stacked(value, inputs) for value in ys)]
 
 
 def _is_stackable(value: Value) -> bool:
@@ -128,31 +123,50 @@ def _is_stackable(value: Value) -> bool:
 
 
 def _stacked(value: Value, inputs: Sequence[Value]) -> Value:
-    """View a value whose arrays the scan has stacked as one with a stack axis in front."""
+    """Add the name of the leading stack axis to a value whose arrays a scan has stacked."""
     if not is_low_rank(value):
         return value
     factors = [each for name in FACTORS if (each := getattr(value, name)) is not None]
     taken = {*value.axes}.union(*(each.axes for each in factors))
     name = next(each for n in itertools.count() if (each := ("scan", n)) not in taken)
-    # The keys of the steps were stacked as well; each step's is folded in again where it is used.
+    # The scan stacked the keys of the steps as well; they are derived again from the initial key.
     keys = (each.key for each in inputs if _has_key(each) and each.path == value.path)
     stacked = value.on_factors(lambda each: NamedArray(each.array, (name, *each.axes)))
     return stacked.replace(key=next(keys, None), axes=(name, *value.axes))
 
 
-def _still(body: Body, carry: Sequence[Value], n_consts: int) -> list[bool]:
-    """Tell which low-rank values of the carry are handed on untouched."""
-    fixed = unchanged(body, n_consts, len(carry))
-    return [is_low_rank(value) and same for value, same in zip(carry, fixed, strict=True)]
+class _Carry:
+    """The carry of a loop. Low-rank values that the body returns unchanged stay outside of it."""
 
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        eqn: Any,
+        name: str,
+        initial: Sequence[Value],
+        body: Body,
+        n_consts: int,
+    ):
+        self._dense = lambda values: evaluator.dense(values, eqn, name)
+        fixed = unchanged(body, n_consts, len(initial))
+        self._fixed = [
+            value if is_low_rank(value) and same else None
+            for value, same in zip(initial, fixed, strict=True)
+        ]
 
-def _interleave(carry: Sequence[Value], moving: Sequence[Any], still: Sequence[bool]) -> list:
-    moved = iter(moving)
-    return [value if fixed else next(moved) for value, fixed in zip(carry, still, strict=True)]
+    def moving(self, values: Sequence[Value]) -> list[Any]:
+        """Return the values that the loop carries, as arrays."""
+        pairs = zip(values, self._fixed, strict=True)
+        return self._dense([value for value, fixed in pairs if fixed is None])
+
+    def values(self, moving: Sequence[Any]) -> list[Value]:
+        """Return all values of the carry: the inverse of `moving`."""
+        rest = iter(moving)
+        return [next(rest) if fixed is None else fixed for fixed in self._fixed]
 
 
 def _is_sliceable(value: Value) -> bool:
-    """Tell whether a scan may slice a value: not along the inputs that an addend goes with."""
+    """Tell whether a scan can slice a value: not along input axes if it has an addend."""
     return not is_low_rank(value) or not value.addend or value.axes[0] in value.addend.axes
 
 
@@ -161,14 +175,14 @@ def _has_key(value: Value) -> bool:
 
 
 def _keyed(value: Value, index: Any) -> Value:
-    """Give a value with dropout the key of this step."""
+    """Derive the dropout key of a step."""
     if not _has_key(value):
         return value
     return value.replace(key=jax.random.fold_in(value.key, index))
 
 
 class _StackSlices:
-    """One input that a scan slices: its arrays, and how to build the value of one step."""
+    """One scanned input: its arrays, and the value of one step."""
 
     def __init__(self, value: Value, arrays: Any):
         self._value = value
@@ -176,7 +190,7 @@ class _StackSlices:
 
     @classmethod
     def of(cls, value: Value) -> _StackSlices:
-        """Move the leading axis of W0 to the front of the factors that have it."""
+        """Move the leading axis of W0 to the front of every factor that has it."""
         if not is_low_rank(value):
             return cls(value, value)
         if isinstance(value.base, Recipe) and not value.base.sliceable:
@@ -192,7 +206,7 @@ class _StackSlices:
         return cls(value, (base, {each: leading(getattr(value, each)) for each in FACTORS}))
 
     def at(self, arrays: Any) -> Value:
-        """Build the value of one step from its slices."""
+        """Return the value of one step, given its slices."""
         value = self._value
         if not is_low_rank(value):
             return arrays
@@ -214,30 +228,21 @@ class _StackSlices:
 
 def while_loop(evaluator: Evaluator, eqn: Any, program: While, inputs: list[Value]) -> list[Value]:
     """Evaluate under `lax.while_loop`."""
-    for_test, for_body, carry = program.split(inputs)
-    still = _still(program.body, carry, program.n_body)
-    moving = evaluator.dense(
-        [value for value, fixed in zip(carry, still, strict=True) if not fixed], eqn, "while carry"
-    )
+    for_test, for_body, initial = program.split(inputs)
+    carry = _Carry(evaluator, eqn, "while carry", initial, program.body, program.n_body)
 
     def keep_going(state: tuple[Any, list[Any]]) -> Any:
-        values = [*for_test, *_interleave(carry, state[1], still)]
-        return evaluator.run(program.test, values)[0]
+        return evaluator.run(program.test, [*for_test, *carry.values(state[1])])[0]
 
     def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         index, moving = state
-        values = [*for_body, *_interleave(carry, moving, still)]
-        values = [_keyed(value, index) for value in values]
+        values = [_keyed(value, index) for value in (*for_body, *carry.values(moving))]
         outputs = evaluator.run(program.body, values)
-        outputs = [out for out, fixed in zip(outputs, still, strict=True) if not fixed]
-        return (
-            None if index is None else index + 1,
-            evaluator.dense(outputs, eqn, "while carry"),
-        )
+        return None if index is None else index + 1, carry.moving(outputs)
 
     start = jnp.zeros((), jnp.int32) if any(map(_has_key, inputs)) else None
-    _, moved = lax.while_loop(keep_going, step, (start, moving))
-    return _interleave(carry, moved, still)
+    _, moved = lax.while_loop(keep_going, step, (start, carry.moving(initial)))
+    return carry.values(moved)
 
 
 def cond(evaluator: Evaluator, eqn: Any, program: Cond, inputs: list[Value]) -> list[Value]:
@@ -258,7 +263,7 @@ def cond(evaluator: Evaluator, eqn: Any, program: Cond, inputs: list[Value]) -> 
 def shard_map(
     evaluator: Evaluator, eqn: Any, program: ShardMap, inputs: list[Value]
 ) -> list[Value]:
-    """Evaluate under `jax.shard_map`: factors are sharded as W0 is."""
+    """Evaluate under `jax.shard_map`, with factors sharded like W0."""
     folds = evaluator.varying_axes(program, [_has_key(value) for value in inputs])
 
     def evaluate(*values: Value) -> tuple[Any, ...]:
@@ -285,27 +290,27 @@ def shard_map(
 
 
 def _keyed_by_shard(value: Value, axes: Collection[str]) -> Value:
-    """Give a value with dropout a different key on every shard whose data are different."""
+    """Derive a different dropout key on every shard with different data."""
     for axis in sorted(axes):
         value = value.replace(key=jax.random.fold_in(value.key, lax.axis_index(axis)))
     return value
 
 
 def _shardable(evaluator: Evaluator, eqn: Any, value: Value, spec: PartitionSpec) -> Value:
-    """Return a value whose parts can be sharded like W0."""
+    """Return a value whose factors can be sharded like W0."""
     if not is_low_rank(value):
         return value
     axes = zip(spec, value.axes, strict=False)
     if value.addend is not None and any(
         names and name not in value.addend.axes for names, name in axes
     ):
-        # Each shard would add the addend to a sum over some of the inputs.
+        # Each shard would add the addend to a partial sum over the inputs.
         return evaluator.dense([value], eqn)[0]
     return value.replace(base=made(value.base))
 
 
 def _spec_of(value: LowRank, spec: PartitionSpec) -> LowRank:
-    """Shard every factor's axis like W0's axis of the same name."""
+    """Shard the axes of factors like the axes of W0 with the same names."""
     by_name = dict(zip(value.axes, [*spec, *[None] * len(value.shape)], strict=False))
     along = lambda axes: PartitionSpec(*(by_name.get(name) for name in axes))  # noqa: E731
     key = None if value.key is None else PartitionSpec()

@@ -1,7 +1,7 @@
-"""dot_general: every matrix product, einsum and DenseGeneral.
+"""The rule of dot_general, to which every matrix product, einsum and DenseGeneral lowers.
 
-`read_dot_general` is the rule in names. `dot_general` computes it: contractions that read the same
-data arrive together, so that they share their down-projections.
+`read_dot_general` names the axes. `dot_general` computes contractions with the same data together,
+so that they share a down-projection.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ def read_dot_general(weight: Operand) -> Use | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Planned:
-    """One contraction, and how it is computed."""
+    """One contraction, and the chosen form."""
 
     contraction: Contraction
     plan: Projection
-    gain_first: bool  # whether the gain is applied to x, not to the result
+    gain_first: bool  # whether the gain multiplies x instead of the result
     product: DotGeneral | None
     sizes: Sizes
     choice: Choice
 
 
 def dot_general(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
-    """Contract one x with one or several low-rank values; None where that needs the full weight."""
+    """Contract x with one or more low-rank values; None if a contraction needs the full weight."""
     planned = [_plan(evaluator, each) for each in contractions]
     results: list[Result] = [None] * len(contractions)
     for form, compute in ((FACTORED, _factored), (MERGED, _merged)):
@@ -86,7 +86,7 @@ def _plan(evaluator: Evaluator, each: Contraction) -> _Planned | None:
     gain_axes = set() if value.gain is None else {*value.gain.axes}
     gain_first = not gain_axes <= {*use.out_axes}
     if gain_first and not gain_axes <= {*use.data_axes}:
-        return None  # the gain varies along an axis that is summed away and along one that is not
+        return None  # the gain varies along both a summed axis and an output axis
     a, b = value.factors
     plan = factored_product.projection(
         value,
@@ -109,7 +109,7 @@ def _plan(evaluator: Evaluator, each: Contraction) -> _Planned | None:
 
 
 def _product(each: Contraction) -> DotGeneral | None:
-    """Read a `dot_general` equation, or return None if it has parameters unknown here."""
+    """Read a `dot_general` equation; None if it has unknown parameters."""
     names = {field.name for field in dataclasses.fields(DotGeneral)} - {"weight_first"}
     params = each.eqn.params
     if not set(params) <= names:
@@ -149,7 +149,7 @@ def _factored(those: Sequence[_Planned]) -> list[Parts]:
     results = []
     for group in _of_same_data(those):
         x = _data(group[0])
-        bases = [_base(each, x) for each in group]
+        bases = [each.contraction.on_base(x) for each in group]
         factors = [each.contraction.value.factors for each in group]
         updates = factored_product.multiply([each.plan for each in group], x, factors)
         results += map(Parts, bases, updates)
@@ -157,17 +157,17 @@ def _factored(those: Sequence[_Planned]) -> list[Parts]:
 
 
 def _with_dropout(each: _Planned) -> Parts:
-    """Compute the factored form where the factors see other data than W0 does."""
+    """Compute the factored form where dropout changes the data of the factors only."""
     value, x = each.contraction.value, each.contraction.data
     seen = dropped(value, x)
-    base = _base(each, x)
+    base = each.contraction.on_base(x)
     multiply = functools.partial(factored_product.multiply, [each.plan], factors=[value.factors])
     if not each.gain_first:
         (update,) = multiply(seen)
-        return Parts(base, update, None if value.gain is None else _base(each, seen))
+        return Parts(base, update, None if value.gain is None else each.contraction.on_base(seen))
     axes = each.plan.x_axes
     (update,) = multiply(gained(value, seen, axes))
-    return Parts(base + _base(each, gained(value, seen, axes, less=1.0)), update)
+    return Parts(base + each.contraction.on_base(gained(value, seen, axes, less=1.0)), update)
 
 
 def _merged(those: Sequence[_Planned]) -> list[Parts]:
@@ -188,7 +188,7 @@ def _merged(those: Sequence[_Planned]) -> list[Parts]:
 
 
 def _of_same_data(those: Sequence[_Planned]) -> list[Sequence[_Planned]]:
-    """Separate, in order, what is contracted with different data: x times its own gain."""
+    """Group by data: contractions that multiply x by a gain have different data."""
     if any(each.gain_first for each in those):
         return [[each] for each in those]
     return [those] if those else []
@@ -197,11 +197,6 @@ def _of_same_data(those: Sequence[_Planned]) -> list[Sequence[_Planned]]:
 def _data(each: _Planned) -> Array:
     value, x = each.contraction.value, each.contraction.data
     return gained(value, x, each.plan.x_axes) if each.gain_first else x
-
-
-def _base(each: _Planned, x: Array) -> Array:
-    """Contract W0: the model's own equation."""
-    return each.contraction.on_base(x)
 
 
 def _note(evaluator: Evaluator, each: _Planned, together: Sequence[_Planned]) -> None:

@@ -1,4 +1,4 @@
-"""Equations of a jaxpr: how to evaluate one, open its sub-programs, and find its source line."""
+"""Equations of a jaxpr: evaluate one, open its sub-jaxprs, and find its source line."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ UNKNOWN = "an unknown place"
 
 
 def is_literal(var: Any) -> bool:
-    """Tell whether an input of an equation is a constant written into the program."""
+    """Tell whether an input of an equation is a literal."""
     return isinstance(var, jex_core.Literal)
 
 
 def bind(eqn: Any, *inputs: Any) -> list[Any]:
     """Evaluate one equation on arrays.
 
-    `eval_jaxpr` of a jaxpr with this equation alone hides the differences between JAX versions in
-    how primitives are bound, and keeps name scopes.
+    Evaluating a jaxpr of one equation works on every version of JAX, although the ways to bind a
+    primitive differ, and keeps name scopes.
     """
-    # A variable that occurs twice has the same value twice.
+    # A dict: a variable may occur twice among the inputs.
     values = {
         var: value for var, value in zip(eqn.invars, inputs, strict=True) if not is_literal(var)
     }
@@ -35,7 +35,7 @@ def bind(eqn: Any, *inputs: Any) -> list[Any]:
 
 
 def with_operand(position: int, operand: Any, others: Sequence[Any]) -> list[Any]:
-    """Put one operand in its place among the others."""
+    """Insert an operand at its position among the others."""
     return [*others[:position], operand, *others[position:]]
 
 
@@ -54,7 +54,7 @@ def _package_folder(name: str) -> str | None:
     return os.path.dirname(spec.origin) + os.sep if spec is not None and spec.origin else None
 
 
-# Frames of these packages are machinery: the reader wants the line of the model.
+# Frames of these packages are skipped to find the line of the user's model.
 _MACHINERY = tuple(
     folder
     for folder in map(_package_folder, ("jax", "jaxlib", "flax", "jax_lora", "contextlib"))
@@ -63,14 +63,14 @@ _MACHINERY = tuple(
 
 
 def location(eqn: Any, called_at: str = UNKNOWN) -> str:
-    """Return the `file:line` in the user's code that an equation came from.
+    """Return the `file:line` in the user's code at which an equation was traced.
 
     Args:
       eqn: An equation of a jaxpr.
-      called_at: What to return where a library's own function holds the equation.
+      called_at: The result if a library function contains the equation.
 
     Returns:
-      The innermost frame outside of JAX, Flax and this package, else `called_at`.
+      The innermost frame outside JAX, Flax and this package, else `called_at`.
     """
     traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
     for frame in getattr(traceback, "frames", ()):

@@ -1,8 +1,8 @@
-"""evaluate: the interpretation that runs a program with low-rank values instead of arrays.
+"""evaluate: the interpretation behind `lora_apply`. It computes with arrays and low-rank values.
 
-A weight moves by its rule: W0 undergoes the operation, and the factors the steps of the move. Where
-it is used up, the rule computes the product. Where there is no rule, or the rule does not apply,
-the full weight is materialized for that equation alone.
+A structural rule applies the operation to W0 and the corresponding steps to the factors. A rule of
+a contraction computes the product. If there is no rule, or the rule does not apply, the full weight
+is materialized for that equation only.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Value = Any  # an array or a LowRank
 
 
 class Evaluate(Interpretation[Value]):
-    """Runs programs on arrays and low-rank values.
+    """Evaluates jaxprs on arrays and low-rank values.
 
     Args:
-      settings: What the caller of `lora_apply` asked for.
-      strategy: How products are computed on the target.
-      times: How often the program runs: more than once inside a scan.
-      called_at: Where the program is called from, if it lies inside another one.
+      settings: The settings of `lora_apply`.
+      strategy: How products are computed on the target platform.
+      times: How often the jaxpr runs: the length of the scans around it.
+      called_at: Source line of the call, if the jaxpr is inside another one.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Evaluate(Interpretation[Value]):
         times: int = 1,
         called_at: str = UNKNOWN,
     ):
-        """Start with no use of any weight counted."""
+        """Start with a use count of zero."""
         self.settings = settings
         self.strategy = strategy
         self.times = times
@@ -82,7 +82,7 @@ class Evaluate(Interpretation[Value]):
         if rule.move is None or (len(weights) > 1 and not rule.each):
             return None
         if len(inputs) > 1 and not rule.each and not inputs[weights[0]].is_weight:
-            return None  # a row or a column is materialized where it is combined with data
+            return None  # a single row or column is materialized when it is combined with data
         moved: dict[int, LowRank] = {}
         for position in weights:
             planned = rule.move(Operand(eqn, position, inputs[position].axes, inputs))
@@ -103,16 +103,17 @@ class Evaluate(Interpretation[Value]):
     def consume(
         self, eqns: Sequence[Any], rule: Rule, inputs: Sequence[Sequence[Value]]
     ) -> list[list[Value] | None]:
-        """Compute what uses weights up; None for an equation that needs the full weight."""
+        """Compute contractions of weights; None for an equation that needs the full weight."""
         contractions = [self._contraction(*each, rule) for each in zip(eqns, inputs, strict=True)]
         known = [each for each in contractions if each is not None]
         results = iter(self._computed(rule, known))
         return [None if each is None else next(results) for each in contractions]
 
-    def enter(self, eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Value] | None:
-        """Evaluate the programs that an equation holds, and build it again around them."""
-        program = rule.open(eqn) if rule.open is not None else None
-        if program is None or rule.rebuild is None:
+    def enter(
+        self, eqn: Any, rule: Rule, program: Any, inputs: Sequence[Value]
+    ) -> list[Value] | None:
+        """Rebuild an equation around the evaluation of its sub-jaxprs."""
+        if rule.rebuild is None:
             return None
         return rule.rebuild(self, eqn, program, [self.fresh(value) for value in inputs])
 
@@ -121,36 +122,36 @@ class Evaluate(Interpretation[Value]):
         return bind(eqn, *self.dense(inputs, eqn))
 
     def groups(self, jaxpr: Any, weights: Collection[Any]) -> Mapping[int, Group]:
-        """Group the contractions that read the same data."""
+        """Group contractions with the same data."""
         return sharing.find_groups(jaxpr, weights)
 
     # -------------------------------------------------------------------------------------------
-    # What rules need
+    # Methods for rules
     # -------------------------------------------------------------------------------------------
 
     def run(self, body: Body, inputs: Sequence[Value], times: int = 1) -> list[Value]:
-        """Evaluate a program inside this one, which counts its uses of weights for itself."""
+        """Evaluate a sub-jaxpr, with a separate count of uses."""
         inner = Evaluate(self.settings, self.strategy, self.times * times, self.called_at)
         return walk(inner, body.jaxpr, body.consts, inputs)
 
     def varying_axes(self, program: ShardMap, weights: Sequence[bool]) -> list[frozenset[str]]:
-        """Return, per input, the mesh axes along which all the data that a weight meets differ."""
+        """Return, per weight, the mesh axes along which all of its data varies."""
         specs = list(map(vary.axes_of, program.in_specs))
         return vary.axes_met(program.body.jaxpr, specs, weights)
 
     def dense(self, values: Sequence[Value], eqn: Any, operation: str | None = None) -> list[Any]:
-        """Materialize every low-rank value among some, reporting it once per site.
+        """Materialize low-rank values, and report it once per site.
 
         Args:
           values: Arrays and low-rank values.
           eqn: The equation that needs arrays.
-          operation: What to call it; by default the name of its primitive.
+          operation: Its name in messages; by default the name of its primitive.
 
         Returns:
           Arrays only.
 
         Raises:
-          MaterializeError: A value has an addend; or the policy is "error".
+          MaterializeError: A value has an addend, or `on_materialize` is "error".
         """
         return [
             self._materialized(value, eqn, operation or eqn.primitive.name)
@@ -167,7 +168,7 @@ class Evaluate(Interpretation[Value]):
         return materialize(value)
 
     def note(self, contraction: Contraction, choice: Choice, **sizes: Any) -> None:
-        """Record how a contraction is computed, and the sizes of its site."""
+        """Record the form and the sizes of a contraction."""
         eqn = contraction.eqn
         place: dict[str, Any] = {
             "where": self.locate(eqn),
@@ -178,11 +179,11 @@ class Evaluate(Interpretation[Value]):
         self.settings.note(site_of(contraction.value, **place, **chosen, **sizes))
 
     def locate(self, eqn: Any) -> str:
-        """Return the line of an equation, or of the call where a library's function holds it."""
+        """Return the source line of an equation, or of the call of the library that contains it."""
         return location(eqn, self.called_at)
 
     def fresh(self, value: Value) -> Value:
-        """Give a value with dropout a key for this use of it."""
+        """Derive the dropout key of this use of a value."""
         if not is_low_rank(value) or value.key is None:
             return value
         self._uses += 1
@@ -193,7 +194,7 @@ class Evaluate(Interpretation[Value]):
     # -------------------------------------------------------------------------------------------
 
     def _contraction(self, eqn: Any, inputs: Sequence[Value], rule: Rule) -> Contraction | None:
-        """Read how an equation uses a weight; None where that has no low-rank form."""
+        """Read how an equation uses a weight; None if there is no low-rank form."""
         weights = [i for i, value in enumerate(inputs) if is_low_rank(value)]
         if len(weights) != 1 or rule.read is None:
             return None
@@ -215,7 +216,7 @@ class Evaluate(Interpretation[Value]):
     def _computed(
         self, rule: Rule, contractions: Sequence[Contraction]
     ) -> list[list[Value] | None]:
-        """Compute contractions, and finish each result with its gain and its epilogue."""
+        """Compute contractions, and apply gain and epilogue to the results."""
         if rule.compute is None or not contractions:
             return [None] * len(contractions)
         adapted = [each for each in contractions if each.value.a is not None]
@@ -240,13 +241,13 @@ def _is_floating(array: Any) -> bool:
 
 
 def _on_bases(eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Any]:
-    """Evaluate an equation on W0 instead of each low-rank value; of a recipe, make a longer one."""
+    """Evaluate an equation on the base weights; a recipe is extended instead of evaluated."""
     bases = [value.base if is_low_rank(value) else value for value in inputs]
     recipes = [i for i, base in enumerate(bases) if isinstance(base, Recipe)]
     if not recipes:
         return bind(eqn, *bases)
     if len(bases) > 1 and rule.each:
-        return bases  # a barrier between several arrays means nothing to one that is not there yet
+        return bases  # an optimization barrier has no effect on a weight that is not computed yet
     (position,) = recipes
     others = tuple(base for i, base in enumerate(bases) if i != position)
     return [

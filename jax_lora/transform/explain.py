@@ -1,4 +1,4 @@
-"""explain: what lora_apply does at every place where a function uses an adapted kernel, and why."""
+"""explain: how lora_apply computes every use of an adapted kernel, and why."""
 
 from __future__ import annotations
 
@@ -16,38 +16,37 @@ from jax_lora.transform.sites import Settings, Site
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What was chosen, site by site; prints as a table.
+    """The sites at which a function uses adapted kernels; `print` shows them as a table.
 
     Args:
-      sites: The sites in the order in which they run.
+      sites: The sites in execution order.
     """
 
     sites: tuple[Site, ...]
 
     def __str__(self) -> str:
-        """Lay the sites out as a table, with the sites that are alike in one row."""
+        """Format a table with one row per group of equal sites."""
         rows = [_row(alike) for alike in _alike(self.sites)]
         return "\n".join(_columns([_HEADER, *rows]))
 
 
 def explain(fn: Callable[..., Any], *args: Any, form: str = "auto", **kwargs: Any) -> Explanation:
-    """Show how `lora_apply(fn, form=form)` computes each contraction of these arguments.
+    """Show how `lora_apply(fn, form=form)` computes each contraction with adapted kernels.
 
-    Use it to see why a step is slow: a site that says "materialized" forms the whole weight. The
-    function is traced, not run.
+    Use it to find out why a step is slow: at a site with the form "materialized", the full weight
+    is computed. The function is traced and not run.
 
     Args:
-      fn: The function given to `lora_apply`.
-      *args: Its arguments, with `LoraWeight` leaves among them; a `jax.ShapeDtypeStruct` will do
-        for an array.
+      fn: The function that is passed to `lora_apply`.
+      *args: Its arguments, with `LoraWeight` leaves. A `jax.ShapeDtypeStruct` can replace an array.
       form: As in `lora_apply`.
       **kwargs: Its keyword arguments.
 
     Returns:
-      An `Explanation`: `str()` of it is a table, `.sites` is what stands in it.
+      An `Explanation`: `print` shows it as a table, and `.sites` holds its rows.
 
     Raises:
-      ConfigError: An unknown `form`.
+      ConfigError: `form` is unknown.
       StructureError: No argument has an adapter.
 
     Example:
@@ -81,7 +80,7 @@ _HEADER = ("kernel", "form", "tokens", "in", "out", "rank", "runs", "at", "why")
 
 
 def _alike(sites: Sequence[Site]) -> list[list[Site]]:
-    """Group the sites that differ in nothing but the kernel's place in the model."""
+    """Group sites that differ only in the numbers in their paths, such as layer indices."""
     groups: dict[Any, list[Site]] = {}
     for site in sites:
         count = (str(len(site.beside)),)
@@ -91,7 +90,7 @@ def _alike(sites: Sequence[Site]) -> list[list[Site]]:
 
 
 def _without_numbers(path: str) -> str:
-    """Write `*` for every number in a path, so that layers look alike.
+    """Replace every number in a path by `*`.
 
     Example:
       >>> _without_numbers("layers_11/mlp/up/kernel")
@@ -122,7 +121,7 @@ def _row(sites: Sequence[Site]) -> tuple[str, ...]:
 
 
 def _count(tokens: Any) -> str:
-    """Write a number of tokens, which may be symbolic."""
+    """Format a number of tokens, which may be symbolic."""
     if not isinstance(tokens, int):
         return str(tokens)
     return f"{tokens:,}" if tokens else ""

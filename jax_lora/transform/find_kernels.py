@@ -1,4 +1,4 @@
-"""find_kernels: which leaves a function contracts, and along which of their axes."""
+"""find_kernels: find the leaves that a function contracts, and the roles of their axes."""
 
 from __future__ import annotations
 
@@ -9,37 +9,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_lora import paths
-from jax_lora.adapter import is_adapted, is_weight
-from jax_lora.errors import StructureError, format_error
+from jax_lora.adapter import is_weight, plain_leaves
 from jax_lora.kernels.kernel import Kernels
-from jax_lora.kernels.parameters import not_parameters
 from jax_lora.transform.analyze import Analyze, Stream
+from jax_lora.transform.parameters import not_parameters
 from jax_lora.transform.programs import Body
 from jax_lora.transform.record import Bar, Record
 
 
 def find_kernels(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Kernels:
-    """Report how a function uses the leaves of its first argument.
+    """Find the kernels among the leaves of a function's first argument.
 
-    Use it for `lora_init` wherever a kernel is more than a plain (in, out) matrix: stacked layers,
-    heads, experts, embeddings, convolutions. It accepts `jax.ShapeDtypeStruct`s and allocates
-    nothing. What it finds does not depend on what else the function returns.
+    Pass the result to `lora_init` if a kernel is not a plain (in, out) matrix: stacked layers,
+    heads, experts, embeddings, convolutions. The function is traced on shapes and types, so
+    `jax.ShapeDtypeStruct`s are sufficient and no array is allocated. The result does not depend on
+    additional outputs of the function.
 
     Args:
       fn: Any function of a tree of parameters, such as `model.apply`.
-      tree: Its first argument. Only parameters are adapted: of Linen variables the collection
-        `params`, of NNX state the variables of type `nnx.Param`, of any other tree all leaves.
+      tree: Its first argument. Only parameters can be adapted: the collection `params` of Linen
+        variables, variables of type `nnx.Param` of NNX state, all leaves of any other tree.
       *args: Its other arguments, of any shape that it accepts.
       **kwargs: Its keyword arguments.
 
     Returns:
-      A mapping from path to `Kernel` for each floating-point parameter that a contraction, an
-      embedding lookup or a convolution uses. Its attribute `skipped` maps every other matrix that
-      the function uses to the reason why no adapter can reach it.
+      A mapping from path to `Kernel` for each floating-point parameter that is used in a
+      contraction, an embedding lookup or a convolution. Its attribute `skipped` maps the path of
+      every other matrix that the function uses to the reason why it cannot be adapted.
 
     Raises:
-      StructureError: The tree has an adapter already.
+      StructureError: The tree already has an adapter.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,7 +50,7 @@ def find_kernels(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -
       ('dense', (0,), (1, 2))
     """
     leaves, treedef = jax.tree.flatten((tree, args, kwargs), is_leaf=is_weight)
-    named = _named_parameters(tree)
+    named = [path for path, _ in plain_leaves("find_kernels", tree)]
     data = [index for index, leaf in enumerate(leaves) if _is_data(leaf, index < len(named))]
 
     def program(*arrays: Any) -> list[Any]:
@@ -83,21 +82,6 @@ def find_kernels(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -
     return record.results([stream.heads for stream in results])
 
 
-def _named_parameters(tree: Any) -> list[str]:
-    named = paths.flatten_with_paths(tree, is_leaf=is_weight)[0]
-    for path, leaf in named:
-        if is_adapted(leaf):
-            raise StructureError(
-                format_error(
-                    f"find_kernels: {path}",
-                    got="a leaf that has an adapter already",
-                    expected="plain parameters",
-                    fix="Take the adapter off first: variables, adapter = jl.partition(tree).",
-                )
-            )
-    return [path for path, _ in named]
-
-
 def _is_data(leaf: Any, is_parameter: bool) -> bool:
     array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or is_weight(leaf)
     return array or (is_parameter and hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
@@ -111,4 +95,4 @@ def _not_floating(leaf: Any) -> Bar | None:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or jnp.issubdtype(dtype, jnp.floating):
         return None
-    return Bar(f"its type is {dtype}, and adapters are real floating-point updates", True)
+    return Bar(f"its type is {dtype}, and only real floating-point leaves can be adapted", True)

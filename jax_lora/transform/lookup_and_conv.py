@@ -1,4 +1,4 @@
-"""Lookups, grouped products and convolutions: W0's own operation, plus that of the factors."""
+"""The rules of embedding lookups, grouped matrix products and convolutions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _was_dropped_with_gain(value: LowRank) -> bool:
 
 
 def read_lookup(weight: Operand) -> Use | None:
-    """Name the axes of an embedding lookup: whole rows along one axis."""
+    """Name the axes of an embedding lookup, which selects whole rows along one axis."""
     axis, moves = looked_up_axis(weight), choose(weight)
     if axis is None or moves is None:
         return None
@@ -44,7 +44,7 @@ def read_lookup(weight: Operand) -> Use | None:
 
 
 def lookup(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
-    """Look up rows of W0 and of the factor that has the axis."""
+    """Look up rows of W0 and of the factor that has the looked-up axis."""
     (each,) = contractions
     value, ids, (name,) = each.value, each.data, each.use.summed
     new = tuple(n for n in each.use.out_axes if n is not None and n not in value.axes)
@@ -72,7 +72,7 @@ def _rows_update(found: LowRank, new: Sequence[AxisName]) -> Array:
 def _with_gain(found: LowRank, rows: Array, update: Array) -> Array:
     if found.gain is None:
         return rows + update
-    # An id out of range may have given NaN, which the derivative of the gain must not see.
+    # An id out of range gives NaN, which must not enter the derivative of the gain.
     known = ~jnp.isnan(rows)
     safe = jnp.where(known, rows, jnp.zeros((), rows.dtype))
     return jnp.where(known, gained(found, safe + update, found.axes), rows)
@@ -101,7 +101,7 @@ def read_ragged_dot(weight: Operand) -> Use | None:
 
 
 def ragged_dot(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
-    """Multiply each group of tokens with its expert's W0, and with its expert's factors."""
+    """Multiply each group of tokens with W0 and the factors of its expert."""
     (each,) = contractions
     x, value, sizes = each.inputs
     expert, inside, outside = value.axes
@@ -130,7 +130,7 @@ def ragged_dot(evaluator: Evaluator, contractions: Sequence[Contraction]) -> lis
 
 
 def _gain_by_token(gain: NamedArray, expert: AxisName, x: Array, sizes: Array) -> NamedArray:
-    """Give every token its expert's gain: (experts, out) -> (tokens, out)."""
+    """Repeat the gain of each expert over its tokens: (experts, out) -> (tokens, out)."""
     ends = jnp.cumsum(sizes)
     which = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
     by_token = jnp.take(gain.array, which, axis=gain.axes.index(expert), mode="clip")
@@ -143,7 +143,7 @@ def _gain_by_token(gain: NamedArray, expert: AxisName, x: Array, sizes: Array) -
 
 
 def read_convolution(weight: Operand) -> Use | None:
-    """Name the axes of a convolution: it sums over the window and over input channels."""
+    """Name the axes of a convolution, which sums over its window and the input channels."""
     if weight.position != 1:
         return None
     numbers = weight.params["dimension_numbers"]
@@ -162,7 +162,7 @@ def read_convolution(weight: Operand) -> Use | None:
 
 
 def convolution(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
-    """Convolve with W0, and down to the rank and up again with the factors."""
+    """Convolve with W0, and add the down- and up-projection by the factors."""
     (each,) = contractions
     x, value = each.inputs
     a, b = value.factors
@@ -175,13 +175,13 @@ def convolution(evaluator: Evaluator, contractions: Sequence[Contraction]) -> li
     base = each.on_base()
     evaluator.note(each, _ONLY, tokens=base.size // base.shape[numbers.out_spec[1]])
     seen = dropped(value, x)
-    update = _mix_channels(_narrow_convolution(each, seen, a, numbers), b, each.eqn, base)
+    update = _mix_channels(_down_convolution(each, seen, a, numbers), b, each.eqn, base)
     again = each.on_base(seen) if _was_dropped_with_gain(value) else None
     return [(value, Parts(base, update, again))]
 
 
-def _narrow_convolution(each: Contraction, x: Array, a: NamedArray, numbers: Any) -> Array:
-    """Convolve to rank channels per group, with the kernel's own window."""
+def _down_convolution(each: Contraction, x: Array, a: NamedArray, numbers: Any) -> Array:
+    """Down-project: convolve with the kernel's window to `rank` channels per group."""
     value, params = each.value, each.eqn.params
     out_axis = numbers.rhs_spec[0]
     order, shape = list(value.axes), list(value.shape)
@@ -203,7 +203,7 @@ def _narrow_convolution(each: Contraction, x: Array, a: NamedArray, numbers: Any
 
 
 def _mix_channels(down: Array, b: NamedArray, eqn: Any, base: Array) -> Array:
-    """Turn each group's rank channels into its output channels: a 1x1 convolution with b."""
+    """Up-project the `rank` channels of each group: a 1x1 convolution with b."""
     groups = eqn.params["feature_group_count"]
     channel = eqn.params["dimension_numbers"].out_spec[1]
     up = b.array if b.axes[0] == RANK else b.array.T  # (r, out)

@@ -1,6 +1,7 @@
-"""Equations that hold a program: which programs these are, and where their inputs come from.
+"""Sub-jaxprs of equations (jit, scan, cond, ...), and the inputs that each of them receives.
 
-A parameter that cannot be read means None, never a crash: the equation is then one without a rule.
+If a version of JAX has other parameters than expected, the result is None, and the equation is
+treated like one without a rule.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jax_lora.transform.equations import opened
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """A program inside another one.
+    """A sub-jaxpr.
 
     Args:
       jaxpr: The open jaxpr.
@@ -26,20 +27,20 @@ class Body:
 
     @classmethod
     def of(cls, program: Any) -> Body:
-        """Open a jaxpr of either kind."""
+        """Split an open or closed jaxpr."""
         return cls(*opened(program))
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A program that runs once: jit, remat, a function with its own derivative."""
+    """A sub-jaxpr that runs once: jit, remat, a function with a custom derivative."""
 
     body: Body
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A program that runs once per slice of some inputs."""
+    """A sub-jaxpr that runs once per slice of some inputs."""
 
     body: Body
     n_consts: int
@@ -47,13 +48,13 @@ class Scan:
     length: int
 
     def split(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Split inputs into constants, carry, and what is scanned over."""
+        """Split inputs into constants, carry, and scanned arrays."""
         return _in_three(inputs, self.n_consts, self.n_carry)
 
 
 @dataclasses.dataclass(frozen=True)
 class While:
-    """A program that runs while another one says so."""
+    """The two sub-jaxprs of a while loop: its condition and its body."""
 
     test: Body
     body: Body
@@ -61,20 +62,20 @@ class While:
     n_body: int
 
     def split(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Split inputs into constants of the test, constants of the body, and carry."""
+        """Split inputs into constants of the condition, constants of the body, and carry."""
         return _in_three(inputs, self.n_test, self.n_body)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cond:
-    """Programs of which one runs."""
+    """Sub-jaxprs of which one runs."""
 
     branches: tuple[Body, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardMap:
-    """A program that every shard runs."""
+    """A sub-jaxpr that runs on every shard."""
 
     body: Body
     in_specs: tuple[Any, ...]
@@ -92,7 +93,7 @@ def _in_three(
 
 
 def unchanged(body: Body, n_consts: int, n_carry: int) -> list[bool]:
-    """Tell which values of a carry the body hands on untouched: constants under another name."""
+    """Tell which values of a carry the body returns unchanged, so that they are constant."""
     jaxpr = body.jaxpr
     return [jaxpr.outvars[i] is jaxpr.invars[n_consts + i] for i in range(n_carry)]
 
@@ -113,7 +114,7 @@ def open_remat(eqn: Any) -> Call | None:
 
 
 def open_call(eqn: Any) -> Call | None:
-    """A plain call, or a function with a derivative of its own."""
+    """A plain call, or a function with a custom derivative."""
     for name in ("call_jaxpr", "jaxpr"):
         if _reads(eqn, name):
             body = Body.of(eqn.params[name])
@@ -122,10 +123,10 @@ def open_call(eqn: Any) -> Call | None:
 
 
 def open_scan(eqn: Any) -> Scan | None:
-    """`scan`. What is constant and what is carried follows from the ranks.
+    """`scan`. The numbers of constants and carried values follow from the ranks.
 
-    What is scanned over loses an axis on its way into the body, and what is carried keeps its rank
-    on its way out. No version of JAX has changed that.
+    In every version of JAX, a scanned array loses an axis in the body, and a carried value keeps
+    its rank.
     """
     if not _reads(eqn, "jaxpr", "length", "reverse", "unroll"):
         return None

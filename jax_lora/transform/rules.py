@@ -1,7 +1,7 @@
-"""What a rule says about one primitive. table.py holds the rules; interpretations read them.
+"""The parts of a rule. table.py has a rule per primitive; interpretations apply them.
 
-A rule is written in names of axes alone wherever it can be. The same rule then serves every
-interpretation: `evaluate` adds arrays, `analyze` has nothing but the names.
+A rule depends only on the names of axes wherever possible, so that it serves every interpretation:
+`evaluate` has arrays as well, `analyze` has only names.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Operand:
 
     Args:
       eqn: The equation.
-      position: Which operand it is.
-      axes: The name of every axis of it; None for an axis of size 1 that no factor has.
-      values: The operands as arrays, or None where only the names are known. Only steps of a move
-        may read them, because steps are applied to arrays alone.
+      position: Position of the weight among the operands.
+      axes: The name of every axis; None for an axis of size 1 that no factor has.
+      values: The operands as arrays, or None if only names are available. Only steps of a move may
+        read them.
     """
 
     eqn: Any
@@ -48,24 +48,24 @@ class Operand:
         return self.eqn.params
 
     def value(self, position: int) -> Any:
-        """Return an operand as an array: for steps of a move."""
+        """Return an operand as an array, for the steps of a move."""
         if self.values is None:
-            raise ValueError("only the names of the operands are known")
+            raise ValueError("the operands have names only and no arrays")
         return self.values[position]
 
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """How a weight is used up: contracted with data, looked up, or convolved.
+    """A contraction, lookup or convolution of a weight with data.
 
     Args:
       kind: `"dense"`, `"embedding"` or `"conv"`.
-      summed: Names of the weight's axes that are summed over or looked up by.
-      batched: Names of the weight's axes that are paired with the data's and not summed.
+      summed: Names of the weight's summed or looked-up axes.
+      batched: Names of the weight's batch axes.
       data: Position of the data among the operands.
-      data_axes: The name of every axis of the data: the weight's own where they are paired.
+      data_axes: The name of every axis of the data; paired axes are named like those of the weight.
       out_axes: The name of every axis of the result; None for an axis of size 1.
-      terms: Length of the sum per element of the result; 0 for a lookup.
+      terms: Number of terms per element of the result; 0 for a lookup.
     """
 
     kind: str
@@ -79,18 +79,18 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a primitive does with a weight.
+    """How a primitive uses a weight.
 
     Args:
-      move: How the axes of the weight move: one `Move` per output, or None where the structure is
-        lost. A weight stays a weight.
-      each: Whether operand i becomes output i, so that several operands may be weights.
-      elementwise: Whether every element is treated alike, whatever the shape.
-      read: How the weight is used up, or None where it is not in a way that has a low-rank form.
-      compute: The same on arrays, for one or several equations that read the same data.
-      open: Which programs the equation holds, or None where this JAX lays them out differently.
-      rebuild: Evaluates them and builds the equation again around them. A rule with `open` alone
-        is only looked into: the weight is materialized before the equation is evaluated.
+      move: Returns a `Move` per output, after which the weight is still a weight; None if the
+        low-rank structure is lost.
+      each: Whether output i depends on operand i only, so that several operands may be weights.
+      elementwise: Whether the operation is elementwise and independent of the shape.
+      read: Returns how the weight is contracted; None if there is no low-rank form.
+      compute: Computes equations for which `read` succeeded and that have the same data.
+      open: Returns the sub-jaxprs of the equation; None if this JAX has other parameters.
+      rebuild: Evaluates the equation with evaluated sub-jaxprs. Without it, `analyze` looks into
+        the sub-jaxprs, but `evaluate` materializes the weight.
     """
 
     move: Callable[[Operand], list[Move] | None] | None = None

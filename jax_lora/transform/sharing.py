@@ -1,7 +1,7 @@
-"""Sharing: which contractions of a program read the same data, such as q, k and v.
+"""Find contractions with the same data, such as q, k and v.
 
-A program computes q before it has prepared the kernels of k and v. Whoever computes q, k and v
-together has to prepare those kernels early; this file says where that is possible.
+A jaxpr contracts q before it casts or reshapes the kernels of k and v. To compute the three
+together, those kernels must be computed earlier, which is possible if they depend on weights only.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def find_groups(jaxpr: Any, weights: Collection[Var]) -> dict[int, Group]:
 
     Args:
       jaxpr: An open jaxpr.
-      weights: Its inputs that are low-rank values.
+      weights: The inputs that are low-rank values.
 
     Returns:
-      The groups of two or more, by the index of their first member.
+      Groups of at least two equations, by the index of their first member.
     """
     program = _Program(jaxpr, weights)
     alike: dict[Hashable, list[int]] = {}
@@ -49,7 +49,7 @@ class _Program:
         return not is_literal(var) and var in self._weights
 
     def reads(self, eqn: Any) -> Hashable | None:
-        """Name what a contraction of a weight does with its data: alike names can be shared."""
+        """Return a key of the data of a contraction: equations with equal keys can be grouped."""
         if eqn.primitive.name != "dot_general":
             return None
         sides = [self._is_weight(var) for var in eqn.invars]
@@ -61,7 +61,7 @@ class _Program:
         return self._same(eqn.invars[data]), axes, str(eqn.params.get("precision"))
 
     def _same(self, var: Var) -> Hashable:
-        """Name a value by how it was made: every Dense casts its input for itself."""
+        """Return a key of a value, which equal casts of one array share: every Dense casts x."""
         index = None if is_literal(var) else self._maker.get(var)
         if index is None:
             return var
@@ -71,7 +71,7 @@ class _Program:
         return eqn.primitive.name, str(eqn.params), self._same(eqn.invars[0])
 
     def group(self, indices: Sequence[int]) -> Group:
-        """Keep the members whose kernels can be prepared before the first member."""
+        """Keep the members whose kernels can be computed before the first member."""
         first = indices[0]
         members, early = [first], set()
         for index in indices[1:]:
@@ -86,7 +86,7 @@ class _Program:
         return [var for var in self._eqns[index].invars if self._is_weight(var)]
 
     def _needs(self, var: Var, before: int) -> set[int] | None:
-        """Return the equations at or after `before` that make a kernel, or None if it must wait."""
+        """Return the equations from `before` on that compute a kernel; None if it must wait."""
         index = None if is_literal(var) else self._maker.get(var)
         if index is None or index < before:
             return set()

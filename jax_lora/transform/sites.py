@@ -1,40 +1,23 @@
-"""Sites: what `lora_apply` did at each place that uses a weight, and what it says about it."""
+"""Sites: the places at which a function uses adapted weights, and the warnings about them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from jax_lora.algebra.low_rank import LowRank
 from jax_lora.algebra.named_axes import RANK
 from jax_lora.errors import ConfigError, MaterializeError, MaterializeWarning, format_error
-from jax_lora.transform.strategies import MATERIALIZED, check_form, check_platform
+from jax_lora.transform.strategies import ALIASES, FORMS, MATERIALIZED, PLATFORMS
 
 POLICIES = ("warn", "error", "allow")
 
 
-def check_policy(policy: str) -> str:
-    """Refuse an `on_materialize` that is none of the three.
-
-    Raises:
-      ConfigError: An unknown policy.
-    """
-    if policy not in POLICIES:
-        raise ConfigError(
-            format_error(
-                "lora_apply: on_materialize",
-                got=repr(policy),
-                expected=f"one of {', '.join(POLICIES)}",
-                fix='Leave it out for "warn".',
-            )
-        )
-    return policy
-
-
 def addend_error(path: str, operation: str, where: str) -> MaterializeError:
-    """Build the error for a use of a kernel to which the bias of its pair does not apply.
+    """Build the error for an operation that cannot apply the bias of a pair.
 
     Args:
       path: Path of the leaf.
@@ -47,52 +30,17 @@ def addend_error(path: str, operation: str, where: str) -> MaterializeError:
     return MaterializeError(
         format_error(
             f"lora_apply: {path} at {where}",
-            got=f"the operation {operation}, on a kernel whose pair has a bias",
-            expected="data times the kernel, summed over all of its inputs and over nothing else",
-            fix="The bias belongs to that product's result and is no part of any weight. Leave "
-            "this kernel out, or drop its bias.",
+            got=f"the operation {operation} on a kernel whose pair has a bias",
+            expected="a product of data with the kernel that sums over exactly its input axes",
+            fix="The bias is added to the result of such a product and is not part of the weight. "
+            "Exclude this kernel, or remove its bias.",
         )
     )
 
 
-class Materializations:
-    """Says once per site that a weight was formed, in the way that the policy asks for."""
-
-    def __init__(self, policy: str):
-        """Keep the policy; nothing has been said yet."""
-        self.policy = check_policy(policy)
-        self._said: set[tuple[str, str, str]] = set()
-
-    def report(self, path: str, operation: str, where: str) -> None:
-        """Warn, raise or keep quiet about one weight that is about to be formed.
-
-        Args:
-          path: Path of the leaf.
-          operation: Name of the operation that has no low-rank rule.
-          where: `file:line` of the operation.
-
-        Raises:
-          MaterializeError: The policy is "error".
-        """
-        site = (path, operation, where)
-        if self.policy == "allow" or site in self._said:
-            return
-        self._said.add(site)
-        message = format_error(
-            f"lora_apply: {path} at {where}",
-            got=f"the operation {operation}, which has no low-rank rule for it",
-            expected="a contraction, a lookup, a convolution, or a reshape, slice or cast",
-            fix='The full weight is formed there: right, but slower. Pass on_materialize="allow" '
-            "to accept it, or exclude the kernel.",
-        )
-        if self.policy == "error":
-            raise MaterializeError(message)
-        warnings.warn(message, MaterializeWarning, stacklevel=2)
-
-
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One place where a program uses a low-rank value, and how it is computed there.
+    """One use of a low-rank value, and the form in which it is computed.
 
     Args:
       path: Path of the leaf.
@@ -100,12 +48,12 @@ class Site:
       operation: Name of the operation.
       form: "factored", "merged" or "materialized".
       why: The reason for the form.
-      inputs: Length of the sum.
-      outputs: Results per token.
+      inputs: Number of inputs of the kernel.
+      outputs: Number of outputs of the kernel.
       rank: Rank of the factors.
-      times: How often the place is run: the length of the scans around it.
-      tokens: Rows of x that are multiplied with the kernel.
-      beside: Paths of the kernels that share their down-projection with this one.
+      times: How often the operation runs: the length of the scans around it.
+      tokens: Number of vectors that are multiplied with the kernel.
+      beside: Paths of the kernels that share the down-projection.
     """
 
     path: str
@@ -122,43 +70,83 @@ class Site:
 
 
 class Settings:
-    """What the caller of `lora_apply` asked for; compared by identity, as caches need it.
+    """The arguments of `lora_apply`, and the sites found so far. Compared by identity, for caches.
 
     Args:
       on_materialize: "warn", "error" or "allow".
       form: "auto", "factored" or "merged".
-      platform: The target, or None for that of the inputs.
+      platform: The target platform, or None for the platform of the inputs.
+
+    Raises:
+      ConfigError: A value is unknown.
     """
 
     def __init__(
         self, on_materialize: str = "warn", form: str = "auto", platform: str | None = None
     ):
-        """Check all of them; nothing has been seen yet."""
-        self.form = check_form(form)
-        self.platform = check_platform(platform)
-        self.sites: dict[Site, None] = {}  # an ordered set: JAX may trace a program twice
-        self._materializations = Materializations(on_materialize)
+        """Validate the arguments, and start without sites."""
+        self._policy = _one_of("on_materialize", on_materialize, POLICIES)
+        self.form = _one_of("form", form, FORMS)
+        known = ALIASES.get(platform or "", platform)
+        self.platform = known if known is None else _one_of("platform", known, PLATFORMS)
+        self.sites: dict[Site, None] = {}  # an ordered set: JAX may trace a function twice
+        self._reported: set[tuple[str, str, str]] = set()
 
     def note(self, site: Site) -> None:
-        """Record how a weight is used at a site."""
+        """Record a site."""
         self.sites[site] = None
 
     def materialized(self, value: LowRank, operation: str, where: str, times: int) -> None:
-        """Report that a full weight is about to be computed, and record it.
+        """Record that a full weight is materialized; warn or raise an error once per site.
+
+        Args:
+          value: The low-rank value.
+          operation: Name of the operation that has no low-rank rule.
+          where: `file:line` of the operation.
+          times: How often the operation runs.
 
         Raises:
-          MaterializeError: The policy is "error".
+          MaterializeError: `on_materialize` is "error".
         """
-        self._materializations.report(value.path, operation, where)
+        self._report((value.path, operation, where))
         why = "no low-rank rule for this operation"
         place: dict[str, Any] = {"where": where, "operation": operation, "times": times}
         self.note(site_of(value, form=MATERIALIZED, why=why, **place))
+
+    def _report(self, site: tuple[str, str, str]) -> None:
+        if self._policy == "allow" or site in self._reported:
+            return
+        self._reported.add(site)
+        path, operation, where = site
+        message = format_error(
+            f"lora_apply: {path} at {where}",
+            got=f"the operation {operation}, which has no low-rank rule for this use",
+            expected="a contraction, a lookup, a convolution, or a reshape, slice or cast",
+            fix="The full weight is materialized there: correct, but slower. Pass "
+            'on_materialize="allow" to accept it, or exclude the kernel.',
+        )
+        if self._policy == "error":
+            raise MaterializeError(message)
+        warnings.warn(message, MaterializeWarning, stacklevel=2)
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> str:
+    if value in known:
+        return value
+    raise ConfigError(
+        format_error(
+            f"lora_apply: {name}",
+            got=repr(value),
+            expected=f"one of {', '.join(known)}",
+            fix="Omit it for the default.",
+        )
+    )
 
 
 def site_of(
     value: LowRank, *, inputs: int | None = None, outputs: int | None = None, **known: Any
 ) -> Site:
-    """Describe a use of a value; its own axes tell the sizes that are not given."""
+    """Describe a use of a value; missing sizes follow from its axes."""
 
     def size(side: tuple[bool, bool]) -> int:
         sides = zip(value.shape, map(value.side, value.axes), strict=True)

@@ -1,10 +1,10 @@
-"""Strategies: how products are computed on a target. The result does not depend on them.
+"""Strategies: how products are computed on a target platform. They do not change the result.
 
-    factored   x · W0 + scale * (x · a) · b        nothing of W0's size is computed
+    factored   x · W0 + scale * (x · a) · b        no additional array of W0's size
     merged     x · (W0 + scale * a · b)            forward and dx; da and db stay factored
 
-The factored form is the rule. The merged form and flattened tokens pay on a CPU in float32, and
-only there. A `Strategy` decides from shapes, types and the target platform, which is settled once,
+The factored form is the default. The merged form and flattened tokens are faster only in float32
+on a CPU. A `Strategy` decides by shapes, types and the target platform, which is determined once,
 at the outermost call.
 """
 
@@ -19,29 +19,27 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from jax_lora.errors import ConfigError, format_error
-
 FACTORED, MERGED = "factored", "merged"
-MATERIALIZED = "materialized"  # not a choice: what is left where an operation has no rule
+MATERIALIZED = "materialized"  # not a choice: the fallback for an operation without a rule
 FORMS = ("auto", FACTORED, MERGED)
 PLATFORMS = ("cpu", "gpu", "tpu")
-_ALIASES = {"cuda": "gpu", "rocm": "gpu"}
+ALIASES = {"cuda": "gpu", "rocm": "gpu"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the cost of a contraction depends on.
+    """The properties of a contraction that determine its form.
 
     Args:
-      tokens: Number of rows of x.
-      inputs: Length of the sum.
-      outputs: Results per token.
+      tokens: Number of vectors in x.
+      inputs: Number of inputs of the kernel.
+      outputs: Number of outputs of the kernel.
       rank: Rank of the factors.
       x_dtype: Type of x.
       w_dtype: Type of W0 in the contraction.
       precision: As in `lax.dot_general`.
-      dropout: Whether the factors see other data than W0 does.
-      stored: Whether W0 is stored as an array of its own, and not made by a recipe.
+      dropout: Whether dropout applies to the data of the factors.
+      stored: Whether W0 is an array and not a recipe.
     """
 
     tokens: Any
@@ -56,19 +54,20 @@ class Sizes:
 
     @property
     def break_even(self) -> float:
-        """Number of tokens from which the merged form is no slower than the factored one.
+        """Number of tokens from which the merged form is not slower than the factored form.
 
-        Forward, 2·T·r·(in + out) flops of the low-rank products compare with 2·r·in·out for
-        W0 + scale * a · b: equal at in·out / (in + out) tokens. The flops of a training step are
-        equal at twice as many, but a step then touches 40% fewer bytes;
-        `benchmarks/break_even.py` measures equal times at about the forward pass's number.
+        In the forward pass, the low-rank products of T tokens need 2·T·r·(in + out) flops, and
+        W0 + scale * a · b needs 2·r·in·out: equal at T = in·out / (in + out). In a training step
+        the flops are equal at twice this number, but the merged form accesses 40% fewer bytes
+        there; `benchmarks/break_even.py` measures equal times at about the number of the forward
+        pass.
         """
         return self.inputs * self.outputs / (self.inputs + self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A form, and the reason for it in words."""
+    """A form, and the reason for it as text."""
 
     form: str
     why: str
@@ -79,8 +78,8 @@ class Strategy:
     """Decides how the products of one call of `lora_apply` are computed.
 
     Args:
-      platform: The target: "cpu", "gpu" or "tpu".
-      form: "auto", or the form that the caller has pinned.
+      platform: The target platform: "cpu", "gpu" or "tpu".
+      form: "auto", or the form that the caller selected.
     """
 
     platform: str
@@ -89,19 +88,19 @@ class Strategy:
     def choose(self, sizes: Sizes) -> Choice:
         """Choose the form of one contraction.
 
-        A pinned "merged" gives way only where it would change the result.
+        A selected "merged" is overridden only where it would change the result.
         """
         if self.form == FACTORED:
-            return Choice(FACTORED, "pinned")
+            return Choice(FACTORED, "selected by the caller")
         if sizes.dropout:
-            return Choice(FACTORED, "dropout: the factors see other data than W0")
+            return Choice(FACTORED, "dropout applies to the data of the factors only")
         if not sizes.stored:
-            return Choice(FACTORED, "W0 is made where it is used")
+            return Choice(FACTORED, "W0 is not stored as an array")
         rounded = self._rounds(sizes)
         if rounded is not None:
-            return Choice(FACTORED, f"{rounded}, which would round the update away")
+            return Choice(FACTORED, f"{rounded}, so a merged weight would lose the update")
         if self.form == MERGED:
-            return Choice(MERGED, "pinned")
+            return Choice(MERGED, "selected by the caller")
         if not isinstance(sizes.tokens, int):
             return Choice(FACTORED, f"the number of tokens is symbolic: {sizes.tokens}")
         tokens, least = f"{sizes.tokens:,} tokens", f"{sizes.break_even:,.0f}"
@@ -112,19 +111,19 @@ class Strategy:
     def flattens(self, *arrays: Any) -> bool:
         """Tell whether to merge adjacent axes, such as batch and sequence, before a product.
 
-        XLA for CPU runs a contraction over (batch, sequence) far slower than one over tokens. Other
-        platforms gain nothing, and merging two axes that are both sharded costs a gather.
+        XLA for CPU computes a contraction over (batch, sequence) much slower than one over tokens.
+        On other platforms there is no gain, and merging two sharded axes requires a gather.
         """
         return self.platform == "cpu" and not any(map(_is_sharded, arrays))
 
     def _rounds(self, sizes: Sizes) -> str | None:
-        """Say what would compute W0 + scale * a · b in fewer bits than float32 has, or None."""
+        """Return why W0 + scale * a · b has less precision than float32, or None."""
         for name, dtype in (("W0", sizes.w_dtype), ("x", sizes.x_dtype)):
             if jnp.finfo(dtype).bits < 32:
                 return f"{name} is {jnp.dtype(dtype).name}"
         single = jnp.finfo(sizes.w_dtype).bits == 32
         if self.platform != "cpu" and single and not _is_exact(sizes.precision):
-            return f"{self.platform} multiplies float32 in fewer bits at this precision"
+            return f"{self.platform} multiplies float32 with fewer bits at this precision"
         return None
 
 
@@ -141,52 +140,16 @@ def _is_exact(precision: Any) -> bool:
     return all(each == lax.Precision.HIGHEST for each in both)
 
 
-# -----------------------------------------------------------------------------------------------
-# The target
-# -----------------------------------------------------------------------------------------------
-
-
-def check_form(form: str) -> str:
-    """Refuse an unknown `form`.
-
-    Raises:
-      ConfigError: It is not one of `FORMS`.
-    """
-    return _one_of("form", form, FORMS, 'Leave it out for "auto", which decides by shape.')
-
-
-def check_platform(platform: str | None) -> str | None:
-    """Refuse an unknown `platform`, and give those of one kind one name.
-
-    Raises:
-      ConfigError: It is not one of `PLATFORMS`.
-    """
-    if platform is None:
-        return None
-    fix = "Leave it out for the platform of the inputs."
-    return _one_of("platform", _ALIASES.get(platform, platform), PLATFORMS, fix)
-
-
-def _one_of(name: str, value: str, known: Sequence[str], fix: str) -> str:
-    if value in known:
-        return value
-    expected = f"one of {', '.join(known)}"
-    raise ConfigError(
-        format_error(f"lora_apply: {name}", got=repr(value), expected=expected, fix=fix)
-    )
-
-
 def target_platform(arrays: Sequence[Any]) -> str:
-    """Return the platform of arrays that lie on a device, else the default backend's.
+    """Return the platform of the arrays, or the default backend if there are only tracers.
 
     Args:
-      arrays: Inputs of a call; tracers lie nowhere.
+      arrays: Inputs of a call.
 
     Returns:
       "cpu", "gpu" or "tpu", or the name of another backend.
     """
-    lying = (array for array in arrays if isinstance(array, jax.Array))
-    devices = (each.sharding.device_set for each in lying if not isinstance(each, Tracer))
-    device = next((next(iter(each)) for each in devices), None)
+    concrete = (x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, Tracer))
+    device = next((next(iter(array.sharding.device_set)) for array in concrete), None)
     platform: str = jax.default_backend() if device is None else device.platform
-    return _ALIASES.get(platform, platform)
+    return ALIASES.get(platform, platform)

@@ -1,4 +1,4 @@
-"""How the axes of a weight move: operations after which a weight is still a weight."""
+"""Structural rules: operations that move or scale a weight, after which it is still a weight."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ Moves = list[Move] | None
 
 
 # -----------------------------------------------------------------------------------------------
-# The same elements
+# Same elements and axes
 # -----------------------------------------------------------------------------------------------
 
 
 def unchanged(weight: Operand) -> Moves:
-    """`copy`, `name`, `optimization_barrier`: nothing happens to the factors."""
+    """`copy`, `name`, `optimization_barrier`: the factors are unchanged."""
     return [Move(weight.axes)]
 
 
 def stop_gradient(weight: Operand) -> Moves:
-    """`stop_gradient`: the model freezes the whole weight, so its factors are frozen as well."""
+    """`stop_gradient`: a model that freezes a weight also freezes its factors."""
     frozen = everywhere(lambda array, axes: lax.stop_gradient(array))
     return [Move(weight.axes, (frozen,))]
 
 
 def convert(weight: Operand) -> Moves:
-    """`convert_element_type`: the factors keep their type; they are cast where they are used."""
+    """`convert_element_type`: the factors keep their type and are cast where they are used."""
     floating = jnp.issubdtype(weight.params["new_dtype"], jnp.floating)
     return [Move(weight.axes)] if floating else None
 
 
 def constrain_sharding(weight: Operand) -> Moves:
-    """`sharding_constraint`: an axis of a factor is sharded like W0's axis of that name."""
+    """`sharding_constraint`: the axes of factors are sharded like the axes of W0."""
     sharding = weight.params.get("sharding")
     if not isinstance(sharding, jax.sharding.NamedSharding):
-        return [Move(weight.axes)]  # only W0 is constrained; the compiler places the factors
+        return [Move(weight.axes)]  # only W0 is constrained; the compiler shards the factors
     entries = itertools.chain(sharding.spec, itertools.repeat(None))
     by_name = dict(zip(weight.axes, entries, strict=False))
 
@@ -71,17 +71,17 @@ def constrain_sharding(weight: Operand) -> Moves:
 
 
 # -----------------------------------------------------------------------------------------------
-# Other axes
+# Axes
 # -----------------------------------------------------------------------------------------------
 
 
 def transpose(weight: Operand) -> Moves:
-    """`transpose`: the factors stay."""
+    """`transpose`: the factors are unchanged."""
     return [Move(tuple(weight.axes[axis] for axis in weight.params["permutation"]))]
 
 
 def squeeze(weight: Operand) -> Moves:
-    """`squeeze`: axes of size 1 go."""
+    """`squeeze`: remove axes of size 1."""
     gone = {axis % len(weight.axes) for axis in weight.params["dimensions"]}
     kept = tuple(name for axis, name in enumerate(weight.axes) if axis not in gone)
     return [Move(kept, (_dropped(weight, gone),))]
@@ -93,7 +93,7 @@ def _dropped(weight: Operand, axes: Any) -> Any:
 
 
 def reshape(weight: Operand) -> Moves:
-    """`reshape`: axes are merged and split, each group on one side."""
+    """`reshape`: merge and split groups of axes that belong to one factor."""
     if weight.params.get("dimensions") is not None:
         return None
     shape, new_shape = weight.shape, weight.out_shape
@@ -116,7 +116,7 @@ def reshape(weight: Operand) -> Moves:
 
 
 def expand(weight: Operand) -> Moves:
-    """`broadcast_in_dim`: new axes of size 1; anything else would repeat the weight."""
+    """`broadcast_in_dim`: only new axes of size 1, which do not repeat the weight."""
     if math.prod(weight.out_shape) != math.prod(weight.shape):
         return None
     axes: list[AxisName | None] = [None] * len(weight.out_shape)
@@ -162,7 +162,7 @@ def dynamic_slice(weight: Operand) -> Moves:
 
 def _dynamic_slice_of(weight: Operand, axis: int) -> Callable[[jax.Array, int], jax.Array]:
     size = weight.params["slice_sizes"][axis]
-    # The primitive does not count a start from the end: it clamps one that is out of range.
+    # The primitive clamps a negative start, and does not count it from the end.
     return lambda array, place: lax.dynamic_slice_in_dim(
         array, weight.value(1 + axis), size, place, allow_negative_indices=False
     )
@@ -179,7 +179,7 @@ def split(weight: Operand) -> Moves:
 
 
 def unstack(weight: Operand) -> Moves:
-    """`unstack`: every entry along one axis, as iterating over an array takes them."""
+    """`unstack`: the slices along one axis, as iteration over an array returns them."""
     axis = weight.params["axis"]
     name = weight.axes[axis]
     rest = tuple(other for i, other in enumerate(weight.axes) if i != axis)
@@ -196,7 +196,7 @@ def reverse(weight: Operand) -> Moves:
 
 
 def choose(weight: Operand) -> Moves:
-    """`gather` that takes whole entries along one stack axis: some layers, some experts."""
+    """`gather` that selects whole entries along one stack axis: some layers or experts."""
     axis = looked_up_axis(weight)
     if axis is None:
         return None
@@ -204,7 +204,7 @@ def choose(weight: Operand) -> Moves:
     found = [("index", name, i) for i in range(weight.eqn.invars[1].aval.ndim - 1)]
     numbers = weight.params["dimension_numbers"]
     gone = numbers.collapsed_slice_dims
-    # An axis that is looked up and not collapsed has size 1, and belongs to no factor.
+    # A looked-up axis that is not collapsed has size 1 and belongs to no factor.
     kept = [None if i == axis else other for i, other in enumerate(weight.axes) if i not in gone]
     rest, chosen = iter(kept), iter(found)
     out = range(len(weight.out_shape))
@@ -214,7 +214,7 @@ def choose(weight: Operand) -> Moves:
 
 
 def looked_up_axis(weight: Operand) -> int | None:
-    """Return the axis along which a gather takes whole entries, or None for another gather."""
+    """Return the axis along which a gather selects whole entries, or None for another gather."""
     if weight.position != 0:
         return None
     numbers = weight.params["dimension_numbers"]
@@ -222,7 +222,7 @@ def looked_up_axis(weight: Operand) -> int | None:
     cut = [axis for axis in numbers.start_index_map if sizes[axis] != weight.shape[axis]]
     cut = cut or list(numbers.start_index_map[:1])  # a table of one row
     others_clamped = len(numbers.start_index_map) == 1 or (
-        weight.params["mode"] == lax.GatherScatterMode.CLIP  # an index into a whole axis is then 0
+        weight.params["mode"] == lax.GatherScatterMode.CLIP  # clips the index of a full axis to 0
     )
     if len(cut) != 1 or not others_clamped or getattr(numbers, "operand_batching_dims", ()):
         return None
@@ -232,7 +232,7 @@ def looked_up_axis(weight: Operand) -> int | None:
 
 
 def taken(weight: Operand, factor: jax.Array, axis: int, indices: jax.Array) -> jax.Array:
-    """Take entries of a factor as the equation takes them of W0: (*ids, *rest)."""
+    """Select the entries of a factor that the equation selects of W0: (*ids, *rest)."""
     entries = jnp.moveaxis(factor, axis, 0)
     ids = indices.ndim - 1
     column = weight.params["dimension_numbers"].start_index_map.index(looked_up_axis(weight))
@@ -252,7 +252,7 @@ def taken(weight: Operand, factor: jax.Array, axis: int, indices: jax.Array) -> 
 
 
 # -----------------------------------------------------------------------------------------------
-# Other devices
+# Collectives
 # -----------------------------------------------------------------------------------------------
 
 
@@ -269,7 +269,7 @@ def all_gather(weight: Operand) -> Moves:
 
 
 # -----------------------------------------------------------------------------------------------
-# Other values
+# Values
 # -----------------------------------------------------------------------------------------------
 
 
@@ -279,7 +279,7 @@ def negate(weight: Operand) -> Moves:
 
 
 def multiply(weight: Operand) -> Moves:
-    """`mul` by a constant, or by an array that varies along axes of one side."""
+    """`mul` by a constant, or by an array that varies along axes of one factor."""
     return _scaled(weight, 1 - weight.position, inverse=False)
 
 
@@ -290,7 +290,7 @@ def divide(weight: Operand) -> Moves:
 
 def _scaled(weight: Operand, other: int, *, inverse: bool) -> Moves:
     if weight.out_shape != weight.shape:
-        return None  # the multiplication repeats the weight
+        return None  # the multiplication broadcasts the weight
     var = weight.eqn.invars[other]
     if is_literal(var) and jnp.ndim(var.val) == 0:
         constant = float(var.val)
@@ -311,7 +311,7 @@ def _scaled(weight: Operand, other: int, *, inverse: bool) -> Moves:
 
 
 def add(weight: Operand) -> Moves:
-    """`add` and `sub`: the other array changes W0 alone."""
+    """`add` and `sub`: the other array changes W0 only."""
     if weight.out_shape != weight.shape:
         return None
     subtracted = weight.eqn.primitive.name == "sub" and weight.position == 1

@@ -1,10 +1,10 @@
-"""The table of rules: what every primitive does with a weight, one entry each.
+"""The table of rules: how every primitive uses a weight.
 
-    move            its axes move, and it stays a weight    structural.py
-    read, compute   it is used up, in names and on arrays   dot_general.py, lookup_and_conv.py
-    open, rebuild   programs are opened and built again     programs.py, control_flow.py
+    move            the result is still a weight        structural.py
+    read, compute   the weight is contracted            dot_general.py, lookup_and_conv.py
+    open, rebuild   the equation has sub-jaxprs         programs.py, control_flow.py
 
-A primitive that is not here has no rule: the full weight is materialized for it.
+For a primitive without a rule, the full weight is materialized.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ _UNCHANGED = Rule(move=structural.unchanged, each=True, elementwise=True)
 _REMAT = Rule(open=programs.open_remat, rebuild=control_flow.remat)
 _JIT = Rule(open=programs.open_jit, rebuild=control_flow.jit)
 _CALL = Rule(open=programs.open_call, rebuild=control_flow.call)
-_OWN_DERIVATIVE = Rule(
-    open=programs.open_call
-)  # which must stay in force, so it is never opened up
+# The equation is not rebuilt, so that the custom derivative stays in force.
+_CUSTOM_DERIVATIVE = Rule(open=programs.open_call)
 _RAGGED_DOT = Rule(read=lookup_and_conv.read_ragged_dot, compute=lookup_and_conv.ragged_dot)
 
 RULES: dict[str, Rule] = {
-    # The same elements.
+    # Same elements and axes.
     "copy": _UNCHANGED,
     "copy_p": _UNCHANGED,
     "name": _UNCHANGED,
@@ -33,7 +32,7 @@ RULES: dict[str, Rule] = {
     "stop_gradient": Rule(move=structural.stop_gradient, elementwise=True),
     "convert_element_type": Rule(move=structural.convert, elementwise=True),
     "sharding_constraint": Rule(move=structural.constrain_sharding),
-    # Other axes.
+    # Axes.
     "transpose": Rule(move=structural.transpose),
     "squeeze": Rule(move=structural.squeeze),
     "reshape": Rule(move=structural.reshape),
@@ -44,13 +43,13 @@ RULES: dict[str, Rule] = {
     "unstack": Rule(move=structural.unstack),
     "rev": Rule(move=structural.reverse),
     "all_gather": Rule(move=structural.all_gather),
-    # Other values.
+    # Values.
     "neg": Rule(move=structural.negate, elementwise=True),
     "mul": Rule(move=structural.multiply),
     "div": Rule(move=structural.divide),
     "add": Rule(move=structural.add),
     "sub": Rule(move=structural.add),
-    # Uses.
+    # Contractions.
     "dot_general": Rule(read=dot_general.read_dot_general, compute=dot_general.dot_general),
     "gather": Rule(
         move=structural.choose,
@@ -62,7 +61,7 @@ RULES: dict[str, Rule] = {
     "conv_general_dilated": Rule(
         read=lookup_and_conv.read_convolution, compute=lookup_and_conv.convolution
     ),
-    # Programs.
+    # Sub-jaxprs.
     "jit": _JIT,
     "pjit": _JIT,
     "checkpoint": _REMAT,
@@ -70,9 +69,9 @@ RULES: dict[str, Rule] = {
     "remat2": _REMAT,
     "closed_call": _CALL,
     "core_call": _CALL,
-    "custom_jvp_call": _OWN_DERIVATIVE,
-    "custom_vjp_call": _OWN_DERIVATIVE,
-    "custom_vjp_call_jaxpr": _OWN_DERIVATIVE,
+    "custom_jvp_call": _CUSTOM_DERIVATIVE,
+    "custom_vjp_call": _CUSTOM_DERIVATIVE,
+    "custom_vjp_call_jaxpr": _CUSTOM_DERIVATIVE,
     "scan": Rule(open=programs.open_scan, rebuild=control_flow.scan),
     "while": Rule(open=programs.open_while, rebuild=control_flow.while_loop),
     "cond": Rule(open=programs.open_cond, rebuild=control_flow.cond),

@@ -1,13 +1,12 @@
-"""vary: the interpretation that follows the axes of a mesh, for dropout inside `shard_map`.
+"""vary: the interpretation that propagates mesh axes, for dropout inside `shard_map`.
 
-Every shard runs the same program. Shards with different data should drop different inputs, and
-shards with the same data must drop the same ones, or what they compute would no longer be the same.
-The program tells which is which: data differ along the axes that they are sharded by, and a sum or
-a gather over an axis makes them the same again. JAX keeps a record of that only under `check_vma`,
-and there a kernel that is sharded by its outputs marks its data as different.
+Shards with different data should have different dropout masks. Shards with equal data must have
+equal masks, so that their results stay equal. The jaxpr determines which case applies: data varies
+along the mesh axes that it is sharded over, and a sum or gather over an axis removes that axis. JAX
+tracks this itself only under `check_vma`, where a kernel sharded over its outputs also makes its
+data vary.
 
-Where the program does not tell, data count as the same: shards then drop alike, which is correct
-for any data.
+If the jaxpr does not determine it, data counts as equal: equal masks are correct for any data.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from jax_lora.transform.rules import Operand, Rule
 Axes = frozenset[str]
 NO_AXES: Axes = frozenset()
 
-# What leaves different data on every shard. All else that runs over a mesh axis - sums, maxima,
-# gathers - makes them the same along it.
+# Collectives with different results on every shard. Other collectives, such as sums and gathers,
+# make data equal along their mesh axes.
 _MADE_DIFFERENT = frozenset(
     "axis_index ppermute all_to_all ragged_all_to_all reduce_scatter".split()
 )
@@ -38,16 +37,16 @@ def axes_of(spec: Any) -> Axes:
 def axes_met(
     jaxpr: Any, inputs: Sequence[Axes], asked: Sequence[bool], consts: Sequence[Any] = ()
 ) -> list[Axes]:
-    """Return, per weight, the mesh axes along which all the data that it meets differ.
+    """Return, per weight, the mesh axes along which all the data it is contracted with varies.
 
     Args:
-      jaxpr: The open jaxpr that every shard runs.
-      inputs: The axes along which each input of it differs.
-      asked: Which inputs are weights to ask about.
+      jaxpr: The open jaxpr of the body of a `shard_map`.
+      inputs: The axes along which each input varies.
+      asked: Which inputs are the weights in question.
       consts: Constants of the jaxpr.
 
     Returns:
-      The axes of each input; none for an input that was not asked about, or meets nothing.
+      The axes of each input; empty for other inputs and for unused weights.
     """
     if not any(asked):
         return [NO_AXES] * len(inputs)
@@ -62,7 +61,7 @@ def axes_met(
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """What is known of a variable: the axes along which it differs, and which weights it is."""
+    """A variable: the mesh axes along which it varies, and the weights that it stands for."""
 
     axes: Axes = NO_AXES
     weights: frozenset[int] = frozenset()
@@ -72,26 +71,26 @@ _UNKNOWN = _Known()
 
 
 class Vary(Abstract[_Known]):
-    """Records along which axes the data that each weight meets differ."""
+    """Records the mesh axes along which the data of each weight varies."""
 
     def __init__(self) -> None:
-        """Start with nothing met."""
+        """Start with an empty record."""
         self.met: dict[int, Axes] = {}
 
     def inside(self, eqn: Any, times: int = 1) -> Vary:
-        """Record in the same place."""
+        """Share the record."""
         return self
 
     def unrecorded(self) -> Vary:
-        """Record elsewhere."""
+        """Start an empty record."""
         return Vary()
 
     def constant(self, array: Any) -> _Known:
-        """Describe a constant: the same on every shard."""
+        """Describe a constant: equal on every shard."""
         return _UNKNOWN
 
     def concerns(self, inputs: Sequence[_Known]) -> bool:
-        """Follow every equation: data differ whether or not a weight is near."""
+        """Interpret every equation: all data can vary."""
         return True
 
     def plain(self, eqn: Any, inputs: Sequence[_Known]) -> list[_Known]:
@@ -99,9 +98,9 @@ class Vary(Abstract[_Known]):
         return self.without_rule(eqn, inputs)
 
     def move(self, eqn: Any, rule: Rule, inputs: Sequence[_Known]) -> list[_Known] | None:
-        """Hand weights on, as long as they are matrices."""
+        """Propagate weights as long as they are matrices."""
         count = len(eqn.outvars)
-        # An operation on several arrays does each for itself.
+        # Operands of a rule with `each` are independent.
         outputs = (
             list(inputs) if rule.each and len(inputs) == count else [self.join(inputs)] * count
         )
@@ -112,7 +111,7 @@ class Vary(Abstract[_Known]):
     def consume(
         self, eqns: Sequence[Any], rule: Rule, inputs: Sequence[Sequence[_Known]]
     ) -> list[list[_Known] | None]:
-        """Record the axes of the data that weights meet."""
+        """Record the axes of the data that weights are contracted with."""
         results: list[list[_Known] | None] = []
         for eqn, values in zip(eqns, inputs, strict=True):
             for index, value in enumerate(values):
@@ -122,35 +121,35 @@ class Vary(Abstract[_Known]):
         return results
 
     def without_rule(self, eqn: Any, inputs: Sequence[_Known]) -> list[_Known]:
-        """Describe the outputs of any other operation, which may run over axes of the mesh."""
+        """Describe the outputs of any other operation, such as a collective."""
         count = len(eqn.outvars)
-        # A sum of a tree does each of its leaves for itself.
+        # The leaves of a tree in a collective are independent.
         outputs = list(inputs) if len(inputs) == count else [self.join(inputs)] * count
         return [_Known(_after(eqn, each.axes)) for each in outputs]
 
     def join(self, values: Sequence[_Known]) -> _Known:
-        """Describe a value that is one of several: it differs wherever one of them does."""
+        """Describe a value that is one of several: it varies wherever one of them does."""
         return _Known(
             NO_AXES.union(*(value.axes for value in values)),
             frozenset().union(*(value.weights for value in values)),
         )
 
     def sliced(self, value: _Known) -> _Known:
-        """Describe a slice like the whole."""
+        """Describe a slice like the array."""
         return value
 
     def stacked(self, value: _Known, eqn: Any) -> _Known:
-        """Describe a stack like its parts."""
+        """Describe a stack like its slices."""
         return value
 
     def materialized(self, value: _Known, eqn: Any, operation: str) -> _Known:
-        """Describe a full weight: dropout does not reach it."""
+        """Describe a materialized weight, to which dropout does not apply."""
         return _Known(value.axes)
 
     def into_shards(
         self, eqn: Any, program: ShardMap, inputs: Sequence[_Known]
     ) -> tuple[Vary, Sequence[_Known]]:
-        """Start a record for the axes of this mesh, along which the inputs differ as well."""
+        """Start a record, with inputs that also vary along the axes they are sharded over."""
         differ = [
             dataclasses.replace(value, axes=value.axes | axes_of(spec))
             for value, spec in zip(inputs, program.in_specs, strict=True)
@@ -160,7 +159,7 @@ class Vary(Abstract[_Known]):
     def out_of_shards(
         self, inner: Any, program: ShardMap, outputs: Sequence[_Known]
     ) -> list[_Known]:
-        """Keep the axes outside of this mesh: the inner shard_map folds in its own."""
+        """Keep the axes of outer meshes: the inner shard_map handles its own axes."""
         for weight, axes in inner.met.items():
             self._meet((weight,), axes - program.axis_names)
         return [
@@ -173,16 +172,16 @@ class Vary(Abstract[_Known]):
 
 
 def _is_choice_of_kernels(eqn: Any, rule: Rule) -> bool:
-    """Tell whether a lookup leaves matrices: some kernels of a stack, not rows of a table."""
+    """Tell whether a lookup selects kernels of a stack rather than rows of a table."""
     names = tuple(range(len(eqn.invars[0].aval.shape)))
     moves = rule.move(Operand(eqn, 0, names)) if rule.move is not None else None
     return moves is not None and sum(isinstance(name, int) for name in moves[0].axes) > 1
 
 
 def _after(eqn: Any, axes: Axes) -> Axes:
-    """Return the axes along which data differ after an operation that may run over some."""
+    """Return the axes along which data varies after an operation, which may be a collective."""
     if eqn.params.get("axis_index_groups") is not None:
-        return axes  # it makes them the same within each group only
+        return axes  # data becomes equal within each group only
     over = frozenset(_names(eqn.params.get("axes", eqn.params.get("axis_name"))))
     made_different = eqn.primitive.name.removesuffix("_start") in _MADE_DIFFERENT
     return axes | over if made_different else axes - over

@@ -1,18 +1,18 @@
-"""The walker: one way through a program, for every interpretation of the rules.
+"""The jaxpr interpreter that all interpretations of the rules share.
 
-    evaluate   runs the program with low-rank values          lora_apply
-    analyze    follows names of axes, and computes nothing    find_kernels
-    vary       follows axes of a mesh                         dropout inside shard_map
+    evaluate   computes with arrays and low-rank values    lora_apply
+    analyze    propagates the names of axes only           find_kernels
+    vary       propagates mesh axes only                   dropout inside shard_map
 
-A program is a list of equations. The walker owns the environment and looks up the rule of each
-equation that an interpretation cares about. What a rule means is the interpretation's to say.
+The walker owns the environment and looks up the rule of every equation that concerns an
+interpretation. The interpretation defines the meaning of the rule.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from jax_lora.transform.equations import is_literal
 from jax_lora.transform.rules import Rule
@@ -26,9 +26,9 @@ class Group:
     """Equations of one primitive that are evaluated together.
 
     Args:
-      members: Their indices in the program, the first of them first.
-      data: Position of the data that they share among each one's operands.
-      early: Indices of the equations that prepare the other operands of later members, in order.
+      members: Indices of the equations, in order.
+      data: For every member, the position of the shared data among its operands.
+      early: Indices of the equations that compute the kernels of later members, in order.
     """
 
     members: tuple[int, ...]
@@ -36,41 +36,43 @@ class Group:
     early: tuple[int, ...]
 
 
-class Interpretation(Generic[Value]):
-    """One reading of the rules. Each method returns a value per output of the equation."""
+class Interpretation(Protocol[Value]):
+    """An interpretation of the rules. Every method returns one value per output of the equation."""
 
     def constant(self, array: Any) -> Value:
-        """Return the value of a literal or a constant of the program."""
-        raise NotImplementedError
+        """Return the value of a literal or a constant of the jaxpr."""
+        ...
 
     def concerns(self, inputs: Sequence[Value]) -> bool:
         """Tell whether an equation with these inputs needs its rule."""
-        raise NotImplementedError
+        ...
 
     def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        """Interpret an equation that needs no rule."""
-        raise NotImplementedError
+        """Interpret an equation that does not need its rule."""
+        ...
 
     def move(self, eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Value] | None:
-        """Interpret an equation that moves the axes of a weight; None where it loses them."""
-        raise NotImplementedError
+        """Interpret an equation whose result is still a weight; None if the rule does not apply."""
+        ...
 
     def consume(
         self, eqns: Sequence[Any], rule: Rule, inputs: Sequence[Sequence[Value]]
     ) -> list[list[Value] | None]:
-        """Interpret equations that use weights up, one or several that read the same data."""
-        raise NotImplementedError
+        """Interpret equations that contract weights with the same data; None like `move`."""
+        ...
 
-    def enter(self, eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Value] | None:
-        """Interpret an equation that holds programs; None where it cannot be opened."""
-        raise NotImplementedError
+    def enter(
+        self, eqn: Any, rule: Rule, program: Any, inputs: Sequence[Value]
+    ) -> list[Value] | None:
+        """Interpret an equation with sub-jaxprs; None like `move`."""
+        ...
 
     def without_rule(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        """Interpret an equation that has no rule, or to which its rule does not apply."""
-        raise NotImplementedError
+        """Interpret an equation without a rule, or to which its rule does not apply."""
+        ...
 
     def groups(self, jaxpr: Any, weights: Collection[Any]) -> Mapping[int, Group]:
-        """Return the equations to evaluate together, by the first one's index."""
+        """Return groups of equations to evaluate together, by the index of their first member."""
         return {}
 
 
@@ -80,12 +82,12 @@ def interpret(
     """Interpret one equation.
 
     Args:
-      interpretation: How to read the rules.
+      interpretation: The interpretation.
       eqn: The equation.
-      inputs: The value of each operand.
+      inputs: A value per operand.
 
     Returns:
-      The value of each output.
+      A value per output.
     """
     if not interpretation.concerns(inputs):
         return interpretation.plain(eqn, inputs)
@@ -95,8 +97,8 @@ def interpret(
         outputs = interpretation.move(eqn, rule, inputs)
     if outputs is None and rule.read is not None:
         (outputs,) = interpretation.consume([eqn], rule, [inputs])
-    if outputs is None and rule.open is not None:
-        outputs = interpretation.enter(eqn, rule, inputs)
+    if outputs is None and rule.open is not None and (program := rule.open(eqn)) is not None:
+        outputs = interpretation.enter(eqn, rule, program, inputs)
     return interpretation.without_rule(eqn, inputs) if outputs is None else outputs
 
 
@@ -106,12 +108,12 @@ def walk(
     consts: Sequence[Any],
     inputs: Sequence[Value],
 ) -> list[Value]:
-    """Interpret a program.
+    """Interpret a jaxpr.
 
     Args:
-      interpretation: How to read the rules.
+      interpretation: The interpretation.
       jaxpr: The open jaxpr.
-      consts: Arrays for its constants.
+      consts: The arrays of its constants.
       inputs: A value per input.
 
     Returns:
@@ -121,7 +123,7 @@ def walk(
 
 
 class _Walk(Generic[Value]):
-    """One walk through one program."""
+    """The environment of one jaxpr during its interpretation."""
 
     def __init__(
         self,
@@ -148,7 +150,7 @@ class _Walk(Generic[Value]):
                 self._visit_group(groups[index])
             self._visit(index)
             for var in last_use.get(index, ()):
-                self._env.pop(var, None)  # an eager run holds no more than the model itself does
+                self._env.pop(var, None)  # free arrays as early as an eager run of the model does
         return self._read(self._jaxpr.outvars)
 
     def _read(self, variables: Sequence[Any]) -> list[Value]:
@@ -171,7 +173,7 @@ class _Walk(Generic[Value]):
         (x,) = self._read([eqns[0].invars[group.data[0]]])
         inputs = []
         for eqn, data in zip(eqns, group.data, strict=True):
-            (kernel,) = self._read([eqn.invars[1 - data]])  # x itself may come later in the program
+            (kernel,) = self._read([eqn.invars[1 - data]])  # another cast of x may follow later
             inputs.append([x, kernel] if data == 0 else [kernel, x])
         rule = RULES[eqns[0].primitive.name]
         results = self._interpretation.consume(eqns, rule, inputs)
@@ -182,7 +184,7 @@ class _Walk(Generic[Value]):
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
-    """Map each equation's index to the variables that nothing reads after it."""
+    """Map the index of each equation to the variables that it is the last to read."""
     kept = {var for var in jaxpr.outvars if not is_literal(var)}
     last: dict[Any, int] = {}
     for index, eqn in enumerate(jaxpr.eqns):

@@ -1,4 +1,4 @@
-"""LoraPair: the factors of one kernel's update (LoRA), with a magnitude (DoRA) or a bias."""
+"""LoraPair: the LoRA factors of one kernel, optionally with a magnitude (DoRA) or a bias."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jax_lora.algebra.base_weight import Base
 from jax_lora.algebra.low_rank import LowRank, accumulation_dtype, static
 from jax_lora.algebra.named_array import NamedArray
 from jax_lora.algebra.named_axes import RANK, AxisName
-from jax_lora.kernels import flax_state
 from jax_lora.kernels.kernel import Kernel
+from jax_lora.storage import flax_state
 
 Array = jax.Array
-VECTORS = ("magnitude", "bias")  # what a pair may hold beside its factors, (*stack, *out) each
+VECTORS = ("magnitude", "bias")  # optional arrays of shape (*stack, *out)
 Scale = float | tuple[Any, ...]
 
 
@@ -28,23 +28,23 @@ Scale = float | tuple[Any, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraPair:
-    """The factors of one kernel's update, scale * a @ b, and its magnitude if it has one.
+    """The LoRA factors of one kernel, with the update scale * a @ b.
 
     Args:
-      a: `(*stack, *in, rank)`; the paper's A transposed.
-      b: `(*stack, rank, *out)`; the paper's B transposed.
-      in_axes: Axes of the kernel that are inputs.
-      out_axes: Axes of the kernel that are outputs.
-      stack_axes: Axes of the kernel that hold several kernels.
-      scale: alpha / rank; for layers that differ, nested tuples in the stack's shape.
-      ranks: Rank of each kernel of a stack, as nested tuples in its shape, or None where all have
-        the factors' own. A kernel of a lower rank has zeros beyond it in both factors, which have
-        zero gradients and so stay zero; one of rank 0 has no update.
-      magnitude: DoRA's m, `(*stack, *out)`: the norm of every output's weights, or None. The leaf
-        then stands for m * (W0 + scale * a @ b) / its norms.
-      bias: A bias of B, `(*stack, *out)`, or None: where data x are multiplied by the leaf, the
-        result is x W0 + scale * (x a b + bias). It is no part of any weight, so all else that a
-        model might do with the leaf is an error. Not beside a magnitude.
+      a: Down-projection, `(*stack, *in, rank)`: A of the paper, transposed.
+      b: Up-projection, `(*stack, rank, *out)`: B of the paper, transposed.
+      in_axes: Input axes of the kernel.
+      out_axes: Output axes of the kernel.
+      stack_axes: Stack axes of the kernel, such as layers or experts.
+      scale: alpha / rank. If it differs between layers, nested tuples of the shape of the stack.
+      ranks: Rank of each kernel of a stack, as nested tuples of the shape of the stack, or None if
+        all have the rank of the factors. Kernels of a lower rank are padded with zeros in both
+        factors; these have zero gradients and stay zero. Rank 0 means no update.
+      magnitude: Magnitude m of DoRA, `(*stack, *out)`, or None. With it, the weight is
+        m * (W0 + scale * a @ b) / ||W0 + scale * a @ b||.
+      bias: Bias of B, `(*stack, *out)`, or None. With it, the product with x is
+        x W0 + scale * (x a b + bias). The bias is not part of the weight, so any other use of the
+        leaf raises an error. Not compatible with a magnitude.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), equation 3.
@@ -65,18 +65,18 @@ class LoraPair:
 
     @property
     def kind(self) -> str:
-        """What a summary calls it."""
+        """`"lora"`, or `"dora"` with a magnitude."""
         return "lora" if self.magnitude is None else "dora"
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """The arrays that are present, by name."""
+        """The trainable arrays by name."""
         named = {name: getattr(self, name) for name in ("a", "b", *VECTORS)}
         return {name: array for name, array in named.items() if array is not None}
 
     @property
     def size(self) -> int:
-        """Number of trainable elements: the zeros that pad a lower rank do not count."""
+        """Number of trainable parameters, without the padding of lower ranks."""
         factors = math.prod(self.a.shape) + math.prod(self.b.shape)
         vectors = sum(math.prod(array.shape) for array in self.arrays.values()) - factors
         if self.ranks is None:
@@ -87,33 +87,33 @@ class LoraPair:
 
     @property
     def rank(self) -> int:
-        """Rank of the factors; in a stack whose layers differ, the largest."""
+        """Rank of the factors: the largest rank of a stack."""
         return self.a.shape[-1]
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of the kernel that the pair belongs to."""
+        """Shape of the kernel."""
         sizes = dict(zip((*self.stack_axes, *self.in_axes), self.a.shape, strict=False))
         sizes |= dict(zip(self.out_axes, self.b.shape[len(self.stack_axes) + 1 :], strict=True))
         return tuple(sizes[axis] for axis in sorted(sizes))
 
     @property
     def vector_axes(self) -> tuple[AxisName, ...]:
-        """The axes of the kernel that `magnitude` and `bias` have, in their order."""
+        """The axes of `magnitude` and `bias`, named by the axes of the kernel."""
         return (*self.stack_axes, *self.out_axes)
 
     @property
     def has_update(self) -> np.ndarray:
-        """A mask of the layers that have an update: broadcasts against a magnitude."""
+        """A mask that is True for layers with an update and broadcasts against a magnitude."""
         if self.ranks is None:
             return np.ones((1,) * len(self.vector_axes), bool)
         used = np.asarray(self.ranks) > 0  # (*stack,)
         return used.reshape(*used.shape, *(1,) * len(self.out_axes))
 
     def named(self) -> tuple[NamedArray, NamedArray, float]:
-        """Return a and b with the axes of the kernel that theirs belong to, and the scale.
+        """Return the factors with axes named by the axes of the kernel, and the scale.
 
-        Scales that differ by layer are multiplied into b.
+        Scales that differ between layers are multiplied into b.
         """
         a = NamedArray(self.a, (*self.stack_axes, *self.in_axes, RANK))
         b, scale = self.b, self.scale
@@ -123,7 +123,7 @@ class LoraPair:
         return a, NamedArray(b, (*self.stack_axes, RANK, *self.out_axes)), scale
 
     def scaled_bias(self) -> Any:
-        """Return scale * bias: the addend of a product. Layers without an update have none."""
+        """Return scale * bias, which is zero for layers without an update."""
         scales = np.asarray(self.scale, self.bias.dtype)
         if self.ranks is not None:
             scales = np.where(np.asarray(self.ranks) > 0, scales, np.zeros_like(scales))
@@ -131,7 +131,7 @@ class LoraPair:
         return self.bias * scales.reshape(scales.shape + (1,) * inner)
 
     def delta(self, dtype: Any = jnp.float32) -> Array:
-        """Compute the full update, scale * a @ b, in the layout of the kernel.
+        """Compute the update, scale * a @ b, in the layout of the kernel.
 
         Args:
           dtype: Type to compute in and return.
@@ -144,19 +144,19 @@ class LoraPair:
         return low_rank.delta(a, b, scale, tuple(range(len(shape))), shape, dtype)
 
     def called(self, name: str) -> str:
-        """Return what messages call one of the arrays."""
+        """Return the name of an array in messages."""
         return name
 
     def problem(self, shape: Sequence[int], holder: str = "tree") -> str | None:
-        """Compare the shapes, and refuse a magnitude beside a bias."""
+        """Return why the pair does not fit a leaf: other shapes, or both a magnitude and a bias."""
         if {"magnitude", "bias"} <= {*self.arrays}:
-            return "has a magnitude and a bias, which do not go together"
+            return "has both a magnitude and a bias, which are not compatible"
         if tuple(shape) != self.kernel_shape:
             return f"the {holder} has shape {tuple(shape)}, the adapter is for {self.kernel_shape}"
         return None
 
     def applied(self, base: Base, path: str, key: Any, rate: float) -> LowRank:
-        """Return W0 and the factors as a low-rank value."""
+        """Return the base weight and the factors as a low-rank value."""
         a, b, scale = self.named()
         addend = None if self.bias is None else NamedArray(self.scaled_bias(), self.vector_axes)
         return LowRank(
@@ -184,19 +184,19 @@ class LoraPair:
 
     @property
     def irreversible(self) -> str | None:
-        """Why a merged kernel does not determine its base."""
+        """Why the base weight cannot be recovered from a merged weight, or None."""
         if self.magnitude is None:
             return None
-        return "a magnitude, which replaced the norms of W0 + scale * a @ b"
+        return "a magnitude: ||W0 + scale * a @ b|| cannot be recovered from the merged weight"
 
     def with_magnitude(self, base: Base) -> LoraPair:
-        """Add the magnitude that training starts from: the norms of W0."""
+        """Add the initial magnitude: the norms of W0."""
         norms = dora.magnitude(base, self.in_axes, self.vector_axes).astype(self.a.dtype)
         used = jnp.where(self.has_update, norms, jnp.zeros((), norms.dtype))
         return dataclasses.replace(self, magnitude=used)
 
     def gain(self, base: Base) -> NamedArray:
-        """Return the magnitude over the norms of W0 + scale * a @ b: `(*stack, *out)`."""
+        """Return the magnitude divided by the norms of W0 + scale * a @ b: `(*stack, *out)`."""
         a, b, scale = self.named()
         magnitude = NamedArray(self.magnitude, self.vector_axes)
         return dora.gain(base, a, b, scale, magnitude, self.has_update)
@@ -205,14 +205,14 @@ class LoraPair:
 def empty_pair(
     kernel: Kernel, rank: int, scale: Scale, dtype: Any, ranks: tuple[Any, ...] | None = None
 ) -> LoraPair:
-    """Describe a pair for a kernel without allocating it.
+    """Return the shapes and types of a pair for a kernel.
 
     Args:
-      kernel: The kernel to be adapted.
-      rank: Rank of the pair.
-      scale: Scale of the pair.
+      kernel: The kernel.
+      rank: Rank of the factors.
+      scale: Scale of the update.
       dtype: Type of the factors.
-      ranks: Rank of each kernel of a stack, where they differ.
+      ranks: Rank of each kernel of a stack if they differ, or None.
 
     Returns:
       A `LoraPair` of `jax.ShapeDtypeStruct`s.

@@ -1,4 +1,4 @@
-"""TokenRows: rows of a table that are trained, such as the embeddings of new tokens."""
+"""TokenRows: trained rows of an embedding table, such as those of new tokens."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 
 from jax_lora.algebra.base_weight import Base, made
 from jax_lora.algebra.low_rank import static
-from jax_lora.kernels import flax_state
+from jax_lora.storage import flax_state
 
 
 @flax_state.node
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
-    """Rows that take the place of a table's own. The values are the rows, not a difference.
+    """Trained rows that replace rows of an embedding table.
 
     Args:
-      values: The trained rows, `(rows, dim)`.
-      indices: Which row of the table each of them replaces; none twice.
+      values: The rows themselves and not a difference, `(rows, dim)`.
+      indices: Index of the row of the table that each of them replaces, without duplicates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,33 +38,33 @@ class TokenRows:
     indices: tuple[int, ...] = static()
     group: ClassVar[str] = "rows"
     kind: ClassVar[str] = "rows"
-    irreversible: ClassVar[str | None] = "rows that are trained whole, so merging replaced them"
+    irreversible: ClassVar[str | None] = "trained rows, which replaced those of the base"
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """The rows."""
+        """The trainable array by name."""
         return {"values": self.values}
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Number of trainable parameters."""
         return math.prod(self.values.shape)
 
     def called(self, name: str) -> str:
-        """Return what messages call the array."""
+        """Return the name of the array in messages."""
         return "the trained rows"
 
     @classmethod
     def of(cls, table: Any, indices: Sequence[int], dtype: Any = jnp.float32) -> TokenRows:
-        """Start from a table's own rows, so that training starts from the base.
+        """Copy rows of a table, so that training starts from the base model.
 
         Args:
           table: The table, `(vocab, dim)`.
-          indices: The rows to train.
-          dtype: Type of the trained rows, whatever the table's.
+          indices: Indices of the rows to train.
+          dtype: Type of the trained rows.
 
         Returns:
-          Copies of the rows.
+          The rows.
 
         Example:
           >>> import jax.numpy as jnp
@@ -75,40 +75,37 @@ class TokenRows:
         return cls(jnp.asarray(table)[np.asarray(rows, np.int32)].astype(dtype), rows)
 
     def put(self, table: jax.Array) -> jax.Array:
-        """Replace the rows of a table: differentiable by the values alone.
+        """Replace rows of a table; the gradient with respect to the table is zero.
 
         Args:
           table: The frozen table, `(vocab, dim)`.
 
         Returns:
-          The table with the trained rows in it, in its own type.
+          The table with the trained rows, in the type of the table.
         """
         where = np.asarray(self.indices, np.int32)  # (rows,)
         rows = self.values.astype(table.dtype)  # (rows, dim)
         return jax.lax.stop_gradient(table).at[where].set(rows, unique_indices=True)
 
     def problem(self, shape: Sequence[int], holder: str = "tree") -> str | None:
-        """Say what keeps these rows out of a table.
+        """Return why the rows do not fit a table, or None.
 
         Args:
           shape: Shape of the table.
-          holder: What messages call the owner of the table.
-
-        Returns:
-          A reason, or None if they fit.
+          holder: Name of the tree in the reason.
         """
         have, count = tuple(self.values.shape), len(self.indices)
         if len(shape) != 2 or have != (count, shape[1]):
-            return f"the {holder} has shape {tuple(shape)}, the {count} rows are of shape {have}"
+            return f"the {holder} has shape {tuple(shape)}, the {count} rows have shape {have}"
         if len(set(self.indices)) != count:
-            return "a row stands twice"
+            return "a row index occurs twice"
         outside = [index for index in self.indices if not 0 <= index < shape[0]]
         return f"the table of {shape[0]} rows has no row {outside[0]}" if outside else None
 
     def applied(self, base: Base, path: str, key: Any, rate: float) -> jax.Array:
-        """Return the table with the trained rows in it."""
+        """Return the table with the trained rows."""
         return self.put(made(base))
 
     def merged(self, base: jax.Array, sign: int) -> tuple[jax.Array, jax.Array]:
-        """Put the rows into the table."""
+        """Return the table with the trained rows."""
         return self.put(base), jnp.zeros(base.shape, bool)

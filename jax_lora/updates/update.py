@@ -1,4 +1,4 @@
-"""Update: what every kind of update says about itself, so that nothing else has to ask its type."""
+"""Update: the interface of all kinds of updates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Update(Protocol):
 
     @property
     def kind(self) -> str:
-        """What a summary calls it: `"lora"`, `"dora"`, `"whole"` or `"rows"`."""
+        """Its kind in a summary: `"lora"`, `"dora"`, `"whole"` or `"rows"`."""
         ...
 
     @property
@@ -34,47 +34,47 @@ class Update(Protocol):
 
     @property
     def size(self) -> int:
-        """Number of trainable elements; padding does not count."""
+        """Number of trainable parameters, without padding."""
         ...
 
     def called(self, name: str) -> str:
-        """Return what messages call one of the arrays."""
+        """Return the name of an array in messages."""
         ...
 
     def problem(self, shape: Sequence[int], holder: str = "tree") -> str | None:
-        """Say why the update does not fit a leaf of this shape, or return None.
+        """Return why the update does not fit a leaf of this shape, or None if it fits.
 
         Args:
           shape: Shape of the leaf.
-          holder: What messages call the owner of the leaf.
+          holder: Name of the tree in the reason.
         """
         ...
 
     def applied(self, base: Base, path: str, key: Any, rate: float) -> LowRank | Array:
-        """Return what `lora_apply` computes with instead of the leaf.
+        """Return the value that `lora_apply` uses instead of the leaf.
 
         Args:
-          base: The frozen leaf.
-          path: Its path, for messages.
-          key: Random key that switches dropout on, or None.
+          base: The base weight.
+          path: Path of the leaf, for messages.
+          key: Random key for dropout, or None.
           rate: Dropout rate.
         """
         ...
 
     def merged(self, base: Array, sign: int) -> tuple[Array, Array]:
-        """Add the update to its leaf.
+        """Add the update to the base weight.
 
         Args:
-          base: The leaf.
+          base: The base weight.
           sign: 1 to add the update, -1 to subtract it.
 
         Returns:
-          The sum before it is rounded to the leaf's type, and a mask of the elements that the
-          update changes.
+          The merged weight before rounding to the type of the base weight, and a mask of the
+          elements that the update changes.
         """
         ...
 
     @property
     def irreversible(self) -> str | None:
-        """Why a merged leaf does not determine its base, or None."""
+        """Why the base weight cannot be recovered from a merged weight, or None."""
         ...

@@ -1,4 +1,4 @@
-"""WholeLeaf: a leaf that is trained as a whole, such as a bias or a new output head."""
+"""WholeLeaf: a fully trained leaf, such as a bias or a new output head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora.algebra.base_weight import Base
-from jax_lora.kernels import flax_state
+from jax_lora.storage import flax_state
 
 Array = jax.Array
 
@@ -23,39 +23,39 @@ class WholeLeaf:
     """A trainable array that replaces its leaf.
 
     Args:
-      value: The array, of the leaf's shape.
+      value: The array, with the shape of the leaf.
     """
 
     value: Any
     group: ClassVar[str] = "whole"
     kind: ClassVar[str] = "whole"
-    irreversible: ClassVar[str | None] = "a leaf that is trained whole, so merging replaced it"
+    irreversible: ClassVar[str | None] = "a fully trained leaf, which replaced that of the base"
 
     @property
     def arrays(self) -> dict[str, Any]:
-        """The array."""
+        """The trainable array by name."""
         return {"value": self.value}
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Number of trainable parameters."""
         return math.prod(self.value.shape)
 
     def called(self, name: str) -> str:
-        """Return what messages call the array."""
-        return "the leaf trained whole"
+        """Return the name of the array in messages."""
+        return "the fully trained leaf"
 
     def problem(self, shape: Sequence[int], holder: str = "tree") -> str | None:
-        """Compare the shapes."""
+        """Return why the array does not fit a leaf, or None."""
         want = tuple(self.value.shape)
         if tuple(shape) != want:
             return f"the {holder} has shape {tuple(shape)}, the adapter is for {want}"
         return None
 
     def applied(self, base: Base, path: str, key: Any, rate: float) -> Array:
-        """Return the array in the leaf's type."""
+        """Return the array in the type of the leaf."""
         return self.value.astype(base.dtype)
 
     def merged(self, base: Array, sign: int) -> tuple[Array, Array]:
-        """Return the array; rounding it is part of the training result."""
+        """Return the array. Its elements do not count as changed, so rounding causes no warning."""
         return self.value, jnp.zeros(base.shape, bool)

@@ -1,8 +1,7 @@
-"""Python formulas into JavaScript: the page computes with the library's own, not with a copy.
+"""Translate Python formulas to JavaScript, so that the page computes what the library computes.
 
-Only what the formulas use is known here: arithmetic, comparisons, conditions, sums over a
-generator, dataclasses with properties. Anything else is an error with its line, so that a formula
-is translated rightly or not at all.
+Only the Python that the formulas use is supported: arithmetic, comparisons, conditions, sums over
+generators, and dataclasses with properties. Anything else raises a SyntaxError with its line.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ def translate(module: ModuleType, *, leave_out: tuple[str, ...] = ()) -> str:
     """Translate the constants, dataclasses and functions of a module.
 
     Args:
-      module: The module; its own names are translated, and what it imports is taken to be there.
-      leave_out: Functions and methods that the page has no use for.
+      module: The module. Its imports are assumed to be translated already.
+      leave_out: Functions and methods to skip.
 
     Returns:
       JavaScript.
 
     Raises:
-      SyntaxError: Something is used that has no translation here.
+      SyntaxError: The module uses unsupported Python.
     """
     tree = ast.parse(inspect.getsource(module))
     lines: list[str] = []
@@ -100,7 +99,7 @@ def _statement(node: ast.stmt, known: set[str]) -> list[str]:
         case ast.Assign(targets=[ast.Tuple(elts=names)], value=value):
             return [_assignment([_name(each) for each in names], _expression(value), known)]
         case ast.If(test=test, body=body, orelse=orelse):
-            # Names of a branch live on behind it, as in Python.
+            # As in Python, names assigned in a branch stay defined after it.
             inner = [_assigned(each) for each in (*body, *orelse)]
             fresh = sorted({name for names in inner for name in names} - known)
             known |= set(fresh)
@@ -123,7 +122,7 @@ def _assigned(node: ast.stmt) -> list[str]:
 def _assignment(names: list[str], value: str, known: set[str]) -> str:
     new = [name for name in names if name not in known]
     if new and len(new) != len(names):
-        raise SyntaxError(f"{names}: some of them are new and some are not")
+        raise SyntaxError(f"{names}: assigns new and existing names in one statement")
     known |= set(names)
     target = names[0] if len(names) == 1 else f"[{', '.join(names)}]"
     return f"{'let ' if new else ''}{target} = {value};"

@@ -1,4 +1,4 @@
-"""DoRA: a trained norm for every output, held against the weights that it stands for."""
+"""DoRA: trained magnitudes, compared with the merged weights."""
 
 import dataclasses
 import functools
@@ -357,7 +357,7 @@ def test_merging_a_magnitude_that_is_not_finite_names_it():
     pair = adapter.pairs["embed"]
     broken = dataclasses.replace(pair, magnitude=pair.magnitude.at[1].set(jnp.nan))
     adapter = jl.Adapter({**adapter.pairs, "embed": broken}, {}, adapter.config)
-    with pytest.raises(MergeError, match="embed: 1 entries of magnitude are NaN or Inf"):
+    with pytest.raises(MergeError, match="embed: 1 elements of magnitude are NaN or Inf"):
         jl.merge(random_tree(SHAPES), adapter)
 
 

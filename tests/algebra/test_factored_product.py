@@ -1,4 +1,4 @@
-"""Meetings by themselves: two thin products equal the dense one, alone and shared."""
+"""The low-rank product equals the dense product, for one value and for several."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def _plain(value, x):
     )  # fmt: skip
 
 
-def test_values_that_meet_the_same_data_are_narrowed_in_one_product():
+def test_values_with_the_same_data_share_one_down_projection():
     values = [low_rank("io", seed=seed, rank=seed + 1) for seed in range(3)]
     x = random_tree((5, 2), 4)
     how = [_plain(value, x) for value in values]

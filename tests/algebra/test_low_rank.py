@@ -1,4 +1,4 @@
-"""The algebra by itself: any chain of structural operations and a product equals the dense one."""
+"""Any chain of structural operations and a product equals the dense computation."""
 
 import math
 

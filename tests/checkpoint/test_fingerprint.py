@@ -32,11 +32,11 @@ def test_other_values_shapes_types_and_paths_are_all_told():
     del now["numpy"]
     now["extra"] = jnp.zeros(2)
     assert differences(then, now) == {
-        "down/kernel": "has type float32, had bfloat16",
-        "extra": "was not in the base at the time",
-        "numpy": "not in this base",
-        "step": "has other values",
-        "up/kernel": "has shape (64, 40), had (40, 64)",
+        "down/kernel": "has type float32, was saved with bfloat16",
+        "extra": "not in the saved base model",
+        "numpy": "not in this base model",
+        "step": "has different values",
+        "up/kernel": "has shape (64, 40), was saved with (40, 64)",
     }
 
 
@@ -44,7 +44,7 @@ def test_a_shifted_or_permuted_leaf_has_another_fingerprint():
     kernel = base()["up"]["kernel"]
     then = fingerprint({"kernel": kernel})
     for other in (kernel + 1e-3, kernel[::-1], kernel[:, ::-1], jnp.roll(kernel, 1, axis=0)):
-        assert differences(then, {"kernel": other}) == {"kernel": "has other values"}
+        assert differences(then, {"kernel": other}) == {"kernel": "has different values"}
 
 
 def test_shapes_alone_are_compared_with_an_abstract_base():

@@ -1,4 +1,4 @@
-"""adapter.json as earlier versions wrote it."""
+"""adapter.json of earlier versions."""
 
 import json
 

@@ -54,13 +54,13 @@ ROWS = {
         "train.jsonl",
         text('{"prompt": "' + "x " * 40 + '", "completion": " two"}\n'),
         ("--max-seq-length", "16"),
-        "of which none has a token to learn within 16",
+        "without a target token in the first 16",
     ),
     "a row that is too long": (
         "train.jsonl",
         text('{"text": "' + "x " * 40 + '"}\n'),
         ("--max-seq-length", "16", "--truncate", "error"),
-        "expected: at most 16 (--max-seq-length)",
+        "expected: at most 16 (max_seq_length)",
     ),
     "a chat without an answer": (
         "train.jsonl",

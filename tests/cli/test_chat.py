@@ -35,7 +35,7 @@ def answers(out):
 
 def test_an_answer_streams_and_ends_with_its_costs(talk, model_folder):
     out = talk(model_folder, "count the rows\nq\n")
-    assert "goes on with the text that you type" in out
+    assert "continues the text that you type" in out
     assert "5 tokens, " in out and "tokens/s" in out and "GB]" in out
 
 

@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from jax_lora.cli import doctor, main
-from jax_lora.plan import machine
+from jax_lora.cli import doctor, machine, main
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +41,7 @@ def test_a_gpu_that_jax_does_not_see_is_a_problem(look, capsys):
     look(drivers=("NVIDIA GPU",), environment={})
     assert main(["doctor"]) == 2
     out = capsys.readouterr().out
-    assert "PROBLEM: NVIDIA GPU shown by the driver, and JAX does not use it\n  fix: pip" in out
+    assert "PROBLEM: NVIDIA GPU listed by the driver, but not used by JAX\n  fix: pip" in out
     assert "Ready" not in out
 
 
@@ -51,5 +50,5 @@ def test_json_has_the_facts_and_the_findings(look, capsys):
     assert main(["doctor", "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["jax"]
-    assert found["findings"][0]["what"] == "5 B of disk are free here"
+    assert found["findings"][0]["what"] == "only 5 B of disk space are free here"
     assert found["cache"]["why_off"] == ""

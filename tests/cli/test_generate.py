@@ -66,7 +66,7 @@ def test_a_prompt_comes_from_standard_input(generate, monkeypatch, tmp_path):
         (["--prompt", "a", "--temperature", "-1"], "temperature"),
         (["--prompt", "a", "--top-k", "-1"], "top_k"),
         (["--prompt", "a", "--top-p", "0"], "top_p"),
-        (["--prompt", "a", "--stop", ""], "none of them empty"),
+        (["--prompt", "a", "--stop", ""], "non-empty strings"),
         (["--prompt", ""], "at least one token"),
         (["--prompts", "absent.txt"], "--prompts absent.txt"),
         (["--prompts", "/dev/null"], "no prompt"),

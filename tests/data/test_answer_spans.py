@@ -68,7 +68,7 @@ def encoded(tokenizer, turns=TURNS, which="all", **row):
 
 
 def learned(result, tokenizer):
-    ids = [index for index, known in zip(result.ids, result.learned, strict=True) if known]
+    ids = [index for index, known in zip(result.ids, result.loss_mask, strict=True) if known]
     return tokenizer._backend.decode(ids, skip_special_tokens=False)
 
 

@@ -26,7 +26,7 @@ def test_a_template_that_does_not_end_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_template, "SECONDS", 0.3)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"0\.3 seconds were not enough"):
+    with pytest.raises(DataError, match=r"time limit of 0\.3 seconds"):
         rendered(tmp_path, endless)
     assert time.monotonic() - began < 5
 

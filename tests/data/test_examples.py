@@ -26,7 +26,7 @@ def only(file, tokenizer, **options):
 
 
 def learned_text(example, tokenizer):
-    return tokenizer._backend.decode(example.ids[example.learned].tolist(), False)
+    return tokenizer._backend.decode(example.ids[example.loss_mask].tolist(), False)
 
 
 def test_the_answer_and_its_end_are_learned_and_the_prompt_is_not(tokenizer):
@@ -54,13 +54,13 @@ def test_there_is_one_start_token_whether_or_not_the_seam_merges(tokenizer_with_
     for fields in ({"prompt": "sel", "completion": "ect"}, {"prompt": "a", "completion": " b"}):
         example = only(rows_of(fields), tokenizer_with_bos)
         assert example.ids.tolist().count(tokenizer_with_bos.bos_id) == 1
-        assert not example.learned[0]
+        assert not example.loss_mask[0]
 
 
 def test_text_is_learned_whole_and_prompts_only_if_asked(tokenizer):
-    assert only(rows_of({"text": "count"}, kind="text"), tokenizer).learned.all()
+    assert only(rows_of({"text": "count"}, kind="text"), tokenizer).loss_mask.all()
     row = rows_of({"prompt": "a", "completion": "b"})
-    assert only(row, tokenizer, mask_prompt=False).learned.all()
+    assert only(row, tokenizer, mask_prompt=False).loss_mask.all()
 
 
 def test_long_rows_are_cut_dropped_or_refused_as_asked(tokenizer):
@@ -80,7 +80,7 @@ def test_a_row_whose_answer_is_cut_away_is_left_out_and_named(tokenizer):
 
 def test_nothing_left_to_learn_is_an_error(tokenizer):
     rows = rows_of({"prompt": "x" * 50, "completion": " b"})
-    with pytest.raises(DataError, match="1 rows, of which none has a token to learn within 20"):
+    with pytest.raises(DataError, match="1 examples without a target token in the first 20"):
         make_examples(rows, tokenizer, max_length=20)
 
 

@@ -27,7 +27,7 @@ def test_completions_of_turns_are_a_chat_of_which_the_completion_is_learned():
 
 
 def test_a_prompt_alone_may_end_a_completion_of_turns_only_if_something_is_learned():
-    assert "nothing to learn" in refused(prompt=[USER, ANSWER], completion=[USER])
+    assert "no target tokens" in refused(prompt=[USER, ANSWER], completion=[USER])
 
 
 def test_one_list_and_one_string_are_no_completion():
@@ -41,7 +41,7 @@ def test_alpaca_becomes_a_completion_with_its_input_or_without():
         _, without = checked(instruction="Add.", output="5", **nothing)
         assert without["prompt"] == "### Instruction:\nAdd.\n\n### Response:\n"
     assert refused(instruction="Add.", input=3, output="5") == '"input" is a number, not a string'
-    assert refused(instruction="Add.", output="") == '"output" is empty: there is nothing to learn'
+    assert refused(instruction="Add.", output="") == '"output" is empty: no target tokens'
 
 
 def test_sharegpt_becomes_a_chat():
@@ -72,10 +72,10 @@ def test_calls_of_tools_need_no_content_and_their_arguments_become_objects():
     [
         ({"tool_calls": {}, "content": None}, '"content" is null'),
         ({"tool_calls": "add"}, '"tool_calls" is a string, not a list'),
-        ({"tool_calls": [{}]}, '"tool_calls"[0] names no function'),
+        ({"tool_calls": [{}]}, '"tool_calls"[0] has no function name'),
         (
             {"tool_calls": [{"function": {"name": "add", "arguments": "{"}}]},
-            '"arguments" are no JSON object',
+            '"arguments" are not a JSON object',
         ),
         ({"content": [{"type": "image"}]}, "has the type 'image', not \"text\""),
         ({}, 'has no "content"'),

@@ -54,6 +54,12 @@ def test_a_file_has_another_digest_once_a_byte_changes(tmp_path):
     assert read_rows(path).digest != before
 
 
+def test_json_lines_under_the_name_json_are_read(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(CONTENTS["train.jsonl"])
+    assert [row.fields for row in read_rows(path).rows] == ROWS
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

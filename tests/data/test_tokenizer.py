@@ -20,7 +20,7 @@ def test_a_tokenizer_that_uses_a_start_token_gets_exactly_one(tokenizer_with_bos
 
 
 def test_two_start_tokens_are_an_error(tokenizer_with_bos):
-    with pytest.raises(DataError, match="two start tokens"):
+    with pytest.raises(DataError, match="two BOS tokens"):
         tokenizer_with_bos.encode("<|start|><|start|>rows")
 
 
@@ -41,7 +41,7 @@ def test_the_end_token_is_found_in_the_models_own_config(tmp_path):
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
     folder = write_tokenizer(tmp_path)
     (folder / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="answers could never end"):
+    with pytest.raises(ModelError, match="so that generation can stop"):
         Tokenizer.load(folder)
 
 

@@ -1,4 +1,4 @@
-"""Every test of an example has it as the fixture `script`, named after the file of the test."""
+"""The fixture `script` is the example with the name of the test file."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""The example that adapts to a codebase: what is held out, what is measured, that it learns."""
+"""The example adapt_to_code.py."""
 
 import math
 import re
@@ -30,13 +30,13 @@ def names(part):
     return {row.fields["file"] for row in part.rows}
 
 
-def test_a_file_is_learned_or_held_out_and_never_both(script, code):
-    learned, held_out = map(names, script.split(code))
-    assert learned | held_out == {f"zorp_{number}.py" for number in range(40)}
-    assert not learned & held_out and 1 <= len(held_out) <= 8
+def test_a_file_is_either_training_or_held_out(script, code):
+    training, held_out = map(names, script.split(code))
+    assert training | held_out == {f"zorp_{number}.py" for number in range(40)}
+    assert not training & held_out and 1 <= len(held_out) <= 8
 
 
-def test_other_files_do_not_move_a_file_to_the_other_side(script, code, tmp_path):
+def test_the_split_of_a_file_does_not_depend_on_other_files(script, code, tmp_path):
     held_out = names(script.split(code)[1])
     fewer = shutil.copytree(code, tmp_path / "fewer")
     (fewer / "a_new_one.py").write_text("x = 1\n")
@@ -47,16 +47,16 @@ def test_other_files_do_not_move_a_file_to_the_other_side(script, code, tmp_path
     assert names(script.split(fewer)[1]) - {"a_new_one.py"} == held_out & left != set()
 
 
-def test_no_more_is_measured_than_is_said(script, code, monkeypatch):
+def test_the_sample_has_a_limited_size(script, code, monkeypatch):
     _, held_out = script.split(code)
     sizes = [(code / row.fields["file"]).stat().st_size for row in held_out.rows]
-    assert script.measured(held_out)[1] == sum(sizes)
+    assert script.sample_of(held_out)[1] == sum(sizes)
     for most in (0, sizes[0]):  # one file at least
-        monkeypatch.setattr(script, "MEASURED", most)
-        sample, size = script.measured(held_out)
+        monkeypatch.setattr(script, "EVALUATED", most)
+        sample, size = script.sample_of(held_out)
         assert len(sample.rows) == 1 and size == sizes[0]
-    monkeypatch.setattr(script, "MEASURED", sum(sizes) - 1)
-    assert len(script.measured(held_out)[0].rows) == len(sizes) - 1
+    monkeypatch.setattr(script, "EVALUATED", sum(sizes) - 1)
+    assert len(script.sample_of(held_out)[0].rows) == len(sizes) - 1
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def adapted(script, code, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_what_it_measures_is_the_mean_of_the_files_and_goes_down(script, code, adapted):
+def test_the_score_is_that_of_unpacked_files_and_improves(script, code, adapted):
     out, (before, after) = adapted
     assert after.perplexity < before.perplexity / 2
     model, params = jl.models.load(model_path(), dtype="float32")
@@ -82,7 +82,7 @@ def test_what_it_measures_is_the_mean_of_the_files_and_goes_down(script, code, a
 
 
 def by_file(model, variables, held_out):
-    """Sum the files' nats, one file at a time: packing must make no difference."""
+    """Sum the loss over single files, without packing."""
     tokenizer, apply = Tokenizer.load(model_path()), jax.jit(model.apply)
     nats, tokens, size = 0.0, 0, 0
     for row in held_out.rows:
@@ -97,7 +97,7 @@ def by_file(model, variables, held_out):
 
 
 @pytest.mark.slow
-def test_the_command_finds_the_adapter_its_model_and_its_type(adapted, capsys):
+def test_generate_finds_the_adapter_its_model_and_its_dtype(adapted, capsys):
     out, _ = adapted
     answers = []
     asked = ["generate", "--prompt", "def zorp_3(quux):", "--max-tokens", "16"]
@@ -109,11 +109,11 @@ def test_the_command_finds_the_adapter_its_model_and_its_type(adapted, capsys):
 
 
 @pytest.mark.slow
-def test_it_says_what_it_did(script, code, capsys):
+def test_it_prints_its_results(script, code, capsys):
     script.main([str(code), "--steps", "0", "--rank", "4"])
     said = capsys.readouterr().out
-    assert "33 files to learn, 7 held out" in said and "7 of these are measured, 790 bytes" in said
-    assert "93,696 of 4,389,632 parameters are trained, 2.1%" in said
+    assert "33 training files, 7 held out" in said and "7 of these are evaluated, 790 bytes" in said
+    assert "93,696 of 4,389,632 parameters are trainable (2.1%)" in said
     before, after = re.findall(r"perplexity .*", said)
     assert before == after  # without a step
 
@@ -124,5 +124,5 @@ def test_a_folder_without_enough_files_is_a_message(script, tmp_path, name):
         (tmp_path / folder).mkdir()
     (tmp_path / "one" / "a.py").write_text("x = 1\n")
     count = 1 if name == "one" else 0
-    with pytest.raises(SystemExit, match=f"(?s){name}.*{count} text files to learn and 0 to hold"):
+    with pytest.raises(SystemExit, match=f"(?s){name}.*{count} training files and 0 held-out"):
         script.main([str(tmp_path / name)])

@@ -1,4 +1,4 @@
-"""The example that fine-tunes a classifier: its files, its batches, and that it learns."""
+"""The example classify_reviews.py."""
 
 import json
 import sys
@@ -19,12 +19,12 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_rows_are_read_by_the_names_of_their_columns(script, tmp_path):
+def test_columns_are_read_by_name(script, tmp_path):
     path = write(tmp_path / "a.tsv", "id\tlabel\tsentence", '1\t0\tso "dull"', "2\tyes\t fine ")
     assert script.read_tsv(path) == [('so "dull"', "0"), ("fine", "yes")]
 
 
-def test_bad_rows_are_named_by_file_and_line_all_at_once(script, tmp_path):
+def test_invalid_lines_are_listed_together(script, tmp_path):
     rows = ("fine\t1", "too\tmany\t1", "alone", "\t1", "no label\t", "dull\t0")
     path = write(tmp_path / "a.tsv", "sentence\tlabel", *rows)
     with pytest.raises(DataError) as caught:
@@ -40,7 +40,7 @@ def test_bad_rows_are_named_by_file_and_line_all_at_once(script, tmp_path):
     assert f"{path}:2" not in message and f"{path}:7" not in message
 
 
-def test_of_many_bad_rows_the_first_are_shown(script, tmp_path):
+def test_only_the_first_invalid_lines_are_listed(script, tmp_path):
     path = write(tmp_path / "a.tsv", "sentence\tlabel", *["alone"] * 15)
     with pytest.raises(DataError) as caught:
         script.read_tsv(path)
@@ -52,24 +52,24 @@ def test_of_many_bad_rows_the_first_are_shown(script, tmp_path):
     ("lines", "message"),
     [
         (["text\tlabel", "a\t1"], ":1\n  got:      the columns ['text', 'label']"),
-        (["sentence\tlabel"], "no rows behind the first line"),
+        (["sentence\tlabel"], "no examples after the header"),
         ([], "the columns ['']"),
     ],
 )
-def test_files_without_columns_or_rows_are_refused(script, tmp_path, lines, message):
+def test_files_without_columns_or_examples_are_refused(script, tmp_path, lines, message):
     with pytest.raises(DataError) as caught:
         script.read_tsv(write(tmp_path / "a.tsv", *lines))
     assert message in str(caught.value)
 
 
-def test_files_that_cannot_be_read_are_refused(script, tmp_path):
+def test_unreadable_files_are_refused(script, tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"sentence\tlabel\n\xff\t1\n")
     for name in ("a.tsv", "b.tsv"):
         with pytest.raises(DataError, match=name):
             script.read_tsv(tmp_path / name)
 
 
-def test_labels_come_in_the_order_of_their_numbers_or_names(script):
+def test_labels_are_sorted(script):
     def names(*labels):
         return script.label_names([script.Review("a", label) for label in labels])
 
@@ -79,7 +79,7 @@ def test_labels_come_in_the_order_of_their_numbers_or_names(script):
         script.check_labels(Path("dev.tsv"), [script.Review("a", "2")], ["0", "1"])
 
 
-def test_made_up_reviews_are_balanced_and_not_in_both_files(script, tmp_path):
+def test_generated_reviews_are_balanced_and_not_in_both_files(script, tmp_path):
     one, other = (script.read_tsv(path) for path in script.write_reviews(tmp_path))
     assert (len(one), len(other)) == (1024, 256)
     assert not {row.sentence for row in one} & {row.sentence for row in other}
@@ -88,7 +88,7 @@ def test_made_up_reviews_are_balanced_and_not_in_both_files(script, tmp_path):
     assert labels["the plot was dull"] == "0" and labels["the plot was not dull"] == "1"
 
 
-def test_every_row_is_in_one_batch_and_fillers_weigh_nothing(script):
+def test_every_example_is_in_one_batch_and_padding_has_no_weight(script):
     reviews = [script.Review("a b " * count, "01"[count % 2]) for count in range(1, 12)]
     words = script.Words([review.sentence for review in reviews])
     examples = script.Examples(reviews, ["0", "1"], words, 20)
@@ -102,7 +102,7 @@ def test_every_row_is_in_one_batch_and_fillers_weigh_nothing(script):
 
 
 @pytest.mark.slow
-def test_it_learns_reviews_and_writes_what_peft_reads(script, tmp_path, capsys):
+def test_it_learns_and_saves_in_peft_format(script, tmp_path, capsys):
     train, dev = script.write_reviews(tmp_path)
     lines = train.read_text(encoding="utf-8").splitlines()
     write(train, *[line for line in lines if "not" not in line][:257])
@@ -122,7 +122,7 @@ def test_it_learns_reviews_and_writes_what_peft_reads(script, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_folder_brings_its_own_tokenizer(script, tmp_path):
+def test_a_model_folder_has_its_own_tokenizer(script, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     train, dev = script.write_reviews(tmp_path)
@@ -159,7 +159,7 @@ def test_one_file_alone_is_refused(script, tmp_path):
         script.run(script.parse(["--train", str(tmp_path / "a.tsv")]))
 
 
-def test_a_mistake_is_a_message(script, tmp_path, monkeypatch):
+def test_an_error_is_a_message(script, tmp_path, monkeypatch):
     missing = str(tmp_path / "none.tsv")
     monkeypatch.setattr(sys, "argv", ["classify_reviews.py", "--train", missing, "--dev", missing])
     with pytest.raises(SystemExit, match=r"none\.tsv"):

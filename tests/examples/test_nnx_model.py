@@ -1,21 +1,21 @@
-"""The example with NNX: the adapter learns, and merged weights go back into the module."""
+"""The example nnx_model.py."""
 
 import pytest
 
 
 @pytest.mark.slow
-def test_it_learns_and_the_module_gets_the_merged_weights(script, capsys):
+def test_it_learns_and_updates_the_module(script, capsys):
     before, after, distance, base_unchanged = script.run(steps=80, rank=4, pretraining=80)
     assert after < before / 5
-    assert distance < 1e-5  # forecasts are of size 2: float rounding
+    assert distance < 1e-5  # rounding errors of forecasts up to 2
     assert base_unchanged
     shown = capsys.readouterr().out
     assert f"{before:.4f} before, {after:.4f} after" in shown
-    assert "the updated module forecasts as the new one, bit by bit: True" in shown
-    assert "head/kernel" not in shown  # the output head has no pair
+    assert "the updated module is bitwise equal to the new one: True" in shown
+    assert "head/kernel" not in shown  # the output head is not adapted
 
 
-def test_a_forecast_sees_the_past_alone(script):
+def test_a_forecast_depends_on_the_past_only(script):
     model = script.nnx.jit(script.Forecaster)(script.nnx.Rngs(0))
     series = script.sines(0)
     call = script.nnx.jit(lambda model, series: model(series))
@@ -24,8 +24,8 @@ def test_a_forecast_sees_the_past_alone(script):
     assert (forecasts[:, 20:] != changed[:, 20:]).all()
 
 
-def test_waves_climb_and_depend_on_their_number_alone(script):
+def test_batches_depend_on_their_number_only(script):
     series = script.climbing(3)
-    assert series.shape == (script.ROWS, script.TIME)
+    assert series.shape == (script.BATCH_SIZE, script.TIME)
     assert (series == script.climbing(3)).all() and (series != script.climbing(4)).any()
     assert 1.5 < float((series[:, -1] - series[:, 0]).mean()) < 2.5

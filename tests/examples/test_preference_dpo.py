@@ -1,4 +1,4 @@
-"""The example of DPO: its loss, its reference, its memory, and that it learns what is preferred."""
+"""The example preference_dpo.py."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.lora_cases import randomized
 
 @pytest.fixture(scope="module")
 def small(script):
-    """The model, its parameters, two pairs and an adapter at its start."""
+    """The model, its parameters, two pairs and a new adapter."""
     model, params = jl.models.load(model_path(), dtype="float32")
     variables = {"params": params}
     pairs = script.make_pairs("valid", Tokenizer.load(model_path()), 2)
@@ -33,16 +33,16 @@ def small(script):
         (" select a from t order by b desc limit 8", " select a from t order by b limit 8"),
     ],
 )
-def test_a_direction_is_turned_and_turned_back(script, right, wrong):
-    assert script.turned(right) == wrong and script.turned(wrong) == right
+def test_reversing_a_query_twice_restores_it(script, right, wrong):
+    assert script.reversed_query(right) == wrong and script.reversed_query(wrong) == right
 
 
-def test_a_query_without_direction_stays(script):
+def test_a_query_without_order_is_unchanged(script):
     query = " select a, count(*) from t where b != 'max of desc' group by a"
-    assert script.turned(query) == query
+    assert script.reversed_query(query) == query
 
 
-def test_both_answers_of_a_pair_follow_the_same_question(script, small):
+def test_both_responses_have_the_same_prompt(script, small):
     _, _, (ids, answer), _ = small
     tokenizer = Tokenizer.load(model_path())
     for both, of in zip(ids, answer, strict=True):
@@ -53,17 +53,17 @@ def test_both_answers_of_a_pair_follow_the_same_question(script, small):
         chosen, rejected = (
             tokenizer.decode(row[at].tolist()) for row, at in zip(both, of, strict=True)
         )
-        assert chosen.startswith(" select") and script.turned(chosen) == rejected != chosen
+        assert chosen.startswith(" select") and script.reversed_query(chosen) == rejected != chosen
 
 
-def test_no_question_is_both_learned_and_held_out(script):
+def test_no_question_is_in_both_splits(script):
     tokenizer = Tokenizer.load(model_path())
-    learned, held_out = (
+    training, held_out = (
         {row.tobytes() for row in script.make_pairs(split, tokenizer, 1000).ids[:, 0]}
         for split in ("train", "test")
     )
-    assert len(learned) > 500 and len(held_out) > 50
-    assert not learned & held_out
+    assert len(training) > 500 and len(held_out) > 50
+    assert not training & held_out
 
 
 def test_the_loss_is_equation_7_in_float64(script):
@@ -77,14 +77,14 @@ def test_the_loss_is_equation_7_in_float64(script):
     np.testing.assert_allclose(margins, margin, rtol=1e-4, atol=1e-5)
 
 
-def test_at_the_start_policy_and_reference_are_one_model(script, small):
+def test_a_new_adapter_equals_the_reference(script, small):
     model, variables, pairs, adapter = small
     value, (margin, _) = jax.jit(script.make_loss(model, 0.1))(adapter, variables, pairs)
     assert (margin == 0).all()  # to the bit
     assert value == np.float32(np.log(2))
 
 
-def test_log_probabilities_are_sums_over_the_answers_tokens(script, small):
+def test_log_probabilities_are_sums_over_response_tokens(script, small):
     model, variables, pairs, _ = small
     ids, answer = pairs.ids[0], pairs.answer[0]  # (2, LENGTH)
     logits = model.apply(variables, ids)
@@ -98,7 +98,7 @@ def test_log_probabilities_are_sums_over_the_answers_tokens(script, small):
 
 
 @pytest.mark.slow
-def test_the_reference_knows_nothing_of_the_adapter(script, small):
+def test_the_reference_does_not_depend_on_the_adapter(script, small):
     model, variables, pairs, adapter = small
     moved = randomized(adapter)
     _, (margin, policy) = jax.jit(script.make_loss(model, 0.1))(moved, variables, pairs)
@@ -113,7 +113,7 @@ def test_the_reference_knows_nothing_of_the_adapter(script, small):
 
 
 @pytest.mark.slow
-def test_the_base_has_no_gradient_and_the_adapter_has(script, small):
+def test_only_the_adapter_has_a_gradient(script, small):
     model, variables, pairs, adapter = small
     gradient = jax.jit(jax.grad(script.make_loss(model, 0.1), (0, 1), has_aux=True))
     of_adapter, of_base = gradient(randomized(adapter), variables, pairs)[0]
@@ -122,7 +122,7 @@ def test_the_base_has_no_gradient_and_the_adapter_has(script, small):
 
 
 @pytest.mark.slow
-def test_a_step_takes_the_base_once(script, small):
+def test_a_step_has_one_copy_of_the_base(script, small):
     model, variables, pairs, adapter = small
     tx = optax.adam(1e-3)
     given = adapter, tx.init(adapter), variables, pairs
@@ -136,12 +136,12 @@ def test_a_step_takes_the_base_once(script, small):
 
 
 @pytest.mark.slow
-def test_held_out_preferences_are_learned(script, capsys):
+def test_it_learns_held_out_preferences(script, capsys):
     before, after = script.run(steps=16, rank=4, beta=0.1, most=200)
     assert before.margin == before.rewarded_more == 0
     np.testing.assert_allclose(before.loss, np.log(2), rtol=1e-6)  # a mean over 52 pairs rounds
     assert after.loss < 0.65 and after.margin > 0.2 and after.rewarded_more > 0.5
     said = capsys.readouterr().out
-    assert "200 preferences to learn, 52 held out" in said  # all of the test split that fit
-    assert "17.6 MB of parameters: the base once, 17.2, the adapter 0.4" in said
-    assert "a reference model of its own would make it 34.7 MB" in said
+    assert "200 training preferences, 52 held out" in said  # every test pair that fits
+    assert "17.6 MB of parameters: base 17.2 MB, adapter 0.4 MB" in said
+    assert "with a separate reference model: 34.7 MB" in said

@@ -1,4 +1,4 @@
-"""The script that makes the bundled model: what it teaches, and that a stopped run goes on."""
+"""The script pretrain_tiny.py."""
 
 import random
 import sys
@@ -22,7 +22,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_reordered_names_were_all_listed_before(script, seed):
+def test_reordered_names_are_in_the_list(script, seed):
     (listing, weight), *later = script._reordered(random.Random(seed), WORDS, 100)
     assert weight == 0
     for piece, counts in later:
@@ -31,7 +31,7 @@ def test_reordered_names_were_all_listed_before(script, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_paired_values_count_only_once_they_can_be_known(script, seed):
+def test_paired_values_count_from_their_second_occurrence(script, seed):
     pieces = script._paired(random.Random(seed), WORDS, 100)
     seen = {}
     for (key, key_counts), (value, value_counts) in zip(pieces[::2], pieces[1::2], strict=True):
@@ -40,7 +40,7 @@ def test_paired_values_count_only_once_they_can_be_known(script, seed):
         assert seen.setdefault(key, value) == value
 
 
-def test_rows_of_a_step_depend_on_its_number_alone(script, tokenizer):
+def test_batches_depend_on_the_step_only(script, tokenizer):
     texts = [(WORDS + "\n") * 40, WORDS.upper() * 30]
     first, again = (script.Rows(tokenizer, texts, 65) for _ in range(2))
     first.batch(0, 4)
@@ -50,7 +50,7 @@ def test_rows_of_a_step_depend_on_its_number_alone(script, tokenizer):
     assert not np.array_equal(first.batch(3, 4)[0], first.batch(2, 4)[0])
 
 
-def test_text_rows_lose_no_token_and_share_one(script, tokenizer):
+def test_text_rows_contain_every_token_and_share_one(script, tokenizer):
     rows = script.text_rows(tokenizer, [WORDS * 20], 33)
     whole = [0, *tokenizer.encode(WORDS * 20).ids]
     assert len(rows) == (len(whole) - 1) // 32
@@ -58,23 +58,23 @@ def test_text_rows_lose_no_token_and_share_one(script, tokenizer):
     np.testing.assert_array_equal(rows[1:, 0], rows[:-1, -1])
 
 
-def test_tables_are_no_text(script):
+def test_tables_are_excluded(script):
     assert script._is_table("0x1f, 0x20, 0x21, " * 20)
     assert not script._is_table(WORDS)
 
 
-def test_held_out_documents_are_few_and_chosen_by_name(script):
+def test_few_documents_are_held_out_by_name(script):
     kept = [name for name in (f"module{i}.py" for i in range(5000)) if script.held_out(name)]
     assert 60 < len(kept) < 140
 
 
 @pytest.mark.slow
-def test_stopped_run_goes_on_to_the_same_bytes(script, tmp_path, monkeypatch):
+def test_a_resumed_run_is_bitwise_the_same(script, tmp_path, monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     monkeypatch.setattr(
         script, "CONFIG", type(script.CONFIG)(**{**script.CONFIG.__dict__, **small})
     )
-    monkeypatch.setattr(script, "TOKENS_A_STEP", 2 * 512)
+    monkeypatch.setattr(script, "TOKENS_PER_STEP", 2 * 512)
     monkeypatch.setattr(script, "evaluate", lambda *arguments: (0.0, 0.0))  # it changes nothing
     kept = next(f"{i}" for i in range(1000) if script.held_out(f"{i}"))
     source = Path(random.__file__).read_text(encoding="utf-8")

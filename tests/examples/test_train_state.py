@@ -1,4 +1,4 @@
-"""The example with `TrainState`: it learns, stops, goes on, and saves the adapter alone."""
+"""The example train_state.py."""
 
 import re
 
@@ -12,7 +12,7 @@ import jax_lora as jl
 
 @pytest.fixture(scope="module")
 def finished(script, tmp_path_factory):
-    """The folder of one small run, and what the run has shown."""
+    """The folder and the results of a short run."""
     folder = tmp_path_factory.mktemp("run")
     # Optax's own bias correction mixes integers and floats, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -20,17 +20,17 @@ def finished(script, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_it_learns_and_leaves_the_base_alone(finished):
+def test_it_learns_and_does_not_change_the_base(finished):
     (before, half, after), base_unchanged, _ = finished[1]
     assert after < half < before - 0.5 and after < before - 2.0
     assert base_unchanged
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_in_the_same_bits(script, finished):
+def test_a_resumed_run_is_bitwise_the_same(script, finished):
     _, _, resumed_equals_straight = finished[1]
     assert resumed_equals_straight
-    assert script.train_step._cache_size() == 1  # and takes the same compiled program
+    assert script.train_step._cache_size() == 1  # the resumed run does not recompile
 
 
 def shapes_in(folder):
@@ -40,28 +40,28 @@ def shapes_in(folder):
 
 
 @pytest.mark.slow
-def test_the_checkpoint_holds_the_adapters_leaves_and_nothing_else(script, finished):
+def test_the_checkpoint_contains_only_the_adapter(script, finished):
     folder, _ = finished
     adapter = jl.load_adapter(folder / "adapter")
     leaves = sorted(leaf.shape for leaf in jax.tree.leaves(adapter))
     (arrays,) = (folder / "adapter").glob("arrays-*")
     assert shapes_in(arrays) == leaves
-    # Two moments for every leaf of the adapter; the optimizer's count and the step are scalars.
-    moments = [shape for shape in shapes_in(folder / "training") if shape]
-    assert moments == sorted(leaves * 2)
-    # Rank 4: a few hundred kilobytes each, where the base has 17 MB.
+    # AdamW has two arrays per leaf of the adapter; its count and the step are scalars.
+    states = [shape for shape in shapes_in(folder / "training") if shape]
+    assert states == sorted(leaves * 2)
+    # At rank 4 each has a few hundred kilobytes; the base model has 17 MB.
     assert script.megabytes(folder / "adapter") < 0.5
     assert script.megabytes(folder / "training") < 1.0
 
 
-def test_rows_repeat_and_depend_on_their_number_alone(script):
+def test_batches_repeat_a_passage_and_depend_on_their_number_only(script):
     rows = script.batch(3)
     np.testing.assert_array_equal(rows[:, : script.PASSAGE], rows[:, script.PASSAGE :])
     np.testing.assert_array_equal(rows, script.batch(3))
     assert (rows != script.batch(4)).any()
 
 
-def test_same_bits_tells_trees_apart_by_one_bit(script):
+def test_same_bits_detects_one_bit(script):
     one, other = np.zeros(3, np.float32), np.array([0.0, -0.0, 0.0], np.float32)
     assert script.same_bits({"a": one}, {"a": one.copy()})
     assert (one == other).all() and not script.same_bits({"a": one}, {"a": other})

@@ -1,4 +1,4 @@
-"""The example of two processes: both see the same numbers, those of one process, and save once."""
+"""The example two_processes.py."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ def losses(text):
 
 @pytest.fixture(scope="module")
 def two(script, tmp_path_factory):
-    """Where two processes saved their adapter, and what each said."""
+    """The adapter of two processes, and their output."""
     out = tmp_path_factory.mktemp("two") / "adapter"
     return out, script.run(2, steps=3, out=out, timeout=300)
 
@@ -33,7 +33,7 @@ def test_both_processes_see_all_devices_and_the_same_loss(two):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(script, two, tmp_path):
+def test_two_processes_train_the_same_adapter_as_one(script, two, tmp_path):
     out, said = two
     (alone,) = script.run(1, steps=3, out=tmp_path / "one", timeout=300)
     assert "process 0 of 1: 4 of 4 devices" in alone
@@ -47,24 +47,24 @@ def test_two_processes_train_what_one_does(script, two, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_says_what_it_did(script, tmp_path, capsys):
+def test_it_prints_its_results(script, tmp_path, capsys):
     script.main(["--steps", "1", "--out", str(tmp_path / "adapter")])
     said = capsys.readouterr().out.splitlines()
     assert [line[:14] for line in said[:-1]] == ["process 0 of 2"] * 2 + ["process 1 of 2"] * 2
-    assert re.fullmatch(r"one adapter, saved once: 0\.[4-9]\d MB", said[-1])  # compressed
+    assert re.fullmatch(r"saved adapter: 0\.[4-9]\d MB", said[-1])  # compressed
 
 
 @pytest.mark.slow
-def test_what_cannot_be_saved_ends_both_with_the_reason(script, tmp_path):
+def test_an_error_in_saving_ends_both_processes(script, tmp_path):
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(SystemExit, match=r"process \d died(.|\n)*a file of that name"):
+    with pytest.raises(SystemExit, match=r"process \d failed(.|\n)*a file of that name"):
         script.run(2, steps=1, out=tmp_path / "taken", timeout=300)
     assert (tmp_path / "taken").read_text() == "mine"
 
 
 @pytest.fixture
 def stand_ins(script, monkeypatch):
-    """Let other programs stand in for the workers, and return their processes."""
+    """Replace the workers by other programs, and return their processes."""
     started = []
 
     def begin(*programs):
@@ -83,28 +83,28 @@ SLEEP = "import time; time.sleep(600)"
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-def test_a_worker_that_dies_takes_the_other_along(script, stand_ins, tmp_path, dies):
+def test_a_failed_worker_ends_the_other(script, stand_ins, tmp_path, dies):
     programs = [SLEEP, SLEEP]
     programs[dies] = "raise SystemExit('no room on the device')"
     workers, began = stand_ins(*programs), time.monotonic()
-    message = rf"process {dies} died; they said:(.|\n)*no room on the device"
+    message = rf"process {dies} failed; output of all processes:(.|\n)*no room on the device"
     with pytest.raises(SystemExit, match=message):
         script.run(2, steps=1, out=tmp_path, timeout=300)
     assert time.monotonic() - began < 30
     assert workers[1 - dies].returncode < 0  # killed
 
 
-def test_a_worker_that_is_killed_takes_the_other_along(script, stand_ins, tmp_path):
+def test_a_killed_worker_ends_the_other(script, stand_ins, tmp_path):
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     workers = stand_ins(SLEEP, killed)
-    with pytest.raises(SystemExit, match="process 1 died"):
+    with pytest.raises(SystemExit, match="process 1 failed"):
         script.run(2, steps=1, out=tmp_path, timeout=300)
     assert workers[0].returncode < 0
 
 
-def test_a_run_without_end_is_ended(script, stand_ins, tmp_path):
+def test_a_timeout_ends_all_workers(script, stand_ins, tmp_path):
     workers = stand_ins(SLEEP, "pass")  # one is done, the other waits for it
-    with pytest.raises(SystemExit, match="not done after 1 s; --timeout"):
+    with pytest.raises(SystemExit, match="not done after 1 s; increase --timeout"):
         script.run(2, steps=1, out=tmp_path, timeout=1)
     assert [worker.returncode for worker in workers] == [-9, 0]
 

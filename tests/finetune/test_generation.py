@@ -130,8 +130,8 @@ def test_what_is_drawn_depends_on_the_seed_and_the_place_alone(generator):
         ({"temperature": -0.5}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 2.0}, "top_p"),
-        ({"stop": ("",)}, "none of them empty"),
-        ({"stop": "end"}, "a tuple of texts"),
+        ({"stop": ("",)}, "non-empty strings"),
+        ({"stop": "end"}, "a tuple of non-empty strings"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(generator, changes, message):

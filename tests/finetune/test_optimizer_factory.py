@@ -30,7 +30,7 @@ def updated(adapter, **options):
 
 
 def test_an_unknown_optimizer_is_refused_with_the_nearest_names():
-    with pytest.raises(ConfigError, match=r"(?s)--optimizer.*'adamv'.*Did you mean adam"):
+    with pytest.raises(ConfigError, match=r"(?s)optimizer.*'adamv'.*Did you mean adam"):
         make_optimizer(optax.constant_schedule(0.1), name="adamv")
 
 
@@ -64,7 +64,7 @@ def test_weight_decay_goes_to_an_optimizer_that_has_one(adapter):
 
 
 def test_weight_decay_is_refused_where_there_is_none():
-    with pytest.raises(ConfigError, match=r"(?s)--weight-decay.*adam, which has none.*adamw"):
+    with pytest.raises(ConfigError, match=r"(?s)weight_decay.*adam, which has none.*adamw"):
         make_optimizer(optax.constant_schedule(0.1), name="adam", weight_decay=0.1)
 
 

@@ -43,15 +43,15 @@ def test_an_earlier_run_is_moved_aside_and_never_overwritten(tmp_path, adapter):
 @pytest.mark.parametrize("content", ["notes.txt", "config.yaml"])
 def test_a_folder_with_anything_else_is_refused_and_untouched(tmp_path, content):
     (tmp_path / content).write_text("mine")
-    with pytest.raises(ConfigError, match="a folder with something else in it"):
+    with pytest.raises(ConfigError, match="a folder that holds something else"):
         RunFolder.prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [content]
 
 
 def test_the_newest_checkpoints_and_the_best_one_stay(tmp_path, adapter):
-    run, _ = run_in(tmp_path / "run", keep=2)
+    run, _ = run_in(tmp_path / "run")
     for step in range(1, 6):
-        run.save(step, saves(adapter), (3.0, 1) if step == 1 else (1.0, 2))
+        run.save(step, saves(adapter), (3.0, 1) if step == 1 else (1.0, 2), keep=2)
     assert checkpoints(run) == ["step-000002", "step-000004", "step-000005"]
     state = json.loads((run.path / "run.json").read_text())
     assert state == {
@@ -122,3 +122,44 @@ def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path,
     assert checkpoints(again) == ["step-000001"]
     assert sorted(each.name for each in aside.iterdir()) == ["step-000002", "step-000003"]
     assert again.save(2, saves(adapter))[1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_run_json_is_rebuilt_from_the_folders_and_no_checkpoint_is_lost(tmp_path, adapter, damage):
+    run, _ = run_in(tmp_path / "run")
+    for step in (1, 2, 3):
+        run.save(step, saves(adapter))
+    state = run.path / "run.json"
+    if damage == "missing":
+        state.unlink()
+    else:
+        state.write_text(state.read_text()[:20] if damage == "cut" else "")
+    (run.path / "step-000004.part").mkdir()  # what a kill leaves
+    assert find_checkpoint(run.path).name == "step-000003"
+    again, moved = RunFolder.resume(run.path, checkpoint="step-000003")
+    assert checkpoints(again) == ["step-000001", "step-000002", "step-000003"] and moved is None
+    again.save(4, saves(adapter), keep=4)
+    names = ["step-000001", "step-000002", "step-000003", "step-000004"]
+    assert json.loads(state.read_text())["saved"] == names == checkpoints(again)
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1", "\udc80", "a: &a [*a"])
+def test_a_damaged_config_is_one_message(tmp_path, adapter, text):
+    run, _ = run_in(tmp_path / "run")
+    path, _ = run.save(1, saves(adapter))
+    (run.path / "config.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"config\.yaml\n  got: .*\n  expected: the settings"):
+        read_run_config(path)
+
+
+def test_the_config_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    run, _ = run_in(tmp_path / "run")
+    before = (run.path / "config.yaml").read_text()
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        run.write_config({"rank": 3})
+    assert (run.path / "config.yaml").read_text() == before

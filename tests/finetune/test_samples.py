@@ -15,5 +15,5 @@ def test_every_prompt_comes_with_its_answer(tiny, tokenizer):
 @pytest.mark.parametrize("prompt", ["x" * 70, ""])
 def test_a_prompt_without_room_is_refused_before_the_run(tiny, tokenizer, prompt):
     model, _ = tiny
-    with pytest.raises(ConfigError, match=r"(?s)--sample-prompt.*expected: from 1 to 64"):
+    with pytest.raises(ConfigError, match=r"(?s)sample prompt.*expected: from 1 to 64"):
         Sampler(model, tokenizer, (prompt,))

@@ -10,10 +10,10 @@ from jax_lora.finetune.settings import TrainSettings
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("batch_size", 0, "--batch-size\n  got:      0\n  expected: an integer of at least 1"),
-        ("iters", -1, "--iters"),
+        ("batch_size", 0, "batch_size\n  got:      0\n  expected: an integer of at least 1"),
+        ("iters", -1, "iters"),
         ("epochs", 0.0, "a number above 0"),
-        ("learning_rate", math.nan, "--learning-rate\n  got:      nan"),
+        ("learning_rate", math.nan, "learning_rate\n  got:      nan"),
         ("learning_rate", "fast", "got:      'fast'"),
         ("warmup", 1.0, "from 0 to below 1"),
         ("lr_schedule", "round", "one of cosine, linear, constant"),
@@ -25,7 +25,7 @@ from jax_lora.finetune.settings import TrainSettings
         ("dropout", 1.5, "dropout"),
         ("fine_tune_type", "prefix", "one of lora, dora, full"),
         ("optimizer", "adamv", "Did you mean adam"),
-        ("scale", 0.0, "--scale\n  got:      0.0\n  expected: a number above 0"),
+        ("scale", 0.0, "scale\n  got:      0.0\n  expected: a number above 0"),
         ("num_layers", 0, "at least 1; -1 for all"),
         ("loss_chunk", -1, "an integer from 0 on"),
         ("early_stop", 0, "at least 1, or nothing"),
@@ -37,7 +37,7 @@ from jax_lora.finetune.settings import TrainSettings
         ("sample_prompt", ("",), "texts that are not empty"),
     ],
 )
-def test_a_value_without_meaning_is_refused_with_its_flag(name, value, message):
+def test_a_value_without_meaning_is_refused_with_its_name(name, value, message):
     with pytest.raises(ConfigError) as caught:
         TrainSettings(**{name: value})
     assert message in str(caught.value)

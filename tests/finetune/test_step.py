@@ -9,7 +9,9 @@ from jax_lora.data.batches import Batches
 from jax_lora.data.examples import Example
 from jax_lora.dropout import dropout
 from jax_lora.finetune.optimizer_factory import make_optimizer
-from jax_lora.finetune.step import make_step, make_validation, start
+from jax_lora.finetune.step import init_state, make_step
+from jax_lora.finetune.tasks import CAUSAL, loss_for
+from jax_lora.finetune.validation import make_validation
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +43,14 @@ def adapter(tiny):
 def one_update(tiny, adapter, accumulation, wrap=None):
     model, variables = tiny
     optimizer = optax.sgd(1.0)
-    step = make_step(model, optimizer, accumulation=accumulation, wrap=wrap)
+    step = make_step(
+        loss_for(CAUSAL, model),
+        optimizer,
+        accumulation=accumulation,
+        transform=wrap,
+    )
     batch = Batches.of(examples(), 8, buckets=1).at(0)
-    return step(start(adapter, optimizer), variables, batch)
+    return step(init_state(adapter, optimizer), variables, batch)
 
 
 @pytest.mark.slow
@@ -53,7 +60,7 @@ def test_eight_parts_of_one_row_make_the_update_of_one_part_of_eight(tiny, adapt
         same, reported = one_update(tiny, adapter, parts)
         np.testing.assert_allclose(float(reported.loss), float(report.loss), rtol=1e-6)
         for one, other in zip(
-            jax.tree.leaves(whole.trained), jax.tree.leaves(same.trained), strict=True
+            jax.tree.leaves(whole.trainable), jax.tree.leaves(same.trainable), strict=True
         ):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
@@ -64,7 +71,7 @@ def test_only_the_adapter_changes_and_the_state_counts_the_steps(tiny, adapter):
     state, _ = one_update(tiny, adapter, 1)
     jax.tree.map(np.testing.assert_array_equal, before, variables)
     assert int(state.step) == 1
-    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state.trained, adapter)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state.trainable, adapter)
     assert all(jax.tree.leaves(changed))
 
 
@@ -81,13 +88,16 @@ def test_dropout_changes_the_step_and_the_step_number_the_dropout(tiny, adapter)
 def test_training_lowers_the_loss_of_the_rows_it_sees(tiny, adapter):
     model, variables = tiny
     optimizer = make_optimizer(optax.constant_schedule(0.03))
-    step, measure = make_step(model, optimizer), make_validation(model)
+    step, measure = (
+        make_step(loss_for(CAUSAL, model), optimizer),
+        make_validation(loss_for(CAUSAL, model)),
+    )
     batch = Batches.of(examples(), 8, buckets=1).at(0)
-    state, losses = start(adapter, optimizer), []
+    state, losses = init_state(adapter, optimizer), []
     for _ in range(60):
         state, report = step(state, variables, batch)
         losses.append(float(report.loss))
-    total, tokens = measure(state.trained, variables, batch)
+    total, tokens = measure(state.trainable, variables, batch)
     assert float(total) / float(tokens) < losses[0] - 0.3
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax_lora.errors import CheckpointError
 from jax_lora.finetune.training_state import (
     has_state,
-    load_moments,
+    load_opt_state,
     read_record,
     remove_state,
     save_state,
@@ -35,31 +35,31 @@ def damage(folder):
 def test_moments_come_back_to_the_bit(tmp_path, make):
     moments = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), make(0.1).init(PARAMS))
     save_state(tmp_path, moments, {})
-    again = load_moments(tmp_path, read_record(tmp_path), make(0.1).init(PARAMS))
+    again = load_opt_state(tmp_path, read_record(tmp_path), make(0.1).init(PARAMS))
     assert jax.tree.structure(again) == jax.tree.structure(moments)
     jax.tree.map(np.testing.assert_array_equal, again, moments)
 
 
 def test_a_random_key_in_the_state_comes_back(tmp_path):
     save_state(tmp_path, {"key": jax.random.key(7)}, {})
-    again = load_moments(tmp_path, read_record(tmp_path), {"key": jax.random.key(0)})
+    again = load_opt_state(tmp_path, read_record(tmp_path), {"key": jax.random.key(0)})
     assert jax.random.bits(again["key"]) == jax.random.bits(jax.random.key(7))
 
 
 def test_a_byte_that_changed_is_refused(saved):
     folder, moments = saved
     damage(folder)
-    with pytest.raises(CheckpointError, match="has other bytes than were saved"):
-        load_moments(folder, read_record(folder), moments)
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        load_opt_state(folder, read_record(folder), moments)
 
 
 def test_the_state_of_another_optimizer_is_refused(saved):
     folder, _ = saved
-    with pytest.raises(CheckpointError, match="--resume"):
-        load_moments(folder, read_record(folder), optax.sgd(0.1, momentum=0.9).init(PARAMS))
+    with pytest.raises(CheckpointError, match="a checkpoint with the state of its run"):
+        load_opt_state(folder, read_record(folder), optax.sgd(0.1, momentum=0.9).init(PARAMS))
     other = optax.adamw(0.1).init({"a": jnp.ones((2, 4)), "b": jnp.ones(4)})
     with pytest.raises(CheckpointError, match=r"float32 \(2, 3\) where float32 \(2, 4\) belongs"):
-        load_moments(folder, read_record(folder), other)
+        load_opt_state(folder, read_record(folder), other)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_record_without_checksums_is_refused(saved):
     folder, moments = saved
     (folder / "training.json").write_text(json.dumps({"version": 1}))
     with pytest.raises(CheckpointError, match="has no checksums"):
-        load_moments(folder, read_record(folder), moments)
+        load_opt_state(folder, read_record(folder), moments)
 
 
 def test_a_state_is_there_whole_or_not_at_all(saved):

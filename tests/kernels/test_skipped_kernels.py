@@ -1,4 +1,4 @@
-"""What find_kernels cannot reach is named, with the reason; what is no parameter is left alone."""
+"""find_kernels reports the matrices that cannot be adapted, with reasons, and ignores state."""
 
 import flax.linen as nn
 import jax

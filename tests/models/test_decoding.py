@@ -11,8 +11,7 @@ from safetensors.numpy import load_file
 
 import jax_lora as jl
 from jax_lora.errors import ConfigError
-from jax_lora.models import T5, T5Config
-from jax_lora.models import decoding as generate
+from jax_lora.models import T5, T5Config, generate
 from jax_lora.models.decoding import advance, begin
 from tests.lora_cases import assert_close, merged_tree
 

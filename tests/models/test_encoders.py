@@ -198,7 +198,7 @@ def test_rows_that_do_not_fit_are_refused(family, room):
         return str(caught.value)
 
     ids = jnp.zeros((1, room + 1), jnp.int32)
-    assert f"rows of {room + 1} tokens\n  expected: at most {room}" in message(ids)
+    assert f"sequences of {room + 1} tokens\n  expected: at most {room}" in message(ids)
     fitting = ids[:, 1:]
     assert jax.eval_shape(model.apply, {"params": params}, fitting).shape == (1, 3)
     assert "token_type_ids" in message(fitting, None, ids)

@@ -12,13 +12,15 @@ from safetensors.numpy import load_file
 
 import jax_lora as jl
 from jax_lora.models import MixtralConfig, load
+from jax_lora.models.decoder_config import ExpertSizes
 from jax_lora.models.experts import SparseMLP, route
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "qwen3_moe" / "tied"
 CONFIG = MixtralConfig(
     hidden_size=8, num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5
 )
-PART = SparseMLP(CONFIG, jnp.float32, experts=4, chosen=2, width=6, normalised=True)
+SIZES = ExpertSizes(total=4, per_token=2, width=6, normalized=True)
+PART = SparseMLP(CONFIG, jnp.float32, SIZES)
 TOKENS = jax.random.normal(jax.random.key(1), (2, 5, 8))  # (batch, tokens, hidden)
 
 
@@ -27,7 +29,7 @@ def params():
     return jax.jit(PART.init)(jax.random.key(0), TOKENS)["params"]
 
 
-def one_by_one(params, tokens, normalised=True):
+def one_by_one(params, tokens, normalized=True):
     """The same, a token and an expert at a time."""
     gate_up, down = (np.asarray(params["experts"][k]) for k in ("gate_up_proj", "down_proj"))
     answers = []
@@ -35,7 +37,7 @@ def one_by_one(params, tokens, normalised=True):
         logits = token @ np.asarray(params["gate"]["kernel"])
         weights = np.exp(logits) / np.exp(logits).sum()
         chosen = np.argsort(-weights)[:2]
-        total = weights[chosen].sum() if normalised else 1.0
+        total = weights[chosen].sum() if normalized else 1.0
         answer = np.zeros(8)
         for expert in chosen:
             gate, up = np.split(token @ gate_up[expert], 2)
@@ -45,11 +47,11 @@ def one_by_one(params, tokens, normalised=True):
     return np.stack(answers).reshape(tokens.shape)
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_experts_together_equal_experts_one_by_one(params, normalised):
-    part = PART.clone(normalised=normalised)
+@pytest.mark.parametrize("normalized", [True, False])
+def test_experts_together_equal_experts_one_by_one(params, normalized):
+    part = PART.clone(sizes=SIZES._replace(normalized=normalized))
     together = jax.jit(part.apply)({"params": params}, TOKENS)
-    np.testing.assert_allclose(together, one_by_one(params, TOKENS, normalised), atol=1e-5)
+    np.testing.assert_allclose(together, one_by_one(params, TOKENS, normalized), atol=1e-5)
 
 
 def test_no_token_is_dropped_when_all_choose_the_same_experts(params):

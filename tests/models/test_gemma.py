@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.models import Gemma, GemmaConfig
-from jax_lora.models.gemma import gemma_norm
+from jax_lora.models.decoder import decoder_norm
 from jax_lora.models.norms import RMSNorm
 
 CONFIG = GemmaConfig(
@@ -26,7 +26,7 @@ def test_norms_multiply_by_one_plus_scale_before_they_round():
     wide = np.asarray(x, np.float32)
     normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
     once = jnp.asarray(normed * (1 + np.asarray(scale, np.float32))).astype(jnp.bfloat16)
-    given = gemma_norm(CONFIG, jnp.bfloat16).apply({"params": {"scale": scale}}, x)
+    given = decoder_norm(CONFIG, Gemma.design, jnp.bfloat16).apply({"params": {"scale": scale}}, x)
     np.testing.assert_array_equal(given, once)
     twice = RMSNorm(1e-6, offset=1.0).apply({"params": {"scale": scale}}, x)
     assert (np.asarray(twice) != np.asarray(once)).any()  # which bfloat16 can tell apart

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from jax_lora.models import Gemma3Config
-from jax_lora.models.gemma3 import FAMILY
+from jax_lora.models.families import FAMILIES
 from jax_lora.models.read_config import arguments_to_config
 
+FAMILY = FAMILIES["gemma3_text"]
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
 

@@ -61,7 +61,7 @@ def test_rows_longer_than_the_positions_are_refused(headless):
     model, params = headless
     with pytest.raises(ConfigError) as caught:
         model.apply({"params": params}, jnp.zeros((1, 17), jnp.int32))
-    assert "rows of 17 tokens" in str(caught.value)
+    assert "sequences of 17 tokens" in str(caught.value)
     assert "at most n_positions = 16" in str(caught.value)
 
 

@@ -175,10 +175,10 @@ def test_cache_of_another_dtype_keeps_the_logits_dtype(tiny):
         ((2, 4), {"attention_mask": (2, 3)}, "attention_mask\n  got:      int32 (2, 3)"),
         ((2, 4), {"positions": (1, 4)}, "positions\n  got:      int32 (1, 4)"),
         ((2, 4), {"segment_ids": (4, 4)}, "segment_ids\n  got:      int32 (4, 4)"),
-        ((2, 4), {"cache": (1, 8)}, "expected: room for 2 rows of 4 tokens"),
-        ((2, 4), {"cache": (2, 3)}, "expected: room for 2 rows of 4 tokens"),
+        ((2, 4), {"cache": (1, 8)}, "expected: room for 2 sequences of 4 tokens"),
+        ((2, 4), {"cache": (2, 3)}, "expected: room for 2 sequences of 4 tokens"),
         ((2, 4), {"cache": (2, 8), "attention_mask": (2, 4)}, "expected: shape (2, 8)"),
-        ((2, 4), {"cache": (2, 8), "segment_ids": (2, 4)}, "none together with a cache"),
+        ((2, 4), {"cache": (2, 8), "segment_ids": (2, 4)}, "None together with a cache"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_by_argument(shape, others, message):

@@ -273,8 +273,8 @@ def test_inputs_that_do_not_fit_are_refused():
         return str(caught.value)
 
     ids, encoded = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 5, 16))
-    assert "what encode returned" in message(ids, None)
-    assert "2 texts\n  expected: 1, one for each row" in message(ids[:1], encoded)
+    assert "the output of encode" in message(ids, None)
+    assert "2 inputs\n  expected: 1, one for each target" in message(ids[:1], encoded)
     assert "shape (2, 3)\n  expected: shape (2, 5)" in message(ids, encoded, ids)
     assert "attention_mask" in message(ids, encoded, None, jnp.zeros((2, 4), jnp.int32))
 

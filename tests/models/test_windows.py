@@ -9,7 +9,7 @@ import pytest
 
 from jax_lora.errors import ConfigError
 from jax_lora.models import Gemma2, Gemma2Config, Gemma3Config, Mistral, MistralConfig, Qwen2Config
-from jax_lora.models.windows import FULL, SLIDING
+from jax_lora.models.decoder_config import FULL, SLIDING
 
 SIZES = {
     "vocab_size": 32,

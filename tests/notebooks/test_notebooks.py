@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, at a small size, and show results that such a run made."""
+"""The notebooks run with small settings, and their saved outputs are complete."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-# What is put behind the cell of parameters, so that a run takes seconds and not half an hour.
+# Inserted after the cell of parameters, so that a run takes seconds instead of half an hour.
 SMALL = {
     "01_what_is_lora": "D, RANK, STEPS = 512, 4, 20",
     "02_intrinsic_rank": (
@@ -22,7 +22,7 @@ SMALL = {
         "LEARNING_RATES, SEEDS, SWEEP_STEPS = [1e-3, 1e-2], 2, 3\nPRIVATE_STEPS, LANCZOS = 2, 4"
     ),
 }
-# What a reader does with the slider; every move draws the picture again, or raises.
+# Move the sliders; every change redraws the figure.
 MOVE_THE_SLIDER = """
 for d, rank in ((100, 1), (100, 100), (7, 3)):
     d_box.value = d
@@ -46,9 +46,9 @@ def runner():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_it_runs_from_top_to_bottom(runner, name, tmp_path, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # a reader's machine has one device
-    # The commands that a notebook starts find each other's programs.
+def test_it_runs(runner, name, tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as on a typical machine
+    # The commands that a notebook runs share a compilation cache.
     monkeypatch.delenv("JAX_LORA_NO_CACHE", raising=False)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
@@ -61,7 +61,7 @@ def test_it_runs_from_top_to_bottom(runner, name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_what_it_shows_comes_from_one_run(name):
+def test_its_outputs_are_those_of_one_run(name):
     cells = [c for c in nbformat.read(NOTEBOOKS[name], as_version=4).cells if c.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
@@ -70,12 +70,12 @@ def test_what_it_shows_comes_from_one_run(name):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_its_links_lead_to_files_that_are_there(name):
+def test_its_links_lead_to_existing_files(name):
     for cell in nbformat.read(NOTEBOOKS[name], as_version=4).cells:
         if cell.cell_type == "markdown":
             for target in re.findall(r"\]\(([^)#]+)\)", cell.source):
                 assert "://" in target or (NOTEBOOKS[name].parent / target).exists(), target
 
 
-def test_every_notebook_has_a_small_size():
+def test_every_notebook_has_small_settings():
     assert set(SMALL) == set(NOTEBOOKS)

@@ -1,4 +1,4 @@
-"""The folders that PEFT wrote, each with the base that it is for."""
+"""Folders that PEFT wrote, each with its base model."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Adapters that PEFT wrote give PyTorch's logits here, combined and merged."""
+"""Adapters from PEFT give the logits of PyTorch, combined and merged."""
 
 import numpy as np
 import pytest

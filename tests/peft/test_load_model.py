@@ -1,4 +1,4 @@
-"""load_model makes the model that an adapter was trained on, of the base as it was loaded."""
+"""load_model changes the base model to the model that an adapter was trained on."""
 
 import json
 import shutil

@@ -53,9 +53,9 @@ def test_scales_that_differ_are_folded_for_mlx(tmp_path):
     ("case", "reason"),
     [
         ("dora", "a magnitude"),
-        ("whole", "trained whole"),
+        ("whole", "a fully trained leaf"),
         ("layers", "no update in this layer"),
-        ("patterns", "mlx-lm has one for all"),
+        ("patterns", "mlx-lm supports only one rank"),
     ],
 )
 def test_what_mlx_cannot_hold_is_refused_with_the_reason(case, reason, tmp_path):
@@ -80,8 +80,8 @@ def test_everything_wrong_with_an_mlx_adapter_stands_in_one_message(tmp_path):
         f"wrong shape: {Q1} has (16, 4) and (4, 3), expected ((16, 4), (4, 32))",
         "extra: model.surprise.lora_a (4, 3)",
         "fine_tune_type 'dora'",
-        "rank 0: no whole number",
-        "scale 'x': no number",
+        "rank 0: expected an integer",
+        "scale 'x': expected a number",
     ):
         assert part in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Models of one's own export too: any kernels, with names written down by hand."""
+"""Models from outside jax_lora.models: any kernels, with names as a dict."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""What does not fit is refused in one message that lists it all; nothing is half-loaded."""
+"""An adapter that does not fit raises one error that lists all problems."""
 
 import json
 import shutil
@@ -65,9 +65,9 @@ def test_everything_wrong_with_the_tensors_stands_in_one_message(base, folder):
     message = refusal(base, folder)
     assert "missing: model.layers.0.self_attn.q_proj.lora_A.weight" in message
     assert "extra: model.layers.7.self_attn.q_proj.lora_A.weight (4, 16)" in message
-    assert "extra: model.layers.0.self_attn.q_prj.weight (2,); the nearest modules are" in message
+    assert "extra: model.layers.0.self_attn.q_prj.weight (2,); the closest modules are" in message
     assert "model.layers.0.self_attn.q_proj" in message
-    assert "missing: model.layers.1.self_attn.v_proj.lora_A.weight, although" in message
+    assert "missing: model.layers.1.self_attn.v_proj.lora_A.weight, which" in message
 
 
 def test_a_wrong_shape_says_what_was_expected(base, folder):
@@ -78,19 +78,19 @@ def test_a_wrong_shape_says_what_was_expected(base, folder):
 
 def test_numbers_that_are_not_finite_are_named(base, folder):
     spoil(folder, **{f"{Q0}.lora_A.weight": np.full((4, 16), np.nan, np.float32)})
-    assert f"{Q0}.lora_A.weight: 64 entries are NaN or Inf" in refusal(base, folder)
+    assert f"{Q0}.lora_A.weight: 64 elements are NaN or Inf" in refusal(base, folder)
 
 
 def test_integers_are_no_factors(base, folder):
     spoil(folder, **{f"{Q0}.lora_A.weight": np.ones((4, 16), np.int8)})
-    assert f"{Q0}.lora_A.weight: numbers of type I8" in refusal(base, folder)
+    assert f"{Q0}.lora_A.weight: type I8" in refusal(base, folder)
 
 
 def test_a_pickle_alone_is_refused_unopened(base, folder):
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     (folder / "adapter_model.bin").chmod(0)
     message = refusal(base, folder)
-    assert "only pickle files, adapter_model.bin, which can run code" in message
+    assert "only pickle files, adapter_model.bin, which can execute code" in message
 
 
 def test_an_absent_folder_and_an_empty_one_say_so(base, tmp_path):
@@ -102,7 +102,7 @@ def test_an_absent_folder_and_an_empty_one_say_so(base, tmp_path):
 def test_a_file_cut_short_is_one_clear_error(base, folder, size):
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:size])
-    assert "a broken file" in refusal(base, folder)
+    assert "a damaged file" in refusal(base, folder)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_file_cut_short_is_one_clear_error(base, folder, size):
 def test_a_header_that_lies_is_one_clear_error(base, folder, header):
     sized = header if header[:1] != b"{" else len(header).to_bytes(8, "little") + header + b"\0" * 8
     (folder / WEIGHTS).write_bytes(sized)
-    assert "a broken file" in refusal(base, folder)
+    assert "a damaged file" in refusal(base, folder)
 
 
 def test_a_link_out_of_the_folder_is_refused(base, folder, tmp_path):
@@ -136,19 +136,22 @@ def test_a_link_out_of_the_folder_is_refused(base, folder, tmp_path):
         ({"use_qalora": True}, "use_qalora = True: not implemented"),
         ({"velora_config": {"x": 1}}, "velora_config = {'x': 1}: not implemented"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
-        ({"init_lora_weights": "olora"}, "it changes the base model too"),
-        ({"r": 10**9}, "rank r = 1000000000: no whole number from 1 to 65536"),
+        ({"init_lora_weights": "olora"}, "it also changes the base model"),
+        ({"r": 10**9}, "rank r = 1000000000: expected an integer from 1 to 65536"),
         ({"r": 0}, "rank r = 0"),
         ({"rank_pattern": {"q_proj": "four"}}, "rank q_proj = 'four'"),
-        ({"lora_alpha": "x"}, "alpha lora_alpha = 'x': no number"),
-        ({"lora_dropout": 2}, "lora_dropout = 2: no number from 0 to 1"),
+        ({"lora_alpha": "x"}, "alpha lora_alpha = 'x': expected a number"),
+        ({"lora_dropout": 2}, "lora_dropout = 2: expected a number from 0 to 1"),
         ({"bias": "some"}, "bias = 'some'"),
-        ({"use_dora": "yes"}, "use_dora = 'yes': neither true nor false"),
-        ({"target_modules": [1]}, "target_modules = [1]: no list of names"),
-        ({"layer_replication": 3}, "layer_replication = 3: no list of [start, stop)"),
-        ({"layer_replication": [[0, "2"]]}, "layer_replication = [[0, '2']]: no list of"),
-        ({"layer_replication": [[2, 1]]}, "layer_replication = [[2, 1]]: no list of"),
-        ({"layer_replication": [[0, 10**9]]}, "layer_replication = [[0, 1000000000]]: no list"),
+        ({"use_dora": "yes"}, "use_dora = 'yes': expected true or false"),
+        ({"target_modules": [1]}, "target_modules = [1]: expected a list of names"),
+        ({"layer_replication": 3}, "layer_replication = 3: expected a list of [start, stop)"),
+        ({"layer_replication": [[0, "2"]]}, "layer_replication = [[0, '2']]: expected a list of"),
+        ({"layer_replication": [[2, 1]]}, "layer_replication = [[2, 1]]: expected a list of"),
+        (
+            {"layer_replication": [[0, 10**9]]},
+            "layer_replication = [[0, 1000000000]]: expected a list",
+        ),
     ],
 )
 def test_a_configuration_that_asks_for_what_is_not_there_is_refused_by_name(
@@ -200,18 +203,18 @@ LOAD_MODEL = "jl.peft.load_model(path, model, params)"
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("tied_embedding", "model.embed_tokens: factors of the lookup alone"),
-        ("head", "lm_head.lora_A.weight: of the head alone"),
-        ("tied_whole_lookup", "model.embed_tokens.weight: of the lookup alone"),
-        ("tied_whole_ends", "lm_head.weight: other values than model.embed_tokens.weight"),
-        ("whole", "lm_head.weight: other values than model.embed_tokens.weight"),
+        ("tied_embedding", "model.embed_tokens: factors that change only the embedding"),
+        ("head", "lm_head.lora_A.weight: changes only the head"),
+        ("tied_whole_lookup", "model.embed_tokens.weight: changes only the embedding"),
+        ("tied_whole_ends", "lm_head.weight: differs from model.embed_tokens.weight"),
+        ("whole", "lm_head.weight: differs from model.embed_tokens.weight"),
     ],
 )
 def test_an_adapter_of_one_end_of_a_tied_table_asks_for_an_untied_model(case, reason):
     base = jl.models.load(FOLDERS.parent / "llama" / "tied")
     message = refusal(base, FOLDERS / case)
     assert f"{reason}, and the model is tied; {LOAD_MODEL} unties it" in message
-    assert "fix:      Load it for the base" in message
+    assert "fix:      Load the base model" in message
     assert f"model, params, adapter = {LOAD_MODEL}." in message
 
 
@@ -227,7 +230,9 @@ def test_factors_of_a_tied_head_that_are_not_the_tables_are_refused(tmp_path):
         },
     )
     message = refusal(base, folder)
-    assert "lm_head.lora_B.weight: other factors than the table's, and the model is" in message
+    assert (
+        "lm_head.lora_B.weight: differs from the factors of the table, and the model is" in message
+    )
     assert "extra: lm_head.surprise (2, 3)" in message
 
 
@@ -246,7 +251,7 @@ def test_a_copy_of_the_base_that_is_not_the_base_is_noticed():
     table = variables["params"]["embed_tokens"]["embedding"]
     params = {**variables["params"], "embed_tokens": {"embedding": table + 1}}
     message = refusal((model, params), FOLDERS / "embedding")
-    assert "other values than the base's: the adapter is for another base" in message
+    assert "differs from the base: the adapter is for a different base model" in message
 
 
 def test_names_of_another_model_are_refused(base):
@@ -254,7 +259,7 @@ def test_names_of_another_model_are_refused(base):
     with pytest.raises(StructureError, match="no such leaf in the parameters"):
         jl.peft.load(FOLDERS / "plain", variables, names={"layers/attn/q_prj/kernel": "x"})
     _, _, adapter = load_case("plain")
-    with pytest.raises(StructureError, match="no name; the nearest that have one are"):
+    with pytest.raises(StructureError, match="not in names; the closest paths are"):
         jl.peft.save("unused", adapter, names={"layers/attn/k_proj/kernel": "k"})
 
 
@@ -271,7 +276,7 @@ def test_saving_where_nothing_can_be_written_says_so(base, tmp_path):
     model, _ = base
     _, _, adapter = load_case("plain")
     (tmp_path / "file").write_text("")
-    with pytest.raises(AdapterFileError, match="a folder that can be written to"):
+    with pytest.raises(AdapterFileError, match="a writable folder"):
         jl.peft.save(tmp_path / "file", adapter, names=model.hf_names)
 
 

@@ -1,4 +1,4 @@
-"""Adapters are written as PEFT writes them, byte for byte."""
+"""Saved adapters are byte for byte those of PEFT."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Training from a PEFT adapter follows PyTorch: loss, gradients, five steps of AdamW."""
+"""Training from a PEFT adapter matches PyTorch: loss, gradients, five steps of AdamW."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Files for vLLM: one rank, one scale, plain modules only."""
+"""Files for vLLM: one rank, one scale, modules only."""
 
 import json
 
@@ -34,17 +34,17 @@ def test_scales_are_folded_and_ranks_are_one(case, tmp_path):
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("dora", "vLLM has no DoRA"),
-        ("lora_bias", "a bias on B; vLLM has none"),
-        ("whole", "params/lm_head/kernel: trained whole"),
-        ("bias_all", "trained whole; vLLM takes factors only"),
+        ("dora", "vLLM does not support DoRA"),
+        ("lora_bias", "a bias of B; vLLM does not"),
+        ("whole", "params/lm_head/kernel: fully trained"),
+        ("bias_all", "fully trained; vLLM supports only factors"),
         ("tokens", "trained rows"),
-        ("experts", "vLLM takes modules"),
+        ("experts", "vLLM supports only modules"),
     ],
 )
 def test_what_vllm_cannot_serve_is_refused_with_the_reason(case, reason, tmp_path):
     model, _, adapter = load_case(case)
-    with pytest.raises(AdapterFileError, match="Serve the merged model instead") as caught:
+    with pytest.raises(AdapterFileError, match="Serve the merged model") as caught:
         jl.peft.save(tmp_path / "out", adapter, names=model.hf_names, target="vllm")
     assert reason in str(caught.value)
     assert not (tmp_path / "out").exists()

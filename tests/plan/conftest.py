@@ -1,4 +1,4 @@
-"""A model of a few kilobytes, planned, and the step that it would be trained with."""
+"""A tiny model to plan, and the settings of its run."""
 
 import jax
 import pytest
@@ -11,7 +11,7 @@ from tests.tiny_model import TINY
 
 @pytest.fixture(autouse=True)
 def promotion():
-    # Optax raises floats to its integer step count, which strict promotion refuses.
+    # Optax multiplies floats with its integer step count, which strict promotion rejects.
     with jax.numpy_dtype_promotion("standard"):
         yield
 

@@ -1,30 +1,30 @@
-"""The formulas, against numbers that were counted or measured elsewhere."""
+"""Compare the formulas with values that were counted or measured independently."""
 
 import dataclasses
 
 import pytest
 
-from jax_lora.finetune import loss
+from jax_lora.finetune import losses
 from jax_lora.plan.arithmetic import (
     MOST_LOGITS,
-    Kept,
     KernelShape,
     ModelShape,
-    Work,
+    Residuals,
+    Step,
     activation_bytes,
     adapter_size,
     full_flops,
     layer_bytes,
     logit_bytes,
     lora_flops,
-    moment_bytes,
     nf4_bytes,
+    optimizer_bytes,
     weight_bytes,
 )
 
 
 def decoder(layers, width, inner, vocabulary, heads):
-    """A Llama without grouping."""
+    """The shape of a Llama without grouped-query attention."""
     sizes = {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width)}
     sizes |= {"gate": (width, inner), "up": (width, inner), "down": (inner, width)}
     kernels = [
@@ -38,68 +38,71 @@ def decoder(layers, width, inner, vocabulary, heads):
     )
 
 
-# The decoder of docs/performance.md, whose products were counted in the traced program.
+# The decoder of docs/performance.md, whose operations were counted in the jaxpr.
 MEASURED = decoder(6, 384, 1024, 2048, 6)
-STEP = Work(rows=4, length=256, learned=256)
+STEP = Step(batch_size=4, length=256, targets=256)
 
 
-def test_full_fine_tuning_takes_six_operations_for_each_weight_and_token_and_attention():
+def test_full_fine_tuning_needs_six_operations_per_weight_and_token_and_attention():
     assert full_flops(MEASURED, STEP) == pytest.approx(77.31e9, rel=1e-4)
 
 
-def test_lora_saves_the_gradients_of_the_weights_and_pays_for_thin_products():
-    # The program there is unrolled, so its first layer's q, k and v need no gradient of x.
+def test_lora_saves_weight_gradients_and_adds_low_rank_products():
+    # The layers there are unrolled, so q, k and v of the first layer need no gradient of x.
     first = 2 * STEP.tokens * 3 * (384**2 + 384 * 8)
     assert lora_flops(MEASURED, STEP, 8) - first == pytest.approx(55.18e9, rel=1e-4)
 
 
-def test_remat_adds_one_more_pass_through_the_layers():
+def test_remat_adds_a_forward_pass_through_the_layers():
     again = dataclasses.replace(STEP, remat=True)
     more = full_flops(MEASURED, again) - full_flops(MEASURED, STEP)
     assert more == pytest.approx((77.31e9 - 3 * 2 * 1024 * 384 * 2048) / 3, rel=1e-4)
 
 
-def test_parts_of_a_batch_multiply_the_work_and_not_the_memory():
-    parts = dataclasses.replace(STEP, parts=4)
+def test_accumulation_multiplies_operations_but_not_memory():
+    parts = dataclasses.replace(STEP, accumulation=4)
     assert lora_flops(MEASURED, parts, 8) == 4 * lora_flops(MEASURED, STEP, 8)
     assert activation_bytes(MEASURED, parts, 4) == activation_bytes(MEASURED, STEP, 4)
 
 
-def test_fewer_adapted_kernels_take_fewer_operations_and_parameters():
+def test_fewer_adapted_kernels_need_fewer_operations_and_parameters():
     some = MEASURED.body[:2]
     assert lora_flops(MEASURED, STEP, 8, some) < lora_flops(MEASURED, STEP, 8)
     assert adapter_size(some, 8) == 2 * 6 * 8 * (384 + 384)
 
 
-def test_with_remat_one_layer_and_the_inputs_of_all_are_kept():
+def test_remat_keeps_the_inputs_of_all_layers_and_one_recomputed_layer():
     again = dataclasses.replace(STEP, remat=True)
     inputs = 6 * 1024 * 384 * 4
     most_of_one = 0.75 * layer_bytes(MEASURED, again, 4)
     assert activation_bytes(MEASURED, again, 4) == inputs + most_of_one
 
 
-def test_what_a_trace_says_takes_the_place_of_the_formula():
-    kept = Kept(fixed=600.0, by_length=6.0, remat_fixed=10.0, remat_by_length=0.0)
+def test_traced_residuals_replace_the_formula():
+    residuals = Residuals(fixed=600.0, by_length=6.0, remat_fixed=10.0, remat_by_length=0.0)
     again = dataclasses.replace(STEP, remat=True)
     everything = 1024 * (600 + 6 * 256)
-    assert activation_bytes(MEASURED, STEP, 4, kept=kept) == everything
-    assert activation_bytes(MEASURED, again, 4, kept=kept) == 10 * 1024 + 0.75 * everything / 6
+    assert activation_bytes(MEASURED, STEP, 4, residuals=residuals) == everything
+    assert (
+        activation_bytes(MEASURED, again, 4, residuals=residuals)
+        == 10 * 1024 + 0.75 * everything / 6
+    )
 
 
-def test_scores_grow_with_the_square_of_the_length():
-    short, long = (Work(1, length, length) for length in (1000, 2000))
-    per_token = [layer_bytes(MEASURED, work, 4) / work.tokens for work in (short, long)]
+def test_attention_scores_grow_with_the_square_of_the_length():
+    short, long = (Step(1, length, length) for length in (1000, 2000))
+    per_token = [layer_bytes(MEASURED, step, 4) / step.tokens for step in (short, long)]
     assert per_token[1] - per_token[0] == 6 * 1000 * 8
 
 
-def test_chunks_of_the_loss_bound_the_logits():
+def test_loss_chunks_bound_the_logits():
     chunked = dataclasses.replace(STEP, loss_chunk=128)
     assert logit_bytes(MEASURED, STEP) == 2 * 1024 * 2048 * 4
     assert logit_bytes(MEASURED, chunked) == 2 * 128 * 2048 * 4
     assert logit_bytes(MEASURED, dataclasses.replace(STEP, loss_chunk=4096)) == 2 * 1024 * 2048 * 4
 
 
-def test_only_the_dense_kernels_of_the_body_are_quantized():
+def test_only_dense_kernels_except_the_head_are_quantized():
     body = sum(kernel.size for kernel in MEASURED.body)
     rest = (MEASURED.size - body) * 2
     outputs = sum(kernel.count * kernel.outputs for kernel in MEASURED.body)
@@ -108,18 +111,18 @@ def test_only_the_dense_kernels_of_the_body_are_quantized():
     assert weight_bytes(MEASURED, 2) == MEASURED.size * 2
 
 
-def test_nf4_takes_the_papers_bits():
+def test_nf4_needs_the_bits_of_the_qlora_paper():
     assert 8 * nf4_bytes(4096, 4096) / 4096**2 == pytest.approx(4.127, abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "moments"), [("adamw", 2), ("lion", 1), ("sgd", 0), ("unheard of", 2)]
+    ("optimizer", "size"), [("adamw", 2), ("lion", 1), ("sgd", 0), ("unknown", 2)]
 )
-def test_moments_are_those_of_the_optimizer(optimizer, moments):
-    assert moment_bytes(1000, 4, optimizer) == moments * 4000
+def test_optimizer_state_depends_on_the_optimizer(optimizer, size):
+    assert optimizer_bytes(1000, 4, optimizer) == size * 4000
 
 
-def test_no_part_of_jax_is_imported():
+def test_jax_is_not_imported():
     import subprocess
     import sys
     from pathlib import Path
@@ -132,5 +135,5 @@ def test_no_part_of_jax_is_imported():
     subprocess.run([sys.executable, "-c", program, str(file)], check=True)
 
 
-def test_logits_are_counted_as_the_loss_forms_them():
-    assert MOST_LOGITS == loss.MOST_LOGITS
+def test_the_loss_computes_as_many_logits_at_a_time():
+    assert MOST_LOGITS == losses.MOST_LOGITS

@@ -1,4 +1,4 @@
-"""Changes that make a run fit, the cheapest first."""
+"""Search for the cheapest changes that make a run fit."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ def total():
 
 
 def find(total, memory, *, dtype="bfloat16", length=2048, **changed):
-    choices = Choices(TrainSettings(batch_size=8), **changed)
+    choices = Choices(TrainSettings(batch_size=8, **changed))
     return fit(choices, memory, total, dtype=dtype, length=length)
 
 
@@ -24,26 +24,26 @@ def flags(found):
     return [change.flags for change in found.changes]
 
 
-def test_nothing_is_changed_where_it_fits(total):
+def test_nothing_changes_if_the_run_fits(total):
     found = find(total, 1e12)
     assert found.fits and not found.changes and found.after == found.before
 
 
-def test_a_batch_in_parts_comes_first(total):
+def test_gradient_accumulation_comes_first(total):
     found = find(total, 250e9)
     assert flags(found) == ["--batch-size 4 --grad-accumulation-steps 2"]
     assert found.fits and found.after <= SHARE * 250e9 < found.before
 
 
-def test_then_activations_are_computed_again(total):
+def test_gradient_checkpointing_comes_next(total):
     found = find(total, 24e9)
     assert flags(found)[-1] == "--grad-checkpoint"
-    assert found.choices.remat
     settings = found.choices.settings
+    assert settings.grad_checkpoint
     assert settings.batch_size * settings.grad_accumulation_steps == 8
 
 
-def test_quantization_comes_last_and_is_called_arithmetic(total):
+def test_quantization_comes_last_and_is_marked_as_unsupported(total):
     found = find(total, 10e9)
     assert flags(found)[-1] in ("int8 base", "NF4 base")
     assert found.changes[-1].says == NOT_YET
@@ -51,7 +51,7 @@ def test_quantization_comes_last_and_is_called_arithmetic(total):
     assert costs == sorted(costs)
 
 
-def test_where_nothing_fits_the_least_is_shown(total):
+def test_if_nothing_fits_the_least_memory_is_returned(total):
     found = find(total, 1e9)
     assert not found.fits
     assert SHARE * 1e9 < found.after < found.before
@@ -59,7 +59,7 @@ def test_where_nothing_fits_the_least_is_shown(total):
 
 
 def test_full_fine_tuning_can_become_lora(total):
-    found = find(total, 20e9, method="full")
+    found = find(total, 20e9, fine_tune_type="full")
     assert "--fine-tune-type lora" in flags(found)
 
 
@@ -71,13 +71,14 @@ def test_a_float32_base_can_become_16_bits():
     assert "--dtype bfloat16" not in flags(halved)
 
 
-def test_what_is_already_so_is_not_suggested(total):
-    found = find(total, 24e9, remat=True)
+def test_a_change_already_made_is_not_suggested(total):
+    found = find(total, 24e9, grad_checkpoint=True)
     assert "--grad-checkpoint" not in flags(found)
 
 
-def test_no_change_goes_below_what_is_useful(total):
-    choices = Choices(TrainSettings(batch_size=3, rank=4), quantize="nf4", remat=True)
+def test_rank_and_length_have_lower_limits(total):
+    settings = TrainSettings(batch_size=3, rank=4, grad_checkpoint=True)
+    choices = Choices(settings, quantize="nf4")
     found = fit(choices, 1.0, total, dtype="bfloat16", length=128)
     assert (found.fits, found.changes) == (False, ())
     assert dataclasses.asdict(found.choices) == dataclasses.asdict(choices)

@@ -1,36 +1,40 @@
-"""What each way to train takes, next to the others."""
+"""Estimates of every fine-tuning method, side by side."""
 
 import pytest
 
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.methods import side_by_side
 from jax_lora.plan.planned_model import plan_shape
-from jax_lora.plan.planning import Choices, method_of, work_of
+from jax_lora.plan.planning import Choices, method_of, step_of
 
 
 @pytest.fixture(scope="module")
 def columns():
     model = plan_shape("llama-2-7b", None)
     choices = Choices(TrainSettings(rank=16, batch_size=1))
-    return side_by_side(method_of(model, choices), work_of(choices, 512, 512))
+    return side_by_side(method_of(model, choices), step_of(choices, 512, 512))
 
 
 def test_weights_shrink_from_16_to_8_to_4_bits(columns):
     full, lora, int8, nf4 = (column.weights for column in columns.values())
     assert full == lora == 2 * 6_738_415_616
-    assert int8 / lora == pytest.approx(0.52, abs=0.01)  # tables and head stay in 16 bits
+    assert int8 / lora == pytest.approx(0.52, abs=0.01)  # embedding and head stay in 16 bits
     assert nf4 / lora == pytest.approx(0.287, abs=0.01)
 
 
-def test_only_what_is_trained_has_gradients_and_moments(columns):
+def test_only_trainable_parameters_have_gradients_and_optimizer_state(columns):
     full, lora = columns["full"], columns["LoRA"]
-    assert full.trained == 6_738_415_616
-    assert lora.trained == 39_976_960  # 32 layers of 7 kernels at rank 16
-    assert (full.gradients, full.moments, full.adapter) == (full.weights, 2 * full.weights, 0)
-    assert (lora.gradients, lora.moments) == (lora.adapter, 2 * lora.adapter)
+    assert full.trainable == 6_738_415_616
+    assert lora.trainable == 39_976_960  # 32 layers of 7 kernels at rank 16
+    assert (full.gradients, full.optimizer_state, full.adapter) == (
+        full.weights,
+        2 * full.weights,
+        0,
+    )
+    assert (lora.gradients, lora.optimizer_state) == (lora.adapter, 2 * lora.adapter)
 
 
-def test_a_step_of_lora_takes_about_two_thirds_of_the_operations(columns):
+def test_a_lora_step_needs_about_two_thirds_of_the_operations(columns):
     assert 0.66 < columns["LoRA"].flops / columns["full"].flops < 0.72
 
 
@@ -38,5 +42,5 @@ def test_the_total_is_the_sum(columns):
     for column in columns.values():
         parts = column.as_dict()
         total = parts.pop("total")
-        del parts["trained"], parts["flops"]
+        del parts["trainable"], parts["flops"]
         assert total == sum(parts.values())

@@ -1,4 +1,4 @@
-"""Shapes are found without weights."""
+"""Shapes are read without weights."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from jax_lora.models import load
 from jax_lora.plan.planned_model import plan_folder, plan_shape
 from jax_lora.plan.published import NAMES
 
-# As their publishers count them.
+# From the model cards.
 COUNTS = {
     "gpt2": 124_439_808,
     "gpt2-xl": 1_557_611_200,
@@ -48,11 +48,11 @@ def test_every_name_has_a_shape(name):
     assert model.dtype == "bfloat16"
 
 
-def test_a_token_meets_two_experts_of_eight():
+def test_a_token_uses_two_of_eight_experts():
     shape = plan_shape("mixtral-8x7b", None).shape
     experts = [kernel for kernel in shape.body if "experts" in kernel.path]
     assert experts and all(kernel.active * 4 == kernel.size for kernel in experts)
-    assert shape.feed_forward == 2 * 14336
+    assert shape.intermediate_size == 2 * 14336
 
 
 def test_a_folder_gives_the_shapes_that_loading_gives():
@@ -71,13 +71,15 @@ def test_a_config_file_is_enough(tmp_path):
     assert counts == {plan_folder(tmp_path, None).shape.size}
 
 
-def test_an_unknown_name_lists_those_that_are_near():
-    with pytest.raises(ModelError, match=r"--shape llama-2-8b\n[\s\S]*See llama-3-8b, llama-2-7b"):
+def test_an_unknown_name_suggests_similar_names():
+    with pytest.raises(
+        ModelError, match=r"--shape llama-2-8b\n[\s\S]*Choose llama-3-8b, llama-2-7b"
+    ):
         plan_shape("llama-2-8b", None)
 
 
-def test_a_file_of_another_model_is_refused(tmp_path):
+def test_a_file_of_an_unsupported_architecture_is_refused(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(ModelError, match="model_type 'mamba'[\\s\\S]*There are bert, gemma"):
+    with pytest.raises(ModelError, match="model_type 'mamba'[\\s\\S]*Supported are bert, gemma"):
         plan_shape(str(file), None)

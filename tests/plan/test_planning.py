@@ -1,4 +1,4 @@
-"""A plan is put together of the right parts."""
+"""A plan combines model, data and settings."""
 
 import dataclasses
 
@@ -11,27 +11,32 @@ from jax_lora.plan.data_shapes import BatchShape, DataShapes
 from jax_lora.plan.planned_model import plan_shape
 from jax_lora.plan.planning import Choices, make_plan
 
-NO_ROWS = DataShapes("none", (BatchShape(32, 32, 1),))
-ROWS = DataShapes("rows", (BatchShape(16, 8, 3), BatchShape(64, 16, 1)), rows=30, tokens=500)
+NO_DATA = DataShapes("none", (BatchShape(32, 32, 1),))
+DATA = DataShapes("data", (BatchShape(16, 8, 3), BatchShape(64, 16, 1)), examples=30, tokens=500)
 
 
 @pytest.fixture(autouse=True)
 def no_traces(monkeypatch):
-    monkeypatch.setattr(planning, "kept_by", lambda model, settings: None)
+    monkeypatch.setattr(planning, "trace_residuals", lambda model, settings: None)
 
 
-def plan_of(model, choices, data=NO_ROWS):
+def with_type(choices, fine_tune_type):
+    settings = dataclasses.replace(choices.settings, fine_tune_type=fine_tune_type)
+    return dataclasses.replace(choices, settings=settings)
+
+
+def plan_of(model, choices, data=NO_DATA):
     return make_plan(model, data, choices, compiling=False)
 
 
-def test_the_largest_batch_decides_on_memory_and_the_mean_one_on_time(planned, choices):
-    plan = plan_of(planned, choices, ROWS)
+def test_memory_depends_on_the_largest_batch_and_time_on_the_mean_batch(planned, choices):
+    plan = plan_of(planned, choices, DATA)
     assert plan.steps == 4
     largest = 4 * plan.columns["LoRA"].flops
     assert 0.25 * largest < plan.flops["LoRA"] < 0.5 * largest
 
 
-def test_steps_without_rows_are_those_asked_for(planned, choices):
+def test_without_data_steps_are_those_of_the_settings(planned, choices):
     assert plan_of(planned, choices).steps is None
     asked = dataclasses.replace(choices, settings=dataclasses.replace(choices.settings, iters=7))
     one, seven = plan_of(planned, choices), plan_of(planned, asked)
@@ -39,32 +44,29 @@ def test_steps_without_rows_are_those_asked_for(planned, choices):
     assert seven.flops["full"] == 7 * one.flops["full"]
 
 
-def test_the_own_column_is_that_of_the_method(planned, choices):
-    full = plan_of(planned, dataclasses.replace(choices, method="full"))
-    assert full.own == full.columns["full"]
-    assert plan_of(planned, choices).own == full.columns["LoRA"]
-    quantized = plan_of(planned, dataclasses.replace(choices, quantize="nf4"))
-    assert quantized.own == full.columns["LoRA, NF4"]
+def test_the_method_is_that_of_the_settings(planned, choices):
+    assert plan_of(planned, with_type(choices, "full")).method.full
+    assert not plan_of(planned, choices).method.full
 
 
-def test_magnitudes_of_dora_are_counted(planned, choices):
-    dora = plan_of(planned, dataclasses.replace(choices, method="dora"))
+def test_dora_magnitudes_are_counted(planned, choices):
+    dora = plan_of(planned, with_type(choices, "dora"))
     outputs = sum(kernel.count * kernel.outputs for kernel in planned.shape.body)
-    assert dora.trained == plan_of(planned, choices).trained + outputs
+    assert dora.method.trainable == plan_of(planned, choices).method.trainable + outputs
 
 
 @pytest.mark.parametrize(
     ("name", "choice", "why"),
     [
-        ("gpt3-175b", {}, "no code for this model"),
+        ("gpt3-175b", {}, "does not implement this model"),
         ("roberta-base", {}, "decoders only"),
         ("gpt2-xl", {}, "more than 1 G parameters"),
-        ("gpt2", {"quantize": "int8"}, "no mode of this command yet"),
+        ("gpt2", {"quantize": "int8"}, "does not support a quantized base"),
     ],
 )
-def test_it_is_said_why_a_step_is_not_compiled(name, choice, why):
-    plan = make_plan(plan_shape(name, None), NO_ROWS, Choices(TrainSettings(), **choice))
-    assert plan.program is None
+def test_the_plan_says_why_a_step_is_not_compiled(name, choice, why):
+    plan = make_plan(plan_shape(name, None), NO_DATA, Choices(TrainSettings(), **choice))
+    assert plan.compiled is None
     assert why in plan.why
 
 

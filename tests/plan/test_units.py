@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Parse and format sizes, counts and durations."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_sizes_are_read(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "24XB", "-1GB", "0GB", "24GB RAM", "nan", "1e3"])
-def test_what_is_no_size_is_refused(text):
+def test_a_bad_size_is_refused(text):
     with pytest.raises(ConfigError, match=r"--fit\n.*got: [\s\S]*such as 24GB"):
         read_bytes(text)
 

@@ -23,7 +23,7 @@ def written(folder, rows=ROWS, **options):
     return folder
 
 
-def test_both_files_hold_every_row(tmp_path):
+def test_both_files_contain_every_row(tmp_path):
     rows = read_metrics(written(tmp_path))
     assert rows[:3] == ROWS[:3] and rows[3]["train_loss"] is None
     with (tmp_path / "metrics.csv").open() as file:
@@ -41,7 +41,7 @@ def test_a_resumed_run_writes_no_row_twice(tmp_path):
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 5
 
 
-def test_a_new_run_begins_with_empty_files(tmp_path):
+def test_a_new_run_starts_with_empty_files(tmp_path):
     written(written(tmp_path), ROWS[:1])
     assert read_metrics(tmp_path) == ROWS[:1]
 
@@ -56,7 +56,7 @@ def test_a_new_run_begins_with_empty_files(tmp_path):
         ("\xff\n", "metrics.jsonl:1"),
     ],
 )
-def test_damaged_metrics_are_an_error_with_their_line(tmp_path, text, message):
+def test_damaged_metrics_are_an_error_with_the_line(tmp_path, text, message):
     (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=message):
         read_metrics(tmp_path)
@@ -69,19 +69,19 @@ def test_a_folder_without_metrics_is_an_error(tmp_path):
         read_metrics(tmp_path / "absent")
 
 
-def test_tensorboard_gets_the_numbers_too(tmp_path):
+def test_tensorboard_gets_the_metrics_too(tmp_path):
     pytest.importorskip("tensorboardX")
     written(tmp_path, tensorboard=True)
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train_loss" in events.read_bytes() and b"val_loss" in events.read_bytes()
 
 
-def test_a_missing_tensorboard_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
+def test_a_missing_tensorboardx_is_an_error_with_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ConfigError, match="the package tensorboardX is not installed"):
+    with pytest.raises(ConfigError, match="tensorboardX is not installed"):
         MetricsLog(tmp_path, tensorboard=True)
 
 
-def test_lines_are_plain_json(tmp_path):
+def test_lines_are_valid_json(tmp_path):
     lines = (written(tmp_path) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iter"] for line in lines] == [1, 2, 2, 3]

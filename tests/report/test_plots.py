@@ -22,18 +22,18 @@ def run(tmp_path):
     return make_run(tmp_path / "first", train, [(20, 0.5), (40, 0.25)])
 
 
-def test_curves_leave_out_what_is_no_number(run):
+def test_curves_omit_non_finite_losses(run):
     curves = read_curves(run)
     assert (curves.name, len(curves.train), curves.best) == ("first", 40, (40, 0.25))
 
 
-def test_a_run_gets_its_picture(run):
+def test_a_run_gets_its_plot(run):
     write_run_plot(run)
     content = (run / "loss.png").read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) > 5000
 
 
-def test_the_command_draws_several_runs(run, tmp_path, capsys):
+def test_the_command_plots_several_runs(run, tmp_path, capsys):
     other = make_run(tmp_path / "second", [(1, 3.0)])
     target = tmp_path / "both.png"
     assert main(["plot", str(run), str(other), "-o", str(target), "--log-y"]) == 0
@@ -42,30 +42,30 @@ def test_the_command_draws_several_runs(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("width", [40, 80])
-def test_text_fits_the_terminal_and_names_the_best(run, width, log):
+def test_the_text_plot_fits_the_terminal_and_names_the_best_loss(run, width, log):
     lines = text_plot([read_curves(run)], width, log=log)
     assert max(map(len, lines[:-1])) <= width
     assert "best 0.2500 at step 40" in lines[-1]
     assert sum(line.count("·") for line in lines[:-1]) > 10
 
 
-def test_one_point_and_none_can_be_drawn(tmp_path):
+def test_one_point_or_none_can_be_plotted(tmp_path):
     one = read_curves(make_run(tmp_path / "one", [(1, 3.0)]))
     assert any("·" in line for line in text_plot([one]))
     none = read_curves(make_run(tmp_path / "none", [(1, None)]))
-    assert text_plot([none]) == ["no numbers to draw"]
+    assert text_plot([none]) == ["no losses to plot"]
 
 
-def test_the_command_draws_in_the_terminal(run, capsys):
+def test_the_command_plots_in_the_terminal(run, capsys):
     assert main(["plot", str(run), "--text"]) == 0
     assert "first, training" in capsys.readouterr().out
 
 
-def test_a_picture_of_another_kind_is_refused(run, capsys):
+def test_another_image_format_is_refused(run, capsys):
     assert main(["plot", str(run), "-o", "loss.jpg"]) == 2
     assert "Write -o loss.png" in capsys.readouterr().err
 
 
-def test_no_run_is_one_message(capsys):
+def test_a_missing_run_is_one_message(capsys):
     assert main(["plot", "nowhere"]) == 2
     assert "nowhere\n  got:      no such file" in capsys.readouterr().err

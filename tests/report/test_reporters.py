@@ -54,7 +54,7 @@ def on_screen(width):
     return [line.rpartition("\r")[2] for line in shown.splitlines()]
 
 
-def test_a_report_is_the_line_that_log_parsers_know():
+def test_plain_lines_have_the_format_of_mlx_lm():
     out = io.StringIO()
     tell(PlainReporter(out))
     lines = out.getvalue().splitlines()
@@ -66,21 +66,21 @@ def test_a_report_is_the_line_that_log_parsers_know():
     assert "Iter 10: Saved adapter weights to run/[red]step-000010." in lines
     assert r"Iter 10: Sample 'say \x1b[31mred' -> 'red [bold]'" in lines
     assert "Hint: rows: --pack" in lines
-    assert "Compiled program 1 in 2.5s; the step needs 0.750 GB" in lines
+    assert "Compiled function 1 in 2.5s; the step needs 0.750 GB" in lines
     assert "\x1b" not in out.getvalue()
 
 
-def test_a_summary_tells_text_template_padding_and_compiling_apart():
+def test_the_summary_counts_tokens_and_compile_time():
     out = io.StringIO()
     PlainReporter(out).finished(RESULT)
     shown = out.getvalue()
-    assert "Tokens: 40,000 of text, 41,000 with template, 50,000 with padding" in shown
-    assert "Time: 12.5 s, of which 2.5 s compiling 3 programs" in shown
+    assert "Tokens: 40,000 in the text, 41,000 with the template, 50,000 with padding" in shown
+    assert "Time: 12.5 s, of which 2.5 s compiling 3 functions" in shown
     assert "Speed: 4,100 tokens/s" in shown
     assert "Peak memory: 3.70 GB (planned for the step: 3.50 GB)" in shown
 
 
-def test_json_has_an_object_an_event():
+def test_json_has_one_object_per_event():
     out = io.StringIO()
     tell(JsonReporter(out))
     events = [json.loads(line) for line in out.getvalue().splitlines()]
@@ -97,7 +97,7 @@ def test_json_has_an_object_an_event():
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
-def test_nothing_on_a_terminal_is_wider_than_it(width):
+def test_no_line_is_wider_than_the_terminal(width):
     lines = on_screen(width)
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
@@ -112,11 +112,11 @@ def test_nothing_on_a_terminal_is_wider_than_it(width):
         assert expected in text
 
 
-def test_text_of_strangers_does_not_steer_the_terminal():
+def test_control_characters_are_escaped():
     assert r"say \x1b[31mred" in "\n".join(on_screen(100))
 
 
-def test_a_narrow_terminal_goes_without_the_last_columns():
+def test_a_narrow_terminal_drops_the_last_columns():
     heads = lambda width: [column.head for column in fitting(width)]  # noqa: E731
     assert heads(80)[-1] == "eta" and heads(40) == ["iter", "loss", "val", "lr"]
     assert heads(10) == ["iter", "loss", "val"]
@@ -126,22 +126,22 @@ def test_a_narrow_terminal_goes_without_the_last_columns():
     ("seconds", "text"),
     [(0, "0s"), (59.4, "59s"), (200, "3m20s"), (7500, "2h05m"), (273600, "3d04h"), (1e12, "?")],
 )
-def test_a_time_fits_its_column(seconds, text):
+def test_a_duration_fits_its_column(seconds, text):
     assert duration(seconds) == text
 
 
-def test_outside_a_terminal_lines_are_plain(monkeypatch):
+def test_output_that_is_not_a_terminal_is_plain(monkeypatch):
     monkeypatch.setattr("sys.stdout", io.StringIO())
     assert isinstance(make_reporter("auto"), PlainReporter)
     assert isinstance(make_reporter("json"), JsonReporter)
     assert type(make_reporter("none")) is Reporter
 
 
-def test_another_kind_is_refused():
+def test_an_unknown_kind_is_refused():
     with pytest.raises(ConfigError, match="one of auto, rich, plain, json, none"):
         make_reporter("loud")
 
 
-def test_none_says_nothing(capsys):
+def test_none_prints_nothing(capsys):
     tell(make_reporter("none"))
     assert capsys.readouterr() == ("", "")

@@ -8,8 +8,8 @@ from jax_lora.storage.json_files import digest, read_json
 HOSTILE = {
     "nested too deep": ("[" * 100_000, "RecursionError|JSONDecodeError"),
     "a number of 5000 digits": ('{"a": ' + "9" * 5000 + "}", "ValueError"),
-    "NaN": ('{"a": NaN}', "the number NaN"),
-    "a key twice": ('{"a": 1, "a": 2}', "a key that stands twice"),
+    "NaN": ('{"a": NaN}', "the value NaN"),
+    "a key twice": ('{"a": 1, "a": 2}', "a duplicate key"),
     "no object": ("[1, 2]", "a list instead of an object"),
     "cut short": ('{"a": [1, 2', "JSONDecodeError"),
     "empty": ("", "JSONDecodeError"),

@@ -1,4 +1,4 @@
-"""The backward pass: no gradient of a kernel's size, and no second copy of a kernel kept for it."""
+"""The backward pass: no gradient of a kernel's size, and no residual that copies a kernel."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Contractions, lookups, ragged products and convolutions take the factors apart from W0."""
+"""Contractions, lookups, ragged products and convolutions apply the factors separately from W0."""
 
 import jax
 import jax.numpy as jnp

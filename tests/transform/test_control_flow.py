@@ -1,4 +1,4 @@
-"""Programs inside the program are entered: scan, remat, cond, while, jit, vmap, shard_map."""
+"""Sub-jaxprs are evaluated with factors: scan, remat, cond, while, jit, vmap, shard_map."""
 
 import functools
 

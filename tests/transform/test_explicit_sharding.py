@@ -1,4 +1,4 @@
-"""Shardings in types: every form gives the result the sharding that the model's product has."""
+"""Shardings in types: in every form, the result has the sharding of the model's product."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Which form a contraction takes: by shape, by type, and never where the update would be lost."""
+"""The form of a contraction: chosen by shape and type, and never one that loses the update."""
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +33,18 @@ def sizes(**changes):
         ("auto", {"tokens": 279}, "cpu", "factored", "279 tokens, under 279: merging costs more"),
         ("auto", {"tokens": 280}, "cpu", "merged", "280 tokens, at least 279: merging costs less"),
         ("auto", {"tokens": 1}, "cpu", "factored", "1 tokens, under 279: merging costs more"),
-        ("auto", {"w_dtype": jnp.bfloat16}, "cpu", "factored", "W0 is bfloat16, which would round the update away"),
-        ("auto", {"x_dtype": jnp.float16}, "cpu", "factored", "x is float16, which would round the update away"),
-        ("auto", {"dropout": True}, "cpu", "factored", "dropout: the factors see other data than W0"),
-        ("auto", {}, "gpu", "factored", "gpu multiplies float32 in fewer bits at this precision, which would round the update away"),
-        ("auto", {}, "tpu", "factored", "tpu multiplies float32 in fewer bits at this precision, which would round the update away"),
+        ("auto", {"w_dtype": jnp.bfloat16}, "cpu", "factored", "W0 is bfloat16, so a merged weight would lose the update"),
+        ("auto", {"x_dtype": jnp.float16}, "cpu", "factored", "x is float16, so a merged weight would lose the update"),
+        ("auto", {"dropout": True}, "cpu", "factored", "dropout applies to the data of the factors only"),
+        ("auto", {}, "gpu", "factored", "gpu multiplies float32 with fewer bits at this precision, so a merged weight would lose the update"),
+        ("auto", {}, "tpu", "factored", "tpu multiplies float32 with fewer bits at this precision, so a merged weight would lose the update"),
         ("auto", {"precision": (lax.Precision.HIGHEST,) * 2}, "gpu", "merged", "1,024 tokens, at least 279: merging costs less"),
         ("auto", {"precision": (lax.Precision.HIGHEST, lax.Precision.HIGH)}, "gpu", "factored", None),
         ("auto", {"w_dtype": jnp.float64, "x_dtype": jnp.float64}, "gpu", "merged", None),
-        ("factored", {}, "cpu", "factored", "pinned"),
-        ("merged", {"tokens": 1}, "cpu", "merged", "pinned"),
-        ("merged", {"w_dtype": jnp.bfloat16}, "cpu", "factored", "W0 is bfloat16, which would round the update away"),
-        ("merged", {"dropout": True}, "cpu", "factored", "dropout: the factors see other data than W0"),
+        ("factored", {}, "cpu", "factored", "selected by the caller"),
+        ("merged", {"tokens": 1}, "cpu", "merged", "selected by the caller"),
+        ("merged", {"w_dtype": jnp.bfloat16}, "cpu", "factored", "W0 is bfloat16, so a merged weight would lose the update"),
+        ("merged", {"dropout": True}, "cpu", "factored", "dropout applies to the data of the factors only"),
     ],
 )  # fmt: skip
 def test_the_form_follows_from_shapes_types_and_platform(form, changes, platform, want, why):
@@ -65,7 +65,7 @@ def test_an_unknown_form_is_refused():
         "lora_apply: form",
         "'dense'",
         "auto, factored, merged",
-        'Leave it out for "auto"',
+        "Omit it for the default",
     ):
         assert part in str(error.value)
 

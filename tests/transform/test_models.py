@@ -1,4 +1,4 @@
-"""Whole models, Linen and NNX, adapted without changing a line of them."""
+"""Complete models, Linen and NNX, adapted without a change of their code."""
 
 from __future__ import annotations
 

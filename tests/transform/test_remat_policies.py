@@ -1,4 +1,4 @@
-"""Rematerialization: LoRA keeps no more between the passes than full fine-tuning does."""
+"""Rematerialization: LoRA saves no more residuals than full fine-tuning."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
-"""Every entry of the table of rules means something to every interpretation.
+"""Every rule of the table is supported by every interpretation.
 
-Each primitive has a program here in which a weight meets it. `evaluate` must carry the weight to a
-product with its factors, `analyze` must find it, and `vary` must see the data that it meets.
+For each primitive there is a function here that applies it to a weight. `evaluate` must keep the
+weight factored up to a product, `analyze` must find the kernel, and `vary` must find its data.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""A scan that hands its kernels out again hands them out in factors."""
+"""Kernels that a scan returns stay factored."""
 
 from __future__ import annotations
 

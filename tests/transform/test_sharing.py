@@ -1,4 +1,4 @@
-"""Kernels that read the same data: their thin products run as one, whatever lies between them."""
+"""Kernels with the same data share one down-projection, whatever operations are in between."""
 
 import jax
 import jax.numpy as jnp

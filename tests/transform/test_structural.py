@@ -1,4 +1,4 @@
-"""Operations that move, cut, cast or scale a weight keep its structure: nothing materialises."""
+"""Operations that move, slice, cast or scale a weight do not materialize it."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The target is settled once, at the outermost call; shapes may be symbolic."""
+"""The target platform is determined once, at the outermost call; shapes may be symbolic."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""On a JAX that lays its programs out in another way, weights are formed: right, with a warning."""
+"""On a JAX with other equation parameters, weights are materialized, with a warning."""
 
 from __future__ import annotations
 

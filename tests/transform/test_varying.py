@@ -1,4 +1,4 @@
-"""Along which axes of a mesh the data that a weight meets differ, read off the program alone."""
+"""The mesh axes along which the data of a weight varies, determined from the jaxpr."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ PROGRAMS = {
         lambda x, w: lax.psum((x, w), "m")[0] @ w, P("d", "m"), P("m"), "d"),
     "beside different data": (
         lambda x, w: lax.optimization_barrier((jnp.ones((4, 8)), x))[0] @ w, ROWS, P(), ""),
-    "no meeting": (lambda x, w: x + w.sum(), ROWS, P(), ""),
+    "no product": (lambda x, w: x + w.sum(), ROWS, P(), ""),
     "another shard_map": (in_another, ROWS, P(), "d"),
 }  # fmt: skip
 

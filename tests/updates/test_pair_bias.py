@@ -1,4 +1,4 @@
-"""A bias of B: added to the product that it belongs to, and an error everywhere else."""
+"""A bias of B: added to the product of its kernel, and an error for any other use."""
 
 import dataclasses
 
@@ -117,7 +117,9 @@ def test_where_a_bias_has_no_meaning_the_leaf_is_named(name, policy):
     pair = pair_for((8, 6), (0,), (1,))
     combined = jl.combine(tree, jl.Adapter({"layer/kernel": pair}, {}, CONFIG))
     fn = lambda p, x: NO_MEANING[name]({"w": p["layer"]["kernel"]}, x)  # noqa: E731
-    with pytest.raises(MaterializeError, match="(?s)layer/kernel at .*a bias.*no part of any weig"):
+    with pytest.raises(
+        MaterializeError, match="(?s)layer/kernel at .*a bias.*not part of the weig"
+    ):
         jl.lora_apply(fn, on_materialize=policy)(combined, X)
 
 
@@ -177,14 +179,14 @@ def test_merge_names_the_kernels_that_have_no_bias_beside_them():
     with pytest.raises(MergeError) as caught:
         jl.merge(tree, adapter)
     text = str(caught.value)
-    assert "kernel: no leaf bias beside it" in text and "use_bias=True" in text
-    assert "q/bias: shape (3, 4), the bias has (3, 2, 4)" in text
+    assert "kernel: its layer has no leaf bias" in text and "use_bias=True" in text
+    assert "q/bias: shape (3, 4), the bias of the pair has (3, 2, 4)" in text
 
 
 def test_a_magnitude_and_a_bias_do_not_go_together():
     tree, adapter = merge_case()
     pair = dataclasses.replace(adapter.pairs["kernel"], magnitude=jnp.ones(6))
-    with pytest.raises(StructureError, match="kernel: has a magnitude and a bias"):
+    with pytest.raises(StructureError, match="kernel: has both a magnitude and a bias"):
         jl.combine(tree, jl.Adapter({"kernel": pair}, {}, CONFIG))
 
 

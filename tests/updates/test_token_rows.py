@@ -1,4 +1,4 @@
-"""Rows of a table that are replaced by trained values."""
+"""Trained rows of an embedding table."""
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def test_masked_optimizers_train_the_rows_alone():
 PROBLEMS = {
     "a row that is not there": ([6, 7], "embed: the table of 7 rows has no row 7"),
     "a row below zero": ([-1], "embed: the table of 7 rows has no row -1"),
-    "a row that stands twice": ([3, 3], "embed: a row stands twice"),
+    "a row that occurs twice": ([3, 3], "embed: a row index occurs twice"),
 }
 
 
@@ -105,24 +105,24 @@ def test_rows_of_another_shape_and_of_no_leaf_are_refused_together():
     with pytest.raises(StructureError) as caught:
         jl.combine(tree, jl.Adapter({}, {}, CONFIG, {"embed": wide, "embde": some}))
     text = str(caught.value)
-    assert "embed: the tree has shape (7, 4), the 1 rows are of shape (1, 5)" in text
-    assert "embde: not in the tree; the nearest are embed" in text
+    assert "embed: the tree has shape (7, 4), the 1 rows have shape (1, 5)" in text
+    assert "embde: not in the tree; the closest paths are embed" in text
 
 
 def test_a_leaf_has_rows_or_a_pair():
     tree, adapter = toy()
     pair = jl.LoraPair(jnp.zeros((7, 2)), jnp.zeros((2, 4)))
     both = jl.Adapter({"embed": pair}, {}, CONFIG, adapter.rows)
-    with pytest.raises(StructureError, match="embed: is more than one of a pair, a whole leaf and"):
+    with pytest.raises(StructureError, match="embed: is in more than one of pairs, whole and rows"):
         jl.combine(tree, both)
 
 
 def test_merge_names_rows_that_are_not_finite_and_unmerge_refuses_rows():
     tree, adapter = toy()
     rows = jl.TokenRows(jnp.full((1, 4), jnp.nan), (2,))
-    with pytest.raises(MergeError, match="embed: 4 entries of the trained rows are NaN or Inf"):
+    with pytest.raises(MergeError, match="embed: 4 elements of the trained rows are NaN or Inf"):
         jl.merge(tree, jl.Adapter({}, {}, CONFIG, {"embed": rows}))
-    with pytest.raises(MergeError, match="(?s)unmerge: embed.*trained whole"):
+    with pytest.raises(MergeError, match="(?s)unmerge: embed.*trained rows"):
         jl.unmerge(tree, adapter)
 
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_brings_rows_back_and_checks_them(tmp_path):
     with pytest.raises(BaseMismatchError, match="embed: the table of 6 rows has no row 6"):
         jl.load_adapter(folder, base=smaller)
     reseal(folder, lambda values: values["rows"]["embed"].update(indices=[6, 6]))
-    with pytest.raises(CheckpointError, match="a row stands twice"):
+    with pytest.raises(CheckpointError, match="a row index occurs twice"):
         jl.load_adapter(folder)
 
 

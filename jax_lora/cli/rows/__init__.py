@@ -1,4 +1,4 @@
-"""Look at rows before anything is trained: check, show, convert and split them."""
+"""Check, show, convert, or split data before training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from jax_lora.cli.rows import check, convert, show, split
 
-HELP = "check, show, convert or split rows"
+HELP = "check, show, convert or split data"
 VERBS = {
     "check": check,
     "show": show,
@@ -17,7 +17,7 @@ VERBS = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verbs, each with its own options."""
-    verbs = parser.add_subparsers(title="what to do", metavar="WHAT", required=True)
+    verbs = parser.add_subparsers(title="actions", metavar="WHAT", required=True)
     for name, verb in VERBS.items():
         of_verb = verbs.add_parser(name, help=verb.HELP, description=verb.__doc__)
         verb.add_options(of_verb)

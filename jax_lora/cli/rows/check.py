@@ -1,4 +1,4 @@
-"""Check every row of every split, and count what a model would see of them."""
+"""Check every example of every split, and count tokens and targets."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from jax_lora.data.packing import speedup
 from jax_lora.data.rows import RowFile
 from jax_lora.data.tokenizer import Tokenizer
 
-HELP = "check every row; count tokens, lengths, what is cut and what is learned"
+HELP = "check all examples; count tokens, targets and lengths"
 BARS, WIDEST = 10, 40
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which rows, and how a model reads them."""
     add = parser.add_argument
-    add("data", metavar="PATH", nargs="?", help="folder or file of rows (the bundled ones)")
-    add("--model", metavar="PATH", help="folder with the tokenizer (bundled model)")
-    add("--max-seq-length", type=int, default=2048, metavar="N", help="longest row (2048)")
-    text = "which of a chat's answers are learned (all)"
+    add("data", metavar="PATH", nargs="?", help="data folder or file [bundled]")
+    add("--model", metavar="PATH", help="folder with the tokenizer [bundled]")
+    add(
+        "--max-seq-length",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens of an example [2048]",
+    )
+    text = "assistant messages in the loss [all]"
     add("--turns", default="all", choices=("all", "last"), help=text)
     boolean = argparse.BooleanOptionalAction
-    text = "learn answers only (yes; no for rows of text)"
+    text = "exclude prompts from the loss [yes; no for texts]"
     add("--mask-prompt", action=boolean, default=None, help=text)
 
 
@@ -73,7 +79,7 @@ def _of_file(file: RowFile) -> list[str]:
 def _of_tokens(examples: Examples, longest: int) -> list[str]:
     lengths = [len(example.ids) for example in examples.rows]
     tokens = sum(lengths)
-    learned = sum(int(example.learned[1:].sum()) for example in examples.rows)
+    learned = sum(int(example.loss_mask[1:].sum()) for example in examples.rows)
     padding = Batches.of(examples.rows, 1).padding
     lines = [
         f"  {tokens:,} tokens, {sum(example.raw for example in examples.rows):,} of them text; "

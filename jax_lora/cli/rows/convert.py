@@ -1,4 +1,4 @@
-"""Write rows of any format and kind of file as JSONL of one format."""
+"""Convert a data file of any kind to JSON Lines of one format."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from jax_lora.cli.rows.check import check_new
 from jax_lora.data.rows import Row, read_rows
 from jax_lora.errors import DataError, format_error
 
-HELP = "write a file of rows as .jsonl of one format"
+HELP = "convert a data file to JSON Lines of one format"
 FORMS = ("chat", "completions", "text")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add = parser.add_argument
-    add("data", metavar="FILE", help="file of rows, of any format")
+    add("data", metavar="FILE", help="data file of any format")
     add("-o", "--output", metavar="FILE", required=True, help="the new .jsonl file")
-    add("--to", choices=FORMS, help="format of the new rows (each its own)")
+    add("--to", choices=FORMS, help="format of the new file [unchanged]")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -74,6 +74,9 @@ def _only_own(row: Row) -> dict[str, Any]:
     fields = row.fields
     if row.kind == "completions":
         return {"prompt": fields["prompt"], "completion": fields["completion"]}
+    if row.kind == "labeled":
+        names = ("text", "text_a", "text_b", "label")
+        return {name: fields[name] for name in names if name in fields}
     if row.kind != "chat":
         return {"text": fields["text"]}
     tools = {"tools": fields["tools"]} if fields.get("tools") else {}

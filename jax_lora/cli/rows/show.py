@@ -1,4 +1,4 @@
-"""Show rows as a model sees them: what is learned in colour, what is only seen without."""
+"""Show examples as the model reads them, with the target tokens in color."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax_lora.data.examples import Example
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.report.printable import printable
 
-HELP = "show rows as a model sees them, coloured by what is learned"
+HELP = "show examples as the model reads them, with their targets"
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -22,9 +22,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add_data_options(parser)
     add = parser.add_argument
-    add("-n", "--rows", type=at_least_one, default=3, metavar="N", help="how many rows (3)")
-    add("--split", default="train", choices=("train", "valid", "test"), help="which rows (train)")
-    add("--tokens", action="store_true", help="mark where every token ends")
+    add("-n", "--rows", type=at_least_one, default=3, metavar="N", help="how many examples [3]")
+    add("--split", default="train", choices=("train", "valid", "test"), help="which split [train]")
+    add("--tokens", action="store_true", help="mark the end of every token")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,22 +32,22 @@ def run(options: argparse.Namespace) -> int:
     file = read_data(data_folder(options.data)).split(options.split)
     tokenizer = Tokenizer.load(model_folder(options.model))
     examples = examples_of(file, tokenizer, options)
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print(f"{'green' if coloured else '[[ ]]'}: learned; all else is only seen")
+    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(f"{'green' if colored else '[[ ]]'}: target tokens; the rest is context")
     for example in examples.rows[: options.rows]:
-        learned = int(example.learned[1:].sum())
-        print(f"\n{file.path}:{example.line}: {len(example.ids)} tokens, {learned} learned")
-        print(shown(example, tokenizer, coloured=coloured, tokens=options.tokens))
+        learned = int(example.loss_mask[1:].sum())
+        print(f"\n{file.path}:{example.line}: {len(example.ids)} tokens, {learned} targets")
+        print(shown(example, tokenizer, colored=colored, tokens=options.tokens))
     return 0
 
 
-def shown(example: Example, tokenizer: Tokenizer, *, coloured: bool, tokens: bool = False) -> str:
+def shown(example: Example, tokenizer: Tokenizer, *, colored: bool, tokens: bool = False) -> str:
     """Write an example out with its marks.
 
     Args:
       example: The example.
       tokenizer: The model's tokenizer.
-      coloured: Mark what is learned by colour, not by brackets.
+      colored: Mark target tokens by color, not by brackets.
       tokens: Mark where every token ends.
 
     Returns:
@@ -57,7 +57,7 @@ def shown(example: Example, tokenizer: Tokenizer, *, coloured: bool, tokens: boo
     for learned, ids in _runs(example):
         pieces = [[index] for index in ids] if tokens else [ids]
         words = "|".join(printable(tokenizer.decode_all(piece)) for piece in pieces)
-        if coloured:
+        if colored:
             text.append(f"{GREEN if learned else DIM}{words}{PLAIN}")
         else:
             text.append(f"[[{words}]]" if learned else words)
@@ -67,7 +67,7 @@ def shown(example: Example, tokenizer: Tokenizer, *, coloured: bool, tokens: boo
 def _runs(example: Example) -> list[tuple[bool, list[int]]]:
     """Neighbouring tokens of one kind together; the first token is never learned."""
     runs: list[tuple[bool, list[int]]] = []
-    marks = [False, *example.learned[1:].tolist()]
+    marks = [False, *example.loss_mask[1:].tolist()]
     for index, learned in zip(example.ids.tolist(), marks, strict=True):
         if runs and runs[-1][0] == learned:
             runs[-1][1].append(index)

@@ -1,4 +1,4 @@
-"""Split one file of rows into train, valid and test, always alike for one seed."""
+"""Split one data file into train, valid and test, reproducibly by seed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ HELP = "split one file into train, valid and test"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add = parser.add_argument
-    add("data", metavar="FILE", help="file of rows, of any format")
+    add("data", metavar="FILE", help="data file of any format")
     add("-o", "--output", metavar="DIR", required=True, help="the new folder")
-    add("--valid", type=float, default=0.05, metavar="P", help="share of the rows (0.05)")
-    add("--test", type=float, default=0.05, metavar="P", help="share of the rows (0.05)")
-    add("--seed", type=int, default=0, metavar="N", help="chooses which rows (0)")
+    add("--valid", type=float, default=0.05, metavar="P", help="share of the examples [0.05]")
+    add("--test", type=float, default=0.05, metavar="P", help="share of the examples [0.05]")
+    add("--seed", type=int, default=0, metavar="N", help="random seed of the split [0]")
 
 
 def run(options: argparse.Namespace) -> int:

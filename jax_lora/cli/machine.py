@@ -1,0 +1,172 @@
+"""Facts about this machine: package versions, devices, memory, disk and cores."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# Package -> purpose.
+REQUIRED = dict.fromkeys(
+    ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors"), ""
+)
+OF_THE_COMMAND = {
+    "transformers": "tokenizers and chat templates",
+    "tokenizers": "tokenizers",
+    "jinja2": "chat templates",
+    "PyYAML": "configuration files",
+    "rich": "progress display",
+    "grain": "background data loading",
+    "matplotlib": "plots",
+    "tensorboardX": "TensorBoard logs",
+}
+OPTIONAL = {"pyarrow": "data in .parquet files"}
+
+# Driver -> folder and pattern of the files that it creates.
+_DRIVERS = {
+    "NVIDIA GPU": ("proc/driver/nvidia/gpus", "*"),
+    "AMD GPU": ("dev", "kfd"),
+    "TPU": ("dev", "accel*"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A JAX device.
+
+    Args:
+      name: Device kind.
+      platform: `"cpu"`, `"gpu"` or `"tpu"`.
+      memory: Bytes that JAX may use, or None if the device does not report them.
+      free: Unused bytes, or None.
+    """
+
+    name: str
+    platform: str
+    memory: int | None = None
+    free: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Facts about a machine.
+
+    Args:
+      versions: Package -> version, or None if it is not installed.
+      devices: JAX devices.
+      devices_error: Why JAX found no device, or an empty string.
+      drivers: Accelerators that the operating system lists.
+      cores: CPU cores.
+      usable: Cores that this process may use.
+      memory: Bytes of memory, or None if unknown.
+      memory_free: Bytes of free memory, or None if unknown.
+      disk_free: Free bytes on the disk that a run writes to.
+      environment: Environment variables that JAX reads.
+    """
+
+    versions: dict[str, str | None]
+    devices: tuple[Device, ...]
+    devices_error: str
+    drivers: tuple[str, ...]
+    cores: int
+    usable: float
+    memory: int | None
+    memory_free: int | None
+    disk_free: int
+    environment: dict[str, str]
+
+
+def look(root: Path = Path("/"), here: Path = Path(".")) -> Machine:
+    """Collect the facts without changing anything.
+
+    Args:
+      root: Root of the file system.
+      here: Folder that a run writes to.
+
+    Returns:
+      The facts.
+    """
+    devices, error = _devices()
+    memory, free = _memory(root)
+    cores = os.cpu_count() or 1
+    return Machine(
+        versions={name: _version(name) for name in (*REQUIRED, *OF_THE_COMMAND, *OPTIONAL)},
+        devices=devices,
+        devices_error=error,
+        drivers=tuple(
+            name
+            for name, (folder, pattern) in _DRIVERS.items()
+            for _ in (root / folder).glob(pattern)
+        ),
+        cores=cores,
+        usable=_usable(root, cores),
+        memory=memory,
+        memory_free=free,
+        disk_free=shutil.disk_usage(here).free,
+        environment={
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("JAX_", "XLA_")) or name == "CUDA_VISIBLE_DEVICES"
+        },
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[tuple[Device, ...], str]:
+    try:
+        devices = jax.local_devices()
+    except Exception as error:  # backends raise exceptions of any type
+        # JAX 0.10 raises an AssertionError without text if JAX_PLATFORMS names a missing platform.
+        return (), (str(error).splitlines() or ["the requested platform was not found"])[0]
+    return tuple(map(_device, devices)), ""
+
+
+def _device(device: Any) -> Device:
+    stats = device.memory_stats() or {}
+    limit, used = stats.get("bytes_limit"), stats.get("bytes_in_use", 0)
+    free = None if limit is None else limit - used
+    return Device(device.device_kind, device.platform, limit, free)
+
+
+def _memory(root: Path) -> tuple[int | None, int | None]:
+    """Return total and free memory, within the limits of the container."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return None, None
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
+    total, free = sizes.get("MemTotal"), sizes.get("MemAvailable")
+    limit = _number(root / "sys/fs/cgroup/memory.max")
+    used = _number(root / "sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None and total is not None and limit < total:
+        total, free = int(limit), int(min(free or limit, limit - used))
+    return total, free
+
+
+def _usable(root: Path, cores: int) -> float:
+    """Return the cores that the CPU affinity and the container's quota allow."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    usable = float(len(affinity(0)) if affinity is not None else cores)
+    try:
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        return min(usable, int(quota) / int(period))
+    except (OSError, ValueError):  # no quota: the file is missing or says "max"
+        return usable
+
+
+def _number(path: Path) -> float | None:
+    try:
+        return float(path.read_text())
+    except (OSError, ValueError):
+        return None

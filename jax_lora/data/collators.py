@@ -1,0 +1,247 @@
+"""Collators: examples to the padded arrays of a batch, one for each task.
+
+A collator is called with the examples of each row, the number of rows, the bucket, and a random
+generator that depends on the seed and the step alone. Rows without an example have weight 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Bucket(NamedTuple):
+    """A shape: sequences of up to `length` tokens with up to `targets` targets."""
+
+    length: int
+    targets: int
+
+
+class Batch(NamedTuple):
+    """A causal batch, padded on the right, where a causal model never looks back from.
+
+    Attributes:
+      ids: (rows, length) int32. Padding is 0, and no result depends on it.
+      at: (rows, targets) int32, the positions whose next token is a target.
+      labels: (rows, targets) int32, those next tokens.
+      weights: (rows, targets) float32, 1 or, where a row has fewer targets, 0.
+      positions: (rows, length) int32, from 0 in every example of a packed row; else None.
+      segments: (rows, length) int32, the number of the example in a packed row; 0 is padding.
+    """
+
+    ids: np.ndarray
+    at: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    positions: np.ndarray | None = None
+    segments: np.ndarray | None = None
+
+
+class ClassificationBatch(NamedTuple):
+    """Texts, or pairs of texts, with their classes.
+
+    Attributes:
+      ids: (rows, length) int32.
+      mask: (rows, length) int32, 1 at real tokens.
+      types: (rows, length) int32, 0 in the first text and 1 in the second.
+      labels: (rows,) int32.
+      weights: (rows,) float32, 0 in rows that fill the batch up.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    types: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+class MaskedBatch(NamedTuple):
+    """Texts in which some tokens are masked.
+
+    Attributes:
+      ids: (rows, length) int32, after masking.
+      mask: (rows, length) int32, 1 at real tokens.
+      types: (rows, length) int32 zeros.
+      at: (rows, targets) int32, positions of the masked tokens.
+      labels: (rows, targets) int32, the tokens that were there.
+      weights: (rows, targets) float32.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    types: np.ndarray
+    at: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+class Seq2SeqBatch(NamedTuple):
+    """Prompts for the encoder and completions for the decoder.
+
+    Attributes:
+      ids: (rows, length) int32, the prompts.
+      mask: (rows, length) int32, 1 at their real tokens.
+      decoder_ids: (rows, targets) int32: the start token, then the completion but its last token.
+      labels: (rows, targets) int32, the completion.
+      weights: (rows, targets) float32.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    decoder_ids: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+Collator = Callable[[Sequence[Sequence[Any]], int, Bucket, np.random.Generator], Any]
+
+
+def collate_causal(
+    examples: Sequence[Sequence[Any]], rows: int, shape: Bucket, rng: np.random.Generator
+) -> Batch:
+    """Pad one example to a row."""
+    return _causal(examples, rows, shape)[0]
+
+
+def collate_packed(
+    examples: Sequence[Sequence[Any]], rows: int, shape: Bucket, rng: np.random.Generator
+) -> Batch:
+    """Put several examples one behind the other into a row; none attends to another."""
+    batch, positions, segments = _causal(examples, rows, shape)
+    return batch._replace(positions=positions, segments=segments)
+
+
+def _causal(
+    examples: Sequence[Sequence[Any]], rows: int, shape: Bucket
+) -> tuple[Batch, np.ndarray, np.ndarray]:
+    ids = np.zeros((rows, shape.length), np.int32)
+    at = np.zeros((rows, shape.targets), np.int32)
+    labels, weights = np.zeros_like(at), np.zeros(at.shape, np.float32)
+    positions, segments = np.zeros_like(ids), np.zeros_like(ids)
+    for row, documents in enumerate(examples):
+        start, count = 0, 0
+        for number, example in enumerate(documents, start=1):
+            here = slice(start, start + len(example.ids))
+            ids[row, here] = example.ids
+            positions[row, here] = np.arange(len(example.ids))
+            segments[row, here] = number
+            # From the second token on: nothing predicts the first token of a document.
+            (places,) = np.nonzero(example.loss_mask[1:])  # (targets,)
+            chosen = slice(count, count + len(places))
+            at[row, chosen] = start + places
+            labels[row, chosen] = example.ids[places + 1]
+            weights[row, chosen] = 1.0
+            start, count = here.stop, chosen.stop
+    return Batch(ids, at, labels, weights), positions, segments
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationCollator:
+    """Pads texts and collects their classes.
+
+    Args:
+      pad_id: The padding token.
+      types: How many token types the model has.
+    """
+
+    pad_id: int = 0
+    types: int = 2
+
+    def __call__(
+        self,
+        examples: Sequence[Sequence[Any]],
+        rows: int,
+        shape: Bucket,
+        rng: np.random.Generator,
+    ) -> ClassificationBatch:
+        """Make a batch."""
+        ids, mask = _padded([each.ids for (each,) in examples], rows, shape.length, self.pad_id)
+        types = _padded([each.types for (each,) in examples], rows, shape.length, 0)[0]
+        labels, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
+        for row, (example,) in enumerate(examples):
+            labels[row], weights[row] = max(example.label, 0), 1.0
+        return ClassificationBatch(ids, mask, np.minimum(types, self.types - 1), labels, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedCollator:
+    """Masks tokens: 80% become the mask token, 10% a random token, 10% stay.
+
+    Args:
+      mask_id: The mask token.
+      vocabulary: Size of the vocabulary, for random tokens.
+      pad_id: The padding token.
+
+    Reference:
+      Devlin et al., BERT (arXiv:1810.04805), section 3.1.
+    """
+
+    mask_id: int
+    vocabulary: int
+    pad_id: int = 0
+
+    def __call__(
+        self,
+        examples: Sequence[Sequence[Any]],
+        rows: int,
+        shape: Bucket,
+        rng: np.random.Generator,
+    ) -> MaskedBatch:
+        """Make a batch; other tokens are masked at every step."""
+        ids, mask = _padded([each.ids for (each,) in examples], rows, shape.length, self.pad_id)
+        at = np.zeros((rows, shape.targets), np.int32)
+        labels, weights = np.zeros_like(at), np.zeros(at.shape, np.float32)
+        for row, (example,) in enumerate(examples):
+            (usable,) = np.nonzero(~example.special)
+            places = np.sort(rng.choice(usable, example.targets, replace=False))
+            count = slice(0, len(places))
+            at[row, count], labels[row, count], weights[row, count] = places, ids[row, places], 1.0
+            fate = rng.random(len(places))
+            ids[row, places[fate < 0.8]] = self.mask_id
+            replaced = places[fate >= 0.9]
+            ids[row, replaced] = rng.integers(self.vocabulary, size=len(replaced))
+        return MaskedBatch(ids, mask, np.zeros_like(ids), at, labels, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqCollator:
+    """Pads prompts and completions.
+
+    Args:
+      start_id: The token that the decoder starts with.
+      pad_id: The padding token.
+    """
+
+    start_id: int = 0
+    pad_id: int = 0
+
+    def __call__(
+        self,
+        examples: Sequence[Sequence[Any]],
+        rows: int,
+        shape: Bucket,
+        rng: np.random.Generator,
+    ) -> Seq2SeqBatch:
+        """Make a batch."""
+        ids, mask = _padded([each.ids for (each,) in examples], rows, shape.length, self.pad_id)
+        completions = [each.completion for (each,) in examples]
+        labels, real = _padded(completions, rows, shape.targets, self.pad_id)
+        real[len(examples) :] = 0
+        decoder_ids = np.full_like(labels, self.start_id)
+        decoder_ids[:, 1:] = labels[:, :-1]
+        return Seq2SeqBatch(ids, mask, decoder_ids, labels, real.astype(np.float32))
+
+
+def _padded(
+    sequences: Sequence[np.ndarray], rows: int, length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, length) arrays of ids and mask; rows without a sequence have one real token."""
+    ids = np.full((rows, length), pad_id, np.int32)
+    mask = np.zeros((rows, length), np.int32)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+    mask[len(sequences) :, 0] = 1  # attention over nothing at all would be NaN
+    return ids, mask

@@ -1,0 +1,316 @@
+"""The tasks of the package's models: how each encodes examples, makes batches, and measures loss.
+
+causal-lm        decoders            prompts and completions, chats, texts
+masked-lm        BERT, RoBERTa       texts
+seq2seq          T5                  prompts and completions
+classification   BERT, RoBERTa       texts, or pairs of texts, with labels
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_lora.data.batches import Batches
+from jax_lora.data.collators import (
+    ClassificationCollator,
+    Collator,
+    MaskedCollator,
+    Seq2SeqCollator,
+    collate_causal,
+)
+from jax_lora.data.encoder_examples import (
+    classification_examples,
+    find_labels,
+    masked_lm_examples,
+    seq2seq_examples,
+)
+from jax_lora.data.encoder_tokenizer import EncoderTokenizer
+from jax_lora.data.examples import Examples, make_examples
+from jax_lora.data.rows import RowFile
+from jax_lora.data.tokenizer import Tokenizer
+from jax_lora.errors import ConfigError, format_error
+from jax_lora.finetune.losses import (
+    causal_lm_loss,
+    classification_loss,
+    masked_lm_loss,
+    seq2seq_loss,
+)
+from jax_lora.finetune.settings import TrainSettings
+from jax_lora.finetune.step import LossFn
+from jax_lora.finetune.trainable import Trainable, adapter_beside, saved_model
+from jax_lora.init import lora_init
+from jax_lora.models import T5, add_classifier, load, save
+from jax_lora.models.encoder import CLASSIFICATION, MASKED_LM, Encoder
+from jax_lora.models.families import family_of, family_of_config
+from jax_lora.models.tokenizer_files import copy_companions
+from jax_lora.transform import find_kernels
+
+CAUSAL, MASKED, SEQ2SEQ, CLASSES = TASKS = "causal-lm", "masked-lm", "seq2seq", "classification"
+# T5's positions are relative: it has no longest sequence.
+NO_LIMIT = 1_000_000
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    CAUSAL: causal_lm_loss,
+    MASKED: masked_lm_loss,
+    SEQ2SEQ: seq2seq_loss,
+    CLASSES: classification_loss,
+}
+
+
+def choose_task(task: str, config: Any, file: RowFile | None = None) -> str:
+    """Resolve the task "auto", and refuse a task that the architecture does not have.
+
+    Args:
+      task: One of `TASKS`, or "auto": decided by the architecture and, for encoders, by whether the
+        examples have labels.
+      config: The model's configuration.
+      file: The training examples; None if there are none.
+
+    Returns:
+      The task.
+
+    Raises:
+      ConfigError: The architecture does not have that task.
+    """
+    module = family_of_config(config).module
+    if issubclass(module, Encoder):
+        possible = (CLASSES, MASKED)
+        rows = () if file is None else file.rows
+        labeled = any(row.fields.get("label") is not None for row in rows)
+        # Without examples, the head decides.
+        labeled = labeled or (file is None and config.head == CLASSIFICATION)
+        usual = CLASSES if labeled else MASKED
+    else:
+        usual = SEQ2SEQ if module is T5 else CAUSAL
+        possible = (usual,)
+    if task == "auto":
+        return usual
+    if task not in possible:
+        raise ConfigError(
+            format_error(
+                "task",
+                got=f"{task!r} for a {module.__name__}",
+                expected=f"one of {', '.join(possible)}",
+                fix='Use "auto", or another model.',
+            )
+        )
+    return task
+
+
+def tokenizer_for(task: str, folder: Path) -> Any:
+    """Load the tokenizer of a model's folder in the form that a task needs."""
+    if task == CAUSAL:
+        return Tokenizer.load(folder)
+    tokenizer = EncoderTokenizer.load(folder)
+    if task == MASKED:
+        tokenizer.require_mask(folder)
+    return tokenizer
+
+
+def longest_input(model: Any) -> int:
+    """Return the maximum sequence length of a model."""
+    config = model.config
+    most = getattr(config, "max_position_embeddings", NO_LIMIT)
+    return most - getattr(config, "first_position", 0)
+
+
+def encode_examples(
+    task: str, file: RowFile, model: Any, tokenizer: Any, settings: TrainSettings
+) -> Examples:
+    """Encode the examples of a split.
+
+    Args:
+      task: One of `TASKS`.
+      file: The examples.
+      model: The model.
+      tokenizer: From `tokenizer_for`.
+      settings: Length, truncation, and what the loss covers.
+
+    Returns:
+      The examples.
+    """
+    most = min(settings.max_seq_length, longest_input(model))
+    cut: dict[str, Any] = {"max_length": most, "truncate": settings.truncate}
+    if task == CLASSES:
+        return classification_examples(file, tokenizer, model.config.labels, **cut)
+    if task == MASKED:
+        return masked_lm_examples(file, tokenizer, **cut)
+    if task == SEQ2SEQ:
+        return seq2seq_examples(file, tokenizer, eos_id=end_tokens(model)[0], **cut)
+    return make_examples(
+        file, tokenizer, mask_prompt=settings.mask_prompt, turns=settings.turns, **cut
+    )
+
+
+def make_batches(
+    task: str, examples: Examples, model: Any, tokenizer: Any, rows: int, **options: Any
+) -> Batches:
+    """Make batches of examples.
+
+    Args:
+      task: One of `TASKS`.
+      examples: From `encode_examples`.
+      model: The model.
+      tokenizer: From `tokenizer_for`.
+      rows: Rows in a batch.
+      **options: `seed` and `pack`, as in `Batches.of`.
+
+    Returns:
+      The batches.
+    """
+    collate = _collator(task, model, tokenizer)
+    return Batches.of(examples.rows, rows, collate=collate, **options)
+
+
+def _collator(task: str, model: Any, tokenizer: Any) -> Collator:
+    config = model.config
+    pad_id = config.pad_token_id or 0
+    if task == CLASSES:
+        return ClassificationCollator(pad_id, config.type_vocab_size)
+    if task == MASKED:
+        return MaskedCollator(tokenizer.mask_id, config.vocab_size, pad_id)
+    if task == SEQ2SEQ:
+        return Seq2SeqCollator(config.decoder_start_token_id or 0, pad_id)
+    return collate_causal
+
+
+def loss_for(task: str, model: Any, *, chunk: int | None = None) -> LossFn:
+    """Bind a task's loss function to a model."""
+    return functools.partial(LOSSES[task], model, chunk=chunk)
+
+
+def end_tokens(model: Any) -> tuple[int, ...]:
+    """Return the tokens that end a completion; of T5, 1 where the configuration names none."""
+    ends = model.config.eos_token_id
+    ends = ends if isinstance(ends, tuple) else (1 if ends is None else ends,)
+    return ends or (1,)
+
+
+# -----------------------------------------------------------------------------------------------
+# Models
+# -----------------------------------------------------------------------------------------------
+
+
+def prepare_model(
+    task: str, model: Any, params: Any, labels: tuple[str, ...] = (), *, seed: int | None = None
+) -> tuple[Any, Any]:
+    """Give a model the head that a task needs.
+
+    A classifier whose classes are the labels keeps its head. Any other encoder gets a new one. It
+    is zero in the base of an adapter, which holds the trained head itself: random values could
+    differ from platform to platform by a rounding error, and then the base would not be recognized.
+
+    Args:
+      task: One of `TASKS`.
+      model: The model.
+      params: Its parameters.
+      labels: Names of the classes, for classification.
+      seed: Determines the random values of a new head; None: zeros.
+
+    Returns:
+      The model and its parameters.
+
+    Raises:
+      ConfigError: A masked language model is needed, and the model has no such head.
+    """
+    if task == CLASSES:
+        config = model.config
+        if config.head == CLASSIFICATION and labels in ((), config.labels):
+            return model, params
+        classifier, made = add_classifier(jax.random.key(seed or 0), model, params, labels)
+        return classifier, made if seed is not None else _zero_head(params, made)
+    if task == MASKED and model.config.head != MASKED_LM:
+        raise ConfigError(
+            format_error(
+                "task",
+                got=f"{task!r} for a model with the head {model.config.head!r}",
+                expected=f"a model with the head {MASKED_LM!r}",
+                fix="Use a folder with a masked language model, or examples with labels.",
+            )
+        )
+    return model, params
+
+
+def _zero_head(before: Any, after: Any) -> Any:
+    """Replace the parts that a new head brought by zeros."""
+    known = {id(leaf) for leaf in jax.tree.leaves(before)}
+    return jax.tree.map(lambda leaf: leaf if id(leaf) in known else jnp.zeros_like(leaf), after)
+
+
+def labels_for(model_config: Any, given: tuple[str, ...], file: RowFile) -> tuple[str, ...]:
+    """Choose the classes: those given, those of the model if they cover the data, or the data's.
+
+    Args:
+      model_config: The model's configuration.
+      given: The labels that were asked for; empty to find them.
+      file: The training examples.
+
+    Returns:
+      The labels, in the order of their indices.
+    """
+    if given:
+        return given
+    found = find_labels(file)
+    if model_config.head == CLASSIFICATION and set(found) <= set(model_config.labels):
+        return model_config.labels
+    return found
+
+
+def make_trainable(
+    task: str,
+    model: Any,
+    variables: Any,
+    settings: TrainSettings,
+    *,
+    start: Any = None,
+    folder: Path | None = None,
+) -> Trainable:
+    """Select the trainable parameters: an adapter, or the whole model.
+
+    Args:
+      task: One of `TASKS`.
+      model: A model of `jax_lora.models`.
+      variables: `{"params": params}`, the base.
+      start: The same with the random head that training starts from; None: the base.
+      settings: The kind of fine-tuning; rank, scale, targets and seed of an adapter.
+      folder: Where the model came from: its tokenizer is copied into every model that is saved.
+
+    Returns:
+      The frozen and the trainable half.
+    """
+    start = variables if start is None else start
+    if settings.fine_tune_type == "full":
+        return _whole_model(model, start, folder)
+    kernels = find_kernels(model.apply, variables, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    config = settings.lora_config(depth_of(model), heads=_heads(task, variables))
+    adapter = lora_init(jax.random.key(settings.seed), start, config, kernels=kernels)
+    return adapter_beside(variables, adapter)
+
+
+def _heads(task: str, variables: Any) -> tuple[str, ...]:
+    """Name the parts of a classifier that are trained whole, because they start random."""
+    parts = ("pooler", "classifier") if task == CLASSES else ()
+    return tuple(part for part in parts if part in variables["params"])
+
+
+def depth_of(model: Any) -> int:
+    """Count the layers of a model's one stack; 0 where there are two."""
+    name = family_of(model).depth
+    return 0 if name is None else getattr(model.config, name)
+
+
+def _whole_model(model: Any, variables: Any, source: Path | None) -> Trainable:
+    dtype = jax.tree.leaves(variables)[0].dtype
+
+    def write(folder: Path, trained: Any) -> None:
+        save(folder, model, trained["params"])
+        if source is not None:
+            copy_companions(source, folder)
+
+    return saved_model(variables, write, lambda folder: {"params": load(folder, dtype=dtype)[1]})

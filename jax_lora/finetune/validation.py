@@ -1,0 +1,62 @@
+"""The loss on held-out batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from jax_lora.adapter import combine
+from jax_lora.finetune.step import Join, LossFn
+from jax_lora.transform import lora_apply
+
+
+def make_validation(loss_fn: LossFn, *, join: Join = combine) -> Callable[[Any, Any, Any], Any]:
+    """Compile a loss function for validation.
+
+    Args:
+      loss_fn: As in `make_step`.
+      join: Combines frozen and trainable parameters.
+
+    Returns:
+      `measure(trainable, frozen, batch) -> (sum of losses, weight)`, jitted. With None as
+      `trainable` it measures `frozen` alone.
+    """
+    loss = lora_apply(loss_fn)
+
+    @jax.jit
+    def measure(trainable: Any, frozen: Any, batch: Any) -> Any:
+        return loss(frozen if trainable is None else join(frozen, trainable), batch)
+
+    return measure
+
+
+def total_loss(
+    measure: Callable[..., Any],
+    trainable: Any,
+    frozen: Any,
+    batches: Iterable[Any],
+    limit: int = -1,
+    *,
+    place: Callable[[Any], Any] = lambda batch: batch,
+) -> tuple[float, float]:
+    """Add up the losses of many batches, so that every target counts the same.
+
+    Args:
+      measure: From `make_validation`.
+      trainable: The adapter, or None for the base model.
+      frozen: The base model's variables.
+      batches: The batches.
+      limit: How many batches to use; -1 for all.
+      place: Puts a batch on the devices.
+
+    Returns:
+      The sum of the losses, and the weight.
+    """
+    total = weight = 0.0
+    for batch in itertools.islice(batches, None if limit < 0 else limit):
+        loss, count = measure(trainable, frozen, place(batch))
+        total, weight = total + float(loss), weight + float(count)
+    return total, weight

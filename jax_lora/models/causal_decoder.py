@@ -1,0 +1,137 @@
+"""The interface of all decoders: score every next token, with or without a KV cache.
+
+Training and scoring::
+
+    logits = model.apply({"params": params}, input_ids, attention_mask=mask)
+
+Generation keeps each layer's keys and values in a cache, an ordinary pytree that goes in and
+comes out. `attention_mask` then covers the cache's whole length: the prompt's mask (prompts of
+unequal length are padded on the left) followed by ones. One call fills the prompt, each later
+call adds one token::
+
+    cache = model.init_cache(batch, length, dtype)
+    logits, cache = model.apply({"params": params}, prompt, attention_mask=mask, cache=cache)
+    logits, cache = model.apply(
+        {"params": params}, token[:, None], attention_mask=mask, cache=cache
+    )
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_lora.models.attention import LayerContext
+from jax_lora.models.checkpoint_model import CheckpointModel
+from jax_lora.models.decoder_inputs import (
+    KVCache,
+    MaskInputs,
+    check_inputs,
+    count_positions,
+    empty_cache,
+)
+
+__all__ = ["CausalDecoder"]
+
+
+class CausalDecoder(CheckpointModel):
+    """Base of the decoders; a subclass makes `layers`, a `layer_stack`, in its `setup`."""
+
+    @property
+    def cache_sizes(self) -> tuple[int, int, int]:
+        """Layers, key-value heads and channels of a head."""
+        raise NotImplementedError
+
+    def check_length(self, tokens: int) -> None:
+        """Raise for more tokens than there are positions; rotary positions have no limit."""
+
+    def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Embed tokens: (batch, tokens) integers -> (batch, tokens, hidden)."""
+        raise NotImplementedError
+
+    def layer_inputs(
+        self, positions: jax.Array, keys: int, given: MaskInputs
+    ) -> tuple[LayerContext, jax.Array | None]:
+        """Make the inputs that all layers share, and the input of each layer, (layers, ...).
+
+        Args:
+          positions: (batch, tokens).
+          keys: Number of keys; with a cache, its length.
+          given: `attention_mask`, `segment_ids` and `filled`, as in `visible`.
+        """
+        raise NotImplementedError
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """Normalize the last layer's hidden states, (batch, tokens, hidden)."""
+        raise NotImplementedError
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Turn final hidden states (..., hidden) into logits (..., vocabulary)."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        return_hidden: bool = False,
+    ) -> Any:
+        """Score every next token.
+
+        Args:
+          input_ids: (batch, tokens) integers.
+          attention_mask: (batch, tokens), 1 at real tokens and 0 at padding, on either side; with a
+            cache (batch, cache length). None: no padding.
+          positions: (batch, tokens); by default, the number of real tokens before each token. A
+            position beyond a table of learned positions gives NaN.
+          segment_ids: (batch, tokens), for packed documents: tokens attend to their own segment
+            only. Give `positions` too, so that each document starts from 0. Not with a cache.
+          cache: From `init_cache` or an earlier call; the tokens are appended to it.
+          return_hidden: Whether to return the final normed hidden states (batch, tokens, hidden)
+            instead of logits, for a loss that calls `unembed` on one part at a time.
+
+        Returns:
+          Logits (batch, tokens, vocabulary) in the parameters' dtype; with a cache
+          `(logits, cache)`.
+
+        Raises:
+          ConfigError: If an argument's shape does not fit the others, or a sequence is longer than
+            the table of learned positions.
+        """
+        check_inputs(input_ids, attention_mask, positions, segment_ids, cache)
+        tokens = input_ids.shape[1]
+        keys, filled = (tokens, None) if cache is None else (cache.keys.shape[2], cache.filled)
+        if positions is None:
+            if attention_mask is None and cache is None:  # padding does not count
+                self.check_length(tokens)
+            positions = count_positions(input_ids, attention_mask, filled)
+        given = (attention_mask, segment_ids, filled)
+        context, per_layer = self.layer_inputs(positions, keys, given)
+        x = self.embed(input_ids, positions)  # (batch, tokens, hidden)
+        layer_caches = None if cache is None else (cache.keys, cache.values)
+        x, layer_caches = self.layers(x, context, layer_caches, per_layer)
+        x = self.final_norm(x)
+        y = x if return_hidden else self.unembed(x)
+        if cache is None or layer_caches is None:
+            return y
+        return y, KVCache(*layer_caches, filled=cache.filled + jnp.int32(tokens))
+
+    def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
+        """Make an empty KV cache; call it on the module itself, it needs no parameters.
+
+        Args:
+          batch: Number of sequences that are generated together.
+          length: Most tokens of a sequence, prompt and new tokens together. The number of filled
+            slots is not known under jit, so one token too many overwrites the last slots.
+          dtype: Dtype of keys and values; with the parameters' dtype nothing is rounded.
+
+        Returns:
+          A `KVCache` of zeros.
+        """
+        layers, heads, channels = self.cache_sizes
+        return empty_cache((layers, batch, length, heads, channels), dtype)

@@ -1,0 +1,37 @@
+"""Equal layers under one `nn.scan`: every parameter gets a leading axis of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+
+__all__ = ["layer_stack"]
+
+
+def layer_stack(
+    layer: type[nn.Module], length: int, *, remat: bool, inputs_per_layer: int = 0
+) -> Any:
+    """Stack a layer class.
+
+    The layer is called as `layer(x, shared, *per_layer)` and returns `(x, output)`. `shared` goes
+    to every layer unchanged; each per-layer input is stacked along its first axis, or None.
+
+    Args:
+      layer: The class of one layer.
+      length: Number of layers.
+      remat: Whether to recompute each layer's activations in the backward pass.
+      inputs_per_layer: Number of per-layer inputs.
+
+    Returns:
+      A module class that is constructed like `layer`. It returns x after the last layer and the
+      stacked outputs of all layers.
+    """
+    return nn.scan(
+        # Under scan, the loop itself keeps XLA from undoing the recomputation.
+        nn.remat(layer, prevent_cse=False) if remat else layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, *(0,) * inputs_per_layer),  # pyright: ignore[reportArgumentType]
+        length=length,
+    )

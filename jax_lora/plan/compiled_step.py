@@ -1,0 +1,177 @@
+"""Compile the training step of a run from shapes alone, and read its memory from XLA."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_lora.adapter import Adapter, combine
+from jax_lora.data.collators import Batch
+from jax_lora.dropout import dropout
+from jax_lora.finetune.devices import data_mesh
+from jax_lora.finetune.optimizer_factory import make_optimizer
+from jax_lora.finetune.settings import TrainSettings
+from jax_lora.finetune.step import init_state, make_step
+from jax_lora.finetune.tasks import CAUSAL, depth_of, loss_for
+from jax_lora.init import lora_init
+from jax_lora.plan.planned_model import PlannedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Memory of a compiled step on one device, in bytes.
+
+    Args:
+      arguments: Base weights, adapter, optimizer state and batch.
+      results: Updated adapter and optimizer state, and the step's report.
+      reused: The part of `results` that is written into the memory of donated arguments.
+      temporary: Activations, gradients and logits.
+      devices: Devices that run the step, each with this memory.
+      seconds: Time to lower and compile.
+    """
+
+    arguments: int
+    results: int
+    reused: int
+    temporary: int
+    devices: int
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Peak memory of one device."""
+        return self.arguments + self.results - self.reused + self.temporary
+
+    @property
+    def everywhere(self) -> int:
+        """Peak memory of all devices together."""
+        return self.peak * self.devices
+
+
+def abstract_adapter(model: PlannedModel, settings: TrainSettings) -> Adapter:
+    """Create the shapes of the adapter that `train` would create.
+
+    Args:
+      model: The model.
+      settings: Settings of the run, for rank and targets.
+
+    Returns:
+      An adapter of `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      NoMatchError: A target matches no kernel of the model.
+    """
+    config = settings.lora_config(0 if model.module is None else depth_of(model.module))
+    make = lambda key: lora_init(key, model.variables, config, kernels=model.kernels)  # noqa: E731
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+def abstract_batch(settings: TrainSettings, length: int, targets: int) -> Batch:
+    """Create the shapes of a batch with all its gradient accumulation steps."""
+    examples = settings.batch_size * settings.grad_accumulation_steps
+
+    def of(dtype: Any, size: int) -> Any:
+        return jax.ShapeDtypeStruct((examples, size), dtype)
+
+    return Batch(
+        ids=of(jnp.int32, length),
+        at=of(jnp.int32, targets),
+        labels=of(jnp.int32, targets),
+        weights=of(jnp.float32, targets),
+    )
+
+
+def compile_step(
+    model: PlannedModel, settings: TrainSettings, *, length: int, targets: int
+) -> tuple[Any, int, float]:
+    """Compile the training step for one batch shape, without allocating any array.
+
+    Args:
+      model: The model.
+      settings: Settings of the run.
+      length: Sequence length.
+      targets: Target tokens per example.
+
+    Returns:
+      The compiled function, the number of devices that share the batch, and the seconds to compile.
+    """
+    began = time.perf_counter()
+    full = settings.fine_tune_type == "full"
+    frozen = {} if full else model.variables
+    trainable = model.variables if full else abstract_adapter(model, settings)
+    optimizer = optimizer_of(settings)
+    state = jax.eval_shape(lambda trainable: init_state(trainable, optimizer), trainable)
+    step = make_step(
+        loss_for(
+            CAUSAL,
+            model.module.clone(remat=settings.grad_checkpoint),
+            chunk=settings.loss_chunk,
+        ),
+        optimizer,
+        accumulation=settings.grad_accumulation_steps,
+        transform=_dropout(settings),
+        join=(lambda _, trainable: trainable) if full else combine,
+    )
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((frozen, trainable))]
+    mesh = data_mesh(settings.batch_size, SimpleNamespace(nbytes=sum(sizes)))
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    batch = abstract_batch(settings, length, targets)
+    lowered = step.lower(_on(state, whole), _on(frozen, whole), _on(batch, split))
+    return lowered.compile(), mesh.size, time.perf_counter() - began
+
+
+def step_memory(
+    model: PlannedModel, settings: TrainSettings, *, length: int, targets: int
+) -> StepMemory | None:
+    """Compile the training step as `compile_step` does, and read its memory.
+
+    Returns:
+      The memory, or None if the backend does not report it.
+    """
+    return memory_of(*compile_step(model, settings, length=length, targets=targets))
+
+
+def memory_of(compiled: Any, devices: int = 1, seconds: float = 0.0) -> StepMemory | None:
+    """Read the memory of a compiled function, or None if the backend does not report it."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    return StepMemory(
+        arguments=memory.argument_size_in_bytes,
+        results=memory.output_size_in_bytes,
+        reused=memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        devices=devices,
+        seconds=seconds,
+    )
+
+
+def optimizer_of(settings: TrainSettings) -> optax.GradientTransformation:
+    """Create the optimizer of `train`, without its schedule, which changes no shape."""
+    return make_optimizer(
+        optax.constant_schedule(settings.learning_rate),
+        name=settings.optimizer,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        lora_plus_ratio=settings.lora_plus_ratio,
+    )
+
+
+def _dropout(settings: TrainSettings) -> Any:
+    if settings.dropout == 0.0 or settings.fine_tune_type == "full":
+        return None
+    key = jax.random.key(settings.seed)
+    return lambda combined, step: dropout(combined, jax.random.fold_in(key, step))
+
+
+def _on(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )

@@ -1,0 +1,117 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_lora.data.batches import Batches
+from jax_lora.data.collators import Batch
+from jax_lora.data.examples import Example
+from jax_lora.finetune import losses
+from jax_lora.finetune.losses import causal_lm_loss
+from tests.lora_cases import equations
+
+
+def example(ids, learned):
+    return Example(np.asarray(ids, np.int32), np.asarray(learned, bool), 1)
+
+
+ROWS = [example([5, 9, 7, 3], [0, 0, 1, 1]), example([8, 2, 6, 4, 1, 0], [0, 1, 1, 1, 1, 1])]
+
+
+def test_it_is_the_cross_entropy_of_the_learned_tokens(tiny):
+    model, variables = tiny
+    total, tokens = causal_lm_loss(model, variables, Batches.of(ROWS, 2).at(0))
+    expected = 0.0
+    for row in ROWS:
+        logits = model.apply(variables, jnp.asarray(row.ids)[None])[0, :-1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(row.ids[1:]))
+        expected += float(jnp.sum(losses * row.loss_mask[1:].astype(np.float32)))
+    assert float(tokens) == 7
+    np.testing.assert_allclose(float(total), expected, rtol=1e-5)
+
+
+def test_a_batch_with_nothing_to_learn_has_loss_zero_and_zero_gradient(tiny):
+    model, variables = tiny
+    batch = Batches.of(ROWS, 2).at(0)
+    nothing = batch._replace(weights=np.zeros_like(batch.weights))
+    (total, tokens), gradient = jax.value_and_grad(
+        lambda tree: causal_lm_loss(model, tree, nothing), has_aux=True
+    )(variables)
+    assert float(total) == float(tokens) == 0.0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_padding_is_told_by_place_not_by_id(tiny):
+    # The end token has id 0, as padding does; it is learned all the same.
+    model, variables = tiny
+    batch = Batches.of([ROWS[1]], 1).at(0)
+    other = Batch(np.where(np.arange(8)[None] < 6, batch.ids, 77), *batch[1:])
+    assert batch.labels[0, 4] == 0 and batch.weights[0, 4] == 1.0
+    same = [float(causal_lm_loss(model, variables, each)[0]) for each in (batch, other)]
+    assert same[0] == same[1]
+
+
+def test_parts_of_a_batch_add_up_whatever_their_lengths(tiny):
+    model, variables = tiny
+    whole = causal_lm_loss(model, variables, Batches.of(ROWS, 2).at(0))
+    parts = [causal_lm_loss(model, variables, Batches.of([row], 1).at(0)) for row in ROWS]
+    for index in range(2):
+        added = float(parts[0][index]) + float(parts[1][index])
+        np.testing.assert_allclose(added, float(whole[index]), rtol=1e-6)
+
+
+def test_a_bfloat16_base_has_a_float32_loss(tiny):
+    model, variables = tiny
+    small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+    total, _ = causal_lm_loss(model, small, Batches.of(ROWS, 2).at(0))
+    assert total.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_a_few_logits_at_a_time_give_the_same_loss_and_gradient(tiny, chunk):
+    model, variables = tiny
+    batch = Batches.of(ROWS, 2).at(0)
+    of = lambda chunk: jax.value_and_grad(  # noqa: E731
+        lambda tree: causal_lm_loss(model, tree, batch, chunk=chunk)[0]
+    )(variables)
+    (value, gradient), (other, same) = of(0), of(chunk)
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(same), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_the_whole_logits_are_never_in_memory_where_they_are_too_many(tiny, monkeypatch):
+    model, variables = tiny
+    batch = Batches.of([example(range(64), np.ones(64))] * 2, 2).at(0)
+
+    def largest():
+        program = jax.make_jaxpr(jax.grad(lambda tree: causal_lm_loss(model, tree, batch)[0]))
+        shapes = [
+            var.aval.shape for eqn in equations(program(variables).jaxpr) for var in eqn.outvars
+        ]
+        vocabulary = model.config.vocab_size
+        return max(shape[0] for shape in shapes if len(shape) == 2 and shape[1] == vocabulary)
+
+    assert largest() == 128
+    monkeypatch.setattr(losses, "MOST_LOGITS", 16 * model.config.vocab_size)
+    assert largest() == 16
+
+
+def test_packed_documents_do_not_see_each_other(tiny):
+    model, variables = tiny
+    apart, _ = causal_lm_loss(model, variables, Batches.of(ROWS, 2).at(0))
+    ids = np.concatenate([row.ids for row in ROWS])[None]
+    learned = np.concatenate([row.loss_mask for row in ROWS])
+    at = np.flatnonzero(learned[1:])[None]
+    packed = Batch(
+        ids=ids,
+        at=at.astype(np.int32),
+        labels=ids[:, at[0] + 1],
+        weights=np.ones(at.shape, np.float32),
+        positions=np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]], np.int32),
+        segments=np.array([[1] * 4 + [2] * 6], np.int32),
+    )
+    together, tokens = causal_lm_loss(model, variables, packed)
+    assert float(tokens) == 7
+    np.testing.assert_allclose(float(together), float(apart), rtol=1e-5)

@@ -1,0 +1,207 @@
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_lora import load_adapter
+from jax_lora.data.batches import Batches
+from jax_lora.data.examples import Example
+from jax_lora.errors import DataError
+from jax_lora.finetune.callbacks import Checkpoint, EarlyStop, Report, Validate
+from jax_lora.finetune.settings import TrainSettings
+from jax_lora.finetune.tasks import CAUSAL, loss_for, make_trainable
+from jax_lora.finetune.trainer import NonFiniteLossError, Trainer
+from jax_lora.models import load
+from jax_lora.report.events import Reporter
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    # Optax raises floats to its integer step count, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def examples(learned=True):
+    ids = np.random.default_rng(0).integers(1, 300, (8, 6), dtype=np.int32)
+    return [Example(row, np.arange(6) >= (3 if learned else 6), n) for n, row in enumerate(ids, 1)]
+
+
+class Recorder(Reporter):
+    """Keeps the events; at one step it sends a signal."""
+
+    def __init__(self, signal_at=None):
+        self.events, self.signal_at = [], signal_at
+
+    def stepped(self, step, loss):
+        self.events.append(("stepped", step, loss))
+        if step == self.signal_at:
+            signal.raise_signal(signal.SIGINT)
+
+    def compiling(self, what, number):
+        self.events.append(("compiling", what, number))
+
+    def validated(self, validation):
+        self.events.append(("validated", validation.step, validation.samples))
+
+    def saved(self, step, path):
+        self.events.append(("saved", step))
+
+    def of(self, kind):
+        return [event[1:] for event in self.events if event[0] == kind]
+
+
+@pytest.fixture
+def log():
+    """What the trainers of a test have logged."""
+    return []
+
+
+@pytest.fixture
+def make_trainer(tiny, tmp_path, log):
+    model, variables = tiny
+
+    def make(
+        reporter=None, *, variables=variables, rows=None, folder="run", resume=False, **settings
+    ):
+        chosen = {"iters": 6, "batch_size": 2, "steps_per_report": 2, "steps_per_eval": 3}
+        options = TrainSettings(rank=2, **({"learning_rate": 0.01} | chosen | settings))
+        own = jax.tree.map(jnp.array, variables)
+        stop = options.early_stop
+        return Trainer(
+            loss_for(CAUSAL, model),
+            own,
+            make_trainable(CAUSAL, model, own, options),
+            options.make_optimizer(options.iters),
+            Batches.of(rows or examples(), options.batch_size),
+            steps=options.iters,
+            run=tmp_path / folder,
+            resume=resume,
+            callbacks=[
+                Report(options.steps_per_report, reporter=reporter or Recorder(), log=log.append),
+                Validate(Batches.of(rows or examples(), 4), options.steps_per_eval),
+                *([] if stop is None else [EarlyStop(stop)]),
+                Checkpoint(options.save_every, save_best=options.save_best),
+            ],
+        )
+
+    return make
+
+
+def without_times(rows):
+    times = ("seconds", "per_second", "memory")
+    return [{k: v for k, v in row.items() if not any(t in k for t in times)} for row in rows]
+
+
+def test_a_run_compiles_once_a_shape_and_reports_validates_and_saves_when_asked(make_trainer, log):
+    recorder = Recorder()
+    result = make_trainer(recorder).train()
+    assert recorder.of("compiling") == [("rows of up to 8 tokens", 1)]
+    assert [row["iter"] for row in log if "train_loss" in row] == [2, 4, 6]
+    assert [step for step, _ in recorder.of("validated")] == [3, 6]
+    assert recorder.events[-1] == ("saved", 6)
+    assert (result.steps, result.tokens, result.interrupted) == (6, 6 * 12, None)
+    assert [row["val_loss"] for row in log if "val_loss" in row][-1] == result.val_loss
+
+
+def test_the_checkpoint_holds_the_adapter_alone_and_fits_the_base(make_trainer, tiny):
+    _, variables = tiny
+    result = make_trainer().train()
+    adapter = load_adapter(result.checkpoint, base=variables)
+    assert all(np.any(pair.b) for pair in adapter.pairs.values())
+
+
+@pytest.mark.slow  # that a resumed run ends in the same bits is a fast test of the command
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(make_trainer, log, kind):
+    options = {"fine_tune_type": kind, "learning_rate": 3e-3, "save_every": 2}
+    options |= {} if kind == "full" else {"dropout": 0.1}
+    whole = Recorder()
+    expected = make_trainer(whole, folder="whole", **options).train()
+    expected_log, log[:] = list(log), []
+
+    part = Recorder(signal_at=3)
+    result = make_trainer(part, **options).train()
+    assert (result.steps, result.interrupted) == (3, "SIGINT")
+    assert result.checkpoint.name == "step-000003" and result.checkpoint.is_dir()
+    rest = Recorder()
+    resumed = make_trainer(rest, resume=True, **options).train()
+
+    assert part.of("stepped") + rest.of("stepped") == whole.of("stepped")
+    assert without_times(log) == without_times(expected_log)
+    assert (resumed.tokens, resumed.val_loss) == (expected.tokens, expected.val_loss)
+    for name in ("moments", "arrays-*"):
+        for one, other in zip(
+            *(sorted(each.checkpoint.glob(name)) for each in (expected, resumed)), strict=True
+        ):
+            assert_same_arrays(one, other)
+    if kind == "full":
+        files = [each.checkpoint / "model.safetensors" for each in (expected, resumed)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def assert_same_arrays(one, other):
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as reader:
+        trees = [reader.restore(folder.absolute()) for folder in (one, other)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_full_fine_tuning_changes_every_kernel_and_saves_a_model(make_trainer, tiny):
+    model, variables = tiny
+    result = make_trainer(fine_tune_type="full").train()
+    again, params = load(result.checkpoint)
+    assert again.config == model.config
+    changed = jax.tree.map(lambda old, new: bool(np.any(old != new)), variables["params"], params)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_patience_ends_a_run_that_does_not_get_better(make_trainer):
+    # Without a learning rate worth the name no validation is better than the first.
+    trainer = make_trainer(
+        iters=40, steps_per_eval=2, early_stop=3, learning_rate=1e-30, optimizer="sgd"
+    )
+    result = trainer.train()
+    assert (result.steps, result.best[1]) == (8, "step-000002")
+    assert result.checkpoint.name == "step-000008"
+
+
+def test_the_best_checkpoint_is_saved_unless_that_is_not_wanted(make_trainer, tmp_path):
+    names = lambda folder: sorted(each.name for each in (tmp_path / folder).glob("step-*"))  # noqa: E731
+    make_trainer(folder="yes", iters=5).train()
+    make_trainer(folder="no", iters=5, save_best=False).train()
+    assert names("yes") == ["step-000003", "step-000005"] and names("no") == ["step-000005"]
+
+
+@pytest.mark.slow
+def test_one_layer_out_of_two_is_adapted_on_demand(make_trainer, tiny):
+    _, variables = tiny
+    result = make_trainer(num_layers=1, iters=2).train()
+    for pair in load_adapter(result.checkpoint, base=variables).pairs.values():
+        assert not np.any(pair.b[0]) and np.any(pair.b[1])
+
+
+def test_the_same_seed_trains_the_same_adapter(make_trainer, tiny):
+    _, variables = tiny
+    one, same = (
+        load_adapter(make_trainer(folder=name).train().checkpoint, base=variables)
+        for name in ("one", "same")
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(make_trainer, tiny, tmp_path):
+    _, variables = tiny
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), variables)
+    with pytest.raises(NonFiniteLossError, match=r"step 1, rows at lines \d, \d") as caught:
+        make_trainer(variables=broken).train()
+    assert "Lower the learning rate" in str(caught.value)
+    assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_an_epoch_with_nothing_to_learn_is_an_error(make_trainer):
+    with pytest.raises(DataError, match="not one target token"):
+        make_trainer(rows=examples(learned=False)).train()
