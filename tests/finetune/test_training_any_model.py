@@ -119,7 +119,8 @@ def test_without_a_number_of_steps_a_list_is_one_epoch():
 
 def test_accumulation_makes_the_update_of_the_whole_batch():
     one, other = trainer(make_batches(), steps=2), trainer(make_batches(), steps=2, accumulation=4)
-    one.train(), other.train()
+    one.train()
+    other.train()
     for a, b in zip(jax.tree.leaves(one.adapter), jax.tree.leaves(other.adapter), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
