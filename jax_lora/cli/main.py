@@ -16,9 +16,9 @@ examples:
   jax-lora train                                     the bundled model on the bundled task
   jax-lora eval --compare-base                       base and adapter side by side
   jax-lora generate --prompt "Once upon a time"
-  jax-lora train path/to/model --data path/to/data   your own model and rows
-  jax-lora export --to peft served                   the adapter, for PEFT and what serves its files
-  jax-lora fuse --save-path fused --check            one Hugging Face folder, adapter and all
+  jax-lora train path/to/model --data path/to/data   your own model and data
+  jax-lora export --to peft served                   export a PEFT adapter for serving
+  jax-lora fuse --save-path fused --check            merge the adapter into a Hugging Face folder
 """
 
 

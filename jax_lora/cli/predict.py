@@ -80,7 +80,7 @@ def _classes(
 ) -> Iterator[dict[str, Any]]:
     """Yield the label of each text, its probability, and those of all labels."""
     settings = TrainSettings(max_seq_length=base.model.config.max_position_embeddings)
-    # Labels in the file are not needed, and may be others than the model's.
+    # Labels in the file are not needed, and may differ from the model's.
     rows = [Row(row.line, row.kind, row.fields | {"label": None}) for row in file.rows]
     plain = RowFile(file.path, tuple(rows), file.lines, file.blank)
     examples = encode_examples(CLASSES, plain, base.model, base.tokenizer, settings)
