@@ -113,8 +113,7 @@ def load_base(
                 fix="Copy the tokenizer from the model's own folder.",
             )
         )
-    ready, start = prepare_model(task, model, params, tuple(labels), seed=seed)
-    _, frozen = prepare_model(task, model, params, tuple(labels))
+    ready, frozen, start = prepare_model(task, model, params, tuple(labels), seed=seed)
     shown = BUNDLED if name in (None, BUNDLED) else str(folder)
     return BaseModel(shown, task, ready, {"params": frozen}, {"params": start}, tokenizer)
 

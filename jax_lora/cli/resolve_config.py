@@ -70,7 +70,7 @@ def choose(options: argparse.Namespace) -> Choice:
     if model in (None, BUNDLED) and not earlier and options.preset is None:
         layers = [recipe.BUNDLED, *layers]
     values = _layered(layers)
-    if checkpoint is not None and is_in_run(checkpoint):
+    if checkpoint is not None and earlier:  # it is still in the folder of its run
         values["adapter_path"] = str(checkpoint.parent)
     places = {name: values.pop(name, None) for name in PLACES}
     return Choice(
@@ -101,11 +101,6 @@ def _checkpoint(
             )
         )
     return checkpoint
-
-
-def is_in_run(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint still lies in the folder of its run."""
-    return bool(read_run_config(checkpoint))
 
 
 def _preset(name: str | None) -> Mapping[str, Any]:

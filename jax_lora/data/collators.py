@@ -158,8 +158,10 @@ class ClassificationCollator:
         rng: np.random.Generator,
     ) -> ClassificationBatch:
         """Make a batch."""
-        ids, mask = _padded([each.ids for (each,) in examples], rows, shape.length, self.pad_id)
-        types = _padded([each.types for (each,) in examples], rows, shape.length, 0)[0]
+        ids, mask = pad_sequences(
+            [each.ids for (each,) in examples], rows, shape.length, self.pad_id
+        )
+        types = pad_sequences([each.types for (each,) in examples], rows, shape.length, 0)[0]
         labels, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
         for row, (example,) in enumerate(examples):
             labels[row], weights[row] = max(example.label, 0), 1.0
@@ -191,7 +193,9 @@ class MaskedCollator:
         rng: np.random.Generator,
     ) -> MaskedBatch:
         """Make a batch; other tokens are masked at every step."""
-        ids, mask = _padded([each.ids for (each,) in examples], rows, shape.length, self.pad_id)
+        ids, mask = pad_sequences(
+            [each.ids for (each,) in examples], rows, shape.length, self.pad_id
+        )
         at = np.zeros((rows, shape.targets), np.int32)
         labels, weights = np.zeros_like(at), np.zeros(at.shape, np.float32)
         for row, (example,) in enumerate(examples):
@@ -226,19 +230,31 @@ class Seq2SeqCollator:
         rng: np.random.Generator,
     ) -> Seq2SeqBatch:
         """Make a batch."""
-        ids, mask = _padded([each.ids for (each,) in examples], rows, shape.length, self.pad_id)
+        ids, mask = pad_sequences(
+            [each.ids for (each,) in examples], rows, shape.length, self.pad_id
+        )
         completions = [each.completion for (each,) in examples]
-        labels, real = _padded(completions, rows, shape.targets, self.pad_id)
+        labels, real = pad_sequences(completions, rows, shape.targets, self.pad_id)
         real[len(examples) :] = 0
         decoder_ids = np.full_like(labels, self.start_id)
         decoder_ids[:, 1:] = labels[:, :-1]
         return Seq2SeqBatch(ids, mask, decoder_ids, labels, real.astype(np.float32))
 
 
-def _padded(
+def pad_sequences(
     sequences: Sequence[np.ndarray], rows: int, length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, length) arrays of ids and mask; rows without a sequence have one real token."""
+    """Pad sequences on the right: (rows, length) ids and mask.
+
+    Args:
+      sequences: (tokens,) int32 each.
+      rows: Number of rows; those without a sequence have one real token.
+      length: Length of a row.
+      pad_id: The padding token.
+
+    Returns:
+      The ids, and 1 at real tokens.
+    """
     ids = np.full((rows, length), pad_id, np.int32)
     mask = np.zeros((rows, length), np.int32)
     for row, sequence in enumerate(sequences):

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.data.batches import Batches
+from jax_lora.data.collators import pad_sequences
 from jax_lora.data.encoder_tokenizer import EncoderTokenizer
+from jax_lora.finetune.tasks import end_tokens, longest_input
 from jax_lora.models.decoding import end_mask
 from jax_lora.transform import lora_apply
 
@@ -97,9 +99,9 @@ def fill_masks(
     Returns:
       For each mask token its candidates, the most probable first.
     """
-    most = model.config.max_position_embeddings - model.config.first_position
+    most = longest_input(model)
     ids = tokenizer.encode(text, max_length=most).ids
-    padded, mask = pad_sequences([ids], model.config.pad_token_id or 0, most)
+    padded, mask = _few_lengths(model, [ids])
     probabilities = np.asarray(_token_probabilities(model, variables, padded, mask))[0]
     fills = []
     for place in np.flatnonzero(ids == tokenizer.mask_id):
@@ -137,17 +139,13 @@ def complete(
     Returns:
       The texts, in the order of the prompts.
     """
-    ends = model.config.eos_token_id
-    ends = ends if isinstance(ends, tuple) else (1 if ends is None else ends,)
-    stop = jnp.asarray(end_mask(model, ends))
+    stop = jnp.asarray(end_mask(model, end_tokens(model)))
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts = [""] * len(prompts)
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         filled = chosen + chosen[-1:] * (rows - len(chosen))
-        ids, mask = pad_sequences(
-            [prompts[index] for index in filled], model.config.pad_token_id or 0
-        )
+        ids, mask = _few_lengths(model, [prompts[index] for index in filled])
         tokens = np.asarray(_greedy(model, max_tokens, variables, ids, mask, stop))
         for index, row in zip(chosen, tokens, strict=False):
             ended = np.flatnonzero(np.asarray(stop)[row])
@@ -186,17 +184,11 @@ def _greedy(
     return jax.lax.while_loop(running, step, state)[-1]
 
 
-def pad_sequences(
-    sequences: Sequence[np.ndarray], pad_id: int, most: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def _few_lengths(model: Any, sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Pad sequences on the right to one of a few lengths: (rows, length) ids and mask."""
     length = -(-max(map(len, sequences)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    length = length if most is None else min(length, most)
-    ids = np.full((len(sequences), length), pad_id, np.int32)
-    mask = np.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
-    return ids, mask
+    length = min(length, longest_input(model))
+    return pad_sequences(sequences, len(sequences), length, model.config.pad_token_id or 0)
 
 
 def _with_lines(batches: Batches) -> Iterator[tuple[Any, list[int]]]:

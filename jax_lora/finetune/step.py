@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_lora.adapter import combine
+from jax_lora.dropout import dropout
 from jax_lora.transform import lora_apply
 
 LossFn = Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # (variables, batch) -> sums
@@ -60,6 +61,14 @@ def init_state(
     """
     own: Any = trainable if in_place else jax.tree.map(jnp.array, trainable)
     return TrainState(own, optimizer.init(own), jnp.int32(0))
+
+
+def dropout_transform(rate: float, seed: int) -> Callable[[Any, jax.Array], Any] | None:
+    """Return the `transform` of `make_step` for dropout with a key per step; None at rate 0."""
+    if rate == 0.0:
+        return None
+    key = jax.random.key(seed)
+    return lambda variables, step: dropout(variables, jax.random.fold_in(key, step))
 
 
 def make_step(

@@ -198,8 +198,8 @@ def end_tokens(model: Any) -> tuple[int, ...]:
 
 
 def prepare_model(
-    task: str, model: Any, params: Any, labels: tuple[str, ...] = (), *, seed: int | None = None
-) -> tuple[Any, Any]:
+    task: str, model: Any, params: Any, labels: tuple[str, ...] = (), *, seed: int = 0
+) -> tuple[Any, Any, Any]:
     """Give a model the head that a task needs.
 
     A classifier whose classes are the labels keeps its head. Any other encoder gets a new one. It
@@ -211,10 +211,10 @@ def prepare_model(
       model: The model.
       params: Its parameters.
       labels: Names of the classes, for classification.
-      seed: Determines the random values of a new head; None: zeros.
+      seed: Determines the random values that training of a new head starts from.
 
     Returns:
-      The model and its parameters.
+      The model, the parameters of the base, and those that training starts from.
 
     Raises:
       ConfigError: A masked language model is needed, and the model has no such head.
@@ -222,9 +222,9 @@ def prepare_model(
     if task == CLASSES:
         config = model.config
         if config.head == CLASSIFICATION and labels in ((), config.labels):
-            return model, params
-        classifier, made = add_classifier(jax.random.key(seed or 0), model, params, labels)
-        return classifier, made if seed is not None else _zero_head(params, made)
+            return model, params, params
+        classifier, start = add_classifier(jax.random.key(seed), model, params, labels)
+        return classifier, _zero_head(params, start), start
     if task == MASKED and model.config.head != MASKED_LM:
         raise ConfigError(
             format_error(
@@ -234,7 +234,7 @@ def prepare_model(
                 fix="Use a folder with a masked language model, or examples with labels.",
             )
         )
-    return model, params
+    return model, params, params
 
 
 def _zero_head(before: Any, after: Any) -> Any:

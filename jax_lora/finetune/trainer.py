@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jax_lora.dropout import dropout
+from jax_lora.adapter import Adapter
 from jax_lora.errors import ConfigError, DataError, LoraError, format_error
 from jax_lora.finetune.batch_source import all_batches, as_source, load_ahead, tokens_of, unit_of
 from jax_lora.finetune.callbacks import Callback, Checkpoint, Report
@@ -22,7 +21,7 @@ from jax_lora.finetune.interrupts import Interrupts
 from jax_lora.finetune.memory import counts_resident_memory, peak_memory
 from jax_lora.finetune.run_folder import RunFolder, checkpoint_name
 from jax_lora.finetune.run_progress import RunProgress
-from jax_lora.finetune.step import LossFn, StepReport, init_state, make_step
+from jax_lora.finetune.step import LossFn, StepReport, dropout_transform, init_state, make_step
 from jax_lora.finetune.step_cache import StepCache
 from jax_lora.finetune.trainable import as_trainable
 from jax_lora.finetune.training_state import (
@@ -112,12 +111,13 @@ class Trainer:
         self._frozen = self._replicated(self._trainable.frozen)
         start, in_place = self._trainable.start, self._trainable.in_place
         self._state = self._replicated(init_state(start, optimizer, in_place=in_place))
+        rate = start.config.dropout if isinstance(start, Adapter) else 0.0
         self._step_cache = StepCache(
             make_step(
                 loss_fn,
                 optimizer,
                 accumulation=accumulation,
-                transform=_dropout(start, seed),
+                transform=dropout_transform(rate, seed),
                 join=self._trainable.join,
             ),
             self,
@@ -361,34 +361,22 @@ def _run_folder(
     run: str | Path | RunFolder | None, resume: bool | str | Path
 ) -> tuple[RunFolder | None, Path | None]:
     """Prepare the folder of a run, and find the checkpoint to continue from."""
-    if resume is False or (run is None and resume in (True, "auto")):
-        if run is None or isinstance(run, RunFolder):
-            return run, None
-        return RunFolder.prepare(run)[0], None
-    folder = run.path if isinstance(run, RunFolder) else run
-    asked = folder if resume is True or resume == "auto" else resume
-    checkpoint = find_resumable(str(asked))
-    if checkpoint is None:
-        if resume is not True and resume != "auto":
-            raise ConfigError(
-                format_error(
-                    f"Trainer: resume={str(resume)!r}",
-                    got="no run with a checkpoint there",
-                    expected="the folder of a run, or one of its checkpoints",
-                    fix='Check the path, or pass resume="auto" to start a run if there is none.',
-                )
+    automatic = resume is True or resume == "auto"
+    source = (run.path if isinstance(run, RunFolder) else run) if automatic else (resume or None)
+    checkpoint = None if source is None else find_resumable(str(source))
+    if checkpoint is None and source is not None and not automatic:
+        raise ConfigError(
+            format_error(
+                f"Trainer: resume={str(resume)!r}",
+                got="no run with a checkpoint there",
+                expected="the folder of a run, or one of its checkpoints",
+                fix='Check the path, or pass resume="auto" to start a run if there is none.',
             )
-        return (run if isinstance(run, RunFolder) else RunFolder.prepare(str(folder))[0]), None
+        )
     if isinstance(run, RunFolder):
         return run, checkpoint
+    if checkpoint is None:
+        return (None if run is None else RunFolder.prepare(run)[0]), None
     if run is None or checkpoint.parent.resolve() == Path(run).resolve():
         return RunFolder.resume(checkpoint.parent, checkpoint=checkpoint.name)[0], checkpoint
     return RunFolder.prepare(run)[0], checkpoint
-
-
-def _dropout(trainable: Any, seed: int) -> Any:
-    config = getattr(trainable, "config", None)
-    if config is None or config.dropout == 0.0:
-        return None
-    key = jax.random.key(seed)
-    return lambda variables, step: dropout(variables, jax.random.fold_in(key, step))

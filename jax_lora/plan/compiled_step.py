@@ -14,11 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_lora.adapter import Adapter, combine
 from jax_lora.data.collators import Batch
-from jax_lora.dropout import dropout
 from jax_lora.finetune.devices import data_mesh
 from jax_lora.finetune.optimizer_factory import make_optimizer
 from jax_lora.finetune.settings import TrainSettings
-from jax_lora.finetune.step import init_state, make_step
+from jax_lora.finetune.step import dropout_transform, init_state, make_step
 from jax_lora.finetune.tasks import CAUSAL, depth_of, loss_for
 from jax_lora.init import lora_init
 from jax_lora.plan.planned_model import PlannedModel
@@ -116,7 +115,7 @@ def compile_step(
         ),
         optimizer,
         accumulation=settings.grad_accumulation_steps,
-        transform=_dropout(settings),
+        transform=dropout_transform(settings.dropout, settings.seed),
         join=(lambda _, trainable: trainable) if full else combine,
     )
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((frozen, trainable))]
@@ -162,13 +161,6 @@ def optimizer_of(settings: TrainSettings) -> optax.GradientTransformation:
         max_grad_norm=settings.max_grad_norm,
         lora_plus_ratio=settings.lora_plus_ratio,
     )
-
-
-def _dropout(settings: TrainSettings) -> Any:
-    if settings.dropout == 0.0 or settings.fine_tune_type == "full":
-        return None
-    key = jax.random.key(settings.seed)
-    return lambda combined, step: dropout(combined, jax.random.fold_in(key, step))
 
 
 def _on(tree: Any, sharding: NamedSharding) -> Any:
