@@ -49,8 +49,7 @@ def causal_lm_loss(model: Any, variables: Any, batch: Batch, *, chunk: int | Non
     hidden = model.apply(variables, batch.ids, **given, return_hidden=True)
     chosen = _gather(hidden, batch.at)  # (rows * targets, hidden)
     unembed = lambda x: model.apply(variables, x, method="unembed")  # noqa: E731
-    size = chunk_size(chunk, model.config.vocab_size, chosen.shape[0])
-    return _cross_entropy(unembed, chosen, batch.labels, batch.weights, size)
+    return _cross_entropy(model, unembed, chosen, batch, chunk)
 
 
 def masked_lm_loss(
@@ -70,8 +69,7 @@ def masked_lm_loss(
     hidden = model.apply(variables, batch.ids, batch.mask, batch.types, return_hidden=True)
     chosen = _gather(hidden, batch.at)  # (rows * targets, hidden)
     head = lambda x: model.apply(variables, x[None], method="unembed")[0]  # noqa: E731
-    size = chunk_size(chunk, model.config.vocab_size, chosen.shape[0])
-    return _cross_entropy(head, chosen, batch.labels, batch.weights, size)
+    return _cross_entropy(model, head, chosen, batch, chunk)
 
 
 def seq2seq_loss(
@@ -97,8 +95,7 @@ def seq2seq_loss(
     )  # (rows, targets, hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
     unembed = lambda x: model.apply(variables, x, method="unembed")  # noqa: E731
-    size = chunk_size(chunk, model.config.vocab_size, flat.shape[0])
-    return _cross_entropy(unembed, flat, batch.labels, batch.weights, size)
+    return _cross_entropy(model, unembed, flat, batch, chunk)
 
 
 def classification_loss(
@@ -135,10 +132,12 @@ def _gather(hidden: Array, at: Any) -> Array:
 
 
 def _cross_entropy(
-    head: Callable[[Array], Array], hidden: Array, labels: Any, weights: Any, size: int
+    model: Any, head: Callable[[Array], Array], hidden: Array, batch: Any, chunk: int | None
 ) -> Sums:
-    """Sum weighted cross-entropies, with the logits of `size` tokens in memory at a time."""
-    labels, weights = jnp.asarray(labels).reshape(-1), jnp.asarray(weights).reshape(-1)
+    """Sum the weighted cross-entropies of tokens (tokens, hidden), with logits in chunks."""
+    labels = jnp.asarray(batch.labels).reshape(-1)
+    weights = jnp.asarray(batch.weights).reshape(-1)
+    size = chunk_size(chunk, model.config.vocab_size, hidden.shape[0])
     of = lambda x, labels, weights: _summed(head(x), labels, weights)  # noqa: E731
     if size >= labels.shape[0]:
         return of(hidden, labels, weights), weights.sum()
