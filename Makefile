@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: demo test test-slow test-all test-newest test-matrix test-random docs notebooks explorer lint types format clean
+.PHONY: demo test test-slow test-all test-newest test-matrix test-random docs notebooks explorer lint types format lock audit dist clean
 
 demo: $(INSTALLED)
 	@DEMO=$(DEMO) BIN=$(BIN) sh scripts/demo.sh
@@ -54,12 +54,28 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/pyright
 
+# The exact versions that continuous integration installs, resolved anew; needs Python 3.11.
+lock: $(INSTALLED)
+	$(BIN)/python scripts/lock_requirements.py
+
+# Known vulnerabilities of these versions.
+audit: $(INSTALLED)
+	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  $(if $(LOCK),-c $(LOCK)) pip-audit
+	@$(BIN)/python scripts/audit.py
+
+dist: $(INSTALLED)
+	@PYTHON=$(BIN)/python sh scripts/build_dist.sh
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-matrix $(DEMO) site .pytest_cache .ruff_cache .hypothesis
+
+# LOCK=requirements/ci.txt installs exact versions, of what builds the package too.
+LOCK ?=
 
 # The stamp makes the second call quick; a change of the dependencies installs again.
 $(INSTALLED): pyproject.toml
@@ -68,5 +84,6 @@ $(INSTALLED): pyproject.toml
 	  exit 1; }
 	@echo "Setting up $(VENV) (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cli,test]'
+	@PIP_CONSTRAINT=$(abspath $(LOCK)) \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cli,test]'
 	@touch $@

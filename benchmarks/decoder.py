@@ -94,12 +94,20 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, heads * head_dim)
 
 
+def attend_fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Compute the same as `attend`, with cuDNN's kernel on a GPU."""
+    kernel = "cudnn" if jax.default_backend() == "gpu" else None
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
+    return y.reshape(*y.shape[:2], -1)
+
+
 class Block(nn.Module):
     """A pre-norm block with attention and a gated feed-forward layer."""
 
     size: Size
     dense: DenseFactory
     dtype: Any
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
@@ -112,11 +120,14 @@ class Block(nn.Module):
         q = split(self.dense(size.width, name="q_proj")(h))
         k = split(self.dense(keys, name="k_proj")(h))
         v = split(self.dense(keys, name="v_proj")(h))
-        x = x + self.dense(size.width, name="o_proj")(attend(q, k, v))
+        x = x + self.dense(size.width, name="o_proj")(self._attend(q, k, v))
         h = norm(name="feed_forward_norm")(x)
         gate = self.dense(size.hidden, name="gate_proj")(h)  # (b, t, hidden)
         up = self.dense(size.hidden, name="up_proj")(h)  # (b, t, hidden)
         return x + self.dense(size.width, name="down_proj")(nn.silu(gate) * up), None
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend_fused(q, k, v) if self.fused else attend(q, k, v)
 
 
 class Decoder(nn.Module):
@@ -128,6 +139,7 @@ class Decoder(nn.Module):
       scan: Whether to stack the blocks with `nn.scan`.
       remat: Name of a rematerialization policy for the blocks.
       dtype: Dtype of parameters and computation; softmax and loss use float32.
+      fused: Whether to use a fused attention kernel.
     """
 
     size: Size
@@ -135,6 +147,7 @@ class Decoder(nn.Module):
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
+    fused: bool = False
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -147,7 +160,7 @@ class Decoder(nn.Module):
             # A scan needs no barrier against common subexpression elimination.
             policy = REMAT_POLICIES[self.remat]
             block = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
-        arguments = (size, self.dense, self.dtype)
+        arguments = (size, self.dense, self.dtype, self.fused)
         if self.scan:
             stack = nn.scan(
                 block,

@@ -35,6 +35,7 @@ class Case:
       scan: Whether to stack the blocks with `nn.scan`.
       remat: Name of a rematerialization policy.
       dtype: Dtype of the base weights and of the computation; factors are float32.
+      fused: Whether to use a fused attention kernel.
     """
 
     size: Size
@@ -43,6 +44,7 @@ class Case:
     scan: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
+    fused: bool = False
 
     @property
     def scale(self) -> float:
@@ -54,7 +56,7 @@ class Case:
         if dense is None:
             types = {"dtype": self.dtype, "param_dtype": self.dtype}
             dense = functools.partial(nn.Dense, use_bias=False, **types)
-        return Decoder(self.size, dense, self.scan, self.remat, self.dtype)
+        return Decoder(self.size, dense, self.scan, self.remat, self.dtype, self.fused)
 
 
 @dataclasses.dataclass(frozen=True)

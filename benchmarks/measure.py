@@ -15,6 +15,7 @@ from jax.extend import core as jex_core
 from jax.interpreters import partial_eval
 
 from benchmarks.forms import Form
+from jax_lora.plan.matmul_flops import matmul_flops
 
 
 def make_step(form: Form, tx: optax.GradientTransformation) -> Callable[..., Any]:
@@ -179,31 +180,7 @@ def dot_flops(closed: Any) -> float:
     """
     jaxpr = closed.jaxpr
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return float(_flops(live))
-
-
-def _flops(jaxpr: Any) -> float:
-    return sum(map(_equation_flops, jaxpr.eqns))
-
-
-def _equation_flops(eqn: Any) -> float:
-    name = eqn.primitive.name
-    if name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        lengths = [eqn.invars[0].aval.shape[axis] for axis in contracted]
-        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lengths)
-    inner = [_flops(jaxpr) for value in eqn.params.values() for jaxpr in _jaxprs(value)]
-    if name == "cond":
-        return max(inner)
-    return sum(inner) * eqn.params.get("length", 1) if name == "scan" else sum(inner)
-
-
-def _jaxprs(value: Any) -> list[Any]:
-    if isinstance(value, (list, tuple)):
-        return [jaxpr for each in value for jaxpr in _jaxprs(each)]
-    if isinstance(value, jex_core.ClosedJaxpr):
-        return [value.jaxpr]
-    return [value] if isinstance(value, jex_core.Jaxpr) else []
+    return matmul_flops(live)
 
 
 def residual_bytes(loss: Callable[..., Any], trainable: Any, frozen: Any, tokens: Any) -> int:

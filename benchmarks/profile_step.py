@@ -88,7 +88,7 @@ def profile(case: forms.Case, row: str, steps: int) -> Profile:
         with jax.profiler.trace(folder):
             for _ in range(steps):
                 run.step()
-        microseconds = _durations(pathlib.Path(folder))
+        microseconds = durations(pathlib.Path(folder))
     computations = hlo.read(compiled.as_text())
     groups = {group: Cost() for group in GROUPS}
     operations: dict[tuple[str, str, str], Cost] = collections.defaultdict(Cost)
@@ -104,7 +104,7 @@ def profile(case: forms.Case, row: str, steps: int) -> Profile:
     return Profile(groups, dict(operations))
 
 
-def _durations(folder: pathlib.Path) -> dict[str, float]:
+def durations(folder: pathlib.Path) -> dict[str, float]:
     """Sum the time of each operation in a profile, in microseconds."""
     (path,) = folder.glob("**/*.trace.json.gz")
     total: dict[str, float] = collections.defaultdict(float)

@@ -41,7 +41,7 @@ class LoraWeight:
     path: str = static()
 
     def __post_init__(self) -> None:
-        """Let Flax's serialization know this node."""
+        """Register this class with Flax's serialization."""
         flax_state.register()
 
     @property
@@ -84,7 +84,7 @@ class Adapter:
     rows: dict[str, TokenRows] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Let Flax's serialization know this node."""
+        """Register this class with Flax's serialization."""
         flax_state.register()
 
     @classmethod

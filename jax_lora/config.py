@@ -267,8 +267,9 @@ def _refuse(where: str, value: Any, expected: str, fix: str) -> ConfigError:
 
 
 def _is_number(value: Any) -> bool:
-    numeric = isinstance(value, (int, float, np.integer, np.floating))
-    return numeric and not isinstance(value, bool)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63  # larger ones may fit no float
+    return isinstance(value, (float, np.integer, np.floating))
 
 
 def _rank(where: str, value: Any) -> int:

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jax_lora.printable import printable
+
 
 class LoraError(Exception):
-    """Base class of the errors that this library raises."""
+    """Base class of the errors that this library raises.
+
+    Messages quote names from files, so control characters in them are escaped.
+    """
+
+    def __init__(self, *args: object):
+        """Escape the message."""
+        super().__init__(*map(_printable, args))
 
 
 class ConfigError(LoraError, ValueError):
@@ -60,23 +69,31 @@ class DataError(LoraError, ValueError):
     """An example of a data file is invalid; the message has its `file:line`."""
 
 
-class SkippedKernelWarning(UserWarning):
+class LoraWarning(UserWarning):
+    """Base class of the warnings of this library; control characters are escaped."""
+
+    def __init__(self, *args: object):
+        """Escape the message."""
+        super().__init__(*map(_printable, args))
+
+
+class SkippedKernelWarning(LoraWarning):
     """A targeted matrix is used in a way that cannot be adapted."""
 
 
-class MergeWarning(UserWarning):
+class MergeWarning(LoraWarning):
     """Rounding to the type of the base weight lost a large share of a merged update."""
 
 
-class CheckpointWarning(UserWarning):
+class CheckpointWarning(LoraWarning):
     """A saved adapter was loaded with a check disabled."""
 
 
-class AdapterFileWarning(UserWarning):
+class AdapterFileWarning(LoraWarning):
     """An adapter file of another library has fields that are not supported."""
 
 
-class MaterializeWarning(UserWarning):
+class MaterializeWarning(LoraWarning):
     """An operation without a low-rank rule materialized a full weight: correct, but slow."""
 
 
@@ -90,7 +107,7 @@ def format_error(where: str, *, got: str | Sequence[str], expected: str, fix: st
       fix: How to fix the problem.
 
     Returns:
-      The message.
+      The message, in which control characters are escaped.
 
     Example:
       >>> print(format_error("rank", got="0", expected="an integer above 0", fix="Pass rank=8."))
@@ -100,4 +117,9 @@ def format_error(where: str, *, got: str | Sequence[str], expected: str, fix: st
         fix:      Pass rank=8.
     """
     found = got if isinstance(got, str) else "".join(f"\n    {problem}" for problem in got)
-    return f"{where}\n  got:      {found}\n  expected: {expected}\n  fix:      {fix}"
+    message = f"{where}\n  got:      {found}\n  expected: {expected}\n  fix:      {fix}"
+    return printable(message)
+
+
+def _printable(value: object) -> object:
+    return printable(value) if isinstance(value, str) else value

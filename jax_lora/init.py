@@ -17,7 +17,7 @@ from jax_lora.adapter import Adapter, plain_leaves
 from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.kernels.kernel import Kernel
-from jax_lora.kernels.stacks import extent, rank_mask
+from jax_lora.kernels.stacks import rank_mask, ranks_and_scales
 from jax_lora.kernels.targets import select, select_whole
 from jax_lora.transform.parameters import not_parameters
 from jax_lora.updates import LoraPair
@@ -48,7 +48,7 @@ def lora_init(
     Raises:
       NoMatchError: A pattern matches no kernel.
       AmbiguousKernelError: The axes of a target are not known without `kernels`.
-      ConfigError: A rank exceeds the size of its kernel.
+      ConfigError: A rank exceeds the size of its kernel, or a kernel has no elements.
       StructureError: The tree already has an adapter.
 
     Warns:
@@ -101,7 +101,7 @@ def _pairs(
 
 
 def _empty(kernel: Kernel, config: LoraConfig) -> LoraPair:
-    reach = extent(kernel, config)
+    reach = ranks_and_scales(kernel, config)
     _check_rank(reach.rank, kernel)
     return empty_pair(kernel, reach.rank, reach.scale, config.dtype, reach.ranks)
 
@@ -191,6 +191,15 @@ def _fold(key: jax.Array, words: Any) -> jax.Array:
 
 
 def _check_rank(rank: int, kernel: Kernel) -> None:
+    if 0 in kernel.shape:
+        raise ConfigError(
+            format_error(
+                f"LoraConfig: target {kernel.path}",
+                got=f"a kernel of shape {kernel.shape}, which has no elements",
+                expected="kernels with elements",
+                fix="Exclude it by choosing other targets.",
+            )
+        )
     largest = max(_ALWAYS_ALLOWED_RANK, kernel.in_size, kernel.out_size)
     if rank > largest:
         raise ConfigError(

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jax_lora import paths
 from jax_lora.adapter import Adapter, combine, is_adapted, is_weight
-from jax_lora.algebra.base_weight import made
+from jax_lora.algebra.base_weight import as_array
 from jax_lora.errors import MergeError, MergeWarning, format_error
 from jax_lora.folded_bias import fold_biases
 
@@ -153,7 +153,7 @@ def _with_update(tree: Any, adapter: Adapter, sign: int) -> Any:
     leaves, reports = {}, {}
     for path, node in nodes:
         if is_adapted(node):
-            base = made(node.base)
+            base = as_array(node.base)
             merged, reports[path] = _merged_leaf(base, node.update, sign)
             node = _like(merged, base)
         leaves[path] = node

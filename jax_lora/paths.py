@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -39,11 +40,8 @@ def format_path(key_path: Sequence[Any]) -> str:
 
 
 def _key_text(key: Any) -> str:
-    for attribute in (
-        "key",
-        "idx",
-        "name",
-    ):  # DictKey and FlattenedIndexKey, SequenceKey, GetAttrKey
+    # Of DictKey and FlattenedIndexKey, of SequenceKey, of GetAttrKey.
+    for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
@@ -102,6 +100,16 @@ def matches(pattern: str, path: str) -> bool:
         else segments[start : start + len(wanted)] == wanted
         for start in range(len(segments) - len(wanted) + 1)
     )
+
+
+def braces(template: str) -> tuple[str, ...]:
+    """Return the names in the braces of a template, in order.
+
+    Example:
+      >>> braces("model.layers.{layer}.mlp.experts.{expert}.w1")
+      ('layer', 'expert')
+    """
+    return tuple(field for _, field, _, _ in string.Formatter().parse(template) if field)
 
 
 def layer_path(path: str, index: int) -> str:

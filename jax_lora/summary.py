@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_lora.adapter import Adapter, combine, is_weight, partition
 from jax_lora.paths import flatten_with_paths
+from jax_lora.printable import printable
 from jax_lora.updates import LoraPair
 
 _PATH_WIDTH = 48  # with the other columns, a line fits 100 characters
@@ -157,8 +158,8 @@ def _range(ends: tuple[float, float] | None) -> str:
 
 
 def _short(path: str) -> str:
-    """Shorten a long path in the middle, and replace control characters."""
-    path = "".join(letter if letter.isprintable() else "?" for letter in path)
+    """Shorten a long path in the middle, and escape control characters."""
+    path = printable(path, keep="")
     if len(path) <= _PATH_WIDTH:
         return path
     half = (_PATH_WIDTH - 3) // 2

@@ -42,4 +42,4 @@ exec "$VENV/bin/python" -m pytest -q -n auto --dist worksteal -m "not slow" \
   --ignore=tests/test_benchmarks.py --ignore=tests/examples --ignore=tests/notebooks \
   --ignore=tests/test_explorer.py --ignore=tests/test_docs.py --ignore=tests/test_text_to_sql.py \
   --ignore=tests/data --ignore=tests/report --ignore=tests/plan --ignore=tests/finetune \
-  --ignore=tests/foreign --ignore=tests/properties "$@"
+  --ignore=tests/foreign --ignore=tests/properties --ignore=tests/attacks --ignore=tests/interchange "$@"

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +16,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from benchmarks import catalogue, forms, hlo, measure, report
+from benchmarks import accelerator, ahead_of_time, catalogue, forms, hlo, measure, report
+from benchmarks.accelerator_steps import accelerator_of
 from benchmarks.decoder import SIZES
+from benchmarks.recorder import Recorder, read_records
 from benchmarks.train_step import ORDERS, available, chosen
+from jax_lora.plan.accelerators import ACCELERATORS, parse_target
+from jax_lora.plan.compiled_step import StepMemory
+from jax_lora.plan.target_plan import TargetPlan
 
 TINY = forms.Case(SIZES["tiny"], rank=2)
 PEERS = [row for row in catalogue.ROWS if row.startswith(("qwix", "nnx"))]
@@ -159,3 +168,80 @@ def test_operations_of_a_compiled_function_are_parsed_with_their_flops() -> None
     computations = hlo.read(jax.jit(f).lower(x, w).compile().as_text() or "")
     operations = [each for computation in computations.values() for each in computation]
     assert sum(each.dot_flops for each in operations) == 2 * 2 * 8 * 16 * 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA L40", None),
+        ("cpu", None),
+    ],
+)
+def test_the_figures_of_a_device_are_found_by_its_kind(kind: str, name: str | None) -> None:
+    assert accelerator_of(kind) is (ACCELERATORS[name] if name else None)
+
+
+def test_an_error_is_recorded_and_the_next_measurement_runs(tmp_path: pathlib.Path) -> None:
+    recorder = Recorder(tmp_path / "records.jsonl", time.monotonic() + 60)
+
+    def fail() -> dict[str, Any]:
+        raise ValueError("no such kernel")
+
+    recorder.run("attention", "first", fail)
+    recorder.run("attention", "second", lambda: {"y": 0.25, "right": True})
+    late = Recorder(tmp_path / "records.jsonl", time.monotonic() - 1)
+    late.run("attention", "third", lambda: {"y": 0.0})
+    with (tmp_path / "records.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"section": "cut')
+    first, second, third = read_records(tmp_path / "records.jsonl")
+    assert first["error"] == "ValueError: no such kernel"
+    assert second["y"] == 0.25 and second["right"]
+    assert third["error"] == "skipped: no time was left"
+    text = accelerator.describe([first, second, third])
+    assert "Every result is right." in text and "0.2500" in text
+    assert "* attention, first: ValueError: no such kernel" in text
+    wrong = accelerator.describe([second | {"right": False}])
+    assert "WRONG: ['attention: second']" in wrong
+
+
+def test_a_plan_above_a_limit_is_not_kept() -> None:
+    def plan(case: ahead_of_time.Case, traffic: float) -> TargetPlan:
+        memory = StepMemory(16 * 10**9, 0, 0, 10**9, 1, 1.0)
+        target = parse_target(case.target)
+        return TargetPlan(target, case.remat, memory, traffic, {}, 1e12, 0.0, case.length, 1.0)
+
+    cases = (*ahead_of_time.GPU_CASES, ahead_of_time.TPU)
+    low, high = ({case: plan(case, traffic) for case in cases} for traffic in (30e9, 346e9))
+    assert all(bar.kept for bar in ahead_of_time.limits(low))
+    missed = [bar.what for bar in ahead_of_time.limits(high) if not bar.kept]
+    assert missed == [
+        "8B, names: traffic GB",
+        "8B, full: traffic GB",
+        "1B, names: traffic GB",
+        "1B on v5p, names: traffic GB",
+    ]
+    assert ahead_of_time.figures(low).count("\n") == 1 + len(cases)
+
+
+@pytest.mark.slow
+def test_every_part_of_the_accelerator_benchmark_runs_at_toy_sizes(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.accelerator", str(tmp_path), "--rehearse"]
+    subprocess.run(command, check=True, timeout=500)
+    records = json.loads((tmp_path / "accelerator.json").read_text(encoding="utf-8"))
+    errors = {each["row"]: each["error"] for each in records if "error" in each}
+    assert set(errors) <= {"PEFT"}, errors
+    sections = {each["section"] for each in records}
+    assert sections == {"device", "attention", "lora_apply", "step", "profile", "peers"}
+    text = (tmp_path / "accelerator.md").read_text(encoding="utf-8")
+    assert "Every result is right." in text

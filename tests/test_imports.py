@@ -28,6 +28,7 @@ LAYERS = [
     ["storage", "bundled"],
     ["config"],
     ["paths", "errors"],
+    ["printable"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -11,7 +11,8 @@ from jax_lora.algebra.base_weight import Recipe
 from jax_lora.errors import ConfigError, StructureError
 from tests.lora_cases import assert_bitwise, assert_close, equations, random_tree, randomized
 
-METHODS = ["float8", "int8"]
+METHODS = ["float8", "int8", "nf4"]
+BYTES = ["float8", "int8"]
 X = random_tree((3, 8), 4)
 PARAMS = random_tree({"stack": (4, 8, 8), "one": (8, 8), "embed": (7, 8), "head": (8, 5)})
 
@@ -39,7 +40,7 @@ def adapter(**config):
     return randomized(jl.lora_init(jax.random.key(0), PARAMS, settings, kernels=KERNELS))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BYTES)
 def test_codes_are_within_half_a_step(method):
     stored = quantized(method)
     for name, leaf in jl.dequantize(stored).items():
@@ -51,7 +52,7 @@ def test_codes_are_within_half_a_step(method):
         assert (np.abs(np.float64(leaf) - w) <= step * (1 + 1e-5)).all(), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BYTES)
 def test_it_takes_a_byte_per_element_and_a_scale_per_output(method):
     leaf = quantized(method)["one"]
     assert (leaf.shape, leaf.dtype, leaf.method) == ((8, 8), jnp.float32, method)
@@ -167,7 +168,7 @@ def test_a_single_name_may_be_excluded():
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(ConfigError, match="got:      'nf5'\n  expected: one of float8, int8"):
+    with pytest.raises(ConfigError, match="got:      'nf5'\n  expected: one of float8, int8, nf4"):
         jl.quantize(PARAMS, "nf5", targets=list(KERNELS), kernels=KERNELS)
 
 

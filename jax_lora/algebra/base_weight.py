@@ -1,4 +1,4 @@
-"""Recipe: a base weight that is computed from stored arrays where it is used.
+"""Base weights: an array, or a `Recipe` that computes the weight where it is used.
 
 A quantized, compressed or offloaded base weight is a recipe: arrays, and a function of them. The
 weight is computed inside `jax.checkpoint`, so that no residual holds it: it is computed once in the
@@ -60,14 +60,8 @@ class Recipe:
     ) -> Recipe:
         """Return the recipe of `operation(weight, *others)` without computing it.
 
-        Args:
-          operation: A function of the weight and other arrays.
-          key: A hashable value that identifies the operation.
-          others: The other arrays.
-          elementwise: Whether the operation is elementwise and independent of the shape.
-
-        Returns:
-          The composed recipe.
+        `key` identifies the operation. `elementwise` tells whether it is elementwise and
+        independent of the shape, so that slices of the arrays still give slices of the weight.
         """
         arrays = (self.arrays, others)
         make = _Then(self.make, key, operation)
@@ -96,22 +90,13 @@ class _Then:
 Base = Array | Recipe
 
 
-def made(base: Base) -> Array:
+def as_array(base: Base) -> Array:
     """Return a base weight as an array."""
     return base.made() if isinstance(base, Recipe) else base
 
 
 def use(operation: Callable[..., Array], base: Base, *others: Any) -> Array:
-    """Compute `operation(weight, *others)` without keeping the weight of a recipe as a residual.
-
-    Args:
-      operation: Any function of the weight and other arrays.
-      base: An array or a recipe.
-      *others: The other arrays.
-
-    Returns:
-      The result. The weight of a recipe is computed again in the backward pass.
-    """
+    """Compute `operation(weight, *others)` without keeping the weight of a recipe as a residual."""
     if not isinstance(base, Recipe):
         return operation(base, *others)
     run = lambda arrays, *others: operation(base.make(arrays), *others)  # noqa: E731

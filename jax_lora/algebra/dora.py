@@ -1,9 +1,9 @@
-"""DoRA: a trained magnitude per output, and a low-rank update of the direction.
+"""DoRA: a trained magnitude m per output, and a low-rank update of the direction.
 
-    W' = m / ||W0 + scale * a @ b|| * (W0 + scale * a @ b)
+    W' = m / ||W|| * W,    W = W0 + D,    D = scale * a @ b
 
-There is one norm per output, over the input axes. It is constant under differentiation. Other
-modules use only the gain, which is m divided by the norm.
+||W|| has one norm per output, over the input axes. It is constant under differentiation. Other
+modules use only the gain, m / ||W||. Where names are short, w is W0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_lora.algebra.base_weight import Base, made
+from jax_lora.algebra.base_weight import Base, as_array
 from jax_lora.algebra.low_rank import accumulation_dtype
 from jax_lora.algebra.named_array import NamedArray, product
 from jax_lora.algebra.named_axes import RANK, AxisName
@@ -26,15 +26,9 @@ _OTHER_RANK: AxisName = "other rank"
 
 
 def magnitude(base: Base, in_axes: Sequence[int], out_names: Sequence[AxisName]) -> Array:
-    """Return the initial magnitude: the norms of W0, for which W' is W0.
+    """Return the initial magnitude, for which W' is W0: the norms of W0, in float32 or wider.
 
-    Args:
-      base: W0.
-      in_axes: The input axes of W0.
-      out_names: The stack and output axes of W0 in the order of the result.
-
-    Returns:
-      `(*stack, *out)`, in float32 or wider.
+    `out_names` has the stack and output axes of W0 in the order of the result, (*stack, *out).
     """
     return jnp.sqrt(_squares(base, tuple(in_axes), tuple(out_names)))
 
@@ -42,15 +36,15 @@ def magnitude(base: Base, in_axes: Sequence[int], out_names: Sequence[AxisName])
 def gain(
     base: Base, a: NamedArray, b: NamedArray, scale: float, magnitude: NamedArray, used: Any
 ) -> NamedArray:
-    """Return m / ||W0 + scale * a @ b||, by which the results of plain LoRA are multiplied.
+    """Return the gain m / ||W0 + D||, by which the results of plain LoRA are multiplied.
 
-    No array of W0's size is computed: ||W + D||^2 = ||W||^2 + 2 W·D + ||D||^2, and the last two
-    terms need only W·a and a·a. Initially D is zero and the first term is m^2, up to the order of
-    summation. A magnitude that close to the norm counts as equal, and the gain is exactly 1. The
-    gain of an output whose weights are all zero is 1.
+    No array of W0's size is computed: ||W0 + D||^2 = ||W0||^2 + 2 W0·D + ||D||^2, and the last two
+    terms need only W0·a and a·a. Initially D is zero and m is ||W0||, so the gain has to be 1. As
+    the two can be summed in different orders, a difference within the rounding error counts as
+    zero, and the gain is exactly 1. The gain of an output whose weights are all zero is 1.
 
     Args:
-      base: W0.
+      base: W0: an array, or a `Recipe` that computes it.
       a: `(*stack, *in, rank)`.
       b: `(*stack, rank, *out)`.
       scale: Multiplier of a @ b.
@@ -58,7 +52,7 @@ def gain(
       used: A mask that broadcasts against m: False for the layers that have no update.
 
     Returns:
-      `(*stack, *out)`, differentiable by the magnitude alone.
+      `(*stack, *out)`, with a derivative with respect to m only.
 
     Reference:
       Liu et al., DoRA (arXiv:2402.09353), equation 5, and section 4.3 for the constant norm.
@@ -87,18 +81,20 @@ def _squares(base: Base, in_axes: tuple[int, ...], out_names: tuple[AxisName, ..
 
     The barriers prevent fusion with surrounding operations, which would change the bits.
     """
-    w = made(base)
+    w = as_array(base)
     wide = lax.optimization_barrier(w).astype(accumulation_dtype(w.dtype))
     squares = lax.optimization_barrier(jnp.sum(wide * wide, in_axes))
     kept = tuple(axis for axis in range(w.ndim) if axis not in in_axes)
-    return NamedArray(squares, kept).arranged(out_names, _sizes(w, out_names))
+    named = NamedArray(squares, kept)
+    return named.arranged(out_names, [named.size_of(name) for name in out_names])
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _norms(
     base: Base, a: NamedArray, b: NamedArray, scale: float, out_names: tuple[AxisName, ...]
 ) -> Array:
-    w = made(base)
+    """Compute ||W0 + D||: (*stack, *out)."""
+    w = as_array(base)
     wide = accumulation_dtype(w.dtype)
     stack = len([name for name in out_names if name in a.axes])
     b = NamedArray(b.array.astype(wide) * jnp.asarray(scale, wide), b.axes)  # (*stack, r, *out)
@@ -107,9 +103,10 @@ def _norms(
     keep = {*b.axes, _OTHER_RANK}
     aa = product(a, _renamed(a), keep, "highest")  # (*stack, r, r)
     aab = product(aa, _renamed(b), b.axes, "highest").arranged(b.axes, b.array.shape)
-    more = jnp.sum(b.array * (2 * wa + aab), stack)  # (*stack, *out)
+    # 2 W0·D + ||D||^2 = b · (2 W0·a + a·a·b), summed over the rank.
+    update_terms = jnp.sum(b.array * (2 * wa + aab), stack)  # (*stack, *out)
     in_axes = tuple(axis for axis in range(w.ndim) if axis not in out_names)
-    squares = _squares(w, in_axes, out_names) + more
+    squares = _squares(w, in_axes, out_names) + update_terms
     return jnp.sqrt(jnp.maximum(squares, jnp.zeros((), wide)))
 
 
@@ -121,23 +118,16 @@ def _w_times_a(w: Array, a: NamedArray, b: NamedArray) -> Array:
     parts = [full.astype(w.dtype)]
     if w.dtype != wide:
         parts.append((full - parts[0].astype(wide)).astype(w.dtype))
-    beside = NamedArray(lax.concatenate(parts, full.ndim - 1), a.axes)  # (*stack, *in, parts * r)
+    a_parts = NamedArray(lax.concatenate(parts, full.ndim - 1), a.axes)  # (*stack, *in, parts * r)
     named = NamedArray(w, tuple(range(w.ndim)))
     # XLA for CPU multiplies bfloat16 into float32 only if axes with the same role are merged.
-    result = product(named, beside, b.axes, "highest", wide, flatten=True)
+    result = product(named, a_parts, b.axes, "highest", wide, flatten=True)
     axis = b.axes.index(RANK)
-    shape = (*b.array.shape[:axis], beside.array.shape[-1], *b.array.shape[axis + 1 :])
+    shape = (*b.array.shape[:axis], a_parts.array.shape[-1], *b.array.shape[axis + 1 :])
     pieces = lax.split(result.arranged(b.axes, shape), [a.size_of(RANK)] * len(parts), axis=axis)
-    total = pieces[0]
-    for piece in pieces[1:]:
-        total = lax.add(total, piece)
-    return total
+    return functools.reduce(lax.add, pieces)
 
 
 def _renamed(factor: NamedArray) -> NamedArray:
     names = tuple(_OTHER_RANK if name == RANK else name for name in factor.axes)
     return NamedArray(factor.array, names)
-
-
-def _sizes(w: Array, names: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(w.shape[axis] for axis in names)

@@ -16,10 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from jax_lora.algebra.low_rank import LowRank, accumulation_dtype
+from jax_lora.algebra.low_rank import LowRank, accumulation_dtype, scaled
 from jax_lora.algebra.named_array import NamedArray, product
 from jax_lora.algebra.named_axes import RANK, AxisName
+
+# The name of scale * x · first for policies of `jax.checkpoint`: rank-sized, and cheap to keep.
+DOWN_PROJECTION = "lora_down"
 
 Array = jax.Array
 Pair = tuple[NamedArray, NamedArray]
@@ -49,9 +53,9 @@ class Projection:
     out_shape: tuple[int, ...]
     scale: float
     dtype: Any
-    precision: Any
-    x_first: bool
-    flatten: bool
+    precision: Any = None
+    x_first: bool = True
+    flatten: bool = False
 
     def order(self, a: Any, b: Any) -> tuple[Any, Any]:
         """Return the values for `a` and `b` in the order in which x is multiplied."""
@@ -73,25 +77,11 @@ def projection(
     out_shape: Sequence[int],
     *,
     dtype: Any,
-    precision: Any = None,
-    x_first: bool = True,
-    flatten: bool = False,
+    **options: Any,
 ) -> Projection | None:
-    """Plan the low-rank product of x with the factors of a value.
+    """Plan the low-rank product of x with the factors of a value, with the fields of `Projection`.
 
-    Args:
-      value: The low-rank value.
-      x: Data.
-      x_axes: The name of every axis of `x`.
-      out_axes: The name of every axis of the result; None for an axis of size 1.
-      out_shape: Shape of the result.
-      dtype: Type of the result.
-      precision: As in `lax.dot_general`.
-      x_first: Whether the axes of x precede those of the weight in the result.
-      flatten: Whether to merge adjacent axes before the products.
-
-    Returns:
-      The plan; None if no axis of a factor is summed, so that the full weight is needed.
+    The result is None if no axis of a factor is summed, so that the full weight is needed.
     """
     sizes = dict(zip(x_axes, x.shape, strict=True))
     summed = [
@@ -108,22 +98,12 @@ def projection(
         out_shape=tuple(out_shape),
         scale=value.scale,
         dtype=jnp.dtype(dtype),
-        precision=precision,
-        x_first=x_first,
-        flatten=flatten,
+        **options,
     )
 
 
 def multiply(plans: Sequence[Projection], x: Array, factors: Sequence[Pair]) -> list[Array]:
-    """Compute scale * (x · a) · b for several values with the same data.
-
-    Args:
-      plans: A projection per value.
-      x: The data.
-      factors: `(a, b)` per value.
-
-    Returns:
-      The low-rank product of each value, in the shape of its result.
+    """Compute scale * (x · a) · b for several values with the same data, given `(a, b)` of each.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), equation 3.
@@ -136,15 +116,19 @@ def _multiply(plans: tuple[Projection, ...], x: Array, factors: Sequence[Pair]) 
     pairs = [plan.order(*pair) for plan, pair in zip(plans, factors, strict=True)]
     downs = project_down(plans, x, pairs)  # (tokens, r) each
     return [
-        project_up(plan, down, second)  # (tokens, out)
+        project_up(plan, _named(down), second)  # (tokens, out)
         for plan, down, (_, second) in zip(plans, downs, pairs, strict=True)
     ]
+
+
+def _named(down: NamedArray) -> NamedArray:
+    return NamedArray(checkpoint_name(down.array, DOWN_PROJECTION), down.axes)
 
 
 def project_down(
     plans: Sequence[Projection], x: Array, pairs: Sequence[Pair], *, hidden: bool = True
 ) -> list[NamedArray]:
-    """Multiply x with the first factor of each value, in one product if they sum the same axes.
+    """Compute scale * x · first of each value, in one product if they sum the same axes.
 
     Args:
       plans: A projection per value, with equal precision.
@@ -153,32 +137,43 @@ def project_down(
       hidden: As in `named_array.product`.
 
     Returns:
-      Per value, scale * x · first: (tokens, r).
+      (tokens, r) per value.
     """
-    leader, paired = plans[0], plans[0].paired_axes(*pairs[0])
+    paired = plans[0].paired_axes(*pairs[0])
     alike = all(plan.paired_axes(*pair) == paired for plan, pair in zip(plans, pairs, strict=True))
     if len(plans) == 1 or paired is None or not alike:
-        return [
-            _scaled(plan, _times_first(plan, x, pair, hidden), x.dtype)
-            for plan, pair in zip(plans, pairs, strict=True)
-        ]
+        each = zip(plans, pairs, strict=True)
+        downs = [_times_first(plan, x, pair, hidden) for plan, pair in each]
+    else:
+        downs = _times_side_by_side(plans, x, pairs, paired, hidden)
+    wide = accumulation_dtype(x.dtype)
+    return [  # the scale is applied here, to the smallest array of the product
+        NamedArray(scaled(down.array.astype(wide), plan.scale, x.dtype), down.axes)
+        for plan, down in zip(plans, downs, strict=True)
+    ]
+
+
+def _times_side_by_side(
+    plans: Sequence[Projection],
+    x: Array,
+    pairs: Sequence[Pair],
+    paired: Sequence[int],
+    hidden: bool,
+) -> list[NamedArray]:
+    """Multiply x with the first factors of all values in one product."""
+    inputs = [x.shape[axis] for axis in paired]
     aligned = [
         first.arranged(  # (in, r), the input axes in x's order
-            (*(plan.x_axes[axis] for axis in paired), RANK),
-            (*(x.shape[axis] for axis in paired), first.size_of(RANK)),
+            (*(plan.x_axes[axis] for axis in paired), RANK), (*inputs, first.size_of(RANK))
         ).astype(x.dtype)
         for plan, (first, _) in zip(plans, pairs, strict=True)
     ]
-    beside = NamedArray(  # (in, sum of r)
-        lax.concatenate(aligned, len(paired)), (*(leader.x_axes[axis] for axis in paired), RANK)
-    )
-    down = _times_first(leader, x, (beside, pairs[0][1]), hidden)  # (tokens, sum of r)
+    axes = (*(plans[0].x_axes[axis] for axis in paired), RANK)
+    side_by_side = NamedArray(lax.concatenate(aligned, len(paired)), axes)  # (in, sum of r)
+    down = _times_first(plans[0], x, (side_by_side, pairs[0][1]), hidden)  # (tokens, sum of r)
     ranks = [each.shape[-1] for each in aligned]
     pieces = lax.split(down.array, ranks, axis=down.axes.index(RANK))
-    return [
-        _scaled(plan, NamedArray(piece, down.axes), x.dtype)
-        for plan, piece in zip(plans, pieces, strict=True)
-    ]
+    return [NamedArray(piece, down.axes) for piece in pieces]
 
 
 def _times_first(plan: Projection, x: Array, pair: Pair, hidden: bool) -> NamedArray:
@@ -188,32 +183,18 @@ def _times_first(plan: Projection, x: Array, pair: Pair, hidden: bool) -> NamedA
         first.astype(x.dtype),
         {*plan.out_axes, *second.axes},
         plan.precision,
-        accumulation_dtype(x.dtype),
+        # The matmul accumulates in float32 inside. A float32 result would make its transpose a
+        # float32 matmul with a float32 copy of x.
+        x.dtype,
         hidden=hidden,
         flatten=plan.flatten,
     )
 
 
-def _scaled(plan: Projection, down: NamedArray, dtype: Any) -> NamedArray:
-    """Apply the scale to the smallest array of the product, then round once."""
-    scale = jnp.asarray(plan.scale, down.array.dtype)
-    return NamedArray((down.array * scale).astype(dtype), down.axes)
-
-
 def project_up(
     plan: Projection, down: NamedArray, second: NamedArray, *, hidden: bool = True
 ) -> Array:
-    """Multiply with the second factor, and transpose to the layout of the contraction's result.
-
-    Args:
-      plan: The projection.
-      down: scale * x · first, (tokens, r).
-      second: The other factor, (r, out).
-      hidden: As in `named_array.product`.
-
-    Returns:
-      An array of `plan.out_shape`.
-    """
+    """Multiply scale * x · first, (tokens, r), with the second factor, in the result's layout."""
     operands = (down, second.astype(down.array.dtype))
     left, right = operands if plan.x_first else operands[::-1]
     result = product(

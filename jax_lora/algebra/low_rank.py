@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_lora.algebra.base_weight import Base, made
+from jax_lora.algebra.base_weight import Base, as_array
 from jax_lora.algebra.named_array import NamedArray, product
 from jax_lora.algebra.named_axes import AxisName
 
 Array = jax.Array
 Axes = tuple[AxisName | None, ...]
-FACTORS = ("a", "b", "gain", "addend")  # the named arrays to which moves of W0 also apply
 
 
 def static(**options: Any) -> Any:
@@ -82,6 +81,12 @@ class LowRank:
             raise ValueError(f"{self.path} has no adapter")
         return self.a, self.b
 
+    @property
+    def named_arrays(self) -> dict[str, NamedArray]:
+        """The arrays to which moves of W0 also apply, by field: those of them that it has."""
+        fields = {field: getattr(self, field) for field in ("a", "b", "gain", "addend")}
+        return {field: array for field, array in fields.items() if array is not None}
+
     def side(self, name: AxisName | None) -> tuple[bool, bool]:
         """Tell whether `a` and whether `b` have an axis of this name."""
         return (
@@ -106,8 +111,7 @@ class LowRank:
 
     def on_factors(self, change: Callable[[NamedArray], NamedArray]) -> LowRank:
         """Apply a change to every named array; the caller changes W0."""
-        present = {name: factor for name in FACTORS if (factor := getattr(self, name)) is not None}
-        return self.replace(**{name: change(factor) for name, factor in present.items()})
+        return self.replace(**{field: change(each) for field, each in self.named_arrays.items()})
 
 
 def is_low_rank(value: Any) -> bool:
@@ -120,6 +124,11 @@ def accumulation_dtype(dtype: Any) -> Any:
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
+def scaled(array: Array, scale: float, dtype: Any) -> Array:
+    """Multiply an array in accumulation precision by the scale, then round once to a type."""
+    return (array * jnp.asarray(scale, array.dtype)).astype(dtype)
+
+
 # -----------------------------------------------------------------------------------------------
 # The full weight
 # -----------------------------------------------------------------------------------------------
@@ -128,18 +137,9 @@ def accumulation_dtype(dtype: Any) -> Any:
 def delta(
     a: NamedArray, b: NamedArray, scale: float, axes: Axes, shape: tuple[int, ...], dtype: Any
 ) -> Array:
-    """Compute scale * a @ b in the shape of W0.
+    """Compute scale * a @ b in the axes and shape of W0.
 
-    Args:
-      a: `(*stack, *in, rank)` in any order.
-      b: `(*stack, rank, *out)` in any order.
-      scale: Multiplier of the product.
-      axes: The name of every axis of W0.
-      shape: Shape of W0.
-      dtype: Type to compute in and return.
-
-    Returns:
-      An array of W0's shape.
+    The axes of a, `(*stack, *in, rank)`, and of b, `(*stack, rank, *out)`, can be in any order.
     """
     keep = {name for name in axes if name is not None}
     full = product(a.astype(dtype), b.astype(dtype), keep, "highest")  # (*stack, *in, *out)
@@ -148,20 +148,13 @@ def delta(
 
 
 def materialize(value: LowRank) -> Array:
-    """Compute the full weight in float32 or wider, rounded once to W0's type.
-
-    Args:
-      value: The low-rank value.
-
-    Returns:
-      An array of W0's shape and type.
-    """
-    base = made(value.base)
+    """Compute the full weight in float32 or wider, rounded once to W0's type."""
+    base = as_array(value.base)
     if value.a is None or value.b is None:
         return base
     wide = accumulation_dtype(value.dtype)
     update = delta(value.a, value.b, value.scale, value.axes, value.shape, wide)
-    return gained(value, base.astype(wide) + update, value.axes).astype(value.dtype)
+    return times_gain(value, base.astype(wide) + update, value.axes).astype(value.dtype)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -169,19 +162,12 @@ def materialize(value: LowRank) -> Array:
 # -----------------------------------------------------------------------------------------------
 
 
-def gained(
+def times_gain(
     value: LowRank, array: Array, axes: Collection[AxisName | None], less: float = 0.0
 ) -> Array:
-    """Multiply an array by the gain of a value.
+    """Multiply an array by the gain minus `less`, if the value has a gain.
 
-    Args:
-      value: The low-rank value; without a gain, the array is returned unchanged.
-      array: An array with all axes of the gain.
-      axes: The name of every axis of the array.
-      less: A constant that is subtracted from the gain first.
-
-    Returns:
-      An array of the same shape and type; the product is computed in float32 or wider.
+    The axes of the array include those of the gain. The product is computed in float32 or wider.
     """
     if value.gain is None:
         return array
@@ -205,47 +191,29 @@ class Parts:
     again: Array | None = None
 
 
-def joined(value: LowRank, parts: Parts, axes: Collection[AxisName | None]) -> Array:
+def add_parts(value: LowRank, parts: Parts, axes: Collection[AxisName | None]) -> Array:
     """Add the parts of a product and apply the gain.
 
     With dropout, which affects only the trained branch, the result is
     base + (gain - 1) * again + gain * update.
-
-    Args:
-      value: The low-rank value.
-      parts: The parts.
-      axes: The name of every axis of the result.
-
-    Returns:
-      The product with the low-rank value.
     """
     if parts.again is not None and parts.update is not None:
-        rescaled = gained(value, parts.again, axes, less=1.0)
-        return parts.base + rescaled + gained(value, parts.update, axes)
+        rescaled = times_gain(value, parts.again, axes, less=1.0)
+        return parts.base + rescaled + times_gain(value, parts.update, axes)
     whole = parts.base if parts.update is None else lax.add(parts.base, parts.update)
-    return gained(value, whole, axes)
+    return times_gain(value, whole, axes)
 
 
-def epilogue(value: LowRank, result: Array, axes: Collection[AxisName | None]) -> Array:
-    """Add the addend, if there is one, to a product over all inputs.
-
-    Args:
-      value: The low-rank value.
-      result: The product.
-      axes: The name of every axis of the product.
-
-    Returns:
-      An array of the same shape and type.
-    """
+def add_addend(value: LowRank, result: Array, axes: Collection[AxisName | None]) -> Array:
+    """Add the addend, if there is one, to a product over all inputs."""
     if value.addend is None:
         return result
     wide = accumulation_dtype(result.dtype)
-    return (result.astype(wide) + value.addend.astype(wide).spread(tuple(axes))).astype(
-        result.dtype
-    )
+    total = result.astype(wide) + value.addend.astype(wide).spread(tuple(axes))
+    return total.astype(result.dtype)
 
 
-def has_epilogue(
+def addend_applies(
     value: LowRank, summed: Collection[AxisName | None], out_axes: Collection[AxisName | None]
 ) -> bool:
     """Tell whether a product over these axes sums all inputs, so that the addend applies to it."""
@@ -259,16 +227,8 @@ def has_epilogue(
 # -----------------------------------------------------------------------------------------------
 
 
-def dropped(value: LowRank, x: Array) -> Array:
-    """Apply the dropout of a value to the data of its factors.
-
-    Args:
-      value: The low-rank value with the key of this use.
-      x: Data of any shape.
-
-    Returns:
-      x after dropout; x itself without a key.
-    """
+def apply_dropout(value: LowRank, x: Array) -> Array:
+    """Apply the dropout of a value, which has the key of this use, to the data of its factors."""
     if value.key is None or value.rate == 0.0:
         return x
     keep = jax.random.bernoulli(value.key, 1.0 - value.rate, x.shape)

@@ -26,41 +26,39 @@ from jax_lora.algebra.named_array import NamedArray, product
 from jax_lora.algebra.named_axes import RANK, AxisName
 
 Array = jax.Array
-_ONE: AxisName = "one"  # the batch dimension
 _FEW = 8  # largest rank computed as a sum of outer products; XLA does not fuse twice as many
 
 
 @dataclasses.dataclass(frozen=True)
-class DotGeneral:
-    """A `dot_general` of x with an array of W0's shape, in the operand order of the model."""
+class Member:
+    """One of several `dot_general`s of the same x with an array of W0's shape.
 
+    Args:
+      plan: How x pairs with the factors, and the precision and operand order of the model.
+      axes: The name of every axis of W0.
+      dimension_numbers: As in `lax.dot_general`.
+      preferred_element_type: As in `lax.dot_general`.
+      out_sharding: As in `lax.dot_general`, or None.
+    """
+
+    plan: Projection
+    axes: Axes
     dimension_numbers: Any
-    precision: Any
     preferred_element_type: Any
     out_sharding: Any
-    weight_first: bool
 
-    def __call__(self, x: Array, w: Array) -> Array:
-        """Contract."""
-        left, right = (w, x) if self.weight_first else (x, w)
+    def contract(self, x: Array, w: Array) -> Array:
+        """Compute the `dot_general` of the model."""
+        left, right = (x, w) if self.plan.x_first else (w, x)
         sharding = {} if self.out_sharding is None else {"out_sharding": self.out_sharding}
         return lax.dot_general(
             left,
             right,
             self.dimension_numbers,
-            precision=self.precision,
+            precision=self.plan.precision,
             preferred_element_type=self.preferred_element_type,
             **sharding,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One of several contractions with the same x, and the axes of its weight."""
-
-    contraction: DotGeneral
-    plan: Projection
-    axes: Axes
 
     def merged(self, w: Array, a: NamedArray, b: NamedArray) -> Array:
         """Compute M = W0 + scale * a · b: (in, out).
@@ -71,7 +69,10 @@ class Member:
         wide = accumulation_dtype(w.dtype)
         a = NamedArray(a.array.astype(wide) * jnp.asarray(self.plan.scale, wide), a.axes)
         b = b.astype(wide)
-        update = self._outer_products(a, b) if a.size_of(RANK) <= _FEW else self._product(a, b)
+        if a.size_of(RANK) <= _FEW:
+            update = self._outer_products(a, b)
+        else:
+            update = product(a, b, self._names, "highest")
         return w + update.arranged(self.axes, w.shape).astype(w.dtype)
 
     def _outer_products(self, a: NamedArray, b: NamedArray) -> NamedArray:
@@ -86,17 +87,6 @@ class Member:
         each = [lax.index_in_dim(terms, i, keepdims=False) for i in range(len(terms))]
         return NamedArray(functools.reduce(lax.add, each), names[1:])
 
-    def _product(self, a: NamedArray, b: NamedArray) -> NamedArray:
-        """Multiply in a batch of 1, so that rematerialization policies do not save it."""
-        full = product(  # (1, in, out) in some order
-            NamedArray(a.array[None], (_ONE, *a.axes)),
-            NamedArray(b.array[None], (_ONE, *b.axes)),
-            (_ONE, *self._names),
-            "highest",
-        )
-        squeezed = lax.squeeze(full.array, [full.axes.index(_ONE)])
-        return NamedArray(squeezed, tuple(name for name in full.axes if name != _ONE))
-
     @property
     def _names(self) -> tuple[AxisName, ...]:
         return tuple(name for name in self.axes if name is not None)
@@ -106,15 +96,7 @@ Weights = tuple[tuple[Array, NamedArray, NamedArray], ...]  # (W0, a, b) per mem
 
 
 def multiply(members: Sequence[Member], x: Array, weights: Weights) -> list[Array]:
-    """Contract x with W0 + scale * a · b of every member.
-
-    Args:
-      members: The contractions of x.
-      x: The data.
-      weights: `(W0, a, b)` per member.
-
-    Returns:
-      The results of the contractions.
+    """Contract x with W0 + scale * a · b of every member, given its `(W0, a, b)`.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), equation 3, with the sum before the product.
@@ -131,7 +113,7 @@ def _multiply(members: tuple[Member, ...]) -> Callable[[Array, Weights], list[Ar
 
     def products(x: Array, weights: Weights) -> list[Array]:
         return [
-            member.contraction(x, member.merged(*weight))
+            member.contract(x, member.merged(*weight))
             for member, weight in zip(members, weights, strict=True)
         ]
 
@@ -143,12 +125,11 @@ def _multiply(members: tuple[Member, ...]) -> Callable[[Array, Weights], list[Ar
         (x, weights), (dx, dweights) = primals, tangents
         # Not a call of `rule`: rematerialization policies must see the products.
         outs = products(x, weights)
-        terms: list[list[Array]] = [[] for _ in members]
-        if not _is_zero(dx):
-            _append(terms, range(len(members)), computed_again(dx, weights))
-        _append_base_products(terms, members, x, dweights)
-        _append_factor_products(terms, members, x, weights, dweights)
-        return outs, [_sum(each, out) for each, out in zip(terms, outs, strict=True)]
+        terms = [] if _is_zero(dx) else [*enumerate(computed_again(dx, weights))]
+        terms += _base_terms(members, x, dweights)
+        terms += _factor_terms(members, x, weights, dweights)
+        sums = [_sum([t for i, t in terms if i == index], out) for index, out in enumerate(outs)]
+        return outs, sums
 
     return jax.jit(rule)
 
@@ -169,26 +150,21 @@ def _sum(terms: Sequence[Array], out: Array) -> Array:
     return functools.reduce(lax.add, laid_out)
 
 
-def _append(terms: list[list[Array]], where: Sequence[int], new: Sequence[Array]) -> None:
-    for index, term in zip(where, new, strict=True):
-        terms[index].append(term)
+Terms = list[tuple[int, Array]]  # terms of the tangents, with the index of the member
 
 
-def _append_base_products(
-    terms: list[list[Array]], members: Sequence[Member], x: Array, dweights: Any
-) -> None:
-    """Add x · dW0, which is not zero if the model multiplies W0 with a trained array."""
-    moving = [i for i, (dw, _, _) in enumerate(dweights) if not _is_zero(dw)]
-    _append(terms, moving, [members[i].contraction(x, dweights[i][0]) for i in moving])
+def _base_terms(members: Sequence[Member], x: Array, dweights: Any) -> Terms:
+    """Compute x · dW0, which is not zero if the model multiplies W0 with a trained array."""
+    moving = [(i, dw) for i, (dw, _, _) in enumerate(dweights) if not _is_zero(dw)]
+    return [(i, members[i].contract(x, dw)) for i, dw in moving]
 
 
-def _append_factor_products(
-    terms: list[list[Array]], members: Sequence[Member], x: Array, weights: Weights, dweights: Any
-) -> None:
-    """Add scale * (x · da) · b and scale * (x · a) · db, with shared down-projections."""
+def _factor_terms(members: Sequence[Member], x: Array, weights: Weights, dweights: Any) -> Terms:
+    """Compute scale * (x · da) · b and scale * (x · a) · db, with shared down-projections."""
     plans = [member.plan for member in members]
     factors = [plan.order(a, b) for plan, (_, a, b) in zip(plans, weights, strict=True)]
     tangents = [plan.order(da, db) for plan, (_, da, db) in zip(plans, dweights, strict=True)]
+    terms: Terms = []
     for place in (0, 1):  # tangents of the first factors, then of the second ones
         moving = [i for i, pair in enumerate(tangents) if not _is_zero(pair[place].array)]
         if not moving:
@@ -199,8 +175,8 @@ def _append_factor_products(
         ]
         those = [plans[i] for i in moving]
         downs = project_down(those, x, pairs, hidden=place == 1)  # x · a is not a tangent
-        ups = [
-            project_up(plan, down, second, hidden=False)
-            for plan, down, (_, second) in zip(those, downs, pairs, strict=True)
+        terms += [
+            (i, project_up(plan, down, second, hidden=False))
+            for i, plan, down, (_, second) in zip(moving, those, downs, pairs, strict=True)
         ]
-        _append(terms, moving, ups)
+    return terms

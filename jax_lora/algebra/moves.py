@@ -7,7 +7,7 @@ that apply the operation to the factors. `analyze`, which has only names, ignore
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -37,16 +37,10 @@ class Move:
     adds: bool = False
 
 
-def moved(value: LowRank, move: Move) -> LowRank | None:
-    """Apply the steps of a move to the factors.
+def apply_move(value: LowRank, move: Move) -> LowRank | None:
+    """Apply the steps of a move to the factors; the caller replaces W0 in the result.
 
-    Args:
-      value: The low-rank value.
-      move: The move.
-
-    Returns:
-      The value with the names and factors of the result, in which the caller replaces W0; None if
-      the low-rank structure is lost.
+    The result is None if the low-rank structure is lost.
     """
     changed: LowRank | None = value
     for step in move.steps:
@@ -61,25 +55,19 @@ def moved(value: LowRank, move: Move) -> LowRank | None:
 # -----------------------------------------------------------------------------------------------
 
 
-def drop(names: tuple[AxisName, ...]) -> Step:
+def drop(names: Collection[AxisName | None]) -> Step:
     """Remove axes of size 1."""
 
     def on(factor: NamedArray) -> NamedArray:
-        gone = [axis for axis, name in enumerate(factor.axes) if name in names]
+        removed = [axis for axis, name in enumerate(factor.axes) if name in names]
         kept = tuple(name for name in factor.axes if name not in names)
-        return NamedArray(lax.squeeze(factor.array, gone), kept)
+        return NamedArray(lax.squeeze(factor.array, removed), kept)
 
     return lambda value: value.on_factors(on)
 
 
 def regroup(old: tuple[AxisName, ...], new: tuple[AxisName, ...], sizes: tuple[int, ...]) -> Step:
-    """Merge adjacent axes of one factor, and split the merged axis.
-
-    Args:
-      old: Names before.
-      new: Names after.
-      sizes: Lengths of the new axes.
-    """
+    """Merge adjacent axes of one factor, and split the merged axis into axes of these sizes."""
 
     def on(factor: NamedArray) -> NamedArray:
         if old[0] not in factor.axes:
@@ -100,7 +88,7 @@ def regroup(old: tuple[AxisName, ...], new: tuple[AxisName, ...], sizes: tuple[i
     return step
 
 
-def along(name: AxisName | None, operation: AlongAxis, start: Any = None) -> Step:
+def along_axis(name: AxisName | None, operation: AlongAxis, start: Any = None) -> Step:
     """Slice, index or reverse one axis.
 
     Args:
@@ -108,11 +96,7 @@ def along(name: AxisName | None, operation: AlongAxis, start: Any = None) -> Ste
       operation: The operation along the axis.
       start: Start of a slice, from which the dropout key of a layer is derived.
     """
-
-    def on(factor: NamedArray) -> NamedArray:
-        if name not in factor.axes:
-            return factor
-        return NamedArray(operation(factor.array, factor.axes.index(name)), factor.axes)
+    on = _on_axis(name, lambda factor, axis: NamedArray(operation(factor.array, axis), factor.axes))
 
     def step(value: LowRank) -> LowRank | None:
         if value.a is None:
@@ -126,29 +110,29 @@ def along(name: AxisName | None, operation: AlongAxis, start: Any = None) -> Ste
     return step
 
 
+def _on_axis(
+    name: AxisName | None, change: Callable[[NamedArray, int], NamedArray]
+) -> Callable[[NamedArray], NamedArray]:
+    """Return `change(factor, axis)` as a function of a factor that may not have the axis."""
+    return lambda factor: change(factor, factor.axes.index(name)) if name in factor.axes else factor
+
+
 def gather_shards(name: AxisName | None, operation: AlongAxis, mesh_axes: frozenset[str]) -> Step:
-    """Concatenate the shards of one axis, inside `shard_map`.
+    """Concatenate the shards of one axis, which is sharded over mesh axes, inside `shard_map`.
 
     Factors without the axis must be equal on every shard. JAX tracks the mesh axes over which an
     array varies only under `check_vma`; without it, the full weight is gathered.
-
-    Args:
-      name: The axis.
-      operation: The gather along the axis.
-      mesh_axes: The mesh axes over which the axis is sharded.
     """
 
     def step(value: LowRank) -> LowRank | None:
-        factors = (value.a, value.b, value.gain, value.addend)
         recorded = isinstance(value.base, Array) and mesh_axes <= _varies_over(value.base)
         agree = all(
             name in factor.axes or not mesh_axes & _varies_over(factor.array)
-            for factor in factors
-            if factor is not None
+            for factor in value.named_arrays.values()
         )
         if value.a is not None and not (recorded and agree):
             return None
-        return along(name, operation)(value)
+        return along_axis(name, operation)(value)
 
     return step
 
@@ -159,34 +143,27 @@ def _varies_over(array: Array) -> frozenset[str]:
     return frozenset(getattr(kind, "vma", ()) or getattr(manual, "varying", ()))
 
 
-def select(name: AxisName, operation: AlongAxis, new: tuple[AxisName, ...]) -> Step:
-    """Select entries along a stack axis.
-
-    Args:
-      name: The stack axis.
-      operation: The selection, which puts the new axes first.
-      new: Names of the new axes.
-    """
+def select_entries(name: AxisName, operation: AlongAxis, new: tuple[AxisName, ...]) -> Step:
+    """Select entries along a stack axis, by an operation that puts the new axes first."""
+    on = factor_entries(name, operation, new)
 
     def step(value: LowRank) -> LowRank | None:
         is_stack = value.a is None or value.side(name) == (True, True)
-        return value.on_factors(selected(name, operation, new)) if is_stack else None
+        return value.on_factors(on) if is_stack else None
 
     return step
 
 
-def selected(
+def factor_entries(
     name: AxisName, operation: AlongAxis, new: tuple[AxisName, ...]
 ) -> Callable[[NamedArray], NamedArray]:
-    """Return the change of one factor by `select`."""
+    """Return the change of one factor by `select_entries`."""
 
-    def on(factor: NamedArray) -> NamedArray:
-        if name not in factor.axes:
-            return factor
+    def change(factor: NamedArray, axis: int) -> NamedArray:
         rest = tuple(other for other in factor.axes if other != name)
-        return NamedArray(operation(factor.array, factor.axes.index(name)), (*new, *rest))
+        return NamedArray(operation(factor.array, axis), (*new, *rest))
 
-    return on
+    return _on_axis(name, change)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -194,7 +171,7 @@ def selected(
 # -----------------------------------------------------------------------------------------------
 
 
-def everywhere(operation: Callable[[Array, tuple[AxisName, ...]], Array]) -> Step:
+def map_factors(operation: Callable[[Array, tuple[AxisName, ...]], Array]) -> Step:
     """Apply `operation(array, axes)`, which preserves the axes, to every factor."""
     on = lambda factor: NamedArray(operation(factor.array, factor.axes), factor.axes)  # noqa: E731
     return lambda value: value.on_factors(on)
@@ -224,6 +201,6 @@ def scale(factor: float) -> Step:
     return lambda value: value.replace(scale=value.scale * factor) if value.addend is None else None
 
 
-def shift(value: LowRank) -> LowRank | None:
+def add_to_base(value: LowRank) -> LowRank | None:
     """Add an array to W0; not possible with a gain, which would multiply it."""
     return value if value.gain is None and value.addend is None else None

@@ -8,8 +8,9 @@ of the model and must not save those of the adapter.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax import lax
 from jax_lora.algebra.named_axes import AxisName
 
 Array = jax.Array
+_UNIT: tuple[AxisName] = ("batch dimension of size 1",)
 
 
 @jax.tree_util.register_dataclass
@@ -42,28 +44,13 @@ class NamedArray:
         return NamedArray(self.array.astype(dtype), self.axes)
 
     def arranged(self, want: Sequence[AxisName | None], shape: Sequence[int]) -> Array:
-        """Transpose and reshape to the axes of `want`.
-
-        Args:
-          want: The name of every axis of the result; None for an axis of size 1.
-          shape: Shape of the result.
-
-        Returns:
-          An array of that shape.
-        """
+        """Transpose and reshape to the axes of `want`; None is an axis of size 1."""
         order = [self.axes.index(name) for name in want if name in self.axes]
         array = self.array if order == sorted(order) else lax.transpose(self.array, order)
         return _reshape(array, shape)
 
     def spread(self, want: Sequence[AxisName | None]) -> Array:
-        """Transpose and expand to broadcast against an array with the axes `want`.
-
-        Args:
-          want: The name of every axis of the other array, which include those of this array.
-
-        Returns:
-          An array with one axis per entry of `want`.
-        """
+        """Transpose and expand to broadcast against an array with the axes `want`."""
         order = [name for name in want if name in self.axes]
         array = lax.transpose(self.array, [self.axes.index(name) for name in order])
         return lax.expand_dims(array, [i for i, name in enumerate(want) if name not in self.axes])
@@ -82,8 +69,8 @@ def product(
     """Multiply two arrays and sum over the names that are not kept.
 
     Args:
-      left: A named array.
-      right: Another named array.
+      left: The first operand.
+      right: The second operand.
       keep: Names of the result.
       precision: As in `lax.dot_general`.
       dtype: Type of the result; by default that of the operands.
@@ -97,44 +84,37 @@ def product(
     """
     left = _sum_unshared(left, {*right.axes, *keep})
     right = _sum_unshared(right, {*left.axes, *keep})
-    role = _roles(left.axes, right.axes, keep)
-    left_groups = _groups(left.axes, right.axes, role, flatten)
-    right_groups = _groups(right.axes, left.axes, role, flatten)
-    if {*left_groups} & {*right_groups} != {*filter(_of(role, "kept", "summed"), left_groups)}:
-        # The operands have their common axes in different orders, so axes cannot be merged.
-        left_groups, right_groups = ([(x,) for x in each.axes] for each in (left, right))
-    summed = list(filter(_of(role, "summed"), left_groups))
-    kept = list(filter(_of(role, "kept"), left_groups))
-    free = [
-        *filter(_of(role, "free"), left_groups),
-        *filter(_of(role, "free"), right_groups),
-    ]
     sizes = dict(zip((*left.axes, *right.axes), left.array.shape + right.array.shape, strict=True))
-    result = _dot(
-        _flattened(left, left_groups, sizes),
-        left_groups,
-        _flattened(right, right_groups, sizes),
-        right_groups,
-        summed,
-        kept,
-        hidden,
-        precision,
-        dtype,
+    shared = {*left.axes} & {*right.axes}
+    role = {
+        name: "free" if name not in shared else "kept" if name in keep else "summed"
+        for name in sizes
+    }
+    # Per operand, groups of axes that become one axis of the product.
+    groups = [_groups(left.axes, right.axes, role, flatten)]
+    groups.append(_groups(right.axes, left.axes, role, flatten))
+    of_role = lambda wanted, side: [x for x in groups[side] if role[x[0]] == wanted]  # noqa: E731
+    if any({*of_role(each, 0)} != {*of_role(each, 1)} for each in ("kept", "summed")):
+        # The operands have their common axes in different orders, so axes cannot be merged.
+        groups = [[(name,) for name in each.axes] for each in (left, right)]
+    kept, summed = of_role("kept", 0), of_role("summed", 0)
+    names = tuple(itertools.chain(*kept, *of_role("free", 0), *of_role("free", 1)))
+    arrays = [
+        _reshape(each.array, [math.prod(sizes[name] for name in group) for group in of])
+        for each, of in zip((left, right), groups, strict=True)
+    ]
+    hide = hidden and not kept
+    if hide:  # see the top of this file
+        arrays = [lax.expand_dims(array, [0]) for array in arrays]
+        kept, groups = [_UNIT], [[_UNIT, *of] for of in groups]
+    positions = lambda some: tuple(tuple(map(of.index, some)) for of in groups)  # noqa: E731
+    left_array, right_array = arrays
+    numbers: Any = (positions(summed), positions(kept))
+    result = lax.dot_general(
+        left_array, right_array, numbers, precision=precision, preferred_element_type=dtype
     )
-    names = tuple(name for group in (*kept, *free) for name in group)
+    result = lax.squeeze(result, [0]) if hide else result
     return NamedArray(_reshape(result, [sizes[name] for name in names]), names)
-
-
-def _roles(
-    left: Sequence[AxisName], right: Sequence[AxisName], keep: Collection[AxisName | None]
-) -> dict[AxisName, str]:
-    both = {name for name in left if name in right}
-    kind = lambda name: "free" if name not in both else "kept" if name in keep else "summed"  # noqa: E731
-    return {name: kind(name) for name in (*left, *right)}
-
-
-def _of(role: dict[AxisName, str], *wanted: str) -> Callable[[tuple[AxisName, ...]], bool]:
-    return lambda group: role[group[0]] in wanted
 
 
 def _groups(
@@ -154,42 +134,13 @@ def _groups(
     return groups
 
 
-def _flattened(
-    named: NamedArray, groups: Sequence[tuple[AxisName, ...]], sizes: dict[AxisName, int]
-) -> Array:
-    return _reshape(named.array, [math.prod(sizes[name] for name in group) for group in groups])
-
-
-def _dot(
-    left: Array,
-    left_groups: Sequence[Any],
-    right: Array,
-    right_groups: Sequence[Any],
-    summed: Sequence[Any],
-    kept: Sequence[Any],
-    hidden: bool,
-    precision: Any,
-    dtype: Any,
-) -> Array:
-    hide = hidden and not kept
-    if hide:  # see the top of this file
-        left, right = lax.expand_dims(left, [0]), lax.expand_dims(right, [0])
-    axes = lambda groups, of: tuple(list(of).index(group) + hide for group in groups)  # noqa: E731
-    batch = ((0,), (0,)) if hide else (axes(kept, left_groups), axes(kept, right_groups))
-    numbers = ((axes(summed, left_groups), axes(summed, right_groups)), batch)
-    result = lax.dot_general(
-        left, right, numbers, precision=precision, preferred_element_type=dtype
-    )
-    return lax.squeeze(result, [0]) if hide else result
-
-
 def _sum_unshared(named: NamedArray, wanted: Collection[AxisName | None]) -> NamedArray:
     """Sum over the axes that are in neither the other operand nor the result."""
-    gone = [axis for axis, name in enumerate(named.axes) if name not in wanted]
-    if not gone:
+    removed = [axis for axis, name in enumerate(named.axes) if name not in wanted]
+    if not removed:
         return named
     kept = tuple(name for name in named.axes if name in wanted)
-    return NamedArray(lax.reduce_sum(named.array, gone), kept)
+    return NamedArray(lax.reduce_sum(named.array, removed), kept)
 
 
 def _reshape(array: Array, shape: Sequence[int]) -> Array:

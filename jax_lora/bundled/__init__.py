@@ -1,4 +1,4 @@
-"""What comes with the package: a tiny base model and a task, so that everything runs offline."""
+"""The bundled model and data set, with which everything runs offline."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ __all__ = ["data_path", "model_path"]
 
 
 def model_path() -> Path:
-    """Folder of the tiny Llama (Hugging Face layout, tokenizer included).
+    """Return the folder of the tiny Llama: a Hugging Face folder with a tokenizer.
 
     Example:
       >>> sorted(file.name for file in model_path().glob("*.safetensors"))
@@ -16,5 +16,5 @@ def model_path() -> Path:
 
 
 def data_path() -> Path:
-    """Folder of the text-to-SQL rows: `train.jsonl`, `valid.jsonl`, `test.jsonl`."""
+    """Return the folder of the text-to-SQL data: `train.jsonl`, `valid.jsonl`, `test.jsonl`."""
     return Path(__file__).parent / "text_to_sql"

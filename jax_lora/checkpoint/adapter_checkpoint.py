@@ -9,9 +9,9 @@ killed while saving, `path` still has either the old adapter or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -30,6 +30,9 @@ from jax_lora.checkpoint.fingerprint import LeafPrint, differences, fingerprint
 from jax_lora.checkpoint.manifest import Manifest
 from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning, format_error
 from jax_lora.storage import array_store, multihost
+from jax_lora.storage.atomic_writes import explained, made_folder, remove, remove_parts, write_file
+from jax_lora.storage.limits import expanded_limit, raise_hint
+from jax_lora.storage.locks import locked
 
 _MANIFEST = "adapter.json"
 _SHOWN_VALUES = 10  # a different base model differs in every leaf; a message lists this many
@@ -87,23 +90,22 @@ def save_adapter(
 def _write(
     folder: Path, arrays: Adapter, base: Mapping[str, LeafPrint] | None, overwrite: bool
 ) -> None:
-    _check_free(folder, overwrite)
+    with explained(folder, CheckpointError):
+        _check_free(folder, overwrite)
     name = f"arrays-{uuid.uuid4().hex[:12]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        array_store.write_arrays(folder / name, manifest.array_tree(arrays))
-        _write_manifest(folder, _describe(folder, name, arrays, base))
-    except Exception as cause:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        raise CheckpointError(
-            format_error(
-                f"save_adapter: {folder}",
-                got=f"{type(cause).__name__}: {cause}",
-                expected="a writable folder with enough free space",
-                fix="Free some space, or save to another folder. An earlier adapter is unchanged.",
-            )
-        ) from cause
-    _remove_stale(folder, keep=name)
+    with made_folder(folder, CheckpointError), locked(folder, CheckpointError):
+        _check_free(folder, overwrite)  # again, as it may have been saved before it was locked
+        _remove_unfinished(folder)
+        try:
+            with explained(folder, CheckpointError):
+                array_store.write_arrays(folder / name, manifest.array_tree(arrays))
+                what = _describe(folder, name, arrays, base)
+                text = json.dumps(what.to_dict(), indent=1, allow_nan=False)
+                write_file(folder / _MANIFEST, text, CheckpointError)
+        except BaseException:
+            remove(folder / name)
+            raise
+        _remove_arrays(folder, keep=name)
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -160,23 +162,21 @@ def _describe(
     return Manifest(arrays.config, records, name, array_store.checksums(folder / name), base)
 
 
-def _write_manifest(folder: Path, what: Manifest) -> None:
-    part = folder / f"{what.arrays}.json.part"
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(what.to_dict(), file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())  # the contents must be on disk before the rename
-        os.replace(part, folder / _MANIFEST)
-    finally:
-        part.unlink(missing_ok=True)
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what interrupted saves left, so that there is room for the next one."""
+    remove_parts(folder, _MANIFEST)
+    file = folder / _MANIFEST
+    if not os.path.lexists(file):
+        _remove_arrays(folder)
+    elif sum(1 for _ in folder.glob("arrays-*")) > 1:
+        with contextlib.suppress(CheckpointError):  # whose arrays they are cannot be told then
+            _remove_arrays(folder, keep=manifest.read_manifest(file).arrays)
 
 
-def _remove_stale(folder: Path, keep: str) -> None:
-    """Remove the arrays of replaced adapters and of interrupted saves."""
+def _remove_arrays(folder: Path, keep: str | None = None) -> None:
     for entry in folder.glob("arrays-*"):
         if entry.name != keep and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
+            remove(entry)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -221,6 +221,7 @@ def load_adapter(
     what = _read_manifest(folder)
     damage = [
         *array_store.file_problems(folder / what.arrays, what.files),
+        *_size_problems(folder / what.arrays, what),
         *_target_problems(what, target),
     ]
     arrays, more = (None, []) if damage else _read_arrays(folder, what)
@@ -247,6 +248,16 @@ def _read_manifest(folder: Path) -> Manifest:
             fix="Check the path. An interrupted save leaves no adapter.",
         )
     )
+
+
+def _size_problems(folder: Path, what: Manifest) -> list[str]:
+    """Refuse arrays that are far larger than their files, as compressed zeros can be."""
+    stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    declared = sum(leaf.nbytes for leaf in manifest.named_leaves(what.adapter).values())
+    if declared <= expanded_limit(stored):
+        return []
+    hint = raise_hint("expanded_bytes")
+    return [f"{folder.name}: arrays of {declared:,} bytes in {stored:,} bytes of files. {hint}"]
 
 
 def _read_arrays(folder: Path, what: Manifest) -> tuple[Any, list[str]]:

@@ -21,6 +21,7 @@ from jax_lora.adapter import Adapter
 from jax_lora.checkpoint.fingerprint import LeafPrint
 from jax_lora.config import LoraConfig
 from jax_lora.errors import CheckpointError, ConfigError, format_error
+from jax_lora.storage import schema
 from jax_lora.storage.json_files import digest, read_json
 from jax_lora.updates import LoraPair, TokenRows
 from jax_lora.updates.pair import VECTORS
@@ -33,6 +34,40 @@ _READABLE = (1, 2, 3)
 
 _ARRAYS_NAME = re.compile(r"arrays-[0-9a-f]{12}")
 _MOST_BYTES = 2**38  # a manifest that declares more than 256 GiB is damaged or malicious
+_SHOWN_PROBLEMS = 10
+
+_SIZES = schema.list_of(schema.integer(0, 2**40 - 1))
+_LEAF = schema.fields(
+    {"shape": _SIZES, "dtype": schema.TEXT, "checksum": schema.TEXT},
+    required=("shape", "dtype", "checksum"),
+)
+_AXES = ("in_axes", "out_axes", "stack_axes")
+_PAIR = schema.fields(
+    {
+        **dict.fromkeys(("a", "b", *VECTORS), _LEAF),
+        **dict.fromkeys(_AXES, _SIZES),
+        "scale": schema.either(schema.NUMBER, schema.list_of(schema.ANYTHING)),
+        "ranks": schema.optional(schema.list_of(schema.ANYTHING)),
+    },
+    required=("a", "b", *_AXES, "scale"),
+)
+_ROWS = schema.fields({"values": _LEAF, "indices": _SIZES}, required=("values", "indices"))
+_PRINT = schema.fields(
+    {"shape": _SIZES, "dtype": schema.TEXT, "sample": schema.optional(schema.TEXT)},
+    required=("shape", "dtype", "sample"),
+)
+_FIELDS = schema.fields(
+    {
+        "config": schema.OBJECT,
+        "pairs": schema.object_of(_PAIR),
+        "whole": schema.object_of(_LEAF),
+        "rows": schema.object_of(_ROWS),
+        "arrays": schema.TEXT,
+        "files": schema.object_of(schema.TEXT),
+        "base": schema.optional(schema.object_of(_PRINT)),
+    },
+    required=("config", "pairs", "whole", "arrays", "files", "base"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +191,8 @@ def read_manifest(path: Path) -> Manifest:
     sealed = {key: value for key, value in values.items() if key != "seal"}
     if digest(sealed) != values.get("seal"):
         raise _broken(path, "contents that do not match their checksum", "an unchanged file")
+    if wrong := list(schema.problems(values, _FIELDS)):
+        raise _broken(path, wrong[:_SHOWN_PROBLEMS], "the description of an adapter")
     try:
         return _from_dict(values)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
@@ -166,7 +203,7 @@ def read_manifest(path: Path) -> Manifest:
         raise _broken(path, got, "an unchanged file") from cause
 
 
-def _broken(path: Path, got: str, expected: str) -> CheckpointError:
+def _broken(path: Path, got: str | list[str], expected: str) -> CheckpointError:
     fix = "Copy the folder again, or load it with the version of jax_lora that saved it."
     return CheckpointError(format_error(str(path), got=got, expected=expected, fix=fix))
 
@@ -181,9 +218,9 @@ def _from_dict(values: dict[str, Any]) -> Manifest:
         raise ValueError(f"arrays of more than {_MOST_BYTES} bytes")
     if not _ARRAYS_NAME.fullmatch(values["arrays"]):
         raise ValueError(f"a folder named {values['arrays']!r}")
-    files = {_inside(name): str(checksum) for name, checksum in values["files"].items()}
+    files = {_inside(name): checksum for name, checksum in values["files"].items()}
     base = values["base"] and {
-        path: LeafPrint(_ints(item["shape"]), str(item["dtype"]), item["sample"])
+        path: LeafPrint(tuple(item["shape"]), item["dtype"], item["sample"])
         for path, item in values["base"].items()
     }
     return Manifest(config, adapter, values["arrays"], files, base)
@@ -215,7 +252,7 @@ def _pair_to_dict(pair: LoraPair) -> dict[str, Any]:
 
 
 def _pair_from_dict(item: dict[str, Any]) -> LoraPair:
-    axes = [_ints(item[name]) for name in ("in_axes", "out_axes", "stack_axes")]
+    axes = [tuple(item[name]) for name in _AXES]
     pair = LoraPair(_leaf_from_dict(item["a"]), _leaf_from_dict(item["b"]), *axes)
     inputs, outputs, stack = map(len, axes)
     if sorted(sum(axes, ())) != list(range(inputs + outputs + stack)):
@@ -240,7 +277,7 @@ def _rows_to_dict(rows: TokenRows) -> dict[str, Any]:
 
 
 def _rows_from_dict(item: dict[str, Any]) -> TokenRows:
-    rows = TokenRows(_leaf_from_dict(item["values"]), _ints(item["indices"]))
+    rows = TokenRows(_leaf_from_dict(item["values"]), tuple(item["indices"]))
     vocab = max(rows.indices, default=-1) + 1  # the size of the table is checked with the base
     if (why := rows.problem((vocab, *rows.values.shape[1:]))) is not None:
         raise ValueError(why)
@@ -269,19 +306,10 @@ def _ranks(value: Any, stack: tuple[int, ...], rank: int) -> tuple[Any, ...]:
 
 
 def _leaf_from_dict(item: dict[str, Any]) -> LeafRecord:
-    dtype = jnp.dtype(str(item["dtype"]))
+    dtype = jnp.dtype(item["dtype"])
     if not jnp.issubdtype(dtype, np.number) and dtype != np.bool_:
         raise TypeError(f"the type {dtype}")
-    return LeafRecord(_ints(item["shape"]), dtype.name, str(item["checksum"]))
-
-
-def _ints(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(
-        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
-        for value in values
-    ):
-        raise TypeError(f"{values!r} for a list of sizes or axes")
-    return tuple(values)
+    return LeafRecord(tuple(item["shape"]), dtype.name, item["checksum"])
 
 
 def leaf_problems(adapter: Adapter, arrays: Adapter) -> list[str]:

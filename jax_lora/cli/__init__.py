@@ -1,4 +1,4 @@
-"""The `jax-lora` command; a file per verb."""
+"""The `jax-lora` command, with one file per subcommand."""
 
 from jax_lora.cli.main import main
 

@@ -1,8 +1,9 @@
-"""Loads the base model that a verb works on, with its tokenizer."""
+"""Load the base model of a subcommand, with its tokenizer."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_lora import bundled
+from jax_lora.cli.model_pin import check_model
+from jax_lora.data.tokenizer_identity import tokenizer_identity
 from jax_lora.errors import ModelError, StructureError, format_error
 from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.finetune.tasks import (
@@ -35,9 +38,9 @@ class BaseModel:
       name: `"bundled"` or its folder.
       task: One of `jax_lora.finetune.tasks.TASKS`.
       model: The module.
-      variables: `{"params": params}`; a new classification head in it is zero.
-      start: The same with the random values that training of a new head starts from.
-      tokenizer: The tokenizer in the form that the task needs.
+      variables: `{"params": params}`, in which a new classification head is zero.
+      start: The same, but a new classification head has its random initial values.
+      tokenizer: A `Tokenizer` for causal-lm, else an `EncoderTokenizer`.
     """
 
     name: str
@@ -49,8 +52,13 @@ class BaseModel:
 
     @property
     def dtype(self) -> str:
-        """Name the type of the parameters."""
+        """Return the name of the parameters' dtype."""
         return str(jax.tree.leaves(self.variables)[0].dtype)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """Return hashes of the tokenizer, the chat template and the end tokens."""
+        return tokenizer_identity(model_folder(self.name), self.model.config.eos_token_id)
 
     @property
     def size(self) -> int:
@@ -59,12 +67,24 @@ class BaseModel:
 
 
 def model_folder(name: str | None) -> Path:
-    """Find the folder of a model; none, or `"bundled"`, means the one in the package."""
-    return bundled.model_path() if name in (None, BUNDLED) else Path(str(name))
+    """Find the folder of a model, and check it against `--pin`.
+
+    Args:
+      name: The folder; None or `"bundled"` means the one in the package.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ModelError: It differs from what is pinned.
+    """
+    folder = bundled.model_path() if name in (None, BUNDLED) else Path(str(name))
+    check_model(folder)
+    return folder
 
 
 def data_folder(name: str | None) -> Path:
-    """Find the data; none, or `"bundled"`, means those in the package."""
+    """Return the data's path; None and `"bundled"` mean the data set in the package."""
     return bundled.data_path() if name in (None, BUNDLED) else Path(str(name))
 
 
@@ -72,7 +92,8 @@ def load_base(
     name: str | None,
     dtype: str = "auto",
     *,
-    remat: bool = False,
+    remat: bool | str = "none",
+    attention: str = "auto",
     task: str = "auto",
     labels: Sequence[str] = (),
     seed: int = 0,
@@ -81,19 +102,20 @@ def load_base(
 
     Args:
       name: A Hugging Face folder, or None for the bundled model.
-      dtype: `"float32"`, `"bfloat16"`, or `"auto"`: float32 on a CPU, which is slow with other
-        types, and the type of the files on other devices.
-      remat: Recompute activations in the backward pass, to save memory.
-      task: What the model is for; `"auto"`: what its architecture does without labels.
+      dtype: A dtype, such as `"bfloat16"`, or `"auto"`: float32 on a CPU, where other dtypes are
+        slow, and the dtype of the files on other devices.
+      remat: What layers keep for the backward pass.
+      attention: The attention kernel.
+      task: The task; `"auto"`: the default task of the architecture for data without labels.
       labels: Names of the classes, for classification.
-      seed: Determines the random values of a new head.
+      seed: Random seed of a new head.
 
     Returns:
       The model.
 
     Raises:
       ModelError: The folder cannot be read.
-      StructureError: The tokenizer has tokens without an embedding in the model.
+      StructureError: A special token has no embedding in the model.
     """
     use_compile_cache()
     folder = model_folder(name)
@@ -103,13 +125,16 @@ def load_base(
         chosen = jnp.dtype(dtype)
     task = choose_task(task, read_config(folder))
     tokenizer = tokenizer_for(task, folder)
-    model, params = load(folder, dtype=chosen, remat=remat)
-    if tokenizer.size > model.config.vocab_size:
+    model, params = load(folder, dtype=chosen, remat=remat, attention=attention)
+    roles = ("bos_id", "eos_id", "mask_id")
+    special = {role: getattr(tokenizer, role, None) or 0 for role in roles}
+    role, index = max(special.items(), key=lambda item: item[1])
+    if index >= model.config.vocab_size:
         raise StructureError(
             format_error(
                 str(folder),
-                got=f"a tokenizer of {tokenizer.size} tokens",
-                expected=f"at most the model's vocabulary of {model.config.vocab_size}",
+                got=f"a tokenizer whose {role.removesuffix('_id')} token is number {index}",
+                expected=f"a token of the model's vocabulary of {model.config.vocab_size}",
                 fix="Copy the tokenizer from the model's own folder.",
             )
         )
@@ -119,28 +144,28 @@ def load_base(
 
 
 def load_base_of_run(
-    name: str, settings: Mapping[str, Any], verb: str = "", tasks: Sequence[str] = TASKS
+    name: str, settings: Mapping[str, Any], command: str = "", tasks: Sequence[str] = TASKS
 ) -> BaseModel:
-    """Load the base model of a run as it was in training.
+    """Load the base model of a run, in the task and dtype of that run.
 
     Args:
       name: The model's folder.
-      settings: From the run's config.yaml; it may be empty.
-      verb: What the model is for, for the message of a refusal.
-      tasks: The tasks that the verb is for.
+      settings: From the run's config.yaml; they may be empty.
+      command: The subcommand, for messages.
+      tasks: The tasks that the subcommand supports.
 
     Returns:
       The model.
 
     Raises:
-      ModelError: The model is for another task; nothing has been loaded yet.
+      ModelError: The model is for another task. The weights are not loaded.
     """
     folder = model_folder(name)
     task = choose_task(settings.get("task", "auto"), read_config(folder))
     if task not in tasks:
         raise ModelError(
             format_error(
-                f"{verb} {folder}",
+                f"{command} {folder}",
                 got=f"a model for {task}",
                 expected=f"a model for {' or '.join(tasks)}",
                 fix=f"Use jax-lora {'predict' if task in (CLASSES, MASKED) else 'generate'}.",

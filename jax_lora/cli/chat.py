@@ -6,9 +6,8 @@ import argparse
 import signal
 import time
 
-from jax_lora.cli.adapters import checkpoint_of, merged
-from jax_lora.cli.base_model import BUNDLED, load_base_of_run
-from jax_lora.cli.generate import add_sampling_options, sampling
+from jax_lora.cli.adapters import load_for_inference
+from jax_lora.cli.generate import add_inference_options, add_sampling_options, sampling
 from jax_lora.cli.options import at_least_one
 from jax_lora.errors import ConfigError, DataError, format_error
 from jax_lora.finetune.conversation import Conversation
@@ -17,40 +16,38 @@ from jax_lora.finetune.interrupts import Interrupts
 from jax_lora.finetune.memory import peak_memory
 from jax_lora.finetune.streaming import stream
 from jax_lora.finetune.tasks import CAUSAL
-from jax_lora.report.printable import printable
+from jax_lora.printable import PROSE, printable
 
 HELP = "chat with a model in the terminal"
-COMMANDS = "q quits, r forgets what was said, h shows this; Ctrl-C ends an answer"
+EXAMPLE = """\
+jax-lora chat path/to/model
+jax-lora chat --adapter-path adapters --system "Answer in one sentence."
+"""
+COMMANDS = "q quits, r starts a new conversation, h shows this help; Ctrl-C stops a response"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
+    add_inference_options(parser)
     add = parser.add_argument
-    add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder [the run's]")
-    add("--model", metavar="PATH", help="same as MODEL")
-    add("--adapter-path", metavar="DIR", help="run folder or checkpoint [base model only]")
     add("--system", metavar="TEXT", help="system message")
     add(
         "--max-tokens",
         type=at_least_one,
         default=256,
         metavar="N",
-        help="tokens of a reply [256]",
+        help="most tokens of a response [256]",
     )
     add_sampling_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Talk until there is no more to say, and return the exit code."""
-    checkpoint, settings = None, {}
-    if options.adapter_path is not None:
-        checkpoint, settings = checkpoint_of(options.adapter_path)
-    name = options.model_folder or options.model or settings.get("model", BUNDLED)
-    base = load_base_of_run(name, settings, "chat", [CAUSAL])
+    """Chat until the user quits, and return the exit code."""
+    base, variables, checkpoint = load_for_inference(options, "chat", [CAUSAL])
     most = base.model.config.max_position_embeddings
     generator = Generator(
         base.model,
-        base.variables if checkpoint is None else merged(base, checkpoint),
+        variables,
         base.tokenizer,
         max_tokens=min(options.max_tokens, most // 2),
         doubling=True,
@@ -58,11 +55,11 @@ def run(options: argparse.Namespace) -> int:
     )
     conversation = Conversation(base.tokenizer, options.system)
     if options.system is not None and not conversation.has_template:
-        raise _no_template(name)
+        raise _no_template(base.name)
     print(f"{base.name}{'' if checkpoint is None else f' with {checkpoint}'}. {COMMANDS}.")
     if not conversation.has_template:
         print("This model has no chat template: it continues the text that you type.")
-    return _talk(generator, conversation, most - generator.max_tokens)
+    return _chat(generator, conversation, most - generator.max_tokens)
 
 
 def _no_template(name: str) -> ConfigError:
@@ -71,12 +68,12 @@ def _no_template(name: str) -> ConfigError:
             "--system",
             got=f"{name}, which has no chat template",
             expected="a model whose chat template has system messages",
-            fix="Leave --system out, or take an instruction-tuned model.",
+            fix="Remove --system, or use an instruction-tuned model.",
         )
     )
 
 
-def _talk(generator: Generator, conversation: Conversation, room: int) -> int:
+def _chat(generator: Generator, conversation: Conversation, room: int) -> int:
     while True:
         try:
             text = input("> ")
@@ -90,7 +87,7 @@ def _talk(generator: Generator, conversation: Conversation, room: int) -> int:
                 return 0
             case "r":
                 conversation.reset()
-                print("(forgotten)")
+                print("(new conversation)")
             case "h":
                 print(COMMANDS)
             case _:
@@ -98,40 +95,40 @@ def _talk(generator: Generator, conversation: Conversation, room: int) -> int:
 
 
 def _turn(generator: Generator, conversation: Conversation, text: str, room: int) -> None:
-    """Answer one turn, and keep both in the conversation."""
+    """Respond to one message, and add both to the conversation."""
     conversation.ask(text)
     try:
-        prompt, forgotten = conversation.prompt(room)
-    except DataError as error:  # the template refuses the order of the turns
-        conversation.take_back()
+        prompt, removed = conversation.prompt(room)
+    except DataError as error:  # the template rejects the conversation
+        conversation.undo()
         print(f"error: {error}")
         return
     if len(prompt) > room:
-        conversation.take_back()
-        print(f"(too long: {len(prompt)} tokens, and the model has room for {room})")
+        conversation.undo()
+        print(f"(too long: {len(prompt)} tokens; the limit is {room})")
         return
-    if forgotten:
-        print(f"(the first {forgotten} turns are forgotten: the model sees {room} tokens)")
-    answer, tokens, seconds = _answer(generator, prompt)
-    conversation.answer(answer)
-    # The first token waits for the prompt, and for the compiler; the others tell the speed.
+    if removed:
+        print(f"(the first {removed} turns were removed: the limit is {room} tokens)")
+    response, tokens, seconds = _respond(generator, prompt)
+    conversation.respond(response)
+    # The time to the first token includes the prompt and compilation.
     speed = f", {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 and seconds > 0 else ""
     print(f"\n[{len(prompt)} + {tokens} tokens{speed}, {peak_memory():.2f} GB]")
 
 
-def _answer(generator: Generator, prompt: list[int]) -> tuple[str, int, float]:
-    """Print an answer as it comes; return it, its tokens, and the seconds after the first one."""
+def _respond(generator: Generator, prompt: list[int]) -> tuple[str, int, float]:
+    """Stream a response; return it, its number of tokens, and the seconds after the first."""
     pieces: list[str] = []
     tokens, first = 0, 0.0
-    # Asked between tokens: an exception out of the midst of a compilation can take XLA down.
+    # Checked between tokens, because an exception during a compilation can crash XLA.
     with Interrupts() as interrupts:
         for piece, count in stream(generator, prompt):
             tokens, first = count, first or time.perf_counter()
             pieces.append(piece)
-            print(printable(piece), end="", flush=True)
+            print(printable(piece, keep=PROSE), end="", flush=True)
             if interrupts.requested:
                 print(" (stopped)", end="", flush=True)
                 break
     if interrupts.requested == "SIGTERM":
-        signal.raise_signal(signal.SIGTERM)  # whoever sent it means the program
+        signal.raise_signal(signal.SIGTERM)  # ends the process, not only the response
     return "".join(pieces), tokens, time.perf_counter() - first

@@ -81,13 +81,13 @@ def _devices(machine: Machine) -> Iterator[Finding]:
         yield Finding(True, f"JAX found no device: {machine.devices_error}", fix)
         return
     seen = {device.platform for device in machine.devices}
-    asked = machine.environment.get("JAX_PLATFORMS")
+    platforms = machine.environment.get("JAX_PLATFORMS")
     hidden = machine.environment.get("CUDA_VISIBLE_DEVICES")
     for driver in dict.fromkeys(machine.drivers):
         if _PLATFORMS[driver] in seen:
             continue
-        if asked:
-            fix = f"unset JAX_PLATFORMS, now {asked!r}"
+        if platforms:
+            fix = f"unset JAX_PLATFORMS, now {platforms!r}"
         elif driver == "NVIDIA GPU" and hidden in ("", "-1"):
             fix = f"unset CUDA_VISIBLE_DEVICES, now {hidden!r}"
         else:

@@ -1,4 +1,4 @@
-"""Look at this machine: versions, devices, memory, disk, and what is wrong with them."""
+"""Check this machine: package versions, devices, memory and disk."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ from jax_lora.finetune.compile_cache import CompileCache, find_compile_cache
 from jax_lora.plan.units import show_bytes
 
 HELP = "check versions, devices, memory and disk"
+EXAMPLE = "jax-lora doctor --json"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what was found; 2 if something stops a run, else 0."""
+    """Print the facts and findings; return 2 if a finding stops a run, else 0."""
     machine, cache = look(), find_compile_cache()
     findings = check(machine, cache)
     if options.json:
         print(json.dumps(_as_dict(machine, cache, findings), indent=2))
     else:
-        print("\n".join([*_facts(machine, cache), "", *_said(findings)]))
+        print("\n".join([*_facts(machine, cache), "", *_finding_lines(findings)]))
     return 2 if any(finding.stops for finding in findings) else 0
 
 
 def _facts(machine: Machine, cache: CompileCache) -> list[str]:
     lines = [_line("python", platform.python_version()), _line("jax-lora", jax_lora.__version__)]
     for name, version in machine.versions.items():
-        missing = "not there (optional)" if name in OPTIONAL else "NOT THERE"
+        missing = "not installed (optional)" if name in OPTIONAL else "NOT INSTALLED"
         lines.append(_line(name, version or missing))
     lines.append("")
     lines += [_line("device", _device(device)) for device in machine.devices]
-    lines += [_line("driver shows", driver) for driver in machine.drivers]
-    lines.append(_line("processors", f"{machine.usable:g} of {machine.cores} may be used"))
+    lines += [_line("driver lists", driver) for driver in machine.drivers]
+    lines.append(_line("cores", f"{machine.usable:g} of {machine.cores} usable"))
     if machine.memory is not None and machine.memory_free is not None:
-        free, all_of_it = show_bytes(machine.memory_free), show_bytes(machine.memory)
-        lines.append(_line("memory", f"{free} free of {all_of_it}"))
+        free, total = show_bytes(machine.memory_free), show_bytes(machine.memory)
+        lines.append(_line("memory", f"{free} free of {total}"))
     lines.append(_line("disk here", f"{show_bytes(machine.disk_free)} free"))
-    kept = cache.why_off or f"{show_bytes(cache.size)} of compiled programs"
-    lines.append(_line("cache", kept))
+    state = cache.why_off or f"{show_bytes(cache.size)} of compiled functions"
+    lines.append(_line("cache", state))
     lines.append(_line("", str(cache.folder)))
     lines += [_line("environment", f"{name}={v}") for name, v in machine.environment.items()]
     return lines
@@ -60,11 +61,11 @@ def _line(name: str, value: str) -> str:
 def _device(device: Device) -> str:
     if device.memory is None or device.free is None:
         return f"{device.name} ({device.platform})"
-    free, all_of_it = show_bytes(device.free), show_bytes(device.memory)
-    return f"{device.name} ({device.platform}), {free} free of {all_of_it}"
+    free, total = show_bytes(device.free), show_bytes(device.memory)
+    return f"{device.name} ({device.platform}), {free} free of {total}"
 
 
-def _said(findings: list[Finding]) -> list[str]:
+def _finding_lines(findings: list[Finding]) -> list[str]:
     lines = []
     for finding in findings:
         lines.append(f"{'PROBLEM' if finding.stops else 'note'}: {finding.what}")

@@ -10,17 +10,24 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jax_lora.cli.adapters import checkpoint_of, merged
+from jax_lora.cli.adapters import find_run, merged
 from jax_lora.cli.base_model import BUNDLED, data_folder, load_base_of_run
-from jax_lora.cli.options import at_least_one
+from jax_lora.cli.options import add_model_options, at_least_one, model_argument
 from jax_lora.data.data_folder import read_data
+from jax_lora.errors import DataError
 from jax_lora.finetune.evaluation import ALL, Evaluation, Score
 from jax_lora.finetune.tasks import CAUSAL, CLASSES, SEQ2SEQ, longest_input
+from jax_lora.report.screen import unscreened
+from jax_lora.storage.atomic_writes import write_file
 
 HELP = "evaluate an adapter: loss, exact match, accuracy, F1"
-LONGEST = 4096  # tokens of an example of a model without a limit
+EXAMPLE = """\
+jax-lora eval --compare-base
+jax-lora eval --adapter-path run --split valid --json scores.json
+"""
+LONGEST = 4096  # maximum sequence length of a model without a limit
 
-# Heading and how a score is shown; a column whose scores are all absent is left out.
+# Heading -> the cell of a score; a column without any value is left out.
 MEASURES: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
     ("loss", lambda score: f"{score.loss:.4f}"),
     ("perplexity", lambda score: f"{score.perplexity:,.4g}"),
@@ -35,39 +42,38 @@ MEASURES: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
+    add_model_options(parser, "from the run")
     add = parser.add_argument
-    add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder [the run's]")
-    add("--model", metavar="PATH", help="same as MODEL")
-    add("--data", metavar="PATH", help="data folder, or one file [the run's]")
+    add("--data", metavar="PATH", help="data folder, or one file [from the run]")
     add(
         "--adapter-path",
         default="adapters",
         metavar="DIR",
-        help="run or checkpoint [adapters]",
+        help="run folder or checkpoint [adapters]",
     )
     add("--compare-base", action="store_true", help="evaluate the base model too")
-    add("--split", default="test", choices=("train", "valid", "test"), help="which split [test]")
+    add("--split", default="test", choices=("train", "valid", "test"), help="the split [test]")
     add("--limit", type=at_least_one, metavar="N", help="evaluate the first N examples [all]")
     add(
         "--max-tokens",
         type=at_least_one,
         default=64,
         metavar="N",
-        help="tokens of a completion [64]",
+        help="most tokens of a completion [64]",
     )
-    add("--json", metavar="FILE", help="write the scores to a file, too")
+    add("--json", metavar="FILE", help="also write the scores to this file")
     add("--batch-size", type=at_least_one, default=50, metavar="N", help="examples per batch [50]")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Score, print the table, and return the exit code."""
+    """Evaluate, print the table, and return the exit code."""
     began = time.perf_counter()
-    checkpoint, settings = checkpoint_of(options.adapter_path)
+    checkpoint, settings = find_run(options.adapter_path)
     data = read_data(data_folder(options.data or settings.get("data", BUNDLED)))
     file = data.split(options.split)
     file = dataclasses.replace(file, rows=file.rows[: options.limit])
-    name = options.model_folder or options.model or settings.get("model", BUNDLED)
+    name = model_argument(options) or settings.get("model", BUNDLED)
     base = load_base_of_run(name, settings)
     evaluation = Evaluation(
         file,
@@ -85,20 +91,15 @@ def run(options: argparse.Namespace) -> int:
     }
     print(f"{file.path}, model {base.name}, adapter {checkpoint}")
     print("\n".join(table(columns)))
-    scored = columns["adapter"][ALL]
-    print(
-        f"{scored.rows} examples, {scored.tokens:,} {_targets(base.task)}, "
-        f"in {time.perf_counter() - began:.1f} s"
-    )
-    if scored.exact is None and base.task in (CAUSAL, SEQ2SEQ):
+    total = columns["adapter"][ALL]
+    unit = "labels" if base.task == CLASSES else "target tokens"
+    seconds = time.perf_counter() - began
+    print(f"{total.rows} examples, {total.tokens:,} {unit}, in {seconds:.1f} s")
+    if total.exact is None and base.task in (CAUSAL, SEQ2SEQ):
         print("Exact match needs prompts with completions; these examples have none.")
     if options.json:
         _write(Path(options.json), columns)
     return 0
-
-
-def _targets(task: str) -> str:
-    return "labels" if task == CLASSES else "target tokens"
 
 
 def _write(file: Path, columns: Mapping[str, Mapping[str, Score]]) -> None:
@@ -109,11 +110,11 @@ def _write(file: Path, columns: Mapping[str, Mapping[str, Score]]) -> None:
         }
         for model, scores in columns.items()
     }
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_file(file, json.dumps(values, indent=2) + "\n", DataError)
 
 
 def table(columns: Mapping[str, Mapping[str, Score]]) -> list[str]:
-    r"""Lay scores out with the models side by side.
+    r"""Format scores as a table with the models side by side.
 
     Args:
       columns: Scores by group, by model.
@@ -142,7 +143,7 @@ def table(columns: Mapping[str, Mapping[str, Score]]) -> list[str]:
 
 
 def _aligned(grid: list[list[str]], models: int) -> list[str]:
-    """Pad the cells; a heading may reach over the columns of all its models."""
+    """Pad the cells; a heading spans the columns of all models."""
     widths = [max(len(line[column]) for line in grid[1:]) for column in range(len(grid[0]))]
     widths[1] = max(widths[1], len("rows"))
     for last in range(1 + models, len(widths), models):
@@ -163,7 +164,8 @@ def _aligned(grid: list[list[str]], models: int) -> list[str]:
 
 
 def _counter(model: str) -> Callable[[int], None] | None:
-    """Count answers on a terminal, on one line that is written over."""
+    """Return a function that shows the number of completions on a terminal, on one line."""
     if not sys.stderr.isatty():
         return None
-    return lambda count: print(f"\r{model}: {count} rows answered ", end="", file=sys.stderr)
+    screen = unscreened(sys.stderr)  # for the carriage return
+    return lambda count: print(f"\r{model}: {count} completions ", end="", file=screen)

@@ -11,18 +11,19 @@ from jax_lora.cli.base_model import model_folder
 from jax_lora.errors import ConfigError, format_error
 
 HELP = "export an adapter for PEFT, vLLM or mlx-lm"
+EXAMPLE = "jax-lora export served --adapter-path run --to peft --for vllm"
 FORMATS = ("peft", "mlx", "orbax")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
     add = parser.add_argument
-    add("folder", metavar="DIR", help="the new folder")
+    add("folder", metavar="DIR", help="folder to write")
     add_adapter_options(parser)
     add("--to", default="peft", choices=FORMATS, help="format [peft]")
     text = "server that will load the files; refuses what it does not support"
     add("--for", dest="server", choices=("vllm",), help=text)
-    text = "name of the base model for adapter_config.json [its folder]"
+    text = "name of the base model in adapter_config.json [its folder]"
     add("--base-model", metavar="NAME", help=text)
 
 
@@ -60,8 +61,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(
                 format_error(
                     f"{flag} {value}",
-                    got=f"--to {options.to}, which has no place for it",
-                    expected="--to peft",
-                    fix=f"Leave {flag} out, or write PEFT's format.",
+                    got=f"--to {options.to}",
+                    expected="--to peft, the only format with this option",
+                    fix=f"Remove {flag}, or use --to peft.",
                 )
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,26 +13,28 @@ import numpy as np
 from jax_lora.adapter import combine
 from jax_lora.cli.adapters import Trained, add_adapter_options, load_trained
 from jax_lora.cli.base_model import model_folder
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError, ModelError, format_error
 from jax_lora.finetune.settings import DTYPES
 from jax_lora.finetune.tasks import longest_input
 from jax_lora.merge import merge
 from jax_lora.models import load, save
 from jax_lora.models.tokenizer_files import copy_companions
+from jax_lora.storage.atomic_writes import made_folder, replacing
 from jax_lora.transform import lora_apply
 
 HELP = "merge an adapter into its base model"
+EXAMPLE = "jax-lora fuse --adapter-path run --save-path fused --check"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
     add = parser.add_argument
     add_adapter_options(parser)
-    add("--save-path", default="fused_model", metavar="DIR", help="the new folder [fused_model]")
-    text = "dtype of the weights; auto: as in training [auto]"
+    add("--save-path", default="fused_model", metavar="DIR", help="folder to write [fused_model]")
+    text = "dtype of the weights; auto: that of the training run [auto]"
     add("--dtype", default="auto", choices=DTYPES, help=text)
     add("--overwrite", action="store_true", help="allow a folder that is not empty")
-    text = "load the new folder and print the largest logit difference"
+    text = "load the folder again and print the largest logit difference"
     add("--check", action="store_true", help=text)
 
 
@@ -42,13 +45,16 @@ def run(options: argparse.Namespace) -> int:
     trained = load_trained(options)
     base, source = trained.base, model_folder(trained.base.name)
     if target.resolve() == source.resolve():
-        raise _not_free(target, "the folder of the base itself")
+        raise _not_free(target, "the folder of the base model")
     params = merge(base.variables, trained.adapter)["params"]
     if options.dtype != "auto":
-        # Once, after the sum: the update is not rounded by itself.
+        # Rounded once, after the update is added.
         params = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
-    save(target, base.model, params)
-    copy_companions(source, target)
+    if target.exists():
+        _write(target, source, base.model, params)
+    else:
+        with made_folder(target.parent, ModelError), replacing(target, ModelError) as part:
+            _write(part, source, base.model, params)
     dtype = jax.tree.leaves(params)[0].dtype
     print(f"{target}: {base.name} with {trained.checkpoint}, {base.size:,} parameters in {dtype}")
     if options.check:
@@ -57,23 +63,28 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _write(target: Path, source: Path, model: Any, params: Any) -> None:
+    save(target, model, params)
+    copy_companions(source, target)
+
+
 def logit_difference(trained: Trained, folder: Path) -> tuple[float, float]:
-    """Compare a fused folder with what it was made of.
+    """Compare the logits of a fused folder with those of the base model and the adapter.
 
     Args:
-      trained: The base and the adapter, which run side by side.
-      folder: The fused folder, which is loaded again.
+      trained: The base model and the adapter.
+      folder: The fused folder; it is loaded again.
 
     Returns:
-      The largest difference of two logits on fixed random tokens, and the largest logit.
+      The largest absolute difference on fixed random tokens, and the largest absolute logit.
     """
     config = trained.base.model.config
     tokens = min(64, longest_input(trained.base.model))
     drawn = np.random.default_rng(0).integers(config.vocab_size, size=(2, tokens))
     ids = jnp.asarray(drawn, jnp.int32)
-    # The factors apart from the weights, or a fault of merging would be on both sides.
-    apart = jax.jit(lora_apply(trained.base.model.apply, form="factored"))
-    ours = apart(combine(trained.base.variables, trained.adapter), ids).astype(jnp.float32)
+    # The adapter is not merged here: an error of the merge would otherwise go unnoticed.
+    unmerged = jax.jit(lora_apply(trained.base.model.apply, form="factored"))
+    ours = unmerged(combine(trained.base.variables, trained.adapter), ids).astype(jnp.float32)
     model, params = load(folder)
     theirs = jax.jit(model.apply)({"params": params}, ids).astype(jnp.float32)
     return float(jnp.abs(ours - theirs).max()), float(jnp.abs(ours).max())
@@ -83,10 +94,10 @@ def _check_free(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise _not_free(target, "a file")
     if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise _not_free(target, "a folder with something in it")
+        raise _not_free(target, "a folder that is not empty")
 
 
 def _not_free(target: Path, got: str) -> ConfigError:
-    fix = "Give another --save-path, or --overwrite a model that was fused before."
+    fix = "Choose another --save-path, or add --overwrite to replace a fused model."
     expected = "a new or empty folder"
     return ConfigError(format_error(f"--save-path {target}", got=got, expected=expected, fix=fix))

@@ -1,4 +1,4 @@
-"""Complete prompts with an adapter, or with the base model alone."""
+"""Complete prompts with an adapter, or with the base model."""
 
 from __future__ import annotations
 
@@ -9,48 +9,59 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_lora.cli.adapters import checkpoint_of, merged
-from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base_of_run
-from jax_lora.cli.options import at_least_one
+from jax_lora.cli.adapters import load_for_inference
+from jax_lora.cli.base_model import BaseModel
+from jax_lora.cli.options import add_model_options, at_least_one
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import ConfigError, DataError, format_error
 from jax_lora.finetune.generation import Generator
 from jax_lora.finetune.memory import peak_memory
 from jax_lora.finetune.prediction import complete
 from jax_lora.finetune.tasks import CAUSAL, NO_LIMIT, SEQ2SEQ, longest_input
-from jax_lora.report.printable import printable
+from jax_lora.printable import PROSE, printable
 
 HELP = "complete prompts"
-MOST_ROWS = 8  # prompts that are answered together
+EXAMPLE = """\
+jax-lora generate --prompt "def add(a, b):"
+jax-lora generate --adapter-path adapters --prompts prompts.txt --temperature 0.7
+"""
+MAX_BATCH_SIZE = 8
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
+    add_inference_options(parser)
     add = parser.add_argument
-    add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder [the run's]")
-    add("--model", metavar="PATH", help="same as MODEL")
-    asked = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
     text = r"a prompt; \n is a newline, - reads standard input; repeatable"
-    asked.add_argument("--prompt", action="append", metavar="TEXT", help=text)
+    source.add_argument("--prompt", action="append", metavar="TEXT", help=text)
     text = r"file with one prompt per line; \n is a newline"
-    asked.add_argument("--prompts", metavar="FILE", help=text)
-    add("--adapter-path", metavar="DIR", help="run folder or checkpoint [base model only]")
+    source.add_argument("--prompts", metavar="FILE", help=text)
     add(
         "--max-tokens",
         type=at_least_one,
         default=256,
         metavar="N",
-        help="completion tokens [256]",
+        help="most tokens of a completion [256]",
     )
     add("--chat", action="store_true", help="format prompts with the chat template")
     add("--system", metavar="TEXT", help="system message, with --chat")
     add_sampling_options(parser)
 
 
+def add_inference_options(
+    parser: argparse.ArgumentParser, default: str = "from the run, or the bundled model"
+) -> None:
+    """Add the options that `load_for_inference` reads; `default` is for the help of MODEL."""
+    add_model_options(parser, default)
+    text = "run folder or checkpoint; without it, the base model is used"
+    parser.add_argument("--adapter-path", metavar="DIR", help=text)
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how tokens are chosen, and where answers end."""
+    """Add the options for sampling and for the end of completions."""
     add = parser.add_argument
-    text = "0 is greedy decoding [0; 1 with --top-k or --top-p]"
+    text = "0 selects greedy decoding [0; 1 with --top-k or --top-p]"
     add("--temperature", "--temp", type=float, metavar="X", help=text)
     text = "sample from the N most probable tokens; 0: from all [0]"
     add("--top-k", type=int, default=0, metavar="N", help=text)
@@ -63,39 +74,37 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the answers, and return the exit code."""
+    """Print the completions, and return the exit code."""
     prompts = _prompts(options)
-    checkpoint, settings = None, {}
-    if options.adapter_path is not None:
-        checkpoint, settings = checkpoint_of(options.adapter_path)
-    name = options.model_folder or options.model or settings.get("model", BUNDLED)
-    base = load_base_of_run(name, settings, "generate", [CAUSAL, SEQ2SEQ])
-    variables = base.variables if checkpoint is None else merged(base, checkpoint)
+    base, variables, _ = load_for_inference(options, "generate", [CAUSAL, SEQ2SEQ])
     began = time.perf_counter()
     if base.task == SEQ2SEQ:
-        answers, asked = _completed(base, variables, prompts, options)
+        completions, prompt_tokens = _completed(base, variables, prompts, options)
     else:
-        answers, asked = _generated(base, variables, prompts, options)
+        completions, prompt_tokens = _generated(base, variables, prompts, options)
     seconds = time.perf_counter() - began
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, completion in zip(prompts, completions, strict=True):
         if len(prompts) > 1:
-            print(f"==> {printable(prompt)}")
-        print(printable(answer))
-    tokens = sum(len(_ids(base.tokenizer, answer)) for answer in answers)
-    print(f"[{asked} + {tokens} tokens, {seconds:.1f} s with compiling, {peak_memory():.2f} GB]")
+            print(f"==> {printable(prompt, keep=PROSE)}")
+        print(printable(completion, keep=PROSE))
+    tokens = sum(len(_ids(base.tokenizer, completion)) for completion in completions)
+    print(
+        f"[{prompt_tokens} + {tokens} tokens, {seconds:.1f} s with compilation, "
+        f"{peak_memory():.2f} GB]"
+    )
     return 0
 
 
 def _generated(
     base: BaseModel, variables: Any, prompts: Sequence[str], options: argparse.Namespace
 ) -> tuple[list[str], int]:
-    """Continue prompts with a decoder; also return the number of their tokens."""
+    """Complete prompts with a decoder; also return the number of prompt tokens."""
     generator = Generator(
         base.model,
         variables,
         base.tokenizer,
         max_tokens=options.max_tokens,
-        rows=min(len(prompts), MOST_ROWS),
+        rows=min(len(prompts), MAX_BATCH_SIZE),
         **sampling(options),
     )
     ids = [_encode(base.tokenizer, prompt, options) for prompt in prompts]
@@ -105,22 +114,27 @@ def _generated(
 def _completed(
     base: BaseModel, variables: Any, prompts: Sequence[str], options: argparse.Namespace
 ) -> tuple[list[str], int]:
-    """Complete prompts with an encoder-decoder; also return the number of their tokens."""
+    """Complete prompts with an encoder-decoder; also return the number of prompt tokens."""
     if options.temperature or options.chat or options.stop or options.stop_at_newline:
         raise ConfigError(
             format_error(
                 "--temperature, --chat, --stop",
                 got=f"one of them for a {type(base.model).__name__}",
-                expected="none: its completions are greedy and end at the end token",
-                fix="Leave the option out.",
+                expected="none of them: decoding is greedy and ends at the end token",
+                fix="Remove the option.",
             )
         )
     most = longest_input(base.model)
     ids = [base.tokenizer.encode(prompt, max_length=most).ids for prompt in prompts]
-    rows = min(len(prompts), MOST_ROWS)
-    tokens = options.max_tokens
-    answers = complete(base.model, variables, base.tokenizer, ids, max_tokens=tokens, rows=rows)
-    return answers, sum(map(len, ids))
+    completions = complete(
+        base.model,
+        variables,
+        base.tokenizer,
+        ids,
+        max_tokens=options.max_tokens,
+        rows=min(len(prompts), MAX_BATCH_SIZE),
+    )
+    return completions, sum(map(len, ids))
 
 
 def _ids(tokenizer: Any, text: str) -> Sequence[int]:
@@ -130,7 +144,7 @@ def _ids(tokenizer: Any, text: str) -> Sequence[int]:
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """Read the options of `add_sampling_options`, for a `Generator`."""
+    """Return the options of `add_sampling_options` as arguments of a `Generator`."""
     return {
         "stop": _stops(options),
         "temperature": _temperature(options),
@@ -146,8 +160,8 @@ def _encode(tokenizer: Tokenizer, prompt: str, options: argparse.Namespace) -> l
             format_error(
                 "--system",
                 got="no --chat",
-                expected="--chat, which writes prompts as turns of a conversation",
-                fix="Add --chat, or write it all into the prompt.",
+                expected="--chat, which formats prompts with the chat template",
+                fix="Add --chat, or put the system message into the prompt.",
             )
         )
     if not options.chat:
@@ -172,15 +186,15 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 
 def _bad_file(path: str, got: str) -> DataError:
-    fix = "Check the path, or give the prompts with --prompt."
+    fix = "Check the path, or use --prompt."
     where = f"--prompts {path}"
     return DataError(
-        format_error(where, got=got, expected="a text file, a prompt on each line", fix=fix)
+        format_error(where, got=got, expected="a text file with one prompt per line", fix=fix)
     )
 
 
 def _unescaped(text: str) -> str:
-    # A shell leaves \n as two characters, and nobody types a real new line into a command.
+    # A shell passes \n as two characters.
     return text.replace("\\n", "\n")
 
 
@@ -190,7 +204,7 @@ def _stops(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _temperature(options: argparse.Namespace) -> float:
-    """Who cuts the choice down wants a choice."""
+    """Return the temperature; 1 by default if --top-k or --top-p asks for sampling."""
     if options.temperature is not None:
         return options.temperature
     return 1.0 if options.top_k or options.top_p != 1 else 0.0

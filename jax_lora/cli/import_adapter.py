@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from jax_lora.adapter import Adapter
 from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base, model_folder
 from jax_lora.errors import ConfigError, format_error
-from jax_lora.finetune.run_folder import RunFolder
+from jax_lora.finetune.run_folder import RunFolder, claimed
 from jax_lora.finetune.settings import DTYPES
 from jax_lora.finetune.tasks import CLASSES
 from jax_lora.models.save_checkpoint import save
 from jax_lora.models.tokenizer_files import copy_companions
+from jax_lora.storage.locks import FolderLock
 
 HELP = "import an adapter from PEFT or mlx-lm"
-# The file by which each format is known.
+EXAMPLE = "jax-lora import path/to/peft --model path/to/model --adapter-path run"
+# Format -> the file that identifies it.
 MARKS = {
     "peft": "adapter_model.safetensors",
     "mlx": "adapters.safetensors",
@@ -28,44 +31,50 @@ MARKS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
     add = parser.add_argument
     add("folder", metavar="DIR", help="folder of the adapter")
     text = "Hugging Face folder of the base model, or bundled"
     add("--model", required=True, metavar="PATH", help=text)
-    add("--adapter-path", default="adapters", metavar="RUN", help="the new run folder [adapters]")
-    text = "format of the files [by their names]"
+    add("--adapter-path", default="adapters", metavar="RUN", help="run folder to create [adapters]")
+    text = "format of the adapter [detected by file name]"
     add("--from", dest="source", choices=tuple(MARKS), help=text)
     text = "dtype of the base model; auto: float32 on a CPU [auto]"
     add("--dtype", default="auto", choices=DTYPES, help=text)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Make the run, and return the exit code."""
+    """Create the run, and return the exit code."""
     source = Path(options.folder)
-    kind = options.source or _recognise(source)
+    kind = options.source or _detect_format(source)
+    with claimed(options.adapter_path) as lock:
+        return _import(options, source, kind, lock)
+
+
+def _import(options: argparse.Namespace, source: Path, kind: str, lock: FolderLock) -> int:
     loaded = load_base(options.model, options.dtype)
     base, adapter = _read(kind, source, loaded)
-    folder, moved = RunFolder.prepare(options.adapter_path)
+    folder, moved = RunFolder.prepare(options.adapter_path, lock)
     if base.model is not loaded.model:
         base = _keep_base(base, folder.path / "base", source)
-    folder.write_config(_settings(base, adapter), note=f"Made of the adapter in {source}.")
+    folder.write_config(_settings(base, adapter), note=f"Imported from the adapter in {source}.")
     folder.save(0, lambda path: save_adapter(path, adapter, base=base.variables))
     if moved is not None:
-        print(f"the run that was in {folder.path} is now in {moved}")
+        print(f"the earlier run in {folder.path} is now in {moved}")
     count = len(adapter.pairs) + len(adapter.whole) + len(adapter.rows)
     print(f"{folder.path}: {count} adapted leaves, {adapter.size:,} parameters, from {source}")
-    print(f"Next: jax-lora generate --adapter-path {folder.path} --prompt TEXT")
+    path = shlex.quote(str(folder.path))
+    print(f"Next: jax-lora generate --adapter-path {path} --prompt TEXT")
     return 0
 
 
-def _recognise(folder: Path) -> str:
+def _detect_format(folder: Path) -> str:
     found = [kind for kind, mark in MARKS.items() if (folder / mark).is_file()]
     if len(found) == 1:
         return found[0]
     if folder.is_dir():
         inside = ", ".join(sorted(each.name for each in folder.iterdir())[:8])
-        got = f"a folder that holds {inside or 'nothing'}"
+        got = f"a folder with {inside}" if inside else "an empty folder"
     else:
         got = "no such folder"
     raise ConfigError(
@@ -73,13 +82,13 @@ def _recognise(folder: Path) -> str:
             f"import {folder}",
             got=got,
             expected=f"a folder with one of {', '.join(MARKS.values())}",
-            fix=f"Check the path, or say the format with --from {'|'.join(MARKS)}.",
+            fix=f"Check the path, or add --from {'|'.join(MARKS)}.",
         )
     )
 
 
 def _read(kind: str, folder: Path, base: BaseModel) -> tuple[BaseModel, Adapter]:
-    """Read the adapter, and change the base into the model that PEFT trained it on."""
+    """Read the adapter, and apply the changes that PEFT made to the base model."""
     if kind == "orbax":
         return base, load_adapter(folder, base=base.variables)
     if kind == "mlx":
@@ -90,25 +99,25 @@ def _read(kind: str, folder: Path, base: BaseModel) -> tuple[BaseModel, Adapter]
 
 
 def _keep_base(base: BaseModel, target: Path, adapter: Path) -> BaseModel:
-    """Write a changed base into the run, where the other verbs find it.
+    """Save a changed base model in the run folder, where the other subcommands find it.
 
     Args:
-      base: The changed model under the name of the one that it was made of.
-      target: The folder that is made.
-      adapter: The folder of the adapter; its tokenizer, if it has one, has the added tokens.
+      base: The changed model, with the name of the original model.
+      target: The folder to create.
+      adapter: The folder of the adapter; if it has a tokenizer, that has the added tokens.
 
     Returns:
-      The base under its new name.
+      The base model with its new name.
     """
     save(target, base.model, base.variables["params"])
     copy_companions(model_folder(base.name), target)
     copy_companions(adapter, target)
-    print(f"{target}: {base.name}, changed into the model that the adapter was trained on")
+    print(f"{target}: {base.name} with the changes that PEFT made before training")
     return dataclasses.replace(base, name=str(target))
 
 
 def _settings(base: BaseModel, adapter: Adapter) -> dict[str, Any]:
-    """What the other verbs look up, and what would train such an adapter anew."""
+    """Return the settings for the other subcommands, and for training such an adapter again."""
     config = adapter.config
     name = base.name if base.name == BUNDLED else str(Path(base.name).resolve())
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)

@@ -1,4 +1,4 @@
-"""Parses the command line, runs a verb, and turns errors into one message and an exit code."""
+"""Parse the command line, run a subcommand, and turn errors into a message and an exit code."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
+from jax_lora.cli.model_pin import pinned
 from jax_lora.errors import LoraError, format_error
+from jax_lora.report.screen import screened
 
 DONE, BAD_INPUT, OUT_OF_MEMORY, NON_FINITE, INTERRUPTED = 0, 2, 3, 4, 130
+# The verbs that read a model.
+PINNED = ("train", "generate", "chat", "eval", "predict", "fuse", "export", "import", "plan")
+
+# The modules that the extra `cli` installs.
+CLI_MODULES = frozenset(
+    "grain jinja2 matplotlib rich tensorboardX tokenizers transformers yaml".split()
+)
 
 EXAMPLES = """\
 examples:
@@ -26,32 +36,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-      arguments: The words after `jax-lora`; None takes them from the command line.
+      arguments: The arguments after `jax-lora`; None: those of the process.
 
     Returns:
       The exit code: 0 done, 2 bad input or configuration, 3 out of memory, 4 non-finite loss,
       130 interrupted.
     """
+    with screened():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    from jax_lora.data.columns import parse_columns, renaming
+    from jax_lora.models.ignored_fields import ignoring
+
     debug = False
     try:
         options = make_parser().parse_args(arguments)
         debug = options.debug
-        return options.run(options)
+        ignored = getattr(options, "ignore", None) or ()
+        named = getattr(options, "columns", None)
+        columns = {} if named is None else parse_columns(named)
+        with pinned(getattr(options, "pin", None)), ignoring(ignored), renaming(columns):
+            return options.run(options)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in CLI_MODULES:
+            raise
         missing = LoraError(
             format_error(
                 f"the package {error.name}",
                 got="not installed",
-                expected="the command's own packages beside the library",
+                expected="the packages that the command needs in addition to the library",
                 fix="pip install 'jax-lora[cli]'",
             )
         )
-        return _explained(missing.with_traceback(error.__traceback__), debug)
+        return _report(missing.with_traceback(error.__traceback__), debug)
     except (LoraError, OSError) as error:
-        return _explained(error, debug)
+        return _report(error, debug)
     except (RuntimeError, MemoryError) as error:
         from jax_lora.cli.out_of_memory import is_out_of_memory, out_of_memory_message
 
@@ -61,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OUT_OF_MEMORY
 
 
-def _explained(error: Exception, debug: bool) -> int:
+def _report(error: Exception, debug: bool) -> int:
+    """Print an error, and return its exit code."""
     if debug:
         traceback.print_exception(error)
     else:
@@ -69,8 +94,16 @@ def _explained(error: Exception, debug: bool) -> int:
     return NON_FINITE if isinstance(error, FloatingPointError) else BAD_INPUT
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser without colors in its help: they would be escaped on the screen."""
+
+    def __init__(self, *args: Any, **named: Any):
+        super().__init__(*args, **named)
+        self.color = False
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """Build the command's parser: every verb and its flags."""
+    """Build the parser of the command with all subcommands and their options."""
     from jax_lora.cli import (
         chat,
         doctor,
@@ -86,8 +119,9 @@ def make_parser() -> argparse.ArgumentParser:
         write_config,
     )
     from jax_lora.cli import eval as evaluate
+    from jax_lora.cli.options import add_columns_option, add_subcommand
 
-    named = {
+    modules = {
         "train": train,
         "generate": generate,
         "chat": chat,
@@ -103,16 +137,24 @@ def make_parser() -> argparse.ArgumentParser:
         "plot": plot,
     }
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="jax-lora",
         description="Fine-tune Hugging Face models with LoRA in JAX.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for name, verb in named.items():
-        of_verb = verbs.add_parser(name, help=verb.HELP, description=verb.__doc__)
-        verb.add_options(of_verb)
-        of_verb.add_argument("--debug", action="store_true", help="print the traceback of an error")
-        of_verb.set_defaults(run=verb.run)
+    subparsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+    for name, module in modules.items():
+        subparser = add_subcommand(subparsers, name, module)
+        if name in ("train", "eval", "plan", "predict"):
+            add_columns_option(subparser)
+        if name in PINNED:
+            text = "sha256sum's output: check the model's files before they are read"
+            subparser.add_argument("--pin", metavar="FILE", help=text)
+            text = "field of config.json that does not change the outputs; repeatable"
+            subparser.add_argument("--ignore", metavar="FIELD", action="append", help=text)
+        subparser.add_argument(
+            "--debug", action="store_true", help="print the traceback of an error"
+        )
+        subparser.set_defaults(run=module.run)
     return parser

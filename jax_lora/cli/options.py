@@ -1,4 +1,4 @@
-"""Where the values of options come from: the command line, then a YAML file, then defaults."""
+"""Options that subcommands share, and the YAML file that can set them."""
 
 from __future__ import annotations
 
@@ -7,77 +7,130 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-import yaml
 
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.settings import TrainSettings
+from jax_lora.storage import schema
+from jax_lora.storage.yaml_files import read_yaml
 
-DEFAULTS: dict[str, Any] = {
-    field.name: field.default for field in dataclasses.fields(TrainSettings)
-}
+_FIELDS = dataclasses.fields(TrainSettings)
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in _FIELDS}
+# The annotations are strings: "float" or "float | None".
+_FLOATS = frozenset(field.name for field in _FIELDS if str(field.type).startswith("float"))
+_LISTS = ("targets", "labels", "log", "sample_prompt")
 
-NUMBERS = (
-    "alpha",
-    "scale",
-    "dropout",
-    "epochs",
-    "learning_rate",
-    "warmup",
-    "weight_decay",
-    "max_grad_norm",
-    "lora_plus_ratio",
-)
+
+def add_subcommand(subparsers: Any, name: str, module: ModuleType) -> argparse.ArgumentParser:
+    """Add a subcommand: its options, its description, and its example.
+
+    Args:
+      subparsers: From `add_subparsers`.
+      name: Name of the subcommand.
+      module: A module with `HELP`, `EXAMPLE` and `add_options`.
+
+    Returns:
+      The subcommand's parser.
+    """
+    parser = subparsers.add_parser(
+        name,
+        help=module.HELP,
+        description=module.__doc__,
+        epilog="example:\n" + "\n".join(f"  {line}" for line in module.EXAMPLE.splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_options(parser)
+    return parser
+
+
+def add_columns_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--columns`, which `main` applies to all data that is read."""
+    text = "names of the data's columns, as in prompt=question,completion=answer"
+    parser.add_argument("--columns", metavar="FIELD=COLUMN,...", help=text)
+
+
+def add_model_options(parser: argparse.ArgumentParser, shown: str, **options: Any) -> None:
+    """Add MODEL, and `--model` for the same.
+
+    Args:
+      parser: The subcommand's parser.
+      shown: The default in the help text.
+      **options: Further arguments of `--model`.
+    """
+    text = f"Hugging Face folder [{shown}]"
+    parser.add_argument("model_folder", metavar="MODEL", nargs="?", help=text)
+    parser.add_argument("--model", metavar="PATH", help="same as MODEL", **options)
+
+
+def model_argument(options: argparse.Namespace) -> str | None:
+    """Return the value of MODEL or `--model`.
+
+    Args:
+      options: The values of `add_model_options`.
+
+    Returns:
+      The value, or None if neither is given.
+
+    Raises:
+      ConfigError: Both are given, with different values.
+    """
+    folder, flag = options.model_folder, getattr(options, "model", None)
+    if None not in (folder, flag) and folder != flag:
+        raise ConfigError(
+            format_error(
+                "MODEL and --model",
+                got=f"{folder} and {flag}",
+                expected="one model",
+                fix="Remove one of them.",
+            )
+        )
+    return flag if folder is None else folder
+
+
+PLACES = ("model", "data", "adapter_path", "progress")  # options that are paths or names
+_PLACES = schema.fields(dict.fromkeys(PLACES, schema.optional(schema.TEXT)))
 
 
 def read_config_file(path: str | Path, allowed: Iterable[str]) -> dict[str, Any]:
     """Read a YAML file of options.
 
     Args:
-      path: The file; its keys are the flags' names, with `-` or `_`.
-      allowed: The names that there are.
+      path: The file; its keys are the names of flags, with `-` or `_`.
+      allowed: The allowed names.
 
     Returns:
       Values by name.
 
     Raises:
-      ConfigError: The file cannot be read, or has a key that is no option.
+      ConfigError: The file cannot be read, or has an unknown key or a path that is not a string.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            format_error(
-                f"-c {path}",
-                got=str(error),
-                expected="a YAML file of options",
-                fix='Write lines such as "learning_rate: 2e-4".',
-            )
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(
-            format_error(
-                f"-c {path}",
-                got=type(values).__name__,
-                expected="options by name",
-                fix='Write lines such as "rank: 16".',
-            )
-        )
-    named = {str(key).replace("-", "_"): value for key, value in values.items()}
-    _refuse_unknown(path, named, sorted(allowed))
-    # YAML reads 2e-4 as text, as it wants 2.0e-4.
-    return {key: _number(value) for key, value in named.items()}
+    values = read_yaml(
+        Path(path),
+        ConfigError,
+        where=f"-c {path}",
+        expected="a YAML file of options",
+        fix='Write lines such as "learning_rate: 2e-4".',
+    )
+    named = {key.replace("-", "_"): value for key, value in values.items()}
+    refuse_unknown(path, named, sorted(allowed))
+    wrong = list(schema.problems(named, _PLACES))
+    if wrong:
+        expected, fix = "paths and names as strings", 'Quote it, as in data: "2024".'
+        raise ConfigError(format_error(f"-c {path}", got=wrong, expected=expected, fix=fix))
+    # YAML reads 2e-4 as a string, because it requires a decimal point: 2.0e-4.
+    return {key: value if key in PLACES else _number(value) for key, value in named.items()}
 
 
-def _refuse_unknown(path: str | Path, named: Mapping[str, Any], allowed: list[str]) -> None:
+def refuse_unknown(path: str | Path, named: Mapping[str, Any], allowed: list[str]) -> None:
+    """Refuse a file with keys that are not options; the closest option is named."""
     for key in named:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
-            meant = f"Did you mean {near[0]}?" if near else f"There are {', '.join(allowed)}."
+            fix = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(allowed)}."
             raise ConfigError(
                 format_error(
-                    f"-c {path}", got=f"the key {key!r}", expected="a known option", fix=meant
+                    f"-c {path}", got=f"the key {key!r}", expected="a known option", fix=fix
                 )
             )
 
@@ -95,7 +148,7 @@ def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Collect the options that were written on the command line.
 
     Args:
-      options: Parsed with `argparse.SUPPRESS` as the default of every one of them.
+      options: Parsed with `argparse.SUPPRESS` as the default of each of them.
       names: Their names.
 
     Returns:
@@ -105,7 +158,7 @@ def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def make_settings(values: Mapping[str, Any]) -> TrainSettings:
-    """Make settings of chosen values, and defaults for the rest.
+    """Create settings from values, with defaults for the rest.
 
     Args:
       values: Values by name.
@@ -113,32 +166,30 @@ def make_settings(values: Mapping[str, Any]) -> TrainSettings:
     Returns:
       The settings.
     """
-    values = dict(values)
-    targets = values.get("targets")
-    if isinstance(targets, str) and "," in targets:
-        values["targets"] = targets.split(",")
-    for name in ("log", "labels"):
-        if isinstance(values.get(name), str):
-            values[name] = values[name].split(",")
-    if isinstance(values.get("sample_prompt"), str):
-        values["sample_prompt"] = [values["sample_prompt"]]
-    for name in ("targets", "labels", "log", "sample_prompt"):
-        if isinstance(values.get(name), list):
-            values[name] = tuple(str(each).strip() for each in values[name])
-    for name in NUMBERS:
-        if isinstance(values.get(name), int) and not isinstance(values[name], bool):
-            values[name] = float(values[name])
-    return TrainSettings(**values)
+    return TrainSettings(**{name: _converted(name, value) for name, value in values.items()})
+
+
+def _converted(name: str, value: Any) -> Any:
+    """Convert comma-separated names to a tuple, and an integer to a float where one is needed."""
+    if name in _FLOATS and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if name not in _LISTS:
+        return value
+    if isinstance(value, str):
+        if name == "targets" and "," not in value:
+            return value
+        value = [value] if name == "sample_prompt" else value.split(",")
+    return tuple(str(each).strip() for each in value) if isinstance(value, list) else value
 
 
 def at_least_one(text: str) -> int:
     """Parse a count, for argparse.
 
     Args:
-      text: What was typed.
+      text: The argument.
 
     Returns:
-      The number.
+      The integer.
 
     Raises:
       argparse.ArgumentTypeError: Not an integer of at least 1.

@@ -1,4 +1,4 @@
-"""Out of memory: what took it, and which flags shrink it."""
+"""The message for out-of-memory errors: the largest arrays, and the flags that save memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ SHOWN = 5
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that a device or the machine has no more memory.
+    """Return whether an error means that a device or the machine is out of memory.
 
     Args:
       error: Any error.
 
     Returns:
-      True for JAX's own error of that kind, and for Python's.
+      True for a `MemoryError`, and for JAX's RESOURCE_EXHAUSTED.
     """
     if isinstance(error, MemoryError):
         return True
@@ -24,24 +24,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_message(error: BaseException) -> str:
-    """Say what is in memory, and what to change.
+    """Describe an out-of-memory error.
 
     Args:
       error: The error.
 
     Returns:
-      The message: the largest arrays that the program holds, and the flags.
+      The message, with the largest live arrays and the flags that save memory.
     """
-    held = sorted(jax.live_arrays(), key=lambda array: -array.nbytes)
-    total = sum(array.nbytes for array in held)
+    arrays = sorted(jax.live_arrays(), key=lambda array: -array.nbytes)
+    total = sum(array.nbytes for array in arrays)
     first = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-    lines = [first, f"held so far: {total / 1e9:.2f} GB in {len(held)} arrays, the largest:"]
-    lines += [f"{a.dtype} {a.shape}, {a.nbytes / 1e9:.3f} GB" for a in held[:SHOWN]]
+    lines = [first, f"{total / 1e9:.2f} GB in {len(arrays)} live arrays, the largest:"]
+    lines += [f"{a.dtype} {a.shape}, {a.nbytes / 1e9:.3f} GB" for a in arrays[:SHOWN]]
     return format_error(
         "out of memory",
         got="\n    ".join(lines),
-        expected="arrays that fit",
-        fix="In this order: --batch-size 1 with --grad-accumulation-steps for the rest, "
+        expected="arrays that fit into memory",
+        fix="Try, in this order: --batch-size 1 with more --grad-accumulation-steps, "
         "--grad-checkpoint, a smaller --max-seq-length, --loss-chunk 128, --dtype bfloat16, "
         "a smaller --rank.",
     )

@@ -1,4 +1,4 @@
-"""`jax-lora plan`: estimate the memory, operations and time of a run before it loads anything."""
+"""Estimate the memory, operations and time of a run, without loading a model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import jax.numpy as jnp
 
 from jax_lora.cli import train
 from jax_lora.cli.base_model import BUNDLED, data_folder, model_folder
-from jax_lora.cli.options import DEFAULTS, given
+from jax_lora.cli.options import DEFAULTS, given, model_argument
 from jax_lora.cli.resolve_config import choose
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.finetune.devices import use_all_cores
+from jax_lora.plan.accelerators import parse_target
 from jax_lora.plan.compiled_step import StepMemory, step_memory
 from jax_lora.plan.data_shapes import DataShapes, data_shapes
 from jax_lora.plan.fit import SHARE, Fit, fit, formula_total
@@ -26,25 +27,34 @@ from jax_lora.plan.plan_tables import fit_lines, plan_lines
 from jax_lora.plan.planned_model import PlannedModel, plan_folder, plan_shape, with_dtype
 from jax_lora.plan.planning import Choices, Plan, make_plan, matmul_rate, why_not_compiled
 from jax_lora.plan.published import NAMES
+from jax_lora.plan.target_plan import plan_for_target
+from jax_lora.plan.target_screen import target_lines
 from jax_lora.plan.units import read_bytes
+from jax_lora.storage.atomic_writes import write_file
 
-HELP = "estimate memory, operations and time before anything is loaded"
+HELP = "estimate memory, operations and time of a run"
+EXAMPLE = """\
+jax-lora plan path/to/model --data path/to/data --batch-size 8
+jax-lora plan --shape llama-3-8b --fit 24GB
+"""
 _TRIES = 3  # suggestions of --fit to check by compiling
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `train`, and those of `plan` alone."""
+    """Add the options of `train` and further options."""
     train.add_options(parser)
     add = parser.add_argument
-    text = f"plan these shapes instead of MODEL: a config.json, or {', '.join(NAMES)}"
+    text = f"plan for these shapes instead of MODEL: a config.json, or {', '.join(NAMES)}"
     add("--shape", metavar="NAME", help=text)
     add(
         "--fit",
         metavar="BYTES",
         help="suggest changes that fit into this memory, such as 24GB, 16GiB, 800MB",
     )
-    text = "also compile the training step, for models up to 1 G parameters (yes)"
+    text = "also compile the training step, for models of up to 1 billion parameters [yes]"
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "compile for devices that are not here: h100:1, h100:8, a100:1, v5e:2x4, v6e:1x1, ..."
+    add("--topology", metavar="TARGET", help=text)
     add("--json", metavar="FILE", help="write the plan as JSON; - prints it instead of the tables")
 
 
@@ -52,9 +62,12 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan, and return the exit code."""
     memory = None if options.fit is None else read_bytes(options.fit)
     places, choices = _choose(options)
+    if options.topology is not None:
+        return _run_for_target(options, places, choices)
     use_all_cores()
     use_compile_cache()
-    model, data = _model_and_data(options, places, choices)
+    on_cpu = jax.default_backend() == "cpu"
+    model, data = _model_and_data(options, places, choices, "float32" if on_cpu else None)
     plan = make_plan(model, data, choices, compiling=options.compile)
     rate = matmul_rate(jnp.dtype(model.dtype))
     found = None if memory is None else _fit(plan, memory, options.compile)
@@ -64,24 +77,56 @@ def run(options: argparse.Namespace) -> int:
             command = _command(options, places, found)
             print("\n" + "\n".join(fit_lines(found, memory, command)))
     if options.json is not None:
-        _write_json(options.json, plan, rate, found)
+        _write_json(options.json, _as_dict(plan, rate, found))
+    return 0
+
+
+def _run_for_target(options: argparse.Namespace, places: dict[str, Any], choices: Choices) -> int:
+    """Print what a step needs on devices that are not here."""
+    if options.fit is not None:
+        raise ConfigError(
+            format_error(
+                "--fit",
+                got="--topology as well",
+                expected="one of them: --topology compares with the memory of its devices",
+                fix="Leave --fit out.",
+            )
+        )
+    target = parse_target(options.topology)
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
+    model, data = _model_and_data(options, places, choices, training_dtype=None)
+    if model.module is None or not model.decodes:
+        raise ConfigError(
+            format_error(
+                "--topology",
+                got=model.name,
+                expected="a decoder that this package implements",
+                fix="Leave --topology out: the formulas cover other models.",
+            )
+        )
+    length, targets, _ = data.largest
+    plan = plan_for_target(model, choices.settings, target, length=length, targets=targets)
+    if options.json != "-":
+        print("\n".join(target_lines(model, choices.settings, data, plan)))
+    if options.json is not None:
+        _write_json(options.json, plan.as_dict() | {"model": model.name, "dtype": model.dtype})
     return 0
 
 
 def _choose(options: argparse.Namespace) -> tuple[dict[str, Any], Choices]:
     """Resolve the settings as `train` does."""
     if options.shape is not None:
-        named = options.model_folder or getattr(options, "model", None)
+        named = model_argument(options)
         if named is not None:
             raise ConfigError(
                 format_error(
                     f"--shape {options.shape}",
-                    got=f"the model {named} as well",
+                    got=f"also the model {named}",
                     expected="either --shape or MODEL",
-                    fix="Leave out MODEL to plan shapes.",
+                    fix="Remove MODEL, or --shape.",
                 )
             )
-        # Without a model, the settings would be those of the bundled model.
+        # Without a model name, `choose` would use the settings of the bundled model.
         options = argparse.Namespace(**{**vars(options), "model_folder": options.shape})
     choice = choose(options)
     places = {"model": None if options.shape else choice.model, "data": choice.data}
@@ -89,9 +134,15 @@ def _choose(options: argparse.Namespace) -> tuple[dict[str, Any], Choices]:
 
 
 def _model_and_data(
-    options: argparse.Namespace, places: dict[str, Any], choices: Choices
+    options: argparse.Namespace,
+    places: dict[str, Any],
+    choices: Choices,
+    training_dtype: str | None = "float32",
 ) -> tuple[PlannedModel, DataShapes]:
-    """Find the shapes of the model and of the data; --shape has no default data."""
+    """Find the shapes of the model and of the data; --shape has no default data.
+
+    `training_dtype` is what dtype "auto" means; None: the dtype of the files.
+    """
     dtype, data = choices.settings.dtype, places.get("data")
     if options.shape is not None:
         model = plan_shape(options.shape, None if dtype == "auto" else dtype)
@@ -100,19 +151,13 @@ def _model_and_data(
     else:
         folder = model_folder(places.get("model"))
         name = places.get("model") or BUNDLED
-        model = plan_folder(folder, _dtype_of_training(dtype), str(name))
-        data = data_folder(data)
+        model = plan_folder(folder, training_dtype if dtype == "auto" else dtype, str(name))
+        # The bundled data tells nothing about a run of another model.
+        data = data_folder(data) if data is not None or name == BUNDLED else None
     shapes = data_shapes(data, folder, choices.settings, model.max_length)
-    if options.shape is None and places.get("data") is None:
+    if data is not None and places.get("data") is None:
         shapes = dataclasses.replace(shapes, source=BUNDLED)
     return model, shapes
-
-
-def _dtype_of_training(dtype: str) -> Any:
-    """Return the dtype that `train` loads the base in; None: the dtype of the files."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if jax.default_backend() == "cpu" else None
 
 
 # -----------------------------------------------------------------------------------------------
@@ -125,10 +170,12 @@ def _fit(plan: Plan, memory: float, compiling: bool) -> Fit:
     length, targets, _ = plan.data.largest
     formula = formula_total(plan.model, length, targets)
     more = 0.0 if plan.compiled is None else _all_memory(plan.compiled) - formula(plan.choices)
+    # On a CPU, XLA keeps a float32 copy of a 16-bit base, so that saves no memory.
+    dtype = "" if jax.default_backend() == "cpu" else plan.model.dtype
     tries = _TRIES if compiling and plan.compiled is not None else 0
     while True:
         total = lambda choices, more=more: formula(choices) + more  # noqa: E731
-        found = fit(plan.choices, memory, total, dtype=plan.model.dtype, length=length)
+        found = fit(plan.choices, memory, total, dtype=dtype, length=length)
         compiled = _compiled(plan, found) if tries and found.changes else None
         if compiled is None or compiled <= SHARE * memory:
             return found
@@ -176,7 +223,8 @@ def _flag_name(name: str) -> str:
 def _flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return _flag_name(name) if value else "--no-" + name.replace("_", "-")
-    return f"{_flag_name(name)} {shlex.quote(str(value))}"
+    values = value if isinstance(value, list) else [value]  # a list: the flag was repeated
+    return " ".join(f"{_flag_name(name)} {shlex.quote(str(each))}" for each in values)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -184,12 +232,12 @@ def _flag(name: str, value: Any) -> str:
 # -----------------------------------------------------------------------------------------------
 
 
-def _write_json(path: str, plan: Plan, rate: float, found: Fit | None) -> None:
-    text = json.dumps(_as_dict(plan, rate, found), indent=2) + "\n"
+def _write_json(path: str, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2) + "\n"
     if path == "-":
         print(text, end="")
     else:
-        Path(path).write_text(text, encoding="utf-8")
+        write_file(Path(path), text, ConfigError)
 
 
 def _as_dict(plan: Plan, rate: float, found: Fit | None) -> dict[str, Any]:

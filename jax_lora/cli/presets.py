@@ -1,12 +1,12 @@
-"""The defaults of other tools, for runs side by side with theirs."""
+"""The defaults of other tools, for comparison."""
 
 from __future__ import annotations
 
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # mlx-lm's `lora` command: adam without decay or clipping, a constant rate, the last 16 layers,
-    # a scale of its own instead of alpha / rank, prompts learned like answers.
+    # The `lora` command of mlx-lm: Adam without weight decay or clipping, a constant learning rate,
+    # the last 16 layers, a scale instead of alpha / rank, and prompts in the loss.
     "mlx": {
         "rank": 8,
         "scale": 20.0,

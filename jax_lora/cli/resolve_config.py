@@ -1,39 +1,48 @@
-"""Puts the values of `train` together: defaults, preset, earlier run, YAML file, command line."""
+"""Resolve the options of `train`: defaults, preset or resumed run, YAML file, command line."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jax_lora.cli.base_model import BUNDLED
-from jax_lora.cli.options import DEFAULTS, given, make_settings, read_config_file
+from jax_lora.cli.options import (
+    DEFAULTS,
+    PLACES,
+    given,
+    make_settings,
+    model_argument,
+    read_config_file,
+    refuse_unknown,
+)
 from jax_lora.cli.presets import PRESETS
-from jax_lora.cli.train_flags import PLACES
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune import recipe
-from jax_lora.finetune.run_folder import read_run_config
+from jax_lora.finetune.resume import refuse_edited_config
+from jax_lora.finetune.run_folder import CONFIG, read_run_config
 from jax_lora.finetune.settings import TrainSettings
-from jax_lora.finetune.training_state import find_resumable
+from jax_lora.finetune.training_state import find_resumable, read_record
 
-# Two ways of saying one thing: the one that is said later wins.
-RIVALS = (("alpha", "scale"), ("iters", "epochs"))
+# Alternatives: setting one of a pair unsets the other.
+ALTERNATIVES = (("alpha", "scale"), ("iters", "epochs"))
 DEFAULT_RUN = "adapters"
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What was asked for.
+    """The resolved options of a run.
 
     Args:
-      model: Folder of the model; None for the bundled one.
-      data: Folder or file of the rows; None for the bundled ones.
+      model: Folder of the model; None for the bundled model.
+      data: Folder or file of the examples; None for the bundled data set.
       run: Folder of the run.
-      progress: How the run is shown.
-      settings: What to do.
-      checkpoint: Where to go on from, or None.
+      progress: Progress display.
+      settings: Settings of the run.
+      checkpoint: Checkpoint to resume from, or None.
     """
 
     model: str | None
@@ -45,32 +54,34 @@ class Choice:
 
 
 def choose(options: argparse.Namespace) -> Choice:
-    """Put the values together.
+    """Resolve the options.
 
     Args:
       options: The parsed command line.
 
     Returns:
-      What was asked for.
+      The resolved options.
 
     Raises:
-      ConfigError: Values that contradict each other or mean nothing.
+      ConfigError: Values are invalid, or contradict each other.
     """
     names = [*DEFAULTS, *PLACES]
     typed = given(options, names)
-    if options.model_folder is not None:
-        typed["model"] = options.model_folder
+    model = model_argument(options)
+    if model is not None:
+        typed["model"] = model
     written = read_config_file(options.config, names) if options.config else {}
     checkpoint = _checkpoint(options.resume, typed, written)
-    earlier = {} if checkpoint is None else read_run_config(checkpoint)
-    layers: list[Mapping[str, Any]] = [earlier or _preset(options.preset), written, typed]
+    earlier = {} if checkpoint is None else _unedited(checkpoint, names)
+    preset = PRESETS[options.preset] if options.preset else {}
+    layers: list[Mapping[str, Any]] = [earlier or preset, written, typed]
     for source, layer in (("-c", written), ("the command line", typed)):
-        _refuse_rivals(source, layer)
+        _refuse_alpha_and_scale(source, layer)
     model = _layered(layers).get("model")
     if model in (None, BUNDLED) and not earlier and options.preset is None:
         layers = [recipe.BUNDLED, *layers]
     values = _layered(layers)
-    if checkpoint is not None and earlier:  # it is still in the folder of its run
+    if checkpoint is not None and earlier:  # a run is resumed in its own folder
         values["adapter_path"] = str(checkpoint.parent)
     places = {name: values.pop(name, None) for name in PLACES}
     return Choice(
@@ -103,31 +114,41 @@ def _checkpoint(
     return checkpoint
 
 
-def _preset(name: str | None) -> Mapping[str, Any]:
-    return PRESETS[name] if name else {}
+def _unedited(checkpoint: Path, names: list[str]) -> dict[str, Any]:
+    """Read the configuration of the run to resume."""
+    config = read_run_config(checkpoint)
+    file = checkpoint.parent / CONFIG
+    fix = (
+        "To continue, restore the file; --iters, --epochs and other options that do not change an "
+        "update can be given on the command line. To start a new run with these values: "
+        f"jax-lora train -c {shlex.quote(str(file))} --adapter-path NEW_FOLDER"
+    )
+    refuse_edited_config(checkpoint, config, read_record(checkpoint), fix=fix)
+    refuse_unknown(file, config, sorted(names))
+    return config
 
 
 def _layered(layers: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Lay values over each other; what is said later takes the place of its rival too."""
+    """Merge layers of values; a value in a later layer also removes its alternative."""
     values: dict[str, Any] = {}
     for layer in layers:
-        said = {name: value for name, value in layer.items() if value is not None}
-        for pair in RIVALS:
+        present = {name: value for name, value in layer.items() if value is not None}
+        for pair in ALTERNATIVES:
             for one, other in (pair, pair[::-1]):
-                if one in said and other not in said:
+                if one in present and other not in present:
                     values.pop(other, None)
-        values |= said
+        values |= present
     return values
 
 
-def _refuse_rivals(source: str, layer: Mapping[str, Any]) -> None:
-    for one, other in RIVALS[:1]:
-        if layer.get(one) is not None and layer.get(other) is not None:
-            raise ConfigError(
-                format_error(
-                    f"--{one} and --{other} in {source}",
-                    got=f"{layer[one]!r} and {layer[other]!r}",
-                    expected="one of them: the scale is alpha / rank",
-                    fix="Leave one out.",
-                )
+def _refuse_alpha_and_scale(source: str, layer: Mapping[str, Any]) -> None:
+    alpha, scale = layer.get("alpha"), layer.get("scale")
+    if alpha is not None and scale is not None:
+        raise ConfigError(
+            format_error(
+                f"--alpha and --scale in {source}",
+                got=f"{alpha!r} and {scale!r}",
+                expected="one of them: the scale is alpha / rank",
+                fix="Remove one of them.",
             )
+        )

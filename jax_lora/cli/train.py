@@ -1,10 +1,12 @@
-"""Fine-tune a Hugging Face model with LoRA. The default is the bundled model on its task."""
+"""Fine-tune a Hugging Face model with LoRA; by default, the bundled model on its task."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import shlex
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +19,12 @@ from jax_lora.data.batches import Batches
 from jax_lora.data.data_folder import DataSet, read_data
 from jax_lora.data.examples import Examples
 from jax_lora.data.packing import speedup
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError, LoraError, format_error
 from jax_lora.finetune.callbacks import Callback, Checkpoint, EarlyStop, Report, Validate
 from jax_lora.finetune.devices import data_mesh, use_all_cores
+from jax_lora.finetune.memory import device_memory
 from jax_lora.finetune.resume import refuse_changes, stretched
-from jax_lora.finetune.run_folder import RunFolder
+from jax_lora.finetune.run_folder import RunFolder, claimed
 from jax_lora.finetune.samples import Sampler
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.tasks import (
@@ -39,30 +42,38 @@ from jax_lora.finetune.trainable import Trainable
 from jax_lora.finetune.trainer import Trainer
 from jax_lora.finetune.training_state import read_record
 from jax_lora.models.read_config import read_config
+from jax_lora.plan.fit_remat import fit_remat
+from jax_lora.plan.planned_model import of_config
 from jax_lora.report.events import Reporter, RunPlan, RunResult
 from jax_lora.report.loss_plot import write_run_plot
-from jax_lora.report.metrics import JSONL, MetricsLog
+from jax_lora.report.metrics import MetricsLog
 from jax_lora.report.reporters import make_reporter
 from jax_lora.report.versions import write_versions
+from jax_lora.storage.locks import FolderLock
+from jax_lora.transform.strategies import target_platform
 
-__all__ = ["HELP", "add_options", "run"]
+__all__ = ["EXAMPLE", "HELP", "add_options", "run"]
 
 DONE, INTERRUPTED = 0, 130
 HELP = "fine-tune a model"
+EXAMPLE = """\
+jax-lora train --epochs 3 --rank 8
+jax-lora train path/to/model --data path/to/data --adapter-path run
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything that a run works on, read and checked.
+    """The inputs of a run, loaded and checked.
 
     Args:
-      base: The model.
+      base: The base model.
       data: The data set.
       train: The training examples.
       valid: The validation examples, or None.
       trainable: The frozen and the trainable half of the model.
-      settings: The settings, with the length and the type that the model allows.
-      places: Where the model and the data came from, for the next command.
+      settings: The settings, with the sequence length, dtype, task and labels of the model.
+      places: Paths of the model and the data, for config.yaml.
     """
 
     base: BaseModel
@@ -75,11 +86,11 @@ class Inputs:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Return hashes of the splits."""
+        """Return a hash for each split except test."""
         return {name: self.data.split(name).digest for name in self.data.splits if name != "test"}
 
     def batches(self, examples: Examples, seed: int = 0) -> Batches:
-        """Make batches of examples."""
+        """Create batches of examples."""
         settings, base = self.settings, self.base
         rows = settings.batch_size * settings.grad_accumulation_steps
         pack = settings.max_seq_length if settings.pack else None
@@ -94,14 +105,25 @@ def run(options: argparse.Namespace) -> int:
     """Train, and return the exit code."""
     choice = choose(options)
     use_all_cores()
-    reporter = make_reporter(choice.progress)
-    inputs = _read(choice)
-    record = None if choice.checkpoint is None else read_record(choice.checkpoint)
-    if record is not None:
-        refuse_changes(record, inputs.settings, inputs.digests)
     if options.dry_run:
-        return _rehearse(inputs, reporter)
-    folder, notes = _folder(choice, inputs)
+        return _dry_run(_inputs(choice)[0], make_reporter(choice.progress))
+    with claimed(choice.run) as lock:  # before anything is loaded or compiled
+        return _train(choice, lock)
+
+
+def _inputs(choice: Choice) -> tuple[Inputs, dict[str, Any] | None]:
+    """Read the inputs of a run, and the record of the run to resume."""
+    record = None if choice.checkpoint is None else read_record(choice.checkpoint)
+    inputs = _read(choice)
+    if record is not None:
+        refuse_changes(record, inputs.settings, inputs.digests, inputs.base.identity)
+    return inputs, record
+
+
+def _train(choice: Choice, lock: FolderLock) -> int:
+    reporter = make_reporter(choice.progress)
+    inputs, record = _inputs(choice)
+    folder, notes = _folder(choice, inputs, lock)
     metrics = MetricsLog(
         folder.path,
         tensorboard="tensorboard" in inputs.settings.log,
@@ -116,8 +138,8 @@ def run(options: argparse.Namespace) -> int:
         result = trainer.train()
     finally:
         metrics.close()
-        _draw(folder.path)
-    return _farewell(inputs, folder, result, choice.progress)
+        _write_plot(folder.path)
+    return _print_next(inputs, folder, result, choice.progress)
 
 
 def _steps_done(record: dict[str, Any] | None) -> int:
@@ -126,25 +148,25 @@ def _steps_done(record: dict[str, Any] | None) -> int:
     return step if isinstance(step, int) else 0
 
 
-def _draw(run: Path) -> None:
-    """Draw what there is; a picture is not worth the end of a run without its package."""
-    if importlib.util.find_spec("matplotlib") and (run / JSONL).stat().st_size:
-        write_run_plot(run)
+def _write_plot(run: Path) -> None:
+    """Plot the loss, if matplotlib is installed: a missing plot must not end a run."""
+    if importlib.util.find_spec("matplotlib"):
+        with contextlib.suppress(LoraError):
+            write_run_plot(run)
 
 
-def _farewell(inputs: Inputs, folder: RunFolder, result: RunResult, progress: str) -> int:
-    """Say what to type next, unless a program is listening."""
-    say = print if progress not in ("json", "none") else _say_nothing
+def _print_next(inputs: Inputs, folder: RunFolder, result: RunResult, progress: str) -> int:
+    """Print the next command, unless the output is for a program; return the exit code."""
     if result.interrupted:
-        say(f"{result.interrupted}: stopped after {result.steps} steps; all of them are saved.")
-        say(f"Go on: jax-lora train --resume {folder.path}")
-        return INTERRUPTED
-    say(f"Next: {_next(inputs, folder, result)}")
-    return DONE
-
-
-def _say_nothing(text: str) -> None:
-    """Leave standard output to the reports."""
+        lines = [
+            f"{result.interrupted}: stopped after {result.steps} steps; all of them are saved.",
+            f"Resume: jax-lora train --resume {shlex.quote(str(folder.path))}",
+        ]
+    else:
+        lines = [f"Next: {_next(inputs, folder, result)}"]
+    if progress not in ("json", "none"):
+        print("\n".join(lines))
+    return INTERRUPTED if result.interrupted else DONE
 
 
 def _read(choice: Choice) -> Inputs:
@@ -158,12 +180,13 @@ def _read(choice: Choice) -> Inputs:
     base = load_base(
         choice.model,
         settings.dtype,
-        remat=settings.grad_checkpoint,
+        remat=settings.remat_on(target_platform(())),
+        attention=settings.attention,
         task=task,
         labels=labels,
         seed=settings.seed,
     )
-    # An adapter belongs to a base of this type, so the type is stored and not chosen again.
+    # The resolved dtype is stored, because the checkpoint is only valid for a base of this dtype.
     settings = dataclasses.replace(
         settings,
         max_seq_length=min(settings.max_seq_length, longest_input(base.model)),
@@ -174,7 +197,7 @@ def _read(choice: Choice) -> Inputs:
     trainable = make_trainable(
         task, base.model, base.variables, settings, start=base.start, folder=folder
     )
-    return Inputs(
+    inputs = Inputs(
         base=base,
         data=data,
         train=_examples(data, "train", base, settings),
@@ -183,10 +206,33 @@ def _read(choice: Choice) -> Inputs:
         settings=settings,
         places={"model": _place(choice.model), "data": _place(choice.data)},
     )
+    return _with_fitting_remat(inputs)
+
+
+def _with_fitting_remat(inputs: Inputs) -> Inputs:
+    """Recompute whole layers if the step does not fit into the memory of an accelerator."""
+    settings, base, memory = inputs.settings, inputs.base, device_memory()
+    automatic = settings.remat == "auto" and not settings.grad_checkpoint
+    if not automatic or memory is None or base.task != CAUSAL:
+        return inputs
+    examples = inputs.train.rows
+    length = settings.max_seq_length
+    if not settings.pack:
+        length = min(length, max(len(example.ids) for example in examples))
+    remat = fit_remat(
+        of_config(base.model.config, base.dtype, base.name),
+        settings,
+        memory,
+        length=length,
+        targets=min(length, max(example.targets for example in examples)),
+    )
+    return dataclasses.replace(
+        inputs, base=dataclasses.replace(base, model=base.model.clone(remat=remat))
+    )
 
 
 def _check_task(task: str, settings: TrainSettings) -> None:
-    """Refuse options that only decoders have."""
+    """Refuse options that only decoders support."""
     if task == CAUSAL:
         return
     for flag, given in (("--pack", settings.pack), ("--sample-prompt", settings.sample_prompt)):
@@ -195,14 +241,14 @@ def _check_task(task: str, settings: TrainSettings) -> None:
                 format_error(
                     flag,
                     got=f"the task {task}",
-                    expected="the task causal-lm, of decoders",
-                    fix=f"Leave {flag} out.",
+                    expected=f"the task {CAUSAL}",
+                    fix=f"Remove {flag}.",
                 )
             )
 
 
 def _place(name: str | None) -> str:
-    """Name a place such that another command finds it from anywhere."""
+    """Return an absolute path, which is valid in any working directory."""
     return BUNDLED if name in (None, BUNDLED) else str(Path(name).resolve())
 
 
@@ -210,14 +256,15 @@ def _examples(data: DataSet, split: str, base: BaseModel, settings: TrainSetting
     return encode_examples(base.task, data.split(split), base.model, base.tokenizer, settings)
 
 
-def _folder(choice: Choice, inputs: Inputs) -> tuple[RunFolder, list[str]]:
-    """Make the run's folder, or open that of the run to resume."""
+def _folder(choice: Choice, inputs: Inputs, lock: FolderLock) -> tuple[RunFolder, list[str]]:
+    """Create the run's folder, or open the folder of a resumed run."""
     if choice.checkpoint is not None:
-        folder, moved = RunFolder.resume(choice.run, checkpoint=choice.checkpoint.name)
+        name = choice.checkpoint.name
+        folder, moved = RunFolder.resume(choice.run, checkpoint=name, lock=lock)
         notes = [f"checkpoints after {choice.checkpoint.name} are now in {moved}"] if moved else []
     else:
-        folder, moved = RunFolder.prepare(choice.run)
-        notes = [f"the run that was in {folder.path} is now in {moved}"] if moved else []
+        folder, moved = RunFolder.prepare(choice.run, lock)
+        notes = [f"the earlier run in {folder.path} is now in {moved}"] if moved else []
     folder.write_config(inputs.places | inputs.settings.as_dict())
     write_versions(folder.path)
     return folder, notes
@@ -234,8 +281,11 @@ def _trainer(
     batches = inputs.batches(inputs.train, settings.seed)
     steps = settings.iterations(batches.per_epoch)
     halves = inputs.trainable.frozen, inputs.trainable.start
+    mesh = data_mesh(settings.batch_size, halves)
     return Trainer(
-        loss_for(base.task, base.model, chunk=settings.loss_chunk),
+        loss_for(
+            base.task, base.model.clone(mesh=mesh), chunk=settings.loss_chunk, devices=mesh.size
+        ),
         base.variables,
         inputs.trainable,
         settings.make_optimizer(steps),
@@ -246,13 +296,18 @@ def _trainer(
         callbacks=_callbacks(inputs, reporter, steps, log),
         accumulation=settings.grad_accumulation_steps,
         seed=settings.seed,
-        mesh=data_mesh(settings.batch_size, halves),
-        record={"settings": settings.as_dict(), "data": inputs.digests},
+        mesh=mesh,
+        record={
+            "settings": settings.as_dict(),
+            "data": inputs.digests,
+            "text": inputs.base.identity,
+            "places": inputs.places,
+        },
     )
 
 
 def _callbacks(inputs: Inputs, reporter: Reporter, steps: int, log: Log | None) -> list[Callback]:
-    """Say what happens between steps: first the report, then the validation, then the rest."""
+    """Create the callbacks, in the order in which they are called: the report comes first."""
     settings, base = inputs.settings, inputs.base
     rate = settings.make_schedule(steps)
     report = Report(settings.steps_per_report, reporter=reporter, log=log, schedule=rate)
@@ -268,14 +323,14 @@ def _callbacks(inputs: Inputs, reporter: Reporter, steps: int, log: Log | None) 
     return [*callbacks, saving]
 
 
-def _rehearse(inputs: Inputs, reporter: Reporter) -> int:
-    """Do everything but train, in a folder that is deleted afterwards."""
+def _dry_run(inputs: Inputs, reporter: Reporter) -> int:
+    """Do everything except training, in a temporary folder."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _trainer(inputs, reporter, RunFolder(Path(scratch)))
-        notes = ["a dry run: nothing is trained or written"]
+        notes = ["dry run: nothing is trained or written"]
         reporter.planned(_plan(inputs, trainer.steps, notes))
         needed = trainer.compile()
-    print(f"Dry run: the first step compiles, and needs {needed / 1e9:.2f} GB.")
+    print(f"Dry run: the first step compiles; its peak memory is {needed / 1e9:.2f} GB.")
     return DONE
 
 
@@ -291,16 +346,16 @@ def _plan(inputs: Inputs, steps: int, notes: list[str]) -> RunPlan:
 
 
 def _hints(inputs: Inputs) -> list[str]:
-    """What could be done better, as far as it can be seen before the first step."""
+    """Suggest better settings, as far as they are known before the first step."""
     settings, hints = inputs.settings, []
     lengths = [example.tokens for example in inputs.train.rows]
     if inputs.base.task == CAUSAL and not settings.pack:
         padding = Batches.of(inputs.train.rows, 1).padding
         gain = speedup(lengths, round(sum(lengths) / (1 - padding)), settings.max_seq_length)
         if gain > 1.3:
-            hints.append(f"rows are {padding:.0%} padding: --pack would be {gain:.1f}x faster")
+            hints.append(f"{padding:.0%} of the tokens are padding: --pack is {gain:.1f}x faster")
     if settings.fine_tune_type == "full" and inputs.base.dtype != "float32":
-        hints.append(f"small updates are lost in {inputs.base.dtype}: --dtype float32 keeps them")
+        hints.append(f"{inputs.base.dtype} rounds small updates away: use --dtype float32")
     return hints
 
 
@@ -317,42 +372,45 @@ def _describe(inputs: Inputs) -> str:
 
 def _counts(train: Examples, valid: Examples | None) -> str:
     tokens = sum(example.tokens for example in train.rows)
-    held_out = f", {len(valid.rows)} valid" if valid is not None else ", no validation rows"
-    return f"{len(train.rows)} train{held_out}; {tokens:,} tokens an epoch"
+    held_out = f", {len(valid.rows)} valid" if valid is not None else ", no validation split"
+    return f"{len(train.rows)} train{held_out}; {tokens:,} tokens per epoch"
 
 
 def _notes(inputs: Inputs) -> list[str]:
-    notes, train, rows = [], inputs.train, inputs.data.split("train")
+    notes, settings, train = [], inputs.settings, inputs.train
+    rows = inputs.data.split("train")
     if rows.blank:
-        notes.append(f"{len(rows.rows)} rows read + 0 refused + {rows.blank} blank lines skipped")
+        notes.append(f"{rows.blank} blank lines skipped")
     if rows.skipped:
         notes.append(f"{rows.skipped} files skipped: binary, empty, too large, or links")
     if train.pieces:
-        notes.append(f"documents longer than a row are cut into {train.pieces} pieces")
+        notes.append(f"long documents are split into {train.pieces} pieces")
     if train.cut:
-        notes.append(f"{train.cut} rows are cut at the longest length")
+        notes.append(f"{train.cut} examples are truncated at {settings.max_seq_length} tokens")
     if train.unlocated:
         notes.append(
-            f"{train.unlocated} answers are not learned: the chat template writes them differently"
+            f"{train.unlocated} responses have no loss: the chat template changes their text"
         )
     if train.dropped:
         lines = ", ".join(map(str, train.dropped[:10]))
-        notes.append(f"{len(train.dropped)} rows left out, nothing to learn: lines {lines}")
-    if inputs.settings.early_stop is not None and inputs.valid is None:
-        notes.append("--early-stop has no effect: there are no validation rows")
+        notes.append(
+            f"{len(train.dropped)} examples without a target token are dropped: lines {lines}"
+        )
+    if settings.early_stop is not None and inputs.valid is None:
+        notes.append("--early-stop has no effect without a validation split")
     return notes
 
 
 def _resumed(checkpoint: Path, done: int, steps: int, stretched: bool) -> list[str]:
     notes = [f"resumed from {checkpoint}: {done} of {steps} steps are done"]
     if done >= steps:
-        notes.append("nothing is left to do: raise --iters or --epochs to go on")
+        notes.append("the run is complete: raise --iters or --epochs to continue")
     if stretched:
-        notes.append("the run has another length than before, and so another learning rate")
+        notes.append("the number of steps has changed, and with it the learning rate schedule")
     return notes
 
 
 def _next(inputs: Inputs, folder: RunFolder, result: RunResult) -> str:
     if inputs.settings.fine_tune_type == "full":
-        return f"jax-lora generate {result.checkpoint} --prompt TEXT"
-    return f"jax-lora eval --adapter-path {folder.path} --compare-base"
+        return f"jax-lora generate {shlex.quote(str(result.checkpoint))} --prompt TEXT"
+    return f"jax-lora eval --adapter-path {shlex.quote(str(folder.path))} --compare-base"

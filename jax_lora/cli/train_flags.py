@@ -1,25 +1,27 @@
-"""The options of `train`: the table behind flags, help texts and configuration files."""
+"""The options of `train`, for flags, help texts, and configuration files."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from jax_lora.cli.options import DEFAULTS
+from jax_lora.cli.base_model import BUNDLED
+from jax_lora.cli.options import DEFAULTS, add_model_options
 from jax_lora.cli.presets import PRESETS
 from jax_lora.finetune import recipe
 from jax_lora.finetune.schedule import SHAPES
-from jax_lora.finetune.settings import DTYPES, TASKS, TRUNCATIONS, TURNS, TYPES
+from jax_lora.finetune.settings import DTYPES, REMATS, TASKS, TRUNCATIONS, TURNS, TYPES
+from jax_lora.models.attention_mask import ATTENTION
 from jax_lora.report.reporters import KINDS
 
-# Flag, type, metavar or choices, and what it says in --help; by what the flags are about.
+# Group -> (name, type, metavar or choices, help text) of each flag.
 GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
     "adapter": (
         ("task", str, TASKS, "task; auto: by architecture and data"),
         ("labels", str, "NAMES", "class names, comma-separated, in order [from the data]"),
         ("fine_tune_type", str, TYPES, "LoRA, DoRA, or all parameters"),
         ("rank", int, "N", "rank of the adapter"),
-        ("alpha", float, "X", "the scale of the adapter is alpha / rank"),
+        ("alpha", float, "X", "alpha; the scale of the adapter is alpha / rank"),
         ("scale", float, "X", "scale, instead of alpha"),
         ("rslora", bool, None, "scale by alpha / sqrt(rank)"),
         ("dropout", float, "P", "dropout rate of the adapter's inputs"),
@@ -31,7 +33,7 @@ GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("batch_size", int, "N", "examples per micro-batch"),
         ("grad_accumulation_steps", int, "N", "micro-batches per update"),
         ("max_seq_length", int, "N", "most tokens of an example"),
-        ("truncate", str, TRUNCATIONS, "what to do with longer examples"),
+        ("truncate", str, TRUNCATIONS, "treatment of longer examples"),
         ("pack", bool, None, "pack several examples into each sequence"),
         ("mask_prompt", bool, None, "exclude prompts from the loss [yes; no for texts]"),
         ("turns", str, TURNS, "assistant messages in the loss"),
@@ -43,13 +45,15 @@ GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("optimizer", str, "NAME", "name of an Optax optimizer"),
         ("learning_rate", float, "X", "peak learning rate"),
         ("lr_schedule", str, SHAPES, "schedule after the warmup"),
-        ("warmup", float, "P", "share of the steps with a rising learning rate"),
+        ("warmup", float, "P", "fraction of the steps with a rising learning rate"),
         ("weight_decay", float, "X", "decoupled weight decay of trainable parameters"),
         ("max_grad_norm", float, "X", "clip the gradient to this norm; 0: no clipping"),
         ("lora_plus_ratio", float, "X", "learning rate ratio of b to a (LoRA+)"),
     ),
     "memory": (
-        ("grad_checkpoint", bool, None, "recompute activations in the backward pass"),
+        ("remat", str, REMATS, "what layers keep for the backward pass"),
+        ("grad_checkpoint", bool, None, "same as --remat full"),
+        ("attention", str, ATTENTION, "attention kernel; flash: never dense scores"),
         ("loss_chunk", int, "N", "tokens per chunk of the loss; 0: all"),
     ),
     "validation, checkpoints and reports": (
@@ -65,18 +69,16 @@ GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
     ),
 }
 FLAGS = tuple(flag for group in GROUPS.values() for flag in group)
-PLACES = ("model", "data", "adapter_path", "progress")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options, without defaults, so that a YAML file can override the defaults."""
+    """Add the options, with defaults suppressed, so that a YAML file can set them."""
     absent = argparse.SUPPRESS
     add = parser.add_argument
-    add("model_folder", metavar="MODEL", nargs="?", help="Hugging Face folder [bundled]")
-    add("--model", default=absent, metavar="PATH", help="same as MODEL")
+    add_model_options(parser, BUNDLED, default=absent)
     add("--data", default=absent, metavar="PATH", help="data folder, or one file [bundled]")
     add("-c", "--config", metavar="FILE", help="YAML file of options; flags override it")
-    add("--adapter-path", default=absent, metavar="DIR", help="the run folder [adapters]")
+    add("--adapter-path", default=absent, metavar="DIR", help="run folder [adapters]")
     text = "resume from a run folder or a checkpoint [--adapter-path]"
     add("--resume", nargs="?", const="auto", metavar="auto|PATH", help=text)
     add("--preset", choices=tuple(PRESETS), help="use the defaults of another tool")
@@ -103,7 +105,7 @@ def _add_flag(group: Any, name: str, kind: Any, values: Any, text: str) -> None:
 
 
 def _default(name: str) -> str:
-    """Return the default, and that of the bundled model."""
+    """Return the default, and that of the bundled model if it differs."""
     plain, own = DEFAULTS[name], recipe.BUNDLED.get(name)
     if plain is None or plain == ():
         return ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,24 @@ import yaml
 
 from jax_lora.cli import train_flags
 from jax_lora.cli.base_model import BUNDLED
-from jax_lora.cli.options import DEFAULTS
+from jax_lora.cli.options import DEFAULTS, PLACES
 from jax_lora.cli.presets import PRESETS
 from jax_lora.errors import ConfigError, format_error
+from jax_lora.storage.atomic_writes import write_file
 
 HELP = "write a commented configuration file for train -c"
+EXAMPLE = """\
+jax-lora init lora.yaml
+jax-lora init --preset mlx mlx.yaml
+"""
 _PLACES = {"model": BUNDLED, "data": BUNDLED, "adapter_path": "adapters", "progress": "auto"}
 _WIDTH = 78
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
     add = parser.add_argument
-    add("file", metavar="FILE", nargs="?", default="lora.yaml", help="the new file [lora.yaml]")
+    add("file", metavar="FILE", nargs="?", default="lora.yaml", help="file to write [lora.yaml]")
     add("--preset", choices=tuple(PRESETS), help="use the defaults of another tool")
 
 
@@ -32,36 +39,34 @@ def run(options: argparse.Namespace) -> int:
     """Write the file, and return the exit code."""
     path = Path(options.file)
     text = make_text(options.preset)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
+    if os.path.lexists(path):
         raise ConfigError(
             format_error(
                 f"init {path}",
-                got="a file of that name, which is left as it is",
+                got="an existing file, which is unchanged",
                 expected="a new name",
-                fix="Name another file: jax-lora init FILE.",
+                fix="Choose another name: jax-lora init FILE.",
             )
-        ) from error
+        )
+    write_file(path, text, ConfigError)
     print(f"{path}: every option of train with its default")
-    print(f"Next: jax-lora train -c {path}")
+    print(f"Next: jax-lora train -c {shlex.quote(str(path))}")
     return 0
 
 
 def make_text(preset: str | None = None) -> str:
-    """Make the file's text, of the options that `train` has.
+    """Create the text of the file from the options of `train`.
 
     Args:
-      preset: A name in `PRESETS`, whose values are switched on; None for none.
+      preset: A name in `PRESETS`, whose values are active in the file; or None.
 
     Returns:
       YAML for `train -c`.
     """
     chosen = PRESETS[preset] if preset else {}
     lines = [
-        "# Options of jax-lora train. Take the # off a line to change what it says; the",
-        "# command line beats this file: jax-lora train -c lora.yaml --rank 8",
+        "# Options of jax-lora train. Remove the # from a line to set an option. Flags of the",
+        "# command line override this file: jax-lora train -c lora.yaml --rank 8",
     ]
     for key, text in train_options().items():
         lines += ["", *textwrap.wrap(text, _WIDTH, initial_indent="# ", subsequent_indent="# ")]
@@ -78,27 +83,27 @@ def _setting(key: str, chosen: dict[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    """Write a value as YAML, in which JSON's values mean the same."""
+    """Format a value as YAML, which includes JSON."""
     if isinstance(value, str) and yaml.safe_load(value) == value:
         return value
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
 def train_options() -> dict[str, str]:
-    """List the options that `train` takes from a file.
+    """List the options that `train` reads from a file.
 
     Returns:
-      Name -> its text in `train --help`.
+      Name -> help text.
     """
     recorder = _Recorder()
-    train_flags.add_options(recorder)  # pyright: ignore[reportArgumentType]  it is asked for no more
-    texts, known = recorder.texts, {*DEFAULTS, *train_flags.PLACES}
-    texts["model"] = texts["model_folder"]  # --model only says that it is the same
-    return {key: text for key, text in texts.items() if key in known}
+    train_flags.add_options(recorder)  # pyright: ignore[reportArgumentType]  only these methods are called
+    texts, allowed = recorder.texts, {*DEFAULTS, *PLACES}
+    texts["model"] = texts["model_folder"]  # the help of --model refers to MODEL
+    return {key: text for key, text in texts.items() if key in allowed}
 
 
 class _Recorder:
-    """Stands for a parser, and writes down what is added to it."""
+    """Records the options that are added to it, instead of a parser."""
 
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}

@@ -13,7 +13,7 @@ from jax_lora.data.collators import Bucket, Collator, collate_causal, collate_pa
 from jax_lora.data.examples import Example
 from jax_lora.data.packing import pack_rows
 
-# Each shape is compiled separately; fewer shapes mean more padding (about 10% for three).
+# Each shape is compiled separately. Fewer shapes mean more padding; with three, about 10%.
 BUCKETS = 3
 MULTIPLE = 8
 
@@ -27,10 +27,10 @@ class Batches:
 
     Args:
       examples: The examples of the data set.
-      rows: Rows in a batch.
-      seed: Determines the order, which differs from epoch to epoch.
+      rows: Rows per batch.
+      seed: Random seed of the order, which differs from epoch to epoch.
       buckets: The shapes, from short to long, each with the indices of its examples.
-      collate: Makes the arrays of a batch.
+      collate: Creates the arrays of a batch.
     """
 
     examples: tuple[Example, ...]
@@ -54,12 +54,12 @@ class Batches:
 
         Args:
           examples: The examples.
-          rows: Rows in a batch.
-          seed: Determines the order.
-          buckets: The largest number of shapes.
+          rows: Rows per batch.
+          seed: Random seed of the order.
+          buckets: Maximum number of shapes.
           pack: Length of packed rows in tokens, at least that of the longest example; None: no
             packing.
-          collate: Makes the arrays of a batch; packed rows are always causal.
+          collate: Creates the arrays of a batch; not used with `pack`.
 
         Returns:
           The batches.
@@ -82,15 +82,15 @@ class Batches:
 
     @property
     def padding(self) -> float:
-        """Return the fraction of an epoch's tokens that is padding, without rows that are empty."""
-        whole = sum(shape.length * len(members) for shape, members in self.buckets)
-        return 1.0 - sum(len(example.ids) for example in self.examples) / whole
+        """Return the fraction of padding in an epoch, without empty rows."""
+        padded = sum(shape.length * len(members) for shape, members in self.buckets)
+        return 1.0 - sum(len(example.ids) for example in self.examples) / padded
 
     def at(self, step: int) -> Any:
-        """Make the batch of a step, counted from 0.
+        """Create the batch of a step.
 
         Args:
-          step: Any step; the next epoch begins where one ends.
+          step: The step, counted from 0 over all epochs.
 
         Returns:
           The batch.
@@ -111,12 +111,13 @@ class Batches:
 
     def describe(self, step: int) -> str:
         """Describe a step's examples, for messages."""
-        return f"rows at lines {', '.join(map(str, self.lines(step)[:10]))}"
+        return f"examples at lines {', '.join(map(str, self.lines(step)[:10]))}"
 
     def describe_shape(self, batch: Any) -> str:
-        """Describe a batch's shape, for the message that a compilation begins."""
+        """Describe a batch's shape, for the message before a compilation."""
         packed = getattr(batch, "segments", None) is not None
-        return f"{'packed rows of' if packed else 'rows of up to'} {batch.ids.shape[1]} tokens"
+        prefix = "packed sequences of" if packed else "sequences of up to"
+        return f"{prefix} {batch.ids.shape[1]} tokens"
 
     def once(self) -> Iterator[Any]:
         """Yield every example once, unshuffled, for validation and tests."""
@@ -134,7 +135,7 @@ class Batches:
         return self._epoch(epoch)[position]
 
     def _epoch(self, epoch: int) -> Plan:
-        """Return the plan of an epoch, cached for a loader that may be an epoch ahead."""
+        """Return the plan of an epoch; cached, because prefetching can be one epoch ahead."""
         plan = self._plans.get(epoch)
         if plan is None:
             plan = self._plans[epoch] = self._plan(epoch)
@@ -147,7 +148,7 @@ class Batches:
         return {}
 
     def _plan(self, epoch: int) -> Plan:
-        """Shuffle the rows of every shape, cut them into batches, and shuffle those."""
+        """Shuffle the rows of every shape, split them into batches, and shuffle the batches."""
         order = np.random.default_rng((self.seed, epoch))
         plan: Plan = []
         for shape, members in self.buckets:

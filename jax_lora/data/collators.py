@@ -1,4 +1,4 @@
-"""Collators: examples to the padded arrays of a batch, one for each task.
+"""Collators, one per task: they turn examples into the padded arrays of a batch.
 
 A collator is called with the examples of each row, the number of rows, the bucket, and a random
 generator that depends on the seed and the step alone. Rows without an example have weight 0.
@@ -21,15 +21,17 @@ class Bucket(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A causal batch, padded on the right, where a causal model never looks back from.
+    """A causal batch, padded on the right, where no real token attends to padding.
 
     Attributes:
       ids: (rows, length) int32. Padding is 0, and no result depends on it.
       at: (rows, targets) int32, the positions whose next token is a target.
       labels: (rows, targets) int32, those next tokens.
       weights: (rows, targets) float32, 1 or, where a row has fewer targets, 0.
-      positions: (rows, length) int32, from 0 in every example of a packed row; else None.
-      segments: (rows, length) int32, the number of the example in a packed row; 0 is padding.
+      positions: (rows, length) int32, which restart at 0 in every example of a packed row; else
+        None.
+      segments: (rows, length) int32, the number of the example in a packed row, and 0 in padding;
+        else None.
     """
 
     ids: np.ndarray
@@ -48,7 +50,7 @@ class ClassificationBatch(NamedTuple):
       mask: (rows, length) int32, 1 at real tokens.
       types: (rows, length) int32, 0 in the first text and 1 in the second.
       labels: (rows,) int32.
-      weights: (rows,) float32, 0 in rows that fill the batch up.
+      weights: (rows,) float32, 0 in rows without an example.
     """
 
     ids: np.ndarray
@@ -64,9 +66,9 @@ class MaskedBatch(NamedTuple):
     Attributes:
       ids: (rows, length) int32, after masking.
       mask: (rows, length) int32, 1 at real tokens.
-      types: (rows, length) int32 zeros.
+      types: (rows, length) int32, 0 in the first text and 1 in the second.
       at: (rows, targets) int32, positions of the masked tokens.
-      labels: (rows, targets) int32, the tokens that were there.
+      labels: (rows, targets) int32, the original tokens.
       weights: (rows, targets) float32.
     """
 
@@ -84,7 +86,8 @@ class Seq2SeqBatch(NamedTuple):
     Attributes:
       ids: (rows, length) int32, the prompts.
       mask: (rows, length) int32, 1 at their real tokens.
-      decoder_ids: (rows, targets) int32: the start token, then the completion but its last token.
+      decoder_ids: (rows, targets) int32: the start token, then the completion without its last
+        token.
       labels: (rows, targets) int32, the completion.
       weights: (rows, targets) float32.
     """
@@ -102,14 +105,14 @@ Collator = Callable[[Sequence[Sequence[Any]], int, Bucket, np.random.Generator],
 def collate_causal(
     examples: Sequence[Sequence[Any]], rows: int, shape: Bucket, rng: np.random.Generator
 ) -> Batch:
-    """Pad one example to a row."""
+    """Make a batch with one example per row."""
     return _causal(examples, rows, shape)[0]
 
 
 def collate_packed(
     examples: Sequence[Sequence[Any]], rows: int, shape: Bucket, rng: np.random.Generator
 ) -> Batch:
-    """Put several examples one behind the other into a row; none attends to another."""
+    """Make a batch with several examples per row; none attends to another."""
     batch, positions, segments = _causal(examples, rows, shape)
     return batch._replace(positions=positions, segments=segments)
 
@@ -128,7 +131,7 @@ def _causal(
             ids[row, here] = example.ids
             positions[row, here] = np.arange(len(example.ids))
             segments[row, here] = number
-            # From the second token on: nothing predicts the first token of a document.
+            # The first token of an example is never a target.
             (places,) = np.nonzero(example.loss_mask[1:])  # (targets,)
             chosen = slice(count, count + len(places))
             at[row, chosen] = start + places
@@ -144,7 +147,7 @@ class ClassificationCollator:
 
     Args:
       pad_id: The padding token.
-      types: How many token types the model has.
+      types: Number of token types of the model.
     """
 
     pad_id: int = 0
@@ -161,11 +164,19 @@ class ClassificationCollator:
         ids, mask = pad_sequences(
             [each.ids for (each,) in examples], rows, shape.length, self.pad_id
         )
-        types = pad_sequences([each.types for (each,) in examples], rows, shape.length, 0)[0]
+        types = _token_types(examples, rows, shape, self.types)
         labels, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
         for row, (example,) in enumerate(examples):
             labels[row], weights[row] = max(example.label, 0), 1.0
-        return ClassificationBatch(ids, mask, np.minimum(types, self.types - 1), labels, weights)
+        return ClassificationBatch(ids, mask, types, labels, weights)
+
+
+def _token_types(
+    examples: Sequence[Sequence[Any]], rows: int, shape: Bucket, count: int
+) -> np.ndarray:
+    """Pad token types, without those that the model does not have."""
+    types = pad_sequences([each.types for (each,) in examples], rows, shape.length, 0)[0]
+    return np.minimum(types, count - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +187,7 @@ class MaskedCollator:
       mask_id: The mask token.
       vocabulary: Size of the vocabulary, for random tokens.
       pad_id: The padding token.
+      types: Number of token types of the model.
 
     Reference:
       Devlin et al., BERT (arXiv:1810.04805), section 3.1.
@@ -184,6 +196,7 @@ class MaskedCollator:
     mask_id: int
     vocabulary: int
     pad_id: int = 0
+    types: int = 2
 
     def __call__(
         self,
@@ -192,7 +205,7 @@ class MaskedCollator:
         shape: Bucket,
         rng: np.random.Generator,
     ) -> MaskedBatch:
-        """Make a batch; other tokens are masked at every step."""
+        """Make a batch; the masked tokens differ from step to step."""
         ids, mask = pad_sequences(
             [each.ids for (each,) in examples], rows, shape.length, self.pad_id
         )
@@ -203,11 +216,12 @@ class MaskedCollator:
             places = np.sort(rng.choice(usable, example.targets, replace=False))
             count = slice(0, len(places))
             at[row, count], labels[row, count], weights[row, count] = places, ids[row, places], 1.0
-            fate = rng.random(len(places))
-            ids[row, places[fate < 0.8]] = self.mask_id
-            replaced = places[fate >= 0.9]
+            draw = rng.random(len(places))
+            ids[row, places[draw < 0.8]] = self.mask_id
+            replaced = places[draw >= 0.9]
             ids[row, replaced] = rng.integers(self.vocabulary, size=len(replaced))
-        return MaskedBatch(ids, mask, np.zeros_like(ids), at, labels, weights)
+        types = _token_types(examples, rows, shape, self.types)
+        return MaskedBatch(ids, mask, types, at, labels, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +262,7 @@ def pad_sequences(
 
     Args:
       sequences: (tokens,) int32 each.
-      rows: Number of rows; those without a sequence have one real token.
+      rows: Number of rows; those without a sequence get one unmasked token.
       length: Length of a row.
       pad_id: The padding token.
 
@@ -259,5 +273,5 @@ def pad_sequences(
     mask = np.zeros((rows, length), np.int32)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
-    mask[len(sequences) :, 0] = 1  # attention over nothing at all would be NaN
+    mask[len(sequences) :, 0] = 1  # attention over padding alone would be NaN
     return ids, mask

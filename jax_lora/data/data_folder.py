@@ -1,14 +1,15 @@
-"""Finds the splits of a data set: a folder with a file per split, or one file that is split."""
+"""Read the splits of a data set: a folder with one file per split, or one file to split."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax_lora.data.row_files import READERS, is_row_file
-from jax_lora.data.rows import RowFile, read_rows
-from jax_lora.data.text_folder import read_text_folder
+from jax_lora.data.rows import Row, RowFile, read_rows
+from jax_lora.data.text_folder import cut_documents, cut_near, read_text_folder
 from jax_lora.errors import DataError, format_error
 
 NAMES = {
@@ -17,17 +18,18 @@ NAMES = {
     "test": ("test",),
 }
 PACKED = ("", ".gz")
-# A single file gives a twentieth of its rows to validation and as many to the test.
+# One in 20 examples of a single file is for validation, and one in 20 for testing.
 HELD_OUT_SHARE = 20
+LONG_DOCUMENT = 4000  # characters; a twentieth of it is about 50 tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """Rows of the splits that there are.
+    """The splits of a data set.
 
     Args:
-      path: The folder or the file.
-      splits: Rows by `"train"`, `"valid"` and `"test"`.
+      path: The folder or file.
+      splits: The examples by `"train"`, `"valid"` and `"test"`.
     """
 
     path: Path
@@ -40,7 +42,7 @@ class DataSet:
           name: `"train"`, `"valid"` or `"test"`.
 
         Returns:
-          Its rows.
+          Its examples.
 
         Raises:
           DataError: The data has no such split.
@@ -53,25 +55,25 @@ class DataSet:
                     str(self.path),
                     got=f"the splits: {have}",
                     expected=f'a "{name}" split: {files}',
-                    fix=f"Put {NAMES[name][0]}.jsonl there.",
+                    fix=f"Add {NAMES[name][0]}.jsonl to the folder.",
                 )
             )
         return self.splits[name]
 
 
 def read_data(path: str | Path) -> DataSet:
-    """Read every split that a folder or a file holds, and check all rows.
+    """Read and check all splits of a folder or file.
 
     Args:
-      path: A folder with `train.jsonl` (or another kind of file) and perhaps `valid` (or `val`,
-        `validation`) and `test`; or one file, of which a fixed twentieth each becomes valid and
+      path: A folder with `train.jsonl` (or another format) and optionally `valid` (or `val`,
+        `validation`) and `test`; or one file, with a fixed 5% of the examples for valid and 5% for
         test; or a folder of plain text or source code, which is split in the same way.
 
     Returns:
       The data set.
 
     Raises:
-      DataError: There is no such folder or file, it holds no split, or rows are wrong.
+      DataError: The path does not exist, has no split, or has invalid examples.
     """
     path = Path(path)
     if path.is_dir():
@@ -80,13 +82,44 @@ def read_data(path: str | Path) -> DataSet:
             return DataSet(path, {name: read_rows(file) for name, file in found.items()})
         texts = read_text_folder(path)
         if texts is None:
-            raise DataError(_missing(path, "a folder without train.jsonl, and without texts"))
-        return DataSet(path, _cut(texts))
+            raise DataError(_missing(path, "a folder without train.jsonl and without texts"))
+        return DataSet(path, _split(texts))
     if path.is_file():
         if not is_row_file(path):
             raise DataError(_missing(path, f"a file that ends in {path.suffix!r}"))
-        return DataSet(path, _cut(read_rows(path)))
+        return DataSet(path, _split(read_rows(path)))
     raise DataError(_missing(path, "no such folder or file"))
+
+
+def read_whole(path: str | Path) -> RowFile:
+    """Read one file, or a folder of texts, without a split.
+
+    Args:
+      path: A file of rows; or a folder of texts, whose documents are cut into pieces.
+
+    Returns:
+      The examples.
+
+    Raises:
+      DataError: It is neither.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return read_rows(path)
+    splits = [file.name for name in NAMES if (file := _file_of(path, name)) is not None]
+    if splits:
+        raise DataError(
+            format_error(
+                str(path),
+                got=f"a folder with {', '.join(splits)}",
+                expected="one file, or a folder of texts",
+                fix=f"Give one of its files, such as {path / splits[0]}.",
+            )
+        )
+    texts = read_text_folder(path)
+    if texts is None:
+        raise DataError(_missing(path, "a folder without texts"))
+    return dataclasses.replace(texts, rows=tuple(cut_documents(texts.rows)))
 
 
 def _missing(path: Path, got: str) -> str:
@@ -95,7 +128,7 @@ def _missing(path: Path, got: str) -> str:
         str(path),
         got=got,
         expected="a folder with train.jsonl (and valid.jsonl, test.jsonl), a folder of texts, or "
-        f"one file; in place of .jsonl: {kinds}, gzipped or not",
+        f"one file; instead of .jsonl also {kinds}, optionally gzipped",
         fix="Check the path of the data.",
     )
 
@@ -112,14 +145,16 @@ def _file_of(folder: Path, name: str) -> Path | None:
                 str(folder),
                 got=f"{' and '.join(file.name for file in files)}",
                 expected=f'one file for the "{name}" split',
-                fix="Move the others away.",
+                fix="Move the other files out of the folder.",
             )
         )
     return files[0] if files else None
 
 
-def _cut(whole: RowFile) -> dict[str, RowFile]:
-    """Split one file, always alike: `eval` must find the rows that `train` held out."""
+def _split(whole: RowFile) -> dict[str, RowFile]:
+    """Split a file, always in the same way, because `eval` needs the split of `train`."""
+    if len(whole.rows) < HELD_OUT_SHARE and _are_long_documents(whole.rows):
+        return _split_inside(whole)
     order = list(range(len(whole.rows)))
     random.Random("jax_lora split").shuffle(order)
     held_out = len(order) // HELD_OUT_SHARE
@@ -132,4 +167,27 @@ def _cut(whole: RowFile) -> dict[str, RowFile]:
         name: dataclasses.replace(whole, rows=tuple(whole.rows[index] for index in sorted(chosen)))
         for name, chosen in parts.items()
         if chosen
+    }
+
+
+def _are_long_documents(rows: Sequence[Row]) -> bool:
+    return any(row.kind == "document" and len(row.fields["text"]) >= LONG_DOCUMENT for row in rows)
+
+
+def _split_inside(whole: RowFile) -> dict[str, RowFile]:
+    """Hold out the last parts of long documents, which are too few to hold out whole ones."""
+    parts: dict[str, list[Row]] = {name: [] for name in NAMES}
+    for row in whole.rows:
+        text = row.fields["text"]
+        if len(text) < LONG_DOCUMENT:
+            parts["train"].append(row)
+            continue
+        share = len(text) // HELD_OUT_SHARE
+        valid, test = (cut_near(text, len(text) - count * share) for count in (2, 1))
+        cuts = {"train": text[:valid], "valid": text[valid:test], "test": text[test:]}
+        for name, part in cuts.items():
+            if part.strip():
+                parts[name].append(dataclasses.replace(row, fields={**row.fields, "text": part}))
+    return {
+        name: dataclasses.replace(whole, rows=tuple(rows)) for name, rows in parts.items() if rows
     }

@@ -44,7 +44,7 @@ class TextExample:
 
     @property
     def raw(self) -> int:
-        """Count the tokens without special ones."""
+        """Count the tokens without special tokens."""
         return int((~self.special).sum())
 
 
@@ -56,7 +56,7 @@ class Seq2SeqExample:
       ids: (tokens,) int32, the prompt.
       completion: (targets,) int32, the completion with its end token.
       line: Line of the example in its file.
-      raw: Tokens of both texts without special ones.
+      raw: Number of tokens of both texts, without special tokens.
     """
 
     ids: np.ndarray
@@ -83,27 +83,30 @@ def classification_examples(
     max_length: int,
     truncate: str = "right",
 ) -> Examples:
-    """Encode texts with their classes.
+    """Tokenize texts, or pairs of texts, with their classes.
 
     Args:
-      file: Rows `{"text", "label"}` or `{"text_a", "text_b", "label"}`; a row without a label gets
-        `NO_LABEL`.
+      file: Examples `{"text", "label"}` or `{"text_a", "text_b", "label"}`; without a label, the
+        class is `NO_LABEL`.
       tokenizer: The model's tokenizer.
       labels: Names of the classes, in the order of their indices.
-      max_length: The most tokens of an example.
-      truncate: `"right"` cuts longer ones, `"drop"` omits them, `"error"` refuses the file.
+      max_length: Maximum sequence length in tokens.
+      truncate: `"right"` truncates longer examples, `"drop"` drops them, `"error"` raises an error.
 
     Returns:
       The examples.
 
     Raises:
-      DataError: A row has no text or an unknown label, or `truncate="error"` and a long text.
+      DataError: An example has no text or an unknown label, or `truncate="error"` and a long text.
     """
     numbers = {name: number for number, name in enumerate(labels)}
 
     def encode(row: Row) -> tuple[Any, bool]:
-        text, pair = _texts(file, row)
-        encoded = tokenizer.encode(text, pair, max_length=max_length)
+        text, pair = texts_of(file, row)
+        try:
+            encoded = tokenizer.encode(text, pair, max_length=max_length)
+        except DataError as error:
+            raise DataError(f"{file.path}:{row.line}: {error}") from error
         label = row.fields.get("label")
         if label is not None and label not in numbers:
             raise DataError(
@@ -123,23 +126,23 @@ def classification_examples(
 def masked_lm_examples(
     file: RowFile, tokenizer: EncoderTokenizer, *, max_length: int, truncate: str = "right"
 ) -> Examples:
-    """Encode texts, of which 15% of the tokens will be masked.
+    """Tokenize texts for masked language modeling, with 15% of the tokens masked.
 
     Args:
-      file: Rows `{"text"}` or `{"text_a", "text_b"}`.
+      file: Examples `{"text"}` or `{"text_a", "text_b"}`.
       tokenizer: The model's tokenizer.
-      max_length: The most tokens of an example.
+      max_length: Maximum sequence length in tokens.
       truncate: As in `classification_examples`.
 
     Returns:
       The examples.
 
     Raises:
-      DataError: A row has no text, or `truncate="error"` and a long text.
+      DataError: An example has no text, or `truncate="error"` and a long text.
     """
 
     def encode(row: Row) -> tuple[Any, bool]:
-        encoded = tokenizer.encode(*_texts(file, row), max_length=max_length)
+        encoded = tokenizer.encode(*texts_of(file, row), max_length=max_length)
         usable = int((~encoded.special).sum())
         if not usable:
             return None, encoded.cut
@@ -157,20 +160,20 @@ def seq2seq_examples(
     eos_id: int,
     truncate: str = "right",
 ) -> Examples:
-    """Encode prompts and completions.
+    """Tokenize prompts and completions.
 
     Args:
-      file: Rows `{"prompt", "completion"}`.
+      file: Examples `{"prompt", "completion"}`.
       tokenizer: The model's tokenizer.
-      max_length: The most tokens of a prompt, and of a completion.
-      eos_id: The end token, which ends both.
+      max_length: Maximum number of tokens of a prompt, and of a completion.
+      eos_id: The end token of both.
       truncate: As in `classification_examples`.
 
     Returns:
       The examples.
 
     Raises:
-      DataError: A row is no prompt with a completion, or `truncate="error"` and a long text.
+      DataError: An example has no prompt and completion, or `truncate="error"` and a long text.
     """
 
     def ended(encoded: EncodedText) -> np.ndarray:
@@ -180,7 +183,7 @@ def seq2seq_examples(
 
     def encode(row: Row) -> tuple[Any, bool]:
         if row.kind != "completions":
-            raise _wrong_kind(file, row, 'a row with "prompt" and "completion"')
+            raise _wrong_kind(file, row, 'an example with "prompt" and "completion"')
         both = [
             tokenizer.encode(row.fields[name], max_length=max_length)
             for name in ("prompt", "completion")
@@ -193,7 +196,7 @@ def seq2seq_examples(
 
 
 def find_labels(file: RowFile) -> tuple[str, ...]:
-    """Collect the labels of a file: numbers by size, other names by the alphabet.
+    """Collect the labels of a file, in numeric or else alphabetic order.
 
     Args:
       file: The training split.
@@ -202,17 +205,17 @@ def find_labels(file: RowFile) -> tuple[str, ...]:
       The labels.
 
     Raises:
-      DataError: A row has no label, or all rows have the same one.
+      DataError: An example has no label, or all examples have the same label.
     """
     for row in file.rows:
         if row.fields.get("label") is None:
-            raise _wrong_kind(file, row, 'a "label" in every row')
+            raise _wrong_kind(file, row, 'a "label" in every example')
     found = {row.fields["label"] for row in file.rows}
     if len(found) < 2:
         raise DataError(
             format_error(
                 str(file.path),
-                got=f"{len(file.rows)} rows with the label {min(found)!r}",
+                got=f"{len(file.rows)} examples with the label {min(found)!r}",
                 expected="at least two classes",
                 fix="Add examples of other classes.",
             )
@@ -221,12 +224,24 @@ def find_labels(file: RowFile) -> tuple[str, ...]:
     return tuple(sorted(found, key=int if numeric else str))
 
 
-def _texts(file: RowFile, row: Row) -> tuple[str, str | None]:
+def texts_of(file: RowFile, row: Row) -> tuple[str, str | None]:
+    """Return the text of an example, or its pair of texts.
+
+    Args:
+      file: The file, for messages.
+      row: The example.
+
+    Returns:
+      The text, and the second text or None.
+
+    Raises:
+      DataError: The example has neither.
+    """
     if "text_a" in row.fields:
         return row.fields["text_a"], row.fields.get("text_b")
     if "text" in row.fields:
         return row.fields["text"], None
-    raise _wrong_kind(file, row, 'a row with "text", or "text_a" and "text_b"')
+    raise _wrong_kind(file, row, 'an example with "text", or "text_a" and "text_b"')
 
 
 def _wrong_kind(file: RowFile, row: Row, expected: str) -> DataError:
@@ -234,7 +249,7 @@ def _wrong_kind(file: RowFile, row: Row, expected: str) -> DataError:
     return DataError(
         format_error(
             f"{file.path}:{row.line}",
-            got=f"a row with the fields {fields}",
+            got=f"an example with the fields {fields}",
             expected=expected,
             fix="Rename the fields, or choose another task.",
         )
@@ -266,8 +281,8 @@ def _collect(
         raise DataError(
             format_error(
                 str(file.path),
-                got=f"{len(dropped)} rows, of which none can be used within {max_length} tokens",
-                expected="at least one",
+                got=f"{len(dropped)} examples, all dropped at a maximum of {max_length} tokens",
+                expected="at least one usable example",
                 fix="Raise max_seq_length.",
             )
         )

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jax_lora.data.tokenizer import read_backend, read_special_tokens
+from jax_lora.data.tokenizer_backend import (
+    check_embedded,
+    embedded_tokens,
+    library_errors,
+    read_backend,
+    read_special_tokens,
+)
 from jax_lora.errors import ModelError, format_error
 
 if TYPE_CHECKING:
@@ -35,12 +41,21 @@ class EncoderTokenizer:
 
     Args:
       backend: What `tokenizers.Tokenizer.from_file` returns.
+      folder: The tokenizer's folder, for messages.
       mask: The mask token's text, or None.
+      embedded: How many tokens have an embedding in the model; None: all.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, mask: str | None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        folder: Path,
+        *,
+        mask: str | None,
+        embedded: int | None = None,
+    ):
         """Look up the mask token."""
-        self._backend = backend
+        self._backend, self._folder, self._embedded = backend, folder, embedded
         self.mask_text = mask
         self.mask_id = None if mask is None else backend.token_to_id(mask)
 
@@ -58,7 +73,8 @@ class EncoderTokenizer:
           ModelError: A file is missing or damaged.
         """
         folder = Path(folder)
-        return cls(read_backend(folder), mask=read_special_tokens(folder).get("mask_token"))
+        mask = read_special_tokens(folder).get("mask_token")
+        return cls(read_backend(folder), folder, mask=mask, embedded=embedded_tokens(folder))
 
     @property
     def size(self) -> int:
@@ -75,24 +91,30 @@ class EncoderTokenizer:
 
         Returns:
           The ids, and what each of them is.
+
+        Raises:
+          DataError: A token has no embedding in the model.
         """
         backend = self._backend
-        backend.no_truncation()
-        encoding = backend.encode(text, pair)
-        cut = len(encoding.ids) > max_length
-        if cut:
-            backend.enable_truncation(max_length, strategy="longest_first")
+        with library_errors(self._folder):
+            backend.no_truncation()
             encoding = backend.encode(text, pair)
-        return EncodedText(
-            np.asarray(encoding.ids, np.int32),
-            np.asarray(encoding.type_ids, np.int32),
-            np.asarray(encoding.special_tokens_mask, bool),
-            cut,
-        )
+            cut = len(encoding.ids) > max_length
+            if cut:
+                backend.enable_truncation(max_length, strategy="longest_first")
+                encoding = backend.encode(text, pair)
+            check_embedded(encoding.ids, self._embedded, backend)
+            return EncodedText(
+                np.asarray(encoding.ids, np.int32),
+                np.asarray(encoding.type_ids, np.int32),
+                np.asarray(encoding.special_tokens_mask, bool),
+                cut,
+            )
 
     def decode(self, ids: list[int]) -> str:
         """Turn ids into text, without special tokens."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        with library_errors(self._folder):
+            return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def require_mask(self, folder: Path | str) -> int:
         """Return the mask token's id.

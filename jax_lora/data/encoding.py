@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jax_lora.data.answer_spans import answer_spans
+from jax_lora.data.answer_spans import answer_spans, located_with
+from jax_lora.data.chat_template import Rendering
 from jax_lora.data.rows import Row
 from jax_lora.data.tokenizer import Tokenizer
+from jax_lora.data.turns import target_turns
 from jax_lora.errors import DataError, format_error
 
 
@@ -50,6 +53,15 @@ def encode_row(
     return encoded
 
 
+def renderings(row: Row) -> list[Rendering]:
+    """Return the conversations that `encode_row` renders for an example."""
+    if row.kind != "chat":
+        return []
+    messages, tools = row.fields["messages"], row.fields.get("tools")
+    parts = located_with(messages, tools, row.fields.get("learn_from", 0))
+    return [Rendering(messages, tools=tools), *parts]
+
+
 def encode_prompt(fields: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
     """Tokenize the prompt of an example, with the same ids as in training.
 
@@ -62,7 +74,7 @@ def encode_prompt(fields: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
     """
     if "messages" in fields:
         messages, tools = fields["messages"], fields.get("tools")
-        last = max(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
+        last = target_turns(messages)[-1]
         text = tokenizer.render(messages[:last], answer_next=True, tools=tools)
         return tokenizer.encode(text)
     return tokenizer.encode(fields["prompt"])
@@ -113,14 +125,37 @@ def _own(ids: list[int], tokenizer: Tokenizer) -> int:
 def _chat(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
     messages, tools = row["messages"], row.get("tools")
     text = tokenizer.render(messages, tools=tools)
+    _check_tools_are_in(text, tools)
     ids, ends = tokenizer.encode_with_ends(text)
     spans, unlocated = answer_spans(messages, text, tokenizer, tools, row.get("learn_from", 0))
     spans = spans[-1:] if turns == "last" else spans
-    loss_mask = [any(start < end <= stop for start, stop in spans) for end in ends]
+    loss_mask = _between(ends, spans)
     raw = sum(_own(tokenizer.encode(turn["content"]), tokenizer) for turn in messages)
     if messages[-1]["role"] == "assistant" and not _closed(ids, loss_mask, tokenizer):
         ids, loss_mask = [*ids, tokenizer.eos_id], [*loss_mask, True]
     return Encoded(ids, loss_mask, raw, unlocated)
+
+
+def _between(ends: list[int], spans: list[tuple[int, int]]) -> list[bool]:
+    """Mark the tokens that end within one of the spans, which are in order."""
+    starts = [start for start, _ in spans]
+    found = [bisect.bisect_left(starts, end) - 1 for end in ends]
+    return [at >= 0 and end <= spans[at][1] for at, end in zip(found, ends, strict=True)]
+
+
+def _check_tools_are_in(text: str, tools: Any) -> None:
+    for tool in tools or []:
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str) and name not in text:
+            raise DataError(
+                format_error(
+                    '"tools"',
+                    got=f"a chat template that does not show the tool {name!r}",
+                    expected="a template that writes the descriptions of tools",
+                    fix='Describe the tools in a system message, or remove "tools".',
+                )
+            )
 
 
 def _closed(ids: list[int], loss_mask: list[bool], tokenizer: Tokenizer) -> bool:
@@ -128,7 +163,7 @@ def _closed(ids: list[int], loss_mask: list[bool], tokenizer: Tokenizer) -> bool
 
     A newline may follow that token.
     """
-    tail = [index for index, known in zip(ids, loss_mask, strict=True) if known][-3:]
+    tail = [index for index, target in zip(ids, loss_mask, strict=True) if target][-3:]
     return any(index == tokenizer.eos_id or tokenizer.is_special(index) for index in tail)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jax_lora.data.encoding import Encoded, encode_row
-from jax_lora.data.rows import RowFile
+from jax_lora.data.encoding import Encoded, encode_row, renderings
+from jax_lora.data.rows import Row, RowFile
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import DataError, format_error
+
+RENDERED_AHEAD = 64  # rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ def make_examples(
     examples: list[Example] = []
     dropped: list[int] = []
     cut = unlocated = pieces = 0
-    for row in file.rows:
+    for row in _rendered_ahead(file.rows, tokenizer):
         try:
             encoded = encode_row(row, tokenizer, mask_prompt=mask_prompt, turns=turns)
         except DataError as error:
@@ -123,6 +125,16 @@ def make_examples(
             )
         )
     return Examples(tuple(examples), cut, tuple(dropped), unlocated, pieces)
+
+
+def _rendered_ahead(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[Row]:
+    """Yield the rows, with the chats among the next ones rendered in one go."""
+    for start in range(0, len(rows), RENDERED_AHEAD):
+        some = rows[start : start + RENDERED_AHEAD]
+        chats = [each for row in some for each in renderings(row)]
+        if chats:
+            tokenizer.render_ahead(chats)
+        yield from some
 
 
 def _example(encoded: Encoded, line: int) -> Example:

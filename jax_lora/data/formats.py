@@ -1,31 +1,48 @@
-"""The formats that a row of data can have, found row by row, by its keys; and one form for each.
+"""The formats of examples, detected by the keys of each example.
 
 {"messages": [...], "tools": [...]}                    chat
-{"prompt": "...", "completion": "..."}                 completions; lists of turns are a chat
+{"prompt": "...", "completion": "..."}                 completions; lists of turns: chat
 {"text": "..."}                                        text
 {"text": "...", "label": "..."}                        labeled, for classification
-{"text_a": "...", "text_b": "...", "label": "..."}     labeled pairs; without "label" to predict
-{"instruction": ..., "input": ..., "output": ...}      Alpaca, becomes a completion
-{"conversations": [{"from": ..., "value": ...}]}       ShareGPT, becomes a chat
+{"text_a": "...", "text_b": "...", "label": "..."}     labeled pairs; "label" is optional
+{"instruction": ..., "input": ..., "output": ...}      Alpaca; converted to completions
+{"instruction": ..., "context": ..., "response": ...}  Dolly; converted like Alpaca
+{"question": ..., "context": ..., "answer": ...}       questions; converted like Alpaca
+{"conversations": [{"from": ..., "value": ...}]}       ShareGPT; converted to chat
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+import json
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
-from jax_lora.data.problem import Problem, check_text, kind_of
-from jax_lora.data.turns import check_tools, check_turns
+from jax_lora.data.beside import (
+    SYSTEM,
+    TOOLS,
+    check_beside,
+    history_of,
+    system_of,
+    tools_of,
+    with_system,
+)
+from jax_lora.data.problem import Problem, check_characters, check_text, kind_of
+from jax_lora.data.turns import check_turns, target_turns
 
 Checked = tuple[str, dict[str, Any]] | Problem
 
-# What ShareGPT calls the roles.
+SHOWN_NAMES, LONGEST_NAME = 10, 80  # of fields, in messages
+
+# Roles of ShareGPT -> roles of chat templates.
 SPEAKERS = {
     "system": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "function_call": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
@@ -37,14 +54,14 @@ SPEAKERS = {
 
 
 def check_fields(value: Any) -> Checked:
-    """Find the format of a row, check all that training will need from it, and bring it to a form.
+    """Detect the format of an example, check its fields, and convert it.
 
     Args:
       value: Any JSON value.
 
     Returns:
-      The form's name (`"completions"`, `"text"`, `"labeled"` or `"chat"`) and its fields, with all
-      others of the row; or the problem.
+      The format (`"completions"`, `"text"`, `"labeled"` or `"chat"`) and the fields, including
+      unused ones; or the problem.
 
     Example:
       >>> check_fields({"text": "Once upon a time"})[0]
@@ -60,11 +77,18 @@ def check_fields(value: Any) -> Checked:
     for keys, check in _FORMATS:
         if keys <= {*value}:
             return check(value)
-    fields = ", ".join(f'"{name}"' for name in list(value)[:10]) or "none"
-    return Problem(f"no known format; the fields are {fields}", _fix(list(value)))
+    names = tuple(str(name)[:LONGEST_NAME] for name in islice(value, SHOWN_NAMES))
+    fields = ", ".join(f'"{name}"' for name in names) or "none"
+    return Problem(f"no known format; the fields are {fields}", _fix(names))
 
 
-def _fix(names: list[str]) -> str:
+def unused_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a checked example that no format uses."""
+    return {name: value for name, value in fields.items() if name not in _USED}
+
+
+@functools.lru_cache
+def _fix(names: tuple[str, ...]) -> str:
     """Suggest the field name closest to a misspelled one, or list the supported fields."""
     known = [key for keys, _ in _FORMATS for key in keys]
     for name in names:
@@ -76,22 +100,28 @@ def _fix(names: list[str]) -> str:
 
 def _chat(row: dict[str, Any]) -> Checked:
     turns = check_turns(row["messages"], '"messages"')
-    if isinstance(turns, Problem):
-        return turns
-    tools = check_tools(row.get("tools"))
+    return turns if isinstance(turns, Problem) else _conversation(row, turns)
+
+
+def _conversation(row: dict[str, Any], turns: list[dict[str, Any]], learn_from: int = 0) -> Checked:
+    refused = check_beside(row, (*SYSTEM, *TOOLS))
+    tools = tools_of(row)
+    both = with_system(row, turns)
+    if refused is not None:
+        return refused
     if isinstance(tools, Problem):
         return tools
-    return _conversation(row, turns, tools)
-
-
-def _conversation(
-    row: dict[str, Any], turns: list[dict[str, Any]], tools: Any = None, learn_from: int = 0
-) -> Checked:
-    if not any(turn["role"] == "assistant" for turn in turns[learn_from:]):
+    if isinstance(both, Problem):
+        return both
+    learn_from += (len(both) - len(turns)) * bool(learn_from)
+    if not any(turn["role"] == "assistant" for turn in both[learn_from:]):
         return Problem(
             'no turn has the role "assistant": no target tokens', "Add an assistant turn."
         )
-    return "chat", row | {"messages": turns, "tools": tools, "learn_from": learn_from}
+    if not target_turns(both, learn_from):
+        return Problem("every response has a weight of 0: no target tokens", "Delete the example.")
+    fields = {name: row[name] for name in row if name not in (*SYSTEM, *TOOLS, "conversations")}
+    return "chat", fields | {"messages": both, "tools": tools, "learn_from": learn_from}
 
 
 def _completion(row: dict[str, Any]) -> Checked:
@@ -102,7 +132,7 @@ def _completion(row: dict[str, Any]) -> Checked:
         problem = check_text(row, name, may_be_empty=name == "prompt")
         if problem:
             return problem
-    return "completions", row
+    return check_beside(row, ()) or ("completions", row)
 
 
 def _completion_of_turns(row: dict[str, Any]) -> Checked:
@@ -112,19 +142,16 @@ def _completion_of_turns(row: dict[str, Any]) -> Checked:
         if isinstance(turns, Problem):
             return turns
         both.append(turns)
-    tools = check_tools(row.get("tools"))
-    if isinstance(tools, Problem):
-        return tools
     prompt, completion = both
-    return _conversation(row, prompt + completion, tools, learn_from=len(prompt))
+    return _conversation(row, prompt + completion, learn_from=len(prompt))
 
 
 def _text(row: dict[str, Any]) -> Checked:
-    return check_text(row, "text") or ("text", row)
+    return check_text(row, "text") or check_beside(row, ()) or ("text", row)
 
 
 def _labeled(row: dict[str, Any]) -> Checked:
-    """A text, or two, with the class as a string; a row to predict has none."""
+    """Check a text, or a pair of texts, with an optional class, which becomes a string."""
     names = ("text_a", "text_b") if "text_a" in row else ("text",)
     for name in names:
         problem = check_text(row, name, may_be_empty=name == "text_b")
@@ -133,57 +160,118 @@ def _labeled(row: dict[str, Any]) -> Checked:
     label = row.get("label")
     if label is None:
         return "labeled", row
-    # JSON has names, numbers, and true or false; a CSV file has strings alone.
+    # A class is a string in CSV, and a string, an integer or a boolean in JSON.
     if not isinstance(label, str | int) or label == "":
         return Problem(f'"label" is {kind_of(label)}, not a class', "Write a name or an integer.")
     name = str(label).lower() if isinstance(label, bool) else str(label)
     return "labeled", row | {"label": name}
 
 
-def _alpaca(row: dict[str, Any]) -> Checked:
-    for name in ("instruction", "output"):
-        problem = check_text(row, name)
-        if problem:
-            return problem
-    given = row.get("input")
-    if given is not None and not isinstance(given, str):
-        return Problem(f'"input" is {kind_of(given)}, not a string', 'Make "input" a string.')
-    task = f"### Instruction:\n{row['instruction'].strip()}\n\n"
-    task += f"### Input:\n{given.strip()}\n\n" if given and given.strip() else ""
-    return "completions", row | {
-        "prompt": task + "### Response:\n",
-        "completion": row["output"],
-    }
+def _question(*names: str) -> Callable[[dict[str, Any]], Checked]:
+    """Check a question, an optional context and an answer, in the layout of Alpaca."""
+    question, context, answer = names
+
+    def check(row: dict[str, Any]) -> Checked:
+        for name in (question, answer):
+            problem = check_text(row, name)
+            if problem:
+                return problem
+        given = row.get(context)
+        if given is not None and not isinstance(given, str):
+            return Problem(
+                f'"{context}" is {kind_of(given)}, not a string', f'Make "{context}" a string.'
+            )
+        refused = check_beside(row, (*SYSTEM, "history"))
+        system, history = system_of(row), history_of(row)
+        refused = refused or check_characters(given or "", f'"{context}"')
+        if refused is not None:
+            return refused
+        if isinstance(system, Problem):
+            return system
+        if isinstance(history, Problem):
+            return history
+        question_given = (row[question].strip(), (given or "").strip())
+        rest = {name: row[name] for name in row if name not in (*SYSTEM, "history")}
+        return "completions", rest | {
+            "prompt": _layout(system, history, *question_given),
+            "completion": row[answer],
+            "turns": _as_turns(system, history, question_given, row[answer]),
+        }
+
+    return check
+
+
+def _layout(system: str, history: list[tuple[str, str]], question: str, given: str) -> str:
+    parts = [system.strip()] if system.strip() else []
+    for asked, answered in history:
+        parts += [f"### Instruction:\n{asked.strip()}", f"### Response:\n{answered.strip()}"]
+    parts += [f"### Instruction:\n{question}"]
+    parts += [f"### Input:\n{given}"] if given else []
+    return "\n\n".join([*parts, "### Response:\n"])
+
+
+def _as_turns(
+    system: str, history: list[tuple[str, str]], question: tuple[str, str], answer: str
+) -> list[dict[str, Any]]:
+    """Return the conversation without the layout's headings."""
+    said = [("system", system)] if system else []
+    for asked, answered in history:
+        said += [("user", asked), ("assistant", answered)]
+    said += [("user", "\n\n".join(text for text in question if text)), ("assistant", answer)]
+    return [{"role": role, "content": text} for role, text in said]
 
 
 def _sharegpt(row: dict[str, Any]) -> Checked:
-    said = row["conversations"]
-    if not isinstance(said, list) or not said:
+    entries = row["conversations"]
+    if not isinstance(entries, list) or not entries:
         return Problem(
-            f'"conversations" is {kind_of(said)}, not a list of turns',
+            f'"conversations" is {kind_of(entries)}, not a list of turns',
             'Write [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}].',
         )
     turns = []
-    for index, each in enumerate(said):
+    for index, each in enumerate(entries):
         where = f'"conversations"[{index}]'
         if not isinstance(each, dict) or not {"from", "value"} <= {*each}:
-            return Problem(f'{where} has no "from" and "value"', "Give it both.")
-        role = SPEAKERS.get(each["from"]) if isinstance(each["from"], str) else None
-        if role is None:
+            return Problem(f'{where} has no "from" and "value"', "Add both fields.")
+        turn = _speaker(each)
+        if turn is None:
             known = ", ".join(SPEAKERS)
             return Problem(f"{where}: unknown speaker {each['from']!r:.40}", f"Use one of {known}.")
-        turns.append({"role": role, "content": each["value"]})
+        turns.append(turn)
     checked = check_turns(turns, '"conversations"')
     return checked if isinstance(checked, Problem) else _conversation(row, checked)
 
 
-# By the keys that a row must have; the first that fits.
+def _speaker(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """Convert one entry of ShareGPT to a turn, with its other fields."""
+    role = SPEAKERS.get(entry["from"]) if isinstance(entry["from"], str) else None
+    if role is None:
+        return None
+    rest = {name: entry[name] for name in entry if name not in ("from", "value")}
+    if entry["from"] != "function_call":
+        return rest | {"role": role, "content": entry["value"]}
+    try:
+        call = json.loads(entry["value"]) if isinstance(entry["value"], str) else entry["value"]
+    except (ValueError, RecursionError):
+        call = entry["value"]
+    calls = call if isinstance(call, list) else [call]
+    wrapped = [{"type": "function", "function": each} for each in calls]
+    return rest | {"role": role, "content": None, "tool_calls": wrapped}
+
+
+# Required keys -> check; the first match is used.
 _FORMATS: tuple[tuple[set[str], Callable[[dict[str, Any]], Checked]], ...] = (
     ({"messages"}, _chat),
     ({"conversations"}, _sharegpt),
     ({"prompt", "completion"}, _completion),
-    ({"instruction", "output"}, _alpaca),
+    ({"instruction", "output"}, _question("instruction", "input", "output")),
+    ({"instruction", "response"}, _question("instruction", "context", "response")),
+    ({"question", "answer"}, _question("question", "context", "answer")),
     ({"text_a", "text_b"}, _labeled),
     ({"text", "label"}, _labeled),
     ({"text"}, _text),
+)
+_USED = frozenset(
+    "messages tools learn_from turns prompt completion text label text_a text_b instruction input "
+    "output context response question answer file".split()
 )

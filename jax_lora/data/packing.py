@@ -1,4 +1,4 @@
-"""Packing: several documents in one row, so that nearly nothing of it is padding."""
+"""Packing: several examples in one sequence, with little padding."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 
 def pack_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Put documents into as few rows as is easily done: the longest first, where least is left.
+    """Pack examples with best-fit decreasing: the longest first, into the fullest row with room.
 
     Args:
-      lengths: Tokens of each document, none longer than a row.
-      room: Tokens of a row.
+      lengths: Tokens of each example, at most `room`.
+      room: Tokens of a packed row.
 
     Returns:
-      The documents of each row, by index.
+      The indices of the examples in each row.
 
     Example:
       >>> pack_rows([5, 3, 8, 2], 8)
@@ -36,14 +36,14 @@ def pack_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def speedup(lengths: Sequence[int], padded: int, room: int) -> float:
-    """Estimate how many times fewer tokens a step would go through.
+    """Estimate the reduction of the number of tokens by packing.
 
     Args:
-      lengths: Tokens of each document.
-      padded: Tokens of all of them with padding, unpacked.
+      lengths: Tokens of each example.
+      padded: Number of tokens without packing, with padding.
       room: Tokens of a packed row.
 
     Returns:
-      The ratio: 1 gains nothing.
+      The ratio of the tokens without and with packing.
     """
     return padded / max(len(pack_rows(lengths, room)) * room, 1)

@@ -1,4 +1,4 @@
-"""What can be wrong with a row's fields, in words."""
+"""Problems of an example's fields, and their messages."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
-    """Why a row cannot be used, and what to do about it."""
+    """Why an example is invalid, and how to fix it."""
 
     reason: str
     fix: str
 
 
 def check_text(row: dict[str, Any], name: str, *, may_be_empty: bool = False) -> Problem | None:
-    """Check a field that has to be a string.
+    """Check a field that must be a string.
 
     Args:
-      row: The row.
+      row: The fields of the example.
       name: The field's name.
-      may_be_empty: Whether an empty string will do.
+      may_be_empty: Whether an empty string is valid.
 
     Returns:
       The problem, or None.
@@ -27,7 +27,7 @@ def check_text(row: dict[str, Any], name: str, *, may_be_empty: bool = False) ->
     if not isinstance(text, str):
         return Problem(f'"{name}" is {kind_of(text)}, not a string', f'Make "{name}" a string.')
     if not text and not may_be_empty:
-        return Problem(f'"{name}" is empty: no target tokens', "Add text, or delete the row.")
+        return Problem(f'"{name}" is empty: no target tokens', "Add text, or delete the example.")
     return check_characters(text, f'"{name}"')
 
 
@@ -38,13 +38,13 @@ def check_characters(text: str, where: str) -> Problem | None:
     except UnicodeEncodeError as error:
         return Problem(
             f"{where} has half of a surrogate pair at character {error.start + 1}",
-            "Write the character whole.",
+            "Replace it with a complete character.",
         )
     return None
 
 
 def kind_of(value: Any) -> str:
-    """Name the kind of a JSON value, for messages."""
+    """Describe the type of a JSON value, for messages."""
     if value is None:
         return "null"
     if value == []:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
+import reprlib
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax_lora.data.parquet_rows import BYTES_OF_EXAMPLE, parquet_rows
 from jax_lora.data.problem import Problem, kind_of
+from jax_lora.data.table_text import read_table_text, table_separator
 from jax_lora.errors import DataError, format_error
+from jax_lora.storage.json_files import TooDeepError, check_depth
+from jax_lora.storage.limits import expanded_limit, limit, raise_hint
 
 BOM = b"\xef\xbb\xbf"
-MOST_BYTES = 8 * 2**30  # of a file as it is read
-# Text shrinks to a tenth or so; what unpacks to so much more is made to fill the memory.
-MOST_RATIO, FREE_BYTES = 200, 2**26
 WIDEST_CELL = 2**24
+BYTES_OF_VALUE = 64  # in memory, of a short one
 LISTS = ("data", "rows", "train")  # under which a JSON object may have its list
 
 
@@ -56,10 +60,11 @@ def read_content(path: Path) -> bytes:
     Raises:
       DataError: It cannot be read, is damaged, or is larger than anything that can be meant.
     """
-    most = MOST_BYTES
+    name, most = "data_bytes", limit("data_bytes")
     try:
         if path.suffix == ".gz":
-            most = min(most, max(FREE_BYTES, MOST_RATIO * path.stat().st_size))
+            expanded = expanded_limit(path.stat().st_size)
+            name, most = ("expansion", expanded) if expanded < most else (name, most)
             with gzip.open(path) as file:
                 content = file.read(most + 1)
         else:
@@ -69,12 +74,18 @@ def read_content(path: Path) -> bytes:
         damaged = path.suffix == ".gz" and not isinstance(error, FileNotFoundError)
         got = f"a damaged gzip file: {error}" if damaged else getattr(error, "strerror", None)
         raise _unreadable(path, got or str(error), "Check the path of the data.") from error
-    if len(content) > most:
-        got = f"more than {most:,} bytes of text"
-        raise _unreadable(path, got, "Unpack it, or cut it into several smaller files.")
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if len(content) > most or (path.suffix == ".gz" and _parsed_size(content) > most):
+        raise _unreadable(path, f"more than {most:,} bytes of text and values", raise_hint(name))
+    is_table = ending(path) in (".csv", ".tsv")
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and not is_table:
         raise _unreadable(path, "text in UTF-16", "Save the file as UTF-8.")
     return content.removeprefix(BOM)
+
+
+def _parsed_size(content: bytes) -> int:
+    """Estimate the memory of the examples in a text: short ones take far more than their text."""
+    lines, values = content.count(b"\n"), content.count(b",")
+    return len(content) + BYTES_OF_EXAMPLE * lines + BYTES_OF_VALUE * values
 
 
 def read_raw(path: Path, content: bytes) -> RawFile:
@@ -139,24 +150,22 @@ def _json(path: Path, content: bytes) -> RawFile:
     return RawFile(rows, len(rows), 0)
 
 
-def _table(delimiter: str) -> Callable[[Path, bytes], RawFile]:
-    def read(path: Path, content: bytes) -> RawFile:
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = content[: error.start].count(b"\n") + 1
-            got = f"byte 0x{content[error.start]:02x} on line {line} is not UTF-8"
-            raise _unreadable(path, got, "Save the file as UTF-8.") from error
-        csv.field_size_limit(WIDEST_CELL)
-        lines = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-        try:
-            rows = list(_table_rows(lines))
-        except csv.Error as error:
-            fix = "Quote cells that hold quotes or breaks."
-            raise _unreadable(path, f"line {lines.line_num}: {error}", fix) from error
-        return RawFile(rows, len(rows), 0)
-
-    return read
+def _table(path: Path, content: bytes) -> RawFile:
+    try:
+        text = read_table_text(content)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        got = f"byte 0x{content[error.start]:02x} on line {line} is not UTF-8"
+        raise _unreadable(path, got, "Save the file as UTF-8.") from error
+    csv.field_size_limit(WIDEST_CELL)
+    separator, text = table_separator(text, "\t" if ending(path) == ".tsv" else ",")
+    lines = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+    try:
+        rows = list(_table_rows(lines))
+    except csv.Error as error:
+        fix = "Quote cells that hold quotes or breaks."
+        raise _unreadable(path, f"line {lines.line_num}: {error}", fix) from error
+    return RawFile(rows, len(rows), 0)
 
 
 def _table_rows(lines: Any) -> Iterator[RawRow]:
@@ -180,30 +189,29 @@ def _table_rows(lines: Any) -> Iterator[RawRow]:
 
 def _parquet(path: Path, content: bytes) -> RawFile:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        values = parquet_rows(path, content)
     except ImportError as error:
         fix = "pip install 'jax-lora[parquet]'"
         raise _unreadable(path, "the package pyarrow is not installed", fix) from error
-    try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
-        groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
-        if sum(group.total_byte_size for group in groups) > MOST_BYTES:
-            raise _unreadable(path, "more than can be held", "Cut it into several smaller files.")
-        values = file.read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        fix = "Copy the file again."
-        raise _unreadable(path, f"no Parquet file: {str(error)[:200]}", fix) from error
-    plain = [{name: each for name, each in row.items() if each is not None} for row in values]
-    rows = [RawRow(number, str(row)[:1000], row) for number, row in enumerate(plain, start=1)]
+    shown = reprlib.Repr()  # without the whole text of a long row
+    shown.maxdict, shown.maxlist, shown.maxstring = 20, 10, 300
+    plain = [_without_nulls(row) for row in values]
+    rows = [RawRow(number, shown.repr(row), row) for number, row in enumerate(plain, start=1)]
     return RawFile(rows, len(rows), 0)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove the nulls that Arrow adds, as all objects of a column have the same fields."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Path, bytes], RawFile]] = {
     ".jsonl": _jsonl,
     ".json": _json,
-    ".csv": _table(","),
-    ".tsv": _table("\t"),
+    ".csv": _table,
+    ".tsv": _table,
     ".parquet": _parquet,
 }
 
@@ -211,7 +219,9 @@ READERS: dict[str, Callable[[Path, bytes], RawFile]] = {
 def _parse(raw: bytes, *, last: bool) -> Any:
     """Parse JSON, or say what is wrong with it."""
     try:
-        return json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        check_depth(text)
+        return json.loads(text)
     except UnicodeDecodeError as error:
         return Problem(
             f"byte {error.start + 1} of the line (0x{raw[error.start]:02x}) is not UTF-8",
@@ -228,8 +238,8 @@ def _parse(raw: bytes, *, last: bool) -> Any:
             f"not JSON: {error.msg} at character {error.colno}",
             "Put one whole JSON object on every line.",
         )
-    except RecursionError:
-        return Problem("nested too deeply", "Flatten the row.")
+    except (TooDeepError, RecursionError):
+        return Problem("nested too deeply", f"Flatten the row. {raise_hint('json_depth')}")
     except ValueError as error:  # an integer of thousands of digits
         return Problem(f"not JSON that can be read: {error}", "Shorten or quote the number.")
 

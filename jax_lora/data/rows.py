@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jax_lora.data.columns import rename
 from jax_lora.data.formats import check_fields
 from jax_lora.data.problem import Problem
 from jax_lora.data.row_files import RawFile, read_content, read_raw
@@ -81,15 +82,19 @@ def read_rows(path: str | Path) -> RowFile:
     content = read_content(path)
     raw = read_raw(path, content)
     rows: list[Row] = []
-    refused: list[str] = []
+    refused: list[str] = []  # the first of them
+    count = 0
     for number, shown, value in raw.rows:
+        value = rename(value)
         checked = value if isinstance(value, Problem) else check_fields(value)
         if isinstance(checked, Problem):
-            refused.append(_shown(path, number, shown, checked))
+            count += 1
+            if count <= SHOWN_PROBLEMS:
+                refused.append(_shown(path, number, shown, checked))
         else:
             rows.append(Row(number, *checked))
     if refused:
-        raise DataError(_refusal(path, refused, len(rows), raw))
+        raise DataError(_refusal(path, refused, count, len(rows), raw))
     if not rows:
         raise DataError(
             format_error(
@@ -110,13 +115,11 @@ def _shown(path: Path, number: int, text: str, problem: Problem) -> str:
     return f"{path}:{number}: {problem.reason}\n  row: {text}\n  fix: {problem.fix}"
 
 
-def _refusal(path: Path, refused: list[str], read: int, raw: RawFile) -> str:
-    shown = refused[:SHOWN_PROBLEMS]
-    if len(refused) > len(shown):
-        shown.append(f"... and {len(refused) - len(shown)} more rows like these")
+def _refusal(path: Path, shown: list[str], count: int, read: int, raw: RawFile) -> str:
+    more = [f"... and {count - len(shown)} more rows like these"] if count > len(shown) else []
     skipped = f" + {raw.blank} blank" if raw.blank else ""
-    counts = f"{path}: {read} rows read + {len(refused)} refused{skipped} = {raw.lines} lines"
-    return "\n".join([*shown, counts])
+    counts = f"{path}: {read} rows read + {count} refused{skipped} = {raw.lines} lines"
+    return "\n".join([*shown, *more, counts])
 
 
 def boolean_field(rows: tuple[Row, ...]) -> str | None:

@@ -1,23 +1,26 @@
-"""A folder of plain text or source code: a document a file."""
+"""Read a folder of plain text or source code, with one document per file."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jax_lora.data.rows import Row, RowFile
 
-LARGEST_TEXT = 2**24  # bytes; larger files are data and no text that a person wrote
+LONGEST_PIECE = 4000  # characters; about 1,000 tokens
+LARGEST_TEXT = 2**24  # bytes; larger files are probably data
 
 
 def read_text_folder(folder: Path) -> RowFile | None:
-    """Read every text below a folder.
+    """Read all text files in a folder and its subfolders.
 
     Args:
       folder: The folder. Hidden files and folders, links, binaries and empty files are skipped.
 
     Returns:
-      A document a file, by path; None if there is not one text.
+      One document per file, in the order of the paths; None if there is no text.
     """
     rows, skipped, digest = [], 0, hashlib.sha256()
     for path in sorted(folder.rglob("*")):
@@ -29,21 +32,39 @@ def read_text_folder(folder: Path) -> RowFile | None:
             skipped += 1
             continue
         name = "/".join(parts)
-        digest.update(f"{name}\0{len(text)}\0{text}".encode())
+        digest.update(f"{name}\0{len(text)}\0{text}".encode("utf-8", "surrogateescape"))
         rows.append(Row(len(rows) + 1, "document", {"text": text, "file": name}))
     if not rows:
         return None
     return RowFile(folder, tuple(rows), len(rows), 0, digest.hexdigest(), skipped)
 
 
+def cut_documents(rows: Iterable[Row], longest: int = LONGEST_PIECE) -> Iterator[Row]:
+    """Cut documents into pieces of at most `longest` characters, at the end of a line or word."""
+    for row in rows:
+        text, start = row.fields["text"], 0
+        while start < len(text):
+            end = cut_near(text, start + longest, start)
+            yield dataclasses.replace(row, fields={**row.fields, "text": text[start:end]})
+            start = end
+
+
+def cut_near(text: str, at: int, start: int = 0) -> int:
+    """Return the last end of a line, else of a word, in the second half of `text[start:at]`."""
+    if at >= len(text):
+        return len(text)
+    ends = (text.rfind(end, (start + at) // 2, at) + 1 for end in ("\n", " "))
+    return next((end for end in ends if end), at)
+
+
 def _text_of(path: Path) -> str | None:
-    if path.stat().st_size > LARGEST_TEXT:
-        return None
-    content = path.read_bytes()
-    if b"\0" in content:
-        return None
     try:
+        if path.stat().st_size > LARGEST_TEXT:
+            return None
+        content = path.read_bytes()
         text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    except (OSError, UnicodeDecodeError):
+        return None
+    if b"\0" in content:
         return None
     return text if text.strip() else None

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_lora.data.chat_template import ChatTemplate
+from jax_lora.data.chat_template import ChatTemplate, Rendering
+from jax_lora.data.tokenizer_backend import (
+    check_embedded,
+    embedded_tokens,
+    eos_of_model,
+    library_errors,
+    read_backend,
+    read_special_tokens,
+)
 from jax_lora.errors import DataError, ModelError, format_error
 
 if TYPE_CHECKING:
     import tokenizers
-
-LARGEST_SETTINGS = 10_000_000  # bytes; real files are far smaller
 
 
 class Tokenizer:
@@ -35,11 +40,12 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path, *, eos: str, bos: str | None):
         """Look up the special tokens."""
         self._backend, self._folder = backend, folder
-        self._template: ChatTemplate | None = None
+        self._embedded = embedded_tokens(folder)
         self.eos_text = eos
         self.eos_id = self._id(eos)
         # A tokenizer can define BOS without adding it (GPT-2), so the backend's output decides.
-        starts = backend.encode("a").ids[:1]
+        with library_errors(folder):
+            starts = backend.encode("a").ids[:1]
         uses_bos = bos is not None and starts == [self._id(bos)]
         self.bos_id = starts[0] if uses_bos else None
 
@@ -58,7 +64,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         backend, special = read_backend(folder), read_special_tokens(folder)
-        eos = special.get("eos_token") or _eos_of_model(folder, backend)
+        eos = special.get("eos_token") or eos_of_model(folder, backend)
         if eos is None or backend.token_to_id(eos) is None:
             raise ModelError(
                 format_error(
@@ -97,9 +103,14 @@ class Tokenizer:
 
         Returns:
           The ids, and the end offset of each.
+
+        Raises:
+          DataError: A token has no embedding in the model, or the text begins with two BOS tokens.
         """
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        with library_errors(self._folder):
+            encoding = self._backend.encode(text, add_special_tokens=False)
         ids, ends = list(encoding.ids), [end for _, end in encoding.offsets]
+        check_embedded(ids, self._embedded, self._backend)
         if self.bos_id is None:
             return ids, ends
         if ids[:2] == [self.bos_id, self.bos_id]:
@@ -117,15 +128,18 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Decode ids, without special tokens."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        with library_errors(self._folder):
+            return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def decode_all(self, ids: list[int]) -> str:
         """Decode ids, special tokens included."""
-        return self._backend.decode(list(ids), skip_special_tokens=False)
+        with library_errors(self._folder):
+            return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def ids_containing(self, text: str) -> list[int]:
         """Return the ids of the tokens whose text contains `text`, such as a newline."""
-        return [index for index in range(self.size) if text in self._backend.decode([index])]
+        with library_errors(self._folder):
+            return [index for index in range(self.size) if text in self._backend.decode([index])]
 
     def render(
         self, messages: list[dict[str, Any]], *, answer_next: bool = False, tools: Any = None
@@ -144,9 +158,22 @@ class Tokenizer:
           ModelError: The tokenizer has no chat template.
           DataError: The template rejects the conversation.
         """
-        if self._template is None:
-            self._template = ChatTemplate(self._folder)
-        return self._template.render(messages, answer_next=answer_next, tools=tools)
+        return self._chat_template.render(messages, answer_next=answer_next, tools=tools)
+
+    def render_ahead(self, renderings: list[Rendering]) -> None:
+        """Render conversations that `render` is about to be called with, in one go.
+
+        Args:
+          renderings: The arguments of the calls.
+
+        Raises:
+          ModelError: The tokenizer has no chat template.
+        """
+        self._chat_template.render_ahead(renderings)
+
+    @functools.cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self._folder)
 
     def is_special(self, index: int) -> bool:
         """Return whether a token is special, such as an end-of-turn token."""
@@ -160,73 +187,3 @@ class Tokenizer:
     def _id(self, token: str) -> int:
         index = self._backend.token_to_id(token)
         return -1 if index is None else index
-
-
-def read_backend(folder: Path) -> tokenizers.Tokenizer:
-    """Read a folder's `tokenizer.json`, with truncation and padding switched off.
-
-    Raises:
-      ModelError: The file is missing or damaged.
-    """
-    import tokenizers
-
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ModelError(_cannot_read(file, "no such file"))
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ModelError(_cannot_read(file, str(error)[:200])) from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def read_special_tokens(folder: Path) -> dict[str, str]:
-    """Read the texts of the special tokens that a folder names, by role such as `"eos_token"`."""
-    settings = _read_json(folder / "special_tokens_map.json")
-    settings |= _read_json(folder / "tokenizer_config.json")
-    texts = {name: _text_of(value) for name, value in settings.items() if name.endswith("_token")}
-    return {name: text for name, text in texts.items() if text is not None}
-
-
-def _cannot_read(file: Path, got: str) -> str:
-    return format_error(
-        str(file),
-        got=got,
-        expected="a tokenizer in the format of the tokenizers library",
-        fix="Copy tokenizer.json from the model's own folder.",
-    )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        if file.stat().st_size > LARGEST_SETTINGS:
-            raise ValueError(f"{file.stat().st_size} bytes are too many for settings")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            format_error(
-                str(file),
-                got=str(error)[:200],
-                expected="a JSON object",
-                fix="Copy the file from the model's own folder.",
-            )
-        ) from error
-    return value if isinstance(value, dict) else {}
-
-
-def _text_of(token: Any) -> str | None:
-    """Return a special token's text: settings write it as a string or as an object."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _eos_of_model(folder: Path, backend: tokenizers.Tokenizer) -> str | None:
-    """Fall back on the id in config.json, the first if there are several."""
-    index = _read_json(folder / "config.json").get("eos_token_id")
-    index = index[0] if isinstance(index, list) and index else index
-    return backend.id_to_token(index) if isinstance(index, int) and index >= 0 else None

@@ -7,6 +7,9 @@ from typing import Any
 
 from jax_lora.data.problem import Problem, check_characters, kind_of
 
+# OpenAI's and Axolotl's marks of the turns that are learned.
+_UNUSED_MARKS = ("train_detail", "training_detail", "token_weights")
+_MARKS = ("weight", "train", "training", *_UNUSED_MARKS)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -34,11 +37,21 @@ def check_turns(turns: Any, where: str) -> list[dict[str, Any]] | Problem:
     return checked
 
 
-def check_tools(tools: Any) -> list[dict[str, Any]] | Problem | None:
+def target_turns(messages: list[dict[str, Any]], learn_from: int = 0) -> list[int]:
+    """Return the indices of the responses that are included in the loss."""
+    return [
+        index
+        for index, turn in enumerate(messages)
+        if turn["role"] == "assistant" and index >= learn_from and turn.get("weight") != 0
+    ]
+
+
+def check_tools(tools: Any, name: str = "tools") -> list[dict[str, Any]] | Problem | None:
     """Check the descriptions of the tools that a model may call.
 
     Args:
       tools: The value of the field.
+      name: The field's name.
 
     Returns:
       The descriptions; None if there are none; or the problem.
@@ -48,7 +61,7 @@ def check_tools(tools: Any) -> list[dict[str, Any]] | Problem | None:
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         return tools
     return Problem(
-        f'"tools" is {kind_of(tools)}, not a list of objects',
+        f'"{name}" is {kind_of(tools)}, not a list of objects',
         'Write [{"type": "function", "function": {"name": "...", "parameters": {...}}}].',
     )
 
@@ -56,6 +69,7 @@ def check_tools(tools: Any) -> list[dict[str, Any]] | Problem | None:
 def _check_turn(turn: Any, where: str) -> dict[str, Any] | Problem:
     if not isinstance(turn, dict):
         return Problem(f"{where} is {kind_of(turn)}, not an object", "Give it a role and content.")
+    turn = _as_tool_call(turn)
     calls = turn.get("tool_calls") or None
     for name in ("role", "content"):
         if name not in turn and not (name == "content" and calls):
@@ -69,11 +83,48 @@ def _check_turn(turn: Any, where: str) -> dict[str, Any] | Problem:
     content = _content(turn.get("content"), where, may_be_null=bool(calls))
     if isinstance(content, Problem):
         return content
-    checked = {**turn, "content": content}
+    marked = _weight(turn, where)
+    if isinstance(marked, Problem):
+        return marked
+    checked = {**marked, "content": content}
     if calls is None:
         return checked
     calls = _check_calls(calls, where)
     return calls if isinstance(calls, Problem) else checked | {"tool_calls": calls}
+
+
+def _as_tool_call(turn: dict[str, Any]) -> dict[str, Any]:
+    """Write the older `function_call` and the role `function` as tool calls and their results."""
+    if turn.get("role") == "function":
+        turn = {**turn, "role": "tool"}
+    call = turn.get("function_call")
+    if "function_call" not in turn or (call and turn.get("tool_calls")):
+        return turn
+    rest = {name: value for name, value in turn.items() if name != "function_call"}
+    return {**rest, "tool_calls": [{"type": "function", "function": call}]} if call else rest
+
+
+def _weight(turn: dict[str, Any], where: str) -> dict[str, Any] | Problem:
+    """Write the marks that exclude a turn from the loss as a weight of 0; others are removed."""
+    marks = {name: turn[name] for name in _MARKS if turn.get(name) is not None}
+    rest = {name: value for name, value in turn.items() if name not in _MARKS}
+    for name, value in marks.items():
+        if name in _UNUSED_MARKS:
+            return Problem(f'{where}: "{name}" is not used', f'Remove "{name}".')
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            return Problem(
+                f'{where}: "{name}" is {value!r:.40}', "Write 1 to learn the turn, 0 to mask it."
+            )
+        if value and turn["role"] != "assistant":
+            return Problem(
+                f'{where}: "{name}" is {value!r} in a turn of the {turn["role"]}',
+                f'Only assistant turns are learned; remove "{name}".',
+            )
+    learned = {bool(value) for value in marks.values()}
+    if len(learned) > 1:
+        names = " and ".join(f'"{name}"' for name in marks)
+        return Problem(f"{where}: {names} disagree", "Remove one of them.")
+    return {**rest, "weight": 0} if False in learned and turn["role"] == "assistant" else rest
 
 
 def _content(content: Any, where: str, *, may_be_null: bool) -> str | Problem:

@@ -1,7 +1,7 @@
-"""Where the batches of a training run come from: a sequence, a function of the step, or a stream.
+"""Batches of a training run from a sequence, a function of the step, or a stream.
 
-A resumed run must see the batches that it would have seen without the interruption. A sequence and
-a function return the batch of any step at once. A stream is read from its start up to that step.
+A resumed run gets the same batches as an uninterrupted run. A sequence and a function have random
+access to the batch of a step. A stream is read from its start up to that step.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from jax_lora.errors import DataError, StructureError, format_error
 
-AHEAD = 2  # batches that are made before they are asked for
+AHEAD = 2  # batches to prefetch
 
 
 class Tokens(NamedTuple):
-    """Tokens of a step: of the texts themselves, with template and end tokens, with padding."""
+    """Token counts of a step: of the texts, with template and end tokens, and with padding."""
 
     raw: int
     real: int
@@ -45,17 +45,17 @@ class BatchSource(Protocol):
 
 
 def as_source(batches: Any) -> BatchSource:
-    """Wrap what a user passes as batches.
+    """Convert batches to a `BatchSource`.
 
     Args:
-      batches: A sequence (an epoch, repeated), a function of the step, an iterable (read again from
-        its start when it ends), or a `BatchSource`.
+      batches: A sequence (one epoch, repeated), a function of the step, an iterable (restarted at
+        its end), or a `BatchSource`.
 
     Returns:
       The source.
 
     Raises:
-      StructureError: Anything else, or an empty sequence.
+      StructureError: The batches are of another type, or an empty sequence.
     """
     if hasattr(batches, "at") and hasattr(batches, "per_epoch"):
         return batches
@@ -78,16 +78,16 @@ def as_source(batches: Any) -> BatchSource:
 
 
 def all_batches(batches: Any) -> Iterable[Any]:
-    """Return the batches of a validation set, each once and in order.
+    """Return the batches of a validation set, in order.
 
     Args:
       batches: A sequence or another iterable of batches, or `jax_lora.data.batches.Batches`.
 
     Returns:
-      An iterable to go through once.
+      An iterable for one pass.
 
     Raises:
-      StructureError: An iterator, which would be empty at the second validation.
+      StructureError: The batches are an iterator, which would be empty at the second validation.
     """
     if hasattr(batches, "once"):
         return batches.once()
@@ -97,27 +97,27 @@ def all_batches(batches: Any) -> Iterable[Any]:
         format_error(
             "validation batches",
             got=f"a {type(batches).__name__}",
-            expected="a sequence, or an iterable that starts anew every time",
+            expected="a sequence, or an iterable that can be read again",
             fix="Pass list(batches).",
         )
     )
 
 
 def unit_of(source: BatchSource) -> str:
-    """Return what the counts of `tokens_of` are: "Tokens", or "Targets"."""
+    """Return the unit of `tokens_of`: "Tokens", or "Targets"."""
     return "Tokens" if hasattr(source, "raw_tokens") else "Targets"
 
 
 def tokens_of(source: BatchSource, step: int, batch: Any, weight: float) -> Tokens:
-    """Count the tokens of a step; for batches without tokens, their weight stands for them."""
+    """Count the tokens of a step; for batches without tokens, return their weight."""
     if hasattr(source, "raw_tokens"):
-        known: Any = source
-        return Tokens(known.raw_tokens(step), known.tokens(step), int(batch.ids.size))
+        counted: Any = source
+        return Tokens(counted.raw_tokens(step), counted.tokens(step), int(batch.ids.size))
     return Tokens(int(weight), int(weight), int(weight))
 
 
 def load_ahead(source: BatchSource, start: int, stop: int) -> Iterator[Any]:
-    """Go through the batches of some steps, each made while the step before it runs.
+    """Iterate over the batches of a range of steps, and prefetch them in the background.
 
     Args:
       source: The batches.
@@ -129,16 +129,16 @@ def load_ahead(source: BatchSource, start: int, stop: int) -> Iterator[Any]:
     """
     try:
         import grain
-    except ImportError:  # an optional package: without it, batches are made when asked for
+    except ImportError:  # an optional package; without it, nothing is prefetched
         return (source.at(step) for step in range(start, stop))
-    # One thread: streams are read in order, and an epoch's order is drawn once.
+    # One thread, because streams are read in order.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
     steps: Any = _Steps(source, start, stop)
     return iter(grain.MapDataset.source(steps).to_iter_dataset(options))
 
 
 class _Steps:
-    """The batches of some steps as what grain reads from."""
+    """The batches of a range of steps, as a random-access source for grain."""
 
     def __init__(self, source: BatchSource, start: int, stop: int):
         self._source, self._start, self._stop = source, start, stop
@@ -151,7 +151,7 @@ class _Steps:
 
 
 class _Plain:
-    """A source of batches about which nothing more is known."""
+    """A source without information about its batches."""
 
     per_epoch: int | None = None
 
@@ -181,7 +181,7 @@ class _Function(_Plain):
 
 
 class _Stream(_Plain):
-    """An iterable, read in order; at its end it is started anew."""
+    """An iterable, which is read in order and restarted at its end."""
 
     def __init__(self, batches: Iterable[Any]):
         self._batches, self._iterator, self._next = batches, iter(batches), 0
@@ -189,7 +189,7 @@ class _Stream(_Plain):
     def at(self, step: int) -> Any:
         if step < self._next:
             self._iterator, self._next = iter(self._batches), 0
-        while self._next < step:  # a resumed run skips what it has seen
+        while self._next < step:  # a resumed run skips earlier batches
             self._advance()
         return self._advance()
 
@@ -204,7 +204,7 @@ class _Stream(_Plain):
             format_error(
                 "batches",
                 got=f"an iterable that ended after {self._next - 1} batches",
-                expected="as many batches as the run has steps, or an iterable that starts anew",
+                expected="a batch for each step, or an iterable that can be read again",
                 fix="Pass fewer steps, a list, or a function from a step to a batch.",
             )
         )

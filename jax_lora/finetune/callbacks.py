@@ -44,6 +44,14 @@ class Callback:
     def on_step(self, trainer: Trainer, loss: float) -> None:
         """A step has ended, with the mean loss of its batch before the update."""
 
+    def needs_state(self, trainer: Trainer, step: int) -> bool:
+        """Whether `on_step` uses the trained parameters, or may stop the run, after a step.
+
+        If no callback does, the trainer starts the next step before it reads the numbers of this
+        one, so that an accelerator never waits. Override it together with `on_step`.
+        """
+        return type(self).on_step is not Callback.on_step
+
     def on_validation(self, trainer: Trainer, validation: Validation) -> None:
         """The validation loss has been measured."""
 
@@ -87,6 +95,10 @@ class Report(Callback):
     def on_compiled(self, trainer: Trainer, number: int, seconds: float, gigabytes: float) -> None:
         """Tell the reporter."""
         self._reporter.compiled(number, seconds, gigabytes)
+
+    def needs_state(self, trainer: Trainer, step: int) -> bool:
+        """A report reads the numbers of a step only."""
+        return False
 
     def on_step(self, trainer: Trainer, loss: float) -> None:
         """Report every few steps, and at the last one."""
@@ -145,6 +157,10 @@ class Validate(Callback):
         all_batches(batches)  # refuses an iterator before the run begins
         self._batches, self._every, self._limit, self._samples = batches, every, limit, samples
 
+    def needs_state(self, trainer: Trainer, step: int) -> bool:
+        """Whether a validation is due."""
+        return trainer.is_due(self._every, step)
+
     def on_step(self, trainer: Trainer, loss: float) -> None:
         """Validate if it is time to."""
         if not trainer.is_due(self._every):
@@ -168,17 +184,21 @@ class Checkpoint(Callback):
 
     def __init__(self, every: int = 200, *, keep: int = 3, save_best: bool = True):
         """Keep the settings."""
-        self._every, self._keep, self._save_best = every, keep, save_best
+        self._every, self.keep, self._save_best = every, keep, save_best
+
+    def needs_state(self, trainer: Trainer, step: int) -> bool:
+        """Whether a checkpoint is due."""
+        return trainer.is_due(self._every, step)
 
     def on_step(self, trainer: Trainer, loss: float) -> None:
         """Save if it is time to."""
         if trainer.is_due(self._every):
-            trainer.save(keep=self._keep)
+            trainer.save(keep=self.keep)
 
     def on_validation(self, trainer: Trainer, validation: Validation) -> None:
         """Save the best so far."""
         if validation.best and self._save_best:
-            trainer.save(keep=self._keep)
+            trainer.save(keep=self.keep)
 
 
 class EarlyStop(Callback):

@@ -1,4 +1,4 @@
-"""A conversation: its turns as the model was trained to see them, or plain text."""
+"""A conversation in the format of the chat template, or as plain text without one."""
 
 from __future__ import annotations
 
@@ -7,52 +7,52 @@ from jax_lora.errors import ModelError
 
 
 class Conversation:
-    """What was said so far.
+    """The turns of a conversation.
 
     Args:
       tokenizer: The model's tokenizer.
-      system: What the model is told before the first turn; only with a chat template.
+      system: The system message; only with a chat template.
     """
 
     def __init__(self, tokenizer: Tokenizer, system: str | None = None):
-        """Begin, and see whether there is a chat template."""
+        """Start without turns, and check for a chat template."""
         self._tokenizer = tokenizer
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[dict[str, str]] = []
         self.has_template = self._try_template()
 
     def reset(self) -> None:
-        """Forget all turns."""
+        """Remove all turns."""
         self._turns.clear()
 
     def ask(self, text: str) -> None:
-        """Add a turn of the user."""
+        """Add a user turn."""
         self._turns.append({"role": "user", "content": text})
 
-    def answer(self, text: str) -> None:
-        """Add a turn of the model."""
+    def respond(self, text: str) -> None:
+        """Add an assistant turn."""
         self._turns.append({"role": "assistant", "content": text})
 
-    def take_back(self) -> None:
-        """Forget the last turn."""
+    def undo(self) -> None:
+        """Remove the last turn."""
         self._turns.pop()
 
     def prompt(self, room: int) -> tuple[list[int], int]:
-        """Write out what the model is to go on from.
+        """Return the prompt for the next response, and remove the oldest turns if it is too long.
 
         Args:
-          room: Most tokens; the oldest turns are forgotten until the rest fits.
+          room: Maximum number of tokens.
 
         Returns:
-          The ids, and how many turns were forgotten for it. The ids may be too many all the same:
-          the last turn is never forgotten.
+          The ids, and the number of removed turns. The last turn is never removed, so there can be
+          more than `room` ids.
         """
-        forgotten = 0
+        removed = 0
         while len(ids := self._ids()) > room and len(self._turns) > 1:
-            pair = 2 if len(self._turns) > 2 else 1  # a question goes with its answer
+            pair = 2 if len(self._turns) > 2 else 1  # a user turn and its response
             del self._turns[:pair]
-            forgotten += pair
-        return ids, forgotten
+            removed += pair
+        return ids, removed
 
     def _ids(self) -> list[int]:
         if self.has_template:

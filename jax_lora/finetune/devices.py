@@ -1,4 +1,4 @@
-"""Data parallelism: shard the rows of a batch over devices that each hold the whole model.
+"""Data parallelism: shard the rows of a batch over devices; each has a copy of the model.
 
 By default, JAX treats a CPU as one device. One device per core, each with part of the batch, trains
 a small model about 1.6 times as fast on two cores.
@@ -7,6 +7,7 @@ a small model about 1.6 times as fast on two cores.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MOST_CPU_DEVICES = 8
-# Every device of a CPU holds a copy of the base in the same memory.
+# Each CPU device has a copy of the base model, in the same memory.
 MOST_CPU_COPIES = 2_000_000_000  # bytes
 
 
@@ -28,20 +29,21 @@ def use_all_cores() -> None:
     try:
         jax.config.update("jax_num_cpu_devices", min(cores, MOST_CPU_DEVICES))
     except RuntimeError:
-        return  # JAX has looked for devices already
+        return  # JAX has already initialized its devices
 
 
-def data_mesh(rows: int, base: Any) -> Mesh:
+def data_mesh(rows: int, base: Any, devices: Sequence[Any] | None = None) -> Mesh:
     """Choose the devices that share the rows of a batch.
 
     Args:
-      rows: Rows in a part of a batch.
-      base: The base's parameters.
+      rows: Rows of a micro-batch.
+      base: Parameters of the base model.
+      devices: The devices; None: all of this process.
 
     Returns:
-      A mesh with the one axis `"data"`, whose size divides the rows.
+      A mesh with the axis `"data"`, whose size divides the rows.
     """
-    devices = jax.local_devices()
+    devices = jax.local_devices() if devices is None else devices
     most = min(len(devices), rows)
     if devices[0].platform == "cpu":
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
@@ -51,10 +53,10 @@ def data_mesh(rows: int, base: Any) -> Mesh:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Put a whole copy of every array on every device."""
+    """Replicate every array on all devices."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def split_rows(batch: Any, mesh: Mesh) -> Any:
-    """Give every device its rows of every array."""
+    """Shard the rows of every array over the devices."""
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))

@@ -1,4 +1,4 @@
-"""Evaluates a model on a split: loss, and the metrics of its task."""
+"""Evaluate a model on a split: loss, and the metrics of the task."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ ALL = "all"
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Metrics of a model on some examples; None where the task or the data have no such metric.
+    """Metrics of a model on some examples; None where a metric does not apply.
 
     Args:
       rows: Number of examples.
       tokens: Number of targets: tokens, or classes.
       loss: Mean cross-entropy of the targets.
-      exact: Share of completions that are the reference's text.
-      execution: Share whose query returns what the reference returns.
-      accuracy: Share of correct classes, or of correct masked tokens.
+      exact: Fraction of completions with the same text as the reference.
+      execution: Fraction of queries with the same result as the reference.
+      accuracy: Fraction of correct classes, or of correct masked tokens.
       f1: Macro-averaged F1 of the classes.
     """
 
@@ -66,11 +66,11 @@ class Evaluation:
 
     Args:
       file: The examples.
-      tokenizer: The model's tokenizer, in the form of the task.
+      tokenizer: From `jax_lora.finetune.tasks.tokenizer_for`.
       task: One of `jax_lora.finetune.tasks.TASKS`.
-      max_length: The longest sequence in tokens.
-      max_tokens: The most tokens of a completion.
-      rows: Examples evaluated together.
+      max_length: Maximum sequence length in tokens.
+      max_tokens: Maximum number of tokens of a completion.
+      rows: Examples per batch.
     """
 
     file: RowFile
@@ -83,7 +83,7 @@ class Evaluation:
     def score(
         self, model: Any, variables: Any, *, answered: Callable[[int], None] | None = None
     ) -> dict[str, Score]:
-        """Evaluate a model on all examples and, if a field divides them into two groups, on each.
+        """Evaluate a model on all examples, and on the two groups of a boolean field.
 
         Args:
           model: A model of `jax_lora.models`.
@@ -103,9 +103,9 @@ class Evaluation:
             if self.task == CLASSES:
                 score = _classified(model, variables, batches, score)
             elif self.task == MASKED:
-                right = masked_accuracy(model, variables, batches)
-                score = dataclasses.replace(score, accuracy=right)
-            scores[name] = self._judged(rows, answers, score)
+                share = masked_accuracy(model, variables, batches)
+                score = dataclasses.replace(score, accuracy=share)
+            scores[name] = self._with_matches(rows, answers, score)
         return scores
 
     def _batches(self, model: Any, rows: Sequence[Row]) -> Any:
@@ -162,14 +162,14 @@ class Evaluation:
         )
         return {row.line: text for row, text in zip(rows, texts, strict=True)}
 
-    def _judged(self, rows: Sequence[Row], answers: dict[int, str], score: Score) -> Score:
-        judged = [(row, answers[row.line]) for row in rows if row.line in answers]
-        if not judged:
+    def _with_matches(self, rows: Sequence[Row], answers: dict[int, str], score: Score) -> Score:
+        completed = [(row, answers[row.line]) for row in rows if row.line in answers]
+        if not completed:
             return score
-        exact = [exact_match(answer, row.fields["completion"]) for row, answer in judged]
+        exact = [exact_match(answer, row.fields["completion"]) for row, answer in completed]
         execution = None
-        if all("database" in row.fields for row, _ in judged):
-            execution = _share([self._executes(row, answer) for row, answer in judged])
+        if all("database" in row.fields for row, _ in completed):
+            execution = _share([self._executes(row, answer) for row, answer in completed])
         return dataclasses.replace(score, exact=_share(exact), execution=execution)
 
     def _executes(self, row: Row, answer: str) -> bool:

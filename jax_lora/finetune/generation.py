@@ -23,22 +23,21 @@ SEGMENT = 16
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """A model ready to answer; merge an adapter into `variables` first.
+    """Generates text with a decoder.
 
-    Merged weights are the quickest way to run one adapter: no more work than the base itself.
-    Leaves that carry an adapter, as `combine` gives them, work too.
+    Merge an adapter into `variables` for the fastest decoding. Variables from `combine` work too.
 
     Args:
       model: A decoder of `jax_lora.models`.
       variables: `{"params": params}`.
       tokenizer: The model's tokenizer.
       max_tokens: Maximum number of new tokens.
-      rows: Batch size; smaller batches are padded, so that one compiled function serves them all.
-      stop: Stop strings; a completion is cut before the first of them.
+      rows: Batch size; smaller batches are padded to it, to avoid recompilation.
+      stop: Stop strings; a completion ends before the first of them.
       temperature: Divides the logits; 0 selects greedy decoding.
       top_k: Sample from the k most likely tokens.
       top_p: Sample from the smallest set of tokens with at least this total probability.
-      seed: Sampling seed; every prompt in the list has a different key.
+      seed: Random seed of sampling; each prompt of a list has a different key.
       doubling: Pad prompts to doubling lengths, to limit recompilation in growing conversations.
 
     Raises:
@@ -58,7 +57,7 @@ class Generator:
     doubling: bool = False
 
     def __post_init__(self):
-        """Refuse settings before any work is done."""
+        """Check the sampling settings and the stop strings."""
         self._choice([0])
         if isinstance(self.stop, str) or not all(self.stop):
             raise ConfigError(
@@ -66,25 +65,25 @@ class Generator:
                     "stop",
                     got=f"{self.stop!r}",
                     expected="a tuple of non-empty strings",
-                    fix='Write stop=("\\n",), say; completions end at the end token in any case.',
+                    fix='Use, for example, stop=("\\n",). Completions always end at the end token.',
                 )
             )
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Answer prompts.
+        """Complete prompts.
 
         Args:
-          prompts: Ids of each prompt, of any lengths.
+          prompts: Token ids of each prompt.
 
         Returns:
-          The answers' texts, in the prompts' order, without the end token or the stop text.
+          The completions in the order of the prompts, without the end token and the stop string.
 
         Raises:
-          ConfigError: A prompt is empty, or leaves the model's positions no room for an answer.
+          ConfigError: A prompt is empty, or too long for the model with `max_tokens` new tokens.
         """
         for prompt in prompts:
             self._check(prompt)
-        # Equal lengths together: a batch is padded to the longest prompt in it.
+        # A batch is padded to its longest prompt, so prompts of similar length are together.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         answers = [""] * len(prompts)
         for start in range(0, len(order), self.rows):
@@ -101,23 +100,23 @@ class Generator:
             raise ConfigError(
                 format_error(
                     "the prompt",
-                    got=f"{len(prompt)} tokens, and up to {self.max_tokens} for the answer",
-                    expected=f"at least one token, and no more than the model's {most} together",
+                    got=f"{len(prompt)} tokens, plus up to {self.max_tokens} for the completion",
+                    expected=f"at least one token, and at most {most} in total",
                     fix="Shorten the prompt, or lower max_tokens.",
                 )
             )
 
     def grow(self, prompt: Sequence[int]) -> Iterator[list[int]]:
-        """Answer one prompt token by token.
+        """Complete one prompt token by token.
 
         Args:
-          prompt: Its ids.
+          prompt: Its token ids.
 
         Yields:
-          All tokens of the answer so far, the end token too.
+          All tokens of the completion so far, with the end token.
 
         Raises:
-          ConfigError: As `answer`.
+          ConfigError: See `answer`.
         """
         self._check(prompt)
         ids, mask = self._padded([prompt])
@@ -140,7 +139,7 @@ class Generator:
                 return
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, length) ids and mask, padded to one of a few lengths."""
+        """Pad prompts on the left to one of a few lengths: (rows, length) ids and mask."""
         length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         if self.doubling:
             doubled = PROMPT_MULTIPLE << (length // PROMPT_MULTIPLE - 1).bit_length()
@@ -148,7 +147,7 @@ class Generator:
         ids = np.zeros((len(prompts), length), np.int32)
         mask = np.zeros((len(prompts), length), np.int32)
         for row, prompt in enumerate(prompts):
-            # On the left, so that every answer begins in the same column.
+            # Padding on the left lets all completions start in the same column.
             ids[row, length - len(prompt) :] = prompt
             mask[row, length - len(prompt) :] = 1
         return ids, mask
@@ -167,7 +166,7 @@ class Generator:
                 self.model, self.variables, ids, mask, progress, until, halts, padding, choice
             )
             texts, stopped = self._texts(progress)
-            # A row that has reached a stop text need not be gone on with.
+            # Decoding of a row ends at a stop string.
             done = np.asarray(progress.done) | stopped
             if done.all():
                 break
@@ -176,13 +175,13 @@ class Generator:
 
     @property
     def _pauses(self) -> list[np.int32]:
-        """After how many tokens to look: without stop texts the device itself sees the end."""
+        """Return the token counts at which to search for stop strings."""
         most = self.max_tokens
         step = SEGMENT if self.stop else most
         return [np.int32(min(end, most)) for end in range(step, most + step, step)]
 
     def _texts(self, progress: Progress) -> tuple[list[str], np.ndarray]:
-        """The rows' texts so far, cut; and which of them have reached a stop text."""
+        """Return the texts of the rows, and which of them have reached a stop string."""
         cut = [
             self.text_of(tokens[:length])
             for tokens, length in zip(
@@ -192,13 +191,13 @@ class Generator:
         return [text for text, _ in cut], np.array([stopped for _, stopped in cut])
 
     def text_of(self, tokens: list[int]) -> tuple[str, bool]:
-        """Turn the tokens of a completion into text, cut before a stop text.
+        """Decode a completion up to the first stop string.
 
         Args:
-          tokens: The tokens, with the end token or without.
+          tokens: The tokens, with or without the end token.
 
         Returns:
-          The text, and whether a stop text was reached.
+          The text, and whether it contains a stop string.
         """
         if tokens and self._ends[tokens[-1]]:
             tokens = tokens[:-1]
@@ -222,13 +221,13 @@ class Generator:
 
     @functools.cached_property
     def _ends(self) -> np.ndarray:
-        """(vocabulary,) booleans: the tokens that end an answer and are no part of it."""
+        """Return a mask of the end tokens: (vocabulary,) booleans."""
         ends = self.model.config.eos_token_id
         ends = ends if isinstance(ends, tuple) else () if ends is None else (ends,)
         return end_mask(self.model, (self.tokenizer.eos_id, *ends))
 
     @functools.cached_property
     def _stops(self) -> np.ndarray:
-        """(vocabulary,) booleans: the tokens that hold a stop text all by themselves."""
+        """Return a mask of the tokens that contain a stop string: (vocabulary,) booleans."""
         found = {index for stop in self.stop for index in self.tokenizer.ids_containing(stop)}
         return end_mask(self.model, found)

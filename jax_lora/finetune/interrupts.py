@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Interrupts:
-    """Within its `with` block, signals set `requested` instead of ending the process.
+    """Inside the `with` block, signals set `requested` instead of ending the process.
 
     A second Ctrl-C ends it immediately. Only the steps since the last checkpoint are lost, because
     checkpoints are written atomically.
@@ -22,7 +22,7 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        """Begin with nothing requested."""
+        """Start without a request."""
         self.requested: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 

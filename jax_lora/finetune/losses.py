@@ -1,12 +1,12 @@
-"""Loss functions: one per task, each a plain function to read and replace.
+"""Loss functions, one per task.
 
-With the model bound, each is what `make_step` and `Trainer` accept:
+With the model bound, each is a loss function for `make_step` and `Trainer`:
 
     loss_fn = functools.partial(causal_lm_loss, model)
     loss_fn(variables, batch)  ->  (sum of losses, weight)
 
-They return sums instead of means, so that the parts of a batch add up to the whole, however many
-targets each part has. They are written for plain variables: `make_step` applies `lora_apply`.
+They return sums instead of means, because the number of targets differs between the parts of a
+batch. They are written for plain variables: `make_step` applies `lora_apply`.
 """
 
 from __future__ import annotations
@@ -16,30 +16,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from jax_lora.data.collators import Batch, ClassificationBatch, MaskedBatch, Seq2SeqBatch
+from jax_lora.transform.strategies import target_platform
 
-# The largest array of logits without an explicit `chunk`: 64 MiB in float32.
+# The largest array of logits without an explicit `chunk`: 64 MiB in float32 on a CPU. Every chunk
+# reads the whole output layer, so an accelerator, with its memory, takes 1 GiB at a time: at a
+# vocabulary of 128k that is 2,048 tokens, enough to be bound by arithmetic.
 MOST_LOGITS = 2**24
+MOST_LOGITS_ACCELERATOR = 2**28
 
 Array = jax.Array
 Sums = tuple[Array, Array]  # (sum of losses, weight), both float32 scalars
 
 
-def causal_lm_loss(model: Any, variables: Any, batch: Batch, *, chunk: int | None = None) -> Sums:
+def causal_lm_loss(
+    model: Any, variables: Any, batch: Batch, *, chunk: int | None = None, devices: int = 1
+) -> Sums:
     """Sum the cross-entropies of a batch's target tokens, for a decoder.
 
-    Logits are computed for target tokens only. With a short completion after a long prompt, and a
-    vocabulary wider than the model, that saves most of the output layer's work and memory.
+    Logits are computed for target tokens only. This saves most of the time and memory of the output
+    layer if completions are short and prompts are long.
 
     Args:
       model: A decoder of `jax_lora.models`, or a module with the same `__call__` and `unembed`.
       variables: `{"params": params}`.
       batch: Padded or packed sequences.
-      chunk: Tokens whose logits are in memory together; the backward pass computes them again.
-        None: as many as `MOST_LOGITS` allows. 0: all.
+      chunk: Number of tokens per chunk of logits; the backward pass recomputes them. None: as many
+        as `MOST_LOGITS` allows on the model's platform. 0: all.
+      devices: Devices that share the rows of the batch, and so the tokens of a chunk.
 
     Returns:
       The sum of the losses and the number of target tokens, both float32 scalars.
@@ -49,19 +55,20 @@ def causal_lm_loss(model: Any, variables: Any, batch: Batch, *, chunk: int | Non
     hidden = model.apply(variables, batch.ids, **given, return_hidden=True)
     chosen = _gather(hidden, batch.at)  # (rows * targets, hidden)
     unembed = lambda x: model.apply(variables, x, method="unembed")  # noqa: E731
-    return _cross_entropy(model, unembed, chosen, batch, chunk)
+    return _cross_entropy(model, unembed, chosen, batch, chunk, devices)
 
 
 def masked_lm_loss(
-    model: Any, variables: Any, batch: MaskedBatch, *, chunk: int | None = None
+    model: Any, variables: Any, batch: MaskedBatch, *, chunk: int | None = None, devices: int = 1
 ) -> Sums:
     """Sum the cross-entropies of the masked tokens, for an encoder.
 
     Args:
       model: An encoder of `jax_lora.models` with the head "masked_lm".
       variables: `{"params": params}`.
-      batch: Padded sequences, in which some tokens are masked.
+      batch: Padded sequences with masked tokens.
       chunk: As in `causal_lm_loss`.
+      devices: As in `causal_lm_loss`.
 
     Returns:
       The sum of the losses and the number of masked tokens.
@@ -69,11 +76,11 @@ def masked_lm_loss(
     hidden = model.apply(variables, batch.ids, batch.mask, batch.types, return_hidden=True)
     chosen = _gather(hidden, batch.at)  # (rows * targets, hidden)
     head = lambda x: model.apply(variables, x[None], method="unembed")[0]  # noqa: E731
-    return _cross_entropy(model, head, chosen, batch, chunk)
+    return _cross_entropy(model, head, chosen, batch, chunk, devices)
 
 
 def seq2seq_loss(
-    model: Any, variables: Any, batch: Seq2SeqBatch, *, chunk: int | None = None
+    model: Any, variables: Any, batch: Seq2SeqBatch, *, chunk: int | None = None, devices: int = 1
 ) -> Sums:
     """Sum the cross-entropies of the completions' tokens, for an encoder-decoder.
 
@@ -82,6 +89,7 @@ def seq2seq_loss(
       variables: `{"params": params}`.
       batch: Padded prompts and completions.
       chunk: As in `causal_lm_loss`.
+      devices: As in `causal_lm_loss`.
 
     Returns:
       The sum of the losses and the number of target tokens.
@@ -95,11 +103,16 @@ def seq2seq_loss(
     )  # (rows, targets, hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
     unembed = lambda x: model.apply(variables, x, method="unembed")  # noqa: E731
-    return _cross_entropy(model, unembed, flat, batch, chunk)
+    return _cross_entropy(model, unembed, flat, batch, chunk, devices)
 
 
 def classification_loss(
-    model: Any, variables: Any, batch: ClassificationBatch, *, chunk: int | None = None
+    model: Any,
+    variables: Any,
+    batch: ClassificationBatch,
+    *,
+    chunk: int | None = None,
+    devices: int = 1,
 ) -> Sums:
     """Sum the cross-entropies of the classes.
 
@@ -108,6 +121,7 @@ def classification_loss(
       variables: `{"params": params}`.
       batch: Padded texts, or pairs of texts, and their classes.
       chunk: Not used: logits of classes are small.
+      devices: Not used.
 
     Returns:
       The sum of the losses and the number of examples.
@@ -117,10 +131,19 @@ def classification_loss(
     return _summed(logits, jnp.asarray(batch.labels), weights), weights.sum()
 
 
-def chunk_size(chunk: int | None, vocabulary: int, tokens: int) -> int:
-    """Return for how many tokens logits are in memory together under a setting of `chunk`."""
+def chunk_size(
+    chunk: int | None, vocabulary: int, tokens: int, platform: str = "cpu", devices: int = 1
+) -> int:
+    """Return for how many tokens logits are in memory together under a setting of `chunk`.
+
+    Example:
+      >>> chunk_size(None, 128_256, 8192, "gpu")
+      2048
+    """
     if chunk is None:
-        return max(1, MOST_LOGITS // vocabulary)
+        on_cpu = platform == "cpu"  # its devices share one memory
+        most = (MOST_LOGITS if on_cpu else MOST_LOGITS_ACCELERATOR) // vocabulary
+        return max(1, most - most % 128 if most > 128 else most) * (1 if on_cpu else devices)
     return chunk or tokens
 
 
@@ -132,12 +155,18 @@ def _gather(hidden: Array, at: Any) -> Array:
 
 
 def _cross_entropy(
-    model: Any, head: Callable[[Array], Array], hidden: Array, batch: Any, chunk: int | None
+    model: Any,
+    head: Callable[[Array], Array],
+    hidden: Array,
+    batch: Any,
+    chunk: int | None,
+    devices: int,
 ) -> Sums:
     """Sum the weighted cross-entropies of tokens (tokens, hidden), with logits in chunks."""
     labels = jnp.asarray(batch.labels).reshape(-1)
     weights = jnp.asarray(batch.weights).reshape(-1)
-    size = chunk_size(chunk, model.config.vocab_size, hidden.shape[0])
+    platform = getattr(model, "platform", None) or target_platform(())
+    size = chunk_size(chunk, model.config.vocab_size, hidden.shape[0], platform, devices)
     of = lambda x, labels, weights: _summed(head(x), labels, weights)  # noqa: E731
     if size >= labels.shape[0]:
         return of(hidden, labels, weights), weights.sum()
@@ -145,15 +174,26 @@ def _cross_entropy(
 
 
 def _summed(logits: Array, labels: Array, weights: Array) -> Array:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    # Padding has weight 0, but 0 times an infinite loss is NaN: it is left out instead.
+    losses = _cross_entropies(logits.astype(jnp.float32), labels)
+    # Padding has weight 0, but 0 times an infinite loss is NaN.
     return jnp.sum(jnp.where(weights > 0, losses * weights, jnp.zeros_like(losses)))
 
 
-def _in_chunks(of: Any, size: int, hidden: Array, labels: Array, weights: Array) -> Array:
-    """Add up the losses of `size` tokens at a time; the last chunk is filled with weight 0.
+def _cross_entropies(logits: Array, labels: Array) -> Array:
+    """Cross-entropy of each label: (..., classes) float32, (...) -> (...).
 
-    Each chunk takes tokens from all over the batch, because neighboring rows are on one device.
+    The label's logit is selected by comparison and not by indices, whose gradient is a scatter:
+    that would hold the logits once more, in float32.
+    """
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    chosen = jnp.sum(jnp.where(is_label, logits, jnp.zeros_like(logits)), axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def _in_chunks(of: Any, size: int, hidden: Array, labels: Array, weights: Array) -> Array:
+    """Sum the losses in chunks of `size` tokens; the last chunk is filled with weight 0.
+
+    Each chunk has tokens from the whole batch, because neighboring rows are on one device.
     """
     count = -(-labels.shape[0] // size)
 
@@ -162,7 +202,7 @@ def _in_chunks(of: Any, size: int, hidden: Array, labels: Array, weights: Array)
         filled = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
         return filled.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
 
-    # Under the scan the loop itself keeps XLA from undoing the recomputation.
+    # prevent_cse is not needed inside a scan.
     again = jax.checkpoint(of, prevent_cse=False)
     add = lambda total, part: (total + again(*part), None)  # noqa: E731
     return lax.scan(add, jnp.float32(0), (cut(hidden), cut(labels), cut(weights)))[0]

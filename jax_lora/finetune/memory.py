@@ -1,4 +1,4 @@
-"""Measure peak memory."""
+"""Measure the memory of this process and its devices."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import jax
 def counts_resident_memory() -> bool:
     """Return whether `peak_memory` measures the process, because the device has no statistics."""
     return "peak_bytes_in_use" not in (jax.local_devices()[0].memory_stats() or {})
+
+
+def device_memory() -> int | None:
+    """Return the bytes of a device that arrays may occupy; None where it does not say (CPU)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def peak_memory() -> float:

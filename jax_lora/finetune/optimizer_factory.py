@@ -1,4 +1,4 @@
-"""Optimizers of Optax by their names, behind a clip and in front of LoRA+."""
+"""Create an Optax optimizer by name, with gradient clipping and LoRA+."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import optax.contrib
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.optimizers import lora_plus
 
-# These want more than a gradient and a schedule: the loss, a key, a line search, a constant rate.
+# These need more than gradients and a schedule: the loss, a key, or a constant learning rate.
 NEED_MORE = (
     "galore",
     "lbfgs",
     "momo",
     "momo_adam",
     "noisy_sgd",
-    "optimistic_adam",  # an old name of optimistic_adam_v2
+    "optimistic_adam",  # deprecated in favor of optimistic_adam_v2
     "rprop",
     "schedule_free_adamw",
     "schedule_free_sgd",
     "sm3",
     "sophia",
 )
-_NAMES = vars(optax.contrib) | vars(optax)  # not by getattr, which warns of old names
+_NAMES = vars(optax.contrib) | vars(optax)  # getattr would warn about deprecated names
 
 
 def make_optimizer(
@@ -39,15 +39,14 @@ def make_optimizer(
     max_grad_norm: float = 1.0,
     lora_plus_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Make the optimizer of a run.
+    """Create the optimizer of a run.
 
     Args:
-      schedule: The learning rate.
-      name: An optimizer of Optax.
-      weight_decay: Decoupled weight decay; an optimizer without weight decay gets it in front
-        of the learning rate, as AdamW has it.
-      max_grad_norm: Largest norm of the gradient; 0 does not clip.
-      lora_plus_ratio: How many times the learning rate the factors b get.
+      schedule: The learning rate schedule.
+      name: Name of an Optax optimizer.
+      weight_decay: Decoupled weight decay; must be 0 for an optimizer without weight decay.
+      max_grad_norm: Maximum norm of the gradient; 0: no clipping.
+      lora_plus_ratio: Learning rate of the factors `b` divided by that of `a`.
 
     Returns:
       An Optax transformation for the trainable parameters.
@@ -59,10 +58,10 @@ def make_optimizer(
 
 
 def check_optimizer(name: Any) -> None:
-    """Refuse a name that is no optimizer.
+    """Refuse the name of an unknown optimizer.
 
     Args:
-      name: What was asked for.
+      name: The name.
 
     Raises:
       ConfigError: Optax has no optimizer with that name; the message lists similar names.
@@ -74,14 +73,14 @@ def check_optimizer(name: Any) -> None:
                 "optimizer",
                 got=repr(name),
                 expected=f"an optimizer of Optax: {', '.join(optimizer_names())}",
-                fix=f"Did you mean {' or '.join(near)}?" if near else "Leave it out for adamw.",
+                fix=f"Did you mean {' or '.join(near)}?" if near else "Use adamw, the default.",
             )
         )
 
 
 @functools.cache
 def optimizer_names() -> tuple[str, ...]:
-    """List Optax's optimizers, with those of `optax.contrib`, that need a learning rate alone.
+    """List the optimizers of Optax and `optax.contrib` that require only a learning rate.
 
     Returns:
       Their names, sorted.
@@ -117,8 +116,8 @@ def _decayed(
     raise ConfigError(
         format_error(
             "weight_decay",
-            got=f"{weight_decay:g} for {factory.__name__}, which has none",
+            got=f"{weight_decay:g} for {factory.__name__}, which has no weight decay",
             expected="0",
-            fix="Take an optimizer with weight decay, such as adamw or lion.",
+            fix="Use an optimizer with weight decay, such as adamw or lion.",
         )
     )

@@ -1,4 +1,4 @@
-"""Predictions of models with an encoder: classes of texts, tokens behind masks, completions."""
+"""Predictions of models with an encoder: classes, masked tokens, and completions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy as np
 
 from jax_lora.data.batches import Batches
 from jax_lora.data.collators import pad_sequences
-from jax_lora.data.encoder_tokenizer import EncoderTokenizer
+from jax_lora.data.encoder_tokenizer import EncodedText, EncoderTokenizer
 from jax_lora.finetune.tasks import end_tokens, longest_input
 from jax_lora.models.decoding import end_mask
 from jax_lora.transform import lora_apply
 
-LENGTH_MULTIPLE = 16  # prompts are padded to a multiple, so that few lengths are compiled
+# Texts are padded to a multiple, which limits recompilation.
+LENGTH_MULTIPLE = 16
 
 
 class Prediction(NamedTuple):
@@ -48,7 +49,7 @@ def predict_classes(model: Any, variables: Any, batches: Batches) -> list[Predic
     predictions = []
     for batch, lines in _with_lines(batches):
         found = np.asarray(_probabilities(model, variables, batch))
-        for line, row in zip(lines, found, strict=False):  # the rest fills the batch up
+        for line, row in zip(lines, found, strict=False):  # then empty rows that fill the batch
             predictions.append(Prediction(line, int(row.argmax()), row))
     return sorted(predictions, key=lambda each: each.line)
 
@@ -61,23 +62,23 @@ def _probabilities(model: Any, variables: Any, batch: Any) -> jax.Array:
 
 
 def masked_accuracy(model: Any, variables: Any, batches: Batches) -> float:
-    """Return the share of masked tokens that the model finds."""
-    right = weight = 0.0
+    """Return the fraction of masked tokens that the model predicts correctly."""
+    correct = weight = 0.0
     for batch in batches.once():
-        found, count = _masked_hits(model, variables, batch)
-        right, weight = right + float(found), weight + float(count)
-    return right / max(weight, 1.0)
+        hits, count = _masked_hits(model, variables, batch)
+        correct, weight = correct + float(hits), weight + float(count)
+    return correct / max(weight, 1.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _masked_hits(model: Any, variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     logits = lora_apply(model.apply)(variables, batch.ids, batch.mask, batch.types)
     chosen = jnp.take_along_axis(logits, batch.at[:, :, None], axis=1)  # (rows, targets, vocab)
-    right = (jnp.argmax(chosen, axis=-1) == batch.labels) * batch.weights
-    return right.sum(), batch.weights.sum()
+    hits = (jnp.argmax(chosen, axis=-1) == batch.labels) * batch.weights
+    return hits.sum(), batch.weights.sum()
 
 
-class Fill(NamedTuple):
+class Candidate(NamedTuple):
     """A candidate for a mask token: its text, and its probability."""
 
     text: str
@@ -85,36 +86,69 @@ class Fill(NamedTuple):
 
 
 def fill_masks(
-    model: Any, variables: Any, tokenizer: EncoderTokenizer, text: str, *, top: int = 5
-) -> list[list[Fill]]:
-    """Find the most probable tokens for every mask token of a text.
+    model: Any,
+    variables: Any,
+    tokenizer: EncoderTokenizer,
+    texts: Sequence[EncodedText],
+    *,
+    top: int = 5,
+    rows: int = 16,
+) -> list[list[list[Candidate]]]:
+    """Find the most probable tokens for every mask token.
 
     Args:
       model: A masked language model of `jax_lora.models`.
       variables: `{"params": params}`, with an adapter or without.
       tokenizer: The model's tokenizer.
-      text: A text with mask tokens, such as `[MASK]`.
-      top: How many candidates for each.
+      texts: Tokenized texts, or pairs of texts, with mask tokens.
+      top: Number of candidates for each mask token.
+      rows: Texts per batch.
 
     Returns:
-      For each mask token its candidates, the most probable first.
+      For each text its mask tokens, and for each of them the candidates, most probable first.
     """
-    most = longest_input(model)
-    ids = tokenizer.encode(text, max_length=most).ids
-    padded, mask = _few_lengths(model, [ids])
-    probabilities = np.asarray(_token_probabilities(model, variables, padded, mask))[0]
-    fills = []
-    for place in np.flatnonzero(ids == tokenizer.mask_id):
-        best = np.argsort(-probabilities[place], kind="stable")[:top]
-        row = probabilities[place]
-        fills.append([Fill(tokenizer.decode([int(i)]), float(row[i])) for i in best])
+    config = model.config
+    top = min(top, config.vocab_size)
+    fills: list[list[list[Candidate]]] = [[] for _ in texts]
+    for chosen, filled in _groups([len(text.ids) for text in texts], rows):
+        ids, mask = _few_lengths(model, [texts[index].ids for index in filled])
+        rows, length = ids.shape
+        types, _ = pad_sequences([texts[index].types for index in filled], rows, length, 0)
+        types = np.minimum(types, config.type_vocab_size - 1)
+        masked = ids == tokenizer.mask_id
+        at = _positions(masked)  # (rows, masks)
+        best_tokens = _best_tokens(model, top, variables, ids, mask, types, at)
+        probabilities, tokens = (array.tolist() for array in best_tokens)
+        for row, index in enumerate(chosen):
+            fills[index] = [
+                [
+                    Candidate(tokenizer.decode([token]), probability)
+                    for token, probability in zip(*best, strict=True)
+                ]
+                for best in zip(tokens[row], probabilities[row], strict=True)
+            ][: masked[row].sum()]
     return fills
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _token_probabilities(model: Any, variables: Any, ids: Any, mask: Any) -> jax.Array:
-    logits = lora_apply(model.apply)(variables, ids, mask)
-    return jax.nn.softmax(logits.astype(jnp.float32))
+def _positions(masked: np.ndarray) -> np.ndarray:
+    """Return the positions of True in each row, padded with 0 to a power of two."""
+    most = int(masked.sum(axis=1).max())
+    at = np.zeros((len(masked), 1 << max(most - 1, 0).bit_length()), np.int32)
+    for row, places in enumerate(map(np.flatnonzero, masked)):
+        at[row, : len(places)] = places
+    return at
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _best_tokens(
+    model: Any, top: int, variables: Any, ids: Any, mask: Any, types: Any, at: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Return the probabilities and the ids of the best tokens: (rows, masks, top) each."""
+    apply = lora_apply(model.apply)
+    hidden = apply(variables, ids, mask, types, return_hidden=True)
+    chosen = jnp.take_along_axis(hidden, at[:, :, None], axis=1)  # (rows, masks, hidden)
+    logits = apply(variables, chosen, method="unembed")
+    return jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), top)
 
 
 def complete(
@@ -126,25 +160,22 @@ def complete(
     max_tokens: int = 64,
     rows: int = 16,
 ) -> list[str]:
-    """Write the completions of prompts with an encoder-decoder, the likeliest token every time.
+    """Complete prompts with an encoder-decoder, with greedy decoding.
 
     Args:
       model: A T5 of `jax_lora.models`.
       variables: `{"params": params}`, with an adapter or without.
       tokenizer: The model's tokenizer.
       prompts: (tokens,) int32 each.
-      max_tokens: The most tokens of a completion.
-      rows: Prompts that are completed together.
+      max_tokens: Maximum number of tokens of a completion.
+      rows: Prompts per batch.
 
     Returns:
       The texts, in the order of the prompts.
     """
     stop = jnp.asarray(end_mask(model, end_tokens(model)))
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts = [""] * len(prompts)
-    for start in range(0, len(order), rows):
-        chosen = order[start : start + rows]
-        filled = chosen + chosen[-1:] * (rows - len(chosen))
+    for chosen, filled in _groups([len(prompt) for prompt in prompts], rows):
         ids, mask = _few_lengths(model, [prompts[index] for index in filled])
         tokens = np.asarray(_greedy(model, max_tokens, variables, ids, mask, stop))
         for index, row in zip(chosen, tokens, strict=False):
@@ -157,7 +188,7 @@ def complete(
 def _greedy(
     model: Any, most: int, variables: Any, ids: jax.Array, mask: jax.Array, stop: jax.Array
 ) -> jax.Array:
-    """Return (rows, most) tokens; those after an end token have no meaning."""
+    """Return (rows, most) tokens; ignore those after an end token."""
     apply = lora_apply(model.apply)
     encoded = apply(variables, ids, mask, method="encode")
     dtype = encoded.dtype
@@ -184,15 +215,27 @@ def _greedy(
     return jax.lax.while_loop(running, step, state)[-1]
 
 
+def _groups(lengths: Sequence[int], rows: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the indices of each batch, without and with the repetitions that fill the last one.
+
+    Texts of similar length are together, which limits padding.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    rows = min(rows, len(order))
+    for start in range(0, len(order), max(rows, 1)):
+        chosen = order[start : start + rows]
+        yield chosen, chosen + chosen[-1:] * (rows - len(chosen))
+
+
 def _few_lengths(model: Any, sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pad sequences on the right to one of a few lengths: (rows, length) ids and mask."""
+    """Pad sequences on the right to a multiple: (rows, length) ids and mask."""
     length = -(-max(map(len, sequences)) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     length = min(length, longest_input(model))
     return pad_sequences(sequences, len(sequences), length, model.config.pad_token_id or 0)
 
 
 def _with_lines(batches: Batches) -> Iterator[tuple[Any, list[int]]]:
-    """Go through the batches once, with the lines of their examples."""
+    """Yield the batches once, with the lines of their examples."""
     size = batches.rows
     parts = (
         rows[start : start + size]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from jax_lora.data.tokenizer_identity import identity_changes
 from jax_lora.errors import ConfigError, format_error
+from jax_lora.finetune.run_folder import CONFIG, is_as_written
 from jax_lora.finetune.settings import TrainSettings
 
 # These may change: none of them changes an update, except the length of the run, which stretches
@@ -27,7 +30,10 @@ LENGTH = ("iters", "epochs")
 
 
 def refuse_changes(
-    record: Mapping[str, Any], settings: TrainSettings, data: Mapping[str, str]
+    record: Mapping[str, Any],
+    settings: TrainSettings,
+    data: Mapping[str, str],
+    text: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse to continue a run with other settings or other data.
 
@@ -35,6 +41,7 @@ def refuse_changes(
       record: What was written beside the checkpoint.
       settings: Those of now.
       data: Digests of the splits, of now.
+      text: Digests of tokenizer and chat template, of now.
 
     Raises:
       ConfigError: They differ; the message names every difference.
@@ -52,6 +59,7 @@ def refuse_changes(
     for split, digest in data.items():
         if not isinstance(before, dict) or before.get(split) != digest:
             problems.append(f"the {split} examples have changed since the run started")
+    problems += identity_changes(record.get("text"), text or {})
     if problems:
         raise ConfigError(
             format_error(
@@ -59,6 +67,42 @@ def refuse_changes(
                 got="\n    " + "\n    ".join(problems),
                 expected="the settings and the examples that the run started with",
                 fix="Restore them, or start a new run.",
+            )
+        )
+
+
+def refuse_edited_config(
+    checkpoint: Path, config: Mapping[str, Any], record: Mapping[str, Any], *, fix: str
+) -> None:
+    """Refuse to continue a run whose config.yaml has other values than the run wrote.
+
+    Args:
+      checkpoint: The checkpoint to continue from.
+      config: What is in config.yaml.
+      record: What was written in the checkpoint.
+      fix: How to continue, and how to start a new run with the edited values.
+
+    Raises:
+      ConfigError: Values were edited; the message names every one.
+    """
+    file = checkpoint.parent / CONFIG
+    if not config or is_as_written(file.read_text(encoding="utf-8")):
+        return
+    parts = [record.get(name) for name in ("places", "settings")]
+    then = {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
+    problems = [
+        f"{name} was {then[name]!r}, now {config.get(name)!r}"
+        for name in then
+        if then[name] != config.get(name)
+    ]
+    problems += [f"{name} is new: {config[name]!r}" for name in config if name not in then]
+    if problems:
+        raise ConfigError(
+            format_error(
+                f"resume: {file}, which was edited after the run wrote it",
+                got=problems,
+                expected="the values of the run",
+                fix=fix,
             )
         )
 

@@ -2,95 +2,162 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax_lora.errors import CheckpointError, ConfigError, format_error
+from jax_lora.finetune.commit_mark import MARK, write_mark
+from jax_lora.finetune.settings import DTYPES, TASKS
+from jax_lora.storage import schema
+from jax_lora.storage.atomic_writes import (
+    PART,
+    explained,
+    made_folder,
+    part_of,
+    remove,
+    remove_parts,
+    replacing,
+    write_file,
+)
+from jax_lora.storage.json_files import digest, read_json
+from jax_lora.storage.locks import LOCK, FolderLock, locked
+from jax_lora.storage.yaml_files import read_yaml
 
 CHECKPOINT = re.compile(r"step-\d{6,}")
-PART = ".part"  # suffix of incomplete checkpoints
+CONFIG, STATE = "config.yaml", "run.json"
+SEAL = "# seal: "
 HEADER = "# Written by jax-lora train. The same run again: jax-lora train -c THIS_FILE\n"
+# The fields of config.yaml that are used without making `TrainSettings` of all of them.
+_CONFIG = schema.fields(
+    {
+        **dict.fromkeys(("model", "data", "adapter_path"), schema.optional(schema.TEXT)),
+        "task": schema.choice(*TASKS),
+        "dtype": schema.choice(*DTYPES),
+        "labels": schema.list_of(schema.TEXT),
+        "seed": schema.integer(0, 2**63 - 1),
+    }
+)
 
 
 class RunFolder:
     """Writes the files of a run.
 
+    Each checkpoint is a folder that gets its name when it is complete, with a mark in it. These
+    folders are the truth; run.json only lists them, and is made again from them.
+
     Args:
       path: The folder, made by `prepare` or found by `resume`.
       saved: Names of the checkpoints that are there, oldest first.
+      lock: The lock of the folder, from `claimed`; None to hold it only while writing.
     """
 
-    def __init__(self, path: Path, *, saved: Sequence[str] = ()):
+    def __init__(self, path: Path, *, saved: Sequence[str] = (), lock: FolderLock | None = None):
         """Begin with the checkpoints that exist."""
         self.path = path
         self._saved = list(saved)
+        self._lock, self._saving = lock, threading.RLock()
+        self._identity = _identity(path)
 
     @classmethod
-    def prepare(cls, path: str | Path) -> tuple[RunFolder, Path | None]:
+    def prepare(
+        cls, path: str | Path, lock: FolderLock | None = None
+    ) -> tuple[RunFolder, Path | None]:
         """Make the folder; an earlier run in it is moved aside, never overwritten.
 
         Args:
           path: The folder of the new run.
+          lock: Its lock, from `claimed`.
 
         Returns:
           The run's folder, and where an earlier run was moved to, or None.
 
         Raises:
           ConfigError: Something else is there already.
+          CheckpointError: Another process writes to the folder, or it cannot be written.
         """
+        if lock is None:
+            with claimed(path) as lock:
+                return cls.prepare(path, lock)
         path = Path(path)
         moved = None
-        if is_run(path):
-            moved = _free_name(path)
-            path.rename(moved)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                format_error(
-                    f"the run folder {path}",
-                    got="a file, or a folder that holds something else",
-                    expected="a new or empty folder, or an earlier run (which is moved aside)",
-                    fix="Choose another folder.",
-                )
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        run = cls(path)
+        _refuse_other_files(path)
+        with explained(path, CheckpointError):
+            if is_run(path):
+                moved = _free_name(path)
+                lock.rename_folder(moved)
+                path.mkdir()
+                lock.exchange(path)
+        run = cls(path, lock=lock)
         run._note(None, 1)  # from now on the folder is recognized as a run
         return run, moved
 
     @classmethod
-    def resume(cls, path: str | Path, *, checkpoint: str) -> tuple[RunFolder, Path | None]:
+    def resume(
+        cls, path: str | Path, *, checkpoint: str, lock: FolderLock | None = None
+    ) -> tuple[RunFolder, Path | None]:
         """Resume an earlier run.
 
-        Incomplete checkpoints, whose names end in `.part`, are deleted, and checkpoints later than
-        the one to resume from are moved aside. Every other step folder is a checkpoint, whatever
-        run.json says of it: run.json is rebuilt from the folders.
+        Incomplete checkpoints are deleted, and checkpoints later than the one to resume from are
+        moved aside. Every other step folder is a checkpoint, whatever run.json says of it: run.json
+        is rebuilt from the folders.
 
         Args:
           path: The run's folder.
           checkpoint: Name of the checkpoint to resume from.
+          lock: The lock of the folder, from `claimed`.
 
         Returns:
           The run's folder, and where later checkpoints were moved to, or None.
+
+        Raises:
+          CheckpointError: Another process writes to the folder, or it cannot be written.
         """
+        if lock is None:
+            with claimed(path) as lock:
+                return cls.resume(path, checkpoint=checkpoint, lock=lock)
         path = Path(path)
-        for folder in path.glob(f"step-*{PART}"):
-            if CHECKPOINT.fullmatch(folder.name.removesuffix(PART)) and folder.is_dir():
-                shutil.rmtree(folder)
-        known = _complete(path)
+        _remove_unfinished(path)
+        known = checkpoints_of(path)
         later = [name for name in known if int(name[5:]) > int(checkpoint[5:])]
-        run = cls(path, saved=[name for name in known if name not in later])
+        run = cls(path, saved=[name for name in known if name not in later], lock=lock)
         if not later:
             return run, None
-        aside = _free_name(path / f"after-{checkpoint}")
-        aside.mkdir()
-        for name in later:
-            (path / name).rename(aside / name)
+        with explained(path, CheckpointError):
+            aside = _free_name(path / f"after-{checkpoint}")
+            aside.mkdir()
+            for name in later:
+                (path / name).rename(aside / name)
         return run, aside
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the lock of the folder, unless it is held already.
+
+        Raises:
+          CheckpointError: Another process writes to the folder, or has replaced it since.
+        """
+        if self._lock is not None and self._lock.held:
+            yield
+            return
+        with locked(self.path, CheckpointError) as self._lock:
+            if _identity(self.path) != self._identity:
+                raise CheckpointError(
+                    format_error(
+                        str(self.path),
+                        got="another folder than the one that this run began in",
+                        expected="the run's own folder",
+                        fix="Another run has moved it aside: resume it under its new name.",
+                    )
+                )
+            yield
 
     def write_config(self, settings: dict[str, Any], note: str = "") -> None:
         """Write the settings as a YAML configuration file.
@@ -103,7 +170,8 @@ class RunFolder:
 
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         comment = f"# {' '.join(note.split())}\n" if note else ""
-        _replace(self.path / "config.yaml", HEADER + comment + text)
+        with self._saving, self.owned():
+            write_file(self.path / CONFIG, sealed_text(HEADER + comment + text), CheckpointError)
 
     def save(
         self,
@@ -125,14 +193,15 @@ class RunFolder:
           The checkpoint's folder, and whether it is new.
         """
         name = checkpoint_name(step)
-        new = name not in self._saved
-        if new:
-            part = self.path / (name + PART)
-            shutil.rmtree(part, ignore_errors=True)
-            write(part)
-            part.rename(self.path / name)
-            self._saved.append(name)
-        self._note(best, keep)
+        with self._saving, self.owned():
+            new = name not in self._saved
+            if new:
+                _remove_unfinished(self.path)
+                with replacing(self.path / name, CheckpointError) as part:
+                    write(part)
+                    write_mark(part, step)
+                self._saved.append(name)
+            self._note(best, keep)
         return self.path / name, new
 
     def _note(self, best: tuple[float, int] | None, keep: int) -> None:
@@ -142,21 +211,91 @@ class RunFolder:
         gone = [name for name in self._saved[:-keep] if name != chosen]
         self._saved = [name for name in self._saved if name not in gone]
         state: dict[str, Any] = {"last": self._saved[-1] if self._saved else None, "best": chosen}
-        if best and chosen:
+        if best and chosen and math.isfinite(best[0]):
             state["best_val_loss"] = best[0]
         state["saved"] = self._saved
-        _replace(self.path / "run.json", json.dumps(state, indent=2) + "\n")
+        text = json.dumps(state | {"seal": digest(state)}, indent=2) + "\n"
+        write_file(self.path / STATE, text, CheckpointError)
         for name in gone:  # only now, when nothing names them any more
-            shutil.rmtree(self.path / name)
+            _delete(self.path / name)
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that a kill leaves the old or the new one."""
-    part = file.with_name(file.name + PART)
-    part.write_text(text, encoding="utf-8")
-    with part.open("r+b") as stream:
-        os.fsync(stream.fileno())  # the name must not point to a file that is not on the disk yet
-    os.replace(part, file)
+@contextlib.contextmanager
+def claimed(path: str | Path) -> Iterator[FolderLock]:
+    """Lock the folder of a run before anything is loaded or compiled for it.
+
+    Args:
+      path: The folder. It is created, and removed again if the block fails and leaves it empty.
+
+    Yields:
+      The lock, for `RunFolder.prepare` or `RunFolder.resume`.
+
+    Raises:
+      ConfigError: The path is a file, or a folder that holds something else than a run.
+      CheckpointError: Another process writes to the folder, or it cannot be written.
+    """
+    folder = Path(path)
+    _refuse_other_files(folder)
+    with made_folder(folder, CheckpointError), locked(folder, CheckpointError) as lock:
+        yield lock
+
+
+def _refuse_other_files(path: Path) -> None:
+    with explained(path, CheckpointError):
+        if not path.exists() or (path.is_dir() and (is_empty(path) or is_run(path))):
+            return
+    raise ConfigError(
+        format_error(
+            f"the run folder {path}",
+            got="a file, or a folder that holds something else",
+            expected="a new or empty folder, or an earlier run (which is moved aside)",
+            fix="Choose another folder.",
+        )
+    )
+
+
+def is_empty(folder: Path) -> bool:
+    """Tell whether a folder has no files but the lock of a process that was killed."""
+    return all(each.name == LOCK for each in folder.iterdir())
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _remove_unfinished(run: Path) -> None:
+    """Remove what a killed process did not finish, in the form of this and of earlier versions."""
+    remove_parts(run, "step-*", CONFIG, STATE)
+    for folder in run.glob(f"step-*{PART}"):
+        if CHECKPOINT.fullmatch(folder.name.removesuffix(PART)):
+            remove(folder)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint; a kill leaves no half of it under its name."""
+    doomed = part_of(checkpoint)
+    with contextlib.suppress(OSError):  # what cannot be deleted is still a checkpoint
+        os.rename(checkpoint, doomed)
+        remove(doomed)
+
+
+def sealed_text(text: str) -> str:
+    """Append the digest of a text as a comment."""
+    return f"{text}{SEAL}{_digest_of(text)}\n"
+
+
+def is_as_written(text: str) -> bool:
+    """Tell whether a text has the digest that `sealed_text` appended, or none."""
+    start, found, last = text.rpartition(SEAL)
+    return not found or last.strip() == _digest_of(start)
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def checkpoint_name(step: int) -> str:
@@ -180,10 +319,10 @@ def find_checkpoint(path: str | Path, *, last: bool = False) -> Path:
     """
     path = Path(path)
     if is_run(path):
-        best = _names(path / "run.json").get("best")
-        if not last and _is_checkpoint(path, best):
+        best = None if last else _best(path)
+        if _is_checkpoint(path, best):
             return path / str(best)
-        complete = _complete(path)
+        complete = checkpoints_of(path)
         if complete:
             return path / complete[-1]
     elif path.is_dir():
@@ -210,34 +349,44 @@ def read_run_config(checkpoint: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: config.yaml is damaged.
     """
-    file = checkpoint.parent / "config.yaml"
+    file = checkpoint.parent / CONFIG
     if not is_run(checkpoint.parent) or not file.is_file():
         return {}
-    import yaml
-
-    try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-        problem = None if isinstance(value, dict) else f"a {type(value).__name__}"
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        value, problem = {}, " ".join(str(error).split())[:200]
-    if problem is not None:
-        raise CheckpointError(
-            format_error(
-                str(file),
-                got=problem,
-                expected="the settings of a run, as YAML",
-                fix="Restore the file from a copy, or delete it to name model and data by options.",
-            )
-        )
-    return value
+    expected = "the settings of a run, as YAML"
+    fix = "Restore the file from a copy, or delete it to name model and data by options."
+    values = read_yaml(file, CheckpointError, expected=expected, fix=fix)
+    if problems := list(schema.problems(values, _CONFIG)):
+        raise CheckpointError(format_error(str(file), got=problems, expected=expected, fix=fix))
+    return values
 
 
 def _names(state: Path) -> dict[str, Any]:
     try:
-        value = json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(state, CheckpointError, "config_bytes")
+    except CheckpointError:
         return {}
-    return value if isinstance(value, dict) else {}
+
+
+def _best(run: Path) -> Any:
+    """Name the best checkpoint: by run.json, or without a sound one by the last checkpoint."""
+    state = _names(run / STATE)
+    complete = checkpoints_of(run)
+    if state and _is_sound(state, complete):
+        return state.get("best")
+    progress = _names(run / complete[-1] / "training.json").get("ledger") if complete else None
+    step = progress.get("best_step") if isinstance(progress, dict) else None
+    return checkpoint_name(step) if isinstance(step, int) else None
+
+
+def _is_sound(state: dict[str, Any], complete: list[str]) -> bool:
+    """Tell whether run.json is unchanged and lists the checkpoints; earlier ones have no digest."""
+    if "seal" not in state:
+        return True
+    inside = {key: value for key, value in state.items() if key != "seal"}
+    try:
+        return state["seal"] == digest(inside) and state.get("saved") == complete
+    except ValueError:  # a NaN, which is not JSON
+        return False
 
 
 def _is_checkpoint(run: Path, name: Any) -> bool:
@@ -246,7 +395,7 @@ def _is_checkpoint(run: Path, name: Any) -> bool:
     return known and (run / name).is_dir()
 
 
-def _complete(run: Path) -> list[str]:
+def checkpoints_of(run: Path) -> list[str]:
     """List the checkpoints of a run by step: a folder has its name only once it is complete."""
     names = [each.name for each in run.glob("step-*") if _is_checkpoint(run, each.name)]
     return sorted(names, key=lambda name: int(name[5:]))
@@ -254,9 +403,11 @@ def _complete(run: Path) -> list[str]:
 
 def is_run(path: Path) -> bool:
     """Recognize a run by its files, so that nothing else is ever moved."""
-    if "saved" in _names(path / "run.json"):
+    if "saved" in _names(path / STATE):
         return True
-    config = path / "config.yaml"
+    if any((path / name / MARK).is_file() for name in checkpoints_of(path)):
+        return True
+    config = path / CONFIG
     if not config.is_file():
         return False
     with config.open(encoding="utf-8", errors="replace") as file:

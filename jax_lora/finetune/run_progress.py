@@ -95,7 +95,8 @@ class RunProgress:
     def add_validation(self, loss: float) -> bool:
         """Add a validation, and tell whether it is the best so far; NaN never is."""
         self.val_loss = loss if math.isfinite(loss) else None
-        if self.best_loss is not None and not loss < self.best_loss:
+        worse = self.best_loss is not None and not loss < self.best_loss
+        if worse or not math.isfinite(loss):
             self.unimproved += 1
             return False
         self.best_loss, self.best_step, self.unimproved = loss, self.step, 0

@@ -28,8 +28,8 @@ class Sampler:
     prompts: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Refuse prompts that leave no room, before a run has gone on for hours."""
-        room = self._most - self._answer
+        """Refuse prompts that are too long, before training starts."""
+        room = self._most - self._max_tokens
         for prompt in self.prompts:
             size = len(self.tokenizer.encode(prompt))
             if size > room or size == 0:
@@ -38,7 +38,7 @@ class Sampler:
                         f"the sample prompt {prompt[:60]!r}",
                         got=f"{size} tokens",
                         expected=f"from 1 to {room}: the model has {self._most} positions, of "
-                        f"which {self._answer} are for the answer",
+                        f"which {self._max_tokens} are for the completion",
                         fix="Shorten the prompt.",
                     )
                 )
@@ -48,22 +48,26 @@ class Sampler:
         return self.model.config.max_position_embeddings
 
     @property
-    def _answer(self) -> int:
+    def _max_tokens(self) -> int:
         return min(MOST_TOKENS, self._most // SHARE)
 
     def answers(self, variables: Any) -> tuple[tuple[str, str], ...]:
-        """Answer.
+        """Complete the prompts.
 
         Args:
           variables: The model's variables, with or without an adapter.
 
         Returns:
-          Every prompt with its answer.
+          Pairs of prompt and completion.
         """
         if not self.prompts:
             return ()
         generator = Generator(
-            self.model, variables, self.tokenizer, max_tokens=self._answer, rows=len(self.prompts)
+            self.model,
+            variables,
+            self.tokenizer,
+            max_tokens=self._max_tokens,
+            rows=len(self.prompts),
         )
         ids = [self.tokenizer.encode(prompt) for prompt in self.prompts]
         return tuple(zip(self.prompts, generator.answer(ids), strict=True))

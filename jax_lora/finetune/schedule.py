@@ -1,4 +1,4 @@
-"""Learning rates over a run: a warm-up, then cosine, linear or no decay."""
+"""Learning rate schedules: a linear warmup, then cosine, linear or no decay."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ SHAPES = ("cosine", "linear", "constant")
 def make_schedule(
     shape: str, peak: float, iterations: int, *, warmup: float = 0.03, end: float = 0.0
 ) -> optax.Schedule:
-    """Make the learning rate as a function of the step.
+    """Create a learning rate schedule.
 
     Args:
-      shape: `"cosine"`, `"linear"` or `"constant"`, after the warm-up.
-      peak: Learning rate at the end of the warm-up.
-      iterations: Steps of the whole run.
-      warmup: Share of them in which the rate rises from 0.
-      end: Learning rate at the last step, unless constant.
+      shape: `"cosine"`, `"linear"` or `"constant"`, after the warmup.
+      peak: Learning rate at the end of the warmup.
+      iterations: Number of steps of the run.
+      warmup: Fraction of the steps in which the learning rate rises linearly from 0.
+      end: Learning rate at the last step; not used for `"constant"`.
 
     Returns:
       An Optax schedule.
 
     Raises:
-      ConfigError: Another shape.
+      ConfigError: The shape is unknown.
 
     Example:
       >>> rate = make_schedule("linear", 1.0, 100, warmup=0.1)
@@ -45,7 +45,7 @@ def make_schedule(
                 "lr_schedule",
                 got=repr(shape),
                 expected=f"one of {', '.join(SHAPES)}",
-                fix='Leave it out for "cosine".',
+                fix='Use "cosine", the default.',
             )
         )
     if rising == 0:

@@ -1,4 +1,4 @@
-"""TrainSettings: every choice of a fine-tuning run, checked when made."""
+"""TrainSettings: the settings of a fine-tuning run, with validation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.optimizer_factory import check_optimizer, make_optimizer
 from jax_lora.finetune.schedule import SHAPES, make_schedule
+from jax_lora.models.attention_mask import ATTENTION
+from jax_lora.models.rematerialization import REMAT
+from jax_lora.storage import schema
 
 TASKS = ("auto", "causal-lm", "masked-lm", "seq2seq", "classification")
 TYPES = ("lora", "dora", "full")
 TRUNCATIONS = ("right", "drop", "error")
 TURNS = ("all", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+REMATS = ("auto", *REMAT)
 LOGS = ("jsonl", "csv", "tensorboard")
 
 
@@ -29,16 +33,16 @@ class TrainSettings:
       task: `"causal-lm"`, `"masked-lm"`, `"seq2seq"`, `"classification"`; `"auto"`: by the
         architecture and the examples.
       labels: Names of the classes, in the order of their indices; empty: those of the examples.
-      fine_tune_type: `"lora"`, `"dora"` (LoRA that trains each output's norm too), or `"full"`
-        (every parameter; the checkpoints are whole models).
+      fine_tune_type: `"lora"`, `"dora"` (also the norm of each output), or `"full"` (all
+        parameters; checkpoints are whole models).
       rank: Rank of every pair of factors.
       alpha: The scale is alpha / rank.
-      scale: The scale itself, instead of alpha.
-      rslora: Scale by alpha / sqrt(rank) instead.
-      dropout: Share of the adapter's inputs set to zero in training.
-      targets: Which kernels: `"all-linear"`, `"attention"`, `"mlp"`, or names and globs.
-      num_layers: How many layers are adapted, counted from the top; -1 for all.
-      epochs: Passes over the data, if `iters` is None.
+      scale: The scale, instead of alpha.
+      rslora: Scale by alpha / sqrt(rank).
+      dropout: Dropout rate of the adapter's inputs.
+      targets: Kernels to adapt: `"all-linear"`, `"attention"`, `"mlp"`, or names and globs.
+      num_layers: Number of layers to adapt, counted from the last; -1 for all.
+      epochs: Passes over the training data, if `iters` is None.
       iters: Number of optimizer steps.
       batch_size: Examples in a micro-batch.
       grad_accumulation_steps: Micro-batches per optimizer step.
@@ -47,26 +51,30 @@ class TrainSettings:
       pack: Pack several examples into one sequence; none attends to another.
       mask_prompt: Exclude prompts from the loss; None: exclude them, except in plain text.
       turns: Assistant turns that are included in the loss: `"all"` or only the `"last"`.
-      optimizer: An optimizer of Optax by its name.
+      optimizer: Name of an Optax optimizer.
       learning_rate: Peak learning rate.
       lr_schedule: `"cosine"`, `"linear"` or `"constant"`.
       warmup: Fraction of the steps in which the learning rate rises.
       weight_decay: Decoupled weight decay of the trainable parameters.
-      max_grad_norm: Largest norm of the gradient; 0 does not clip.
-      lora_plus_ratio: Learning rate of the factors `b` divided by that of `a` (LoRA+); 1: equal.
-      grad_checkpoint: Recompute every layer in the backward pass, to save memory.
+      max_grad_norm: Maximum norm of the gradient; 0: no clipping.
+      lora_plus_ratio: Learning rate of the factors `b` divided by that of `a` (LoRA+).
+      grad_checkpoint: The same as `remat="full"`.
+      remat: What layers keep for the backward pass: `"none"` (everything), `"names"` (no norms and
+        activations), `"full"` (only their inputs), or `"auto"`: on a CPU everything, on an
+        accelerator `"names"`, or `"full"` where that does not fit.
+      attention: `"auto"` (a fused kernel where the device has one), `"dense"` or `"flash"`.
       loss_chunk: Tokens per chunk of logits; None: chosen by vocabulary size, 0: no chunks.
       steps_per_report: Steps between two reports.
       steps_per_eval: Steps between two validations.
       val_batches: Number of batches in a validation; -1 for all.
       save_every: Steps between two checkpoints.
       keep: Number of checkpoints to keep, in addition to the best one.
-      save_best: Save whenever the validation loss is the lowest so far.
+      save_best: Save a checkpoint at each new best validation loss.
       early_stop: Stop after this many validations without a lower loss; None: never.
-      sample_prompt: Prompts to complete at every validation.
+      sample_prompt: Prompts that are completed at every validation.
       log: Formats of the metrics files: `"jsonl"`, `"csv"`, `"tensorboard"`.
-      seed: Seed of the initial factors, the order of the examples, and dropout.
-      dtype: Data type of the base weights; `"auto"`: float32 on a CPU, else that of the files.
+      seed: Random seed of initialization, data order, and dropout.
+      dtype: Dtype of the base weights; `"auto"`: float32 on a CPU, else that of the files.
 
     Raises:
       ConfigError: A value is invalid.
@@ -103,6 +111,8 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     lora_plus_ratio: float = 1.0
     grad_checkpoint: bool = False
+    remat: str = "auto"
+    attention: str = "auto"
     loss_chunk: int | None = None
     steps_per_report: int = 10
     steps_per_eval: int = 200
@@ -117,7 +127,7 @@ class TrainSettings:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        """Check every value; the factors' settings are checked by `LoraConfig`."""
+        """Check all values; `LoraConfig` checks those of the adapter."""
         self._check_counts()
         self._check_numbers()
         self._check_choices()
@@ -137,14 +147,14 @@ class TrainSettings:
             self._check(name, _is_count(getattr(self, name)), "an integer of at least 1")
         for name in ("iters", "early_stop"):
             value = getattr(self, name)
-            self._check(name, value is None or _is_count(value), "at least 1, or nothing")
+            self._check(name, value is None or _is_count(value), "None or at least 1")
         longest, layers, chunk = self.max_seq_length, self.num_layers, self.loss_chunk
         self._check("max_seq_length", _is_count(longest) and longest > 1, "at least 2 tokens")
         self._check("num_layers", _is_count(layers) or layers == -1, "at least 1; -1 for all")
         right = chunk is None or (_is_integer(chunk) and chunk >= 0)
-        self._check("loss_chunk", right, "an integer from 0 on, or nothing")
+        self._check("loss_chunk", right, "None or at least 0")
         self._check("val_batches", _is_integer(self.val_batches), "an integer; -1 for all")
-        self._check("seed", _is_integer(self.seed) and self.seed >= 0, "an integer from 0 on")
+        self._check("seed", _is_integer(self.seed) and self.seed >= 0, "an integer of at least 0")
 
     def _check_numbers(self) -> None:
         self._check("epochs", _is_number(self.epochs) and self.epochs > 0, "a number above 0")
@@ -166,13 +176,18 @@ class TrainSettings:
             ("truncate", TRUNCATIONS),
             ("turns", TURNS),
             ("dtype", DTYPES),
+            ("remat", REMATS),
+            ("attention", ATTENTION),
         ):
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        self._check("log", set(self.log) <= set(LOGS), f"some of {', '.join(LOGS)}")
+        logs = isinstance(self.log, tuple | list) and all(each in LOGS for each in self.log)
+        self._check("log", logs, f"some of {', '.join(LOGS)}")
         for name in ("rslora", "pack", "grad_checkpoint", "save_best"):
             self._check(name, isinstance(getattr(self, name), bool), "true or false")
-        known = self.mask_prompt is None or isinstance(self.mask_prompt, bool)
-        self._check("mask_prompt", known, "true, false, or nothing")
+        both = self.grad_checkpoint and self.remat not in ("auto", "full")
+        self._check("remat", not both, '"full", as grad_checkpoint is set')
+        valid = self.mask_prompt is None or isinstance(self.mask_prompt, bool)
+        self._check("mask_prompt", valid, "true, false, or None")
         names = isinstance(self.labels, tuple) and all(
             isinstance(name, str) and name for name in self.labels
         )
@@ -184,12 +199,12 @@ class TrainSettings:
         self._check("sample_prompt", texts, "texts that are not empty")
 
     def _check_full(self) -> None:
-        """Refuse what would silently have no effect without an adapter."""
+        """Refuse settings that have no effect without an adapter."""
         if self.fine_tune_type != "full":
             return
         for name, nothing in (("dropout", 0.0), ("lora_plus_ratio", 1.0), ("num_layers", -1)):
             right = getattr(self, name) == nothing
-            self._check(name, right, f"{nothing:g} in full fine-tuning, without an adapter")
+            self._check(name, right, f"{nothing:g} in full fine-tuning, which has no adapter")
 
     def _check(self, name: str, right: bool, expected: str) -> None:
         if not right:
@@ -202,12 +217,20 @@ class TrainSettings:
                 )
             )
 
+    def remat_on(self, platform: str) -> str:
+        """Return what layers keep for the backward pass on a platform, if it fits there."""
+        if self.grad_checkpoint:
+            return "full"
+        if self.remat != "auto":
+            return self.remat
+        return "none" if platform == "cpu" else "names"
+
     def lora_config(self, layers: int = 0, heads: tuple[str, ...] = ()) -> LoraConfig:
-        """Return the part of the settings that describes the adapter.
+        """Return the configuration of the adapter.
 
         Args:
-          layers: The model's number of layers; needed where `num_layers` omits some.
-          heads: Parts of the model that are trained whole: a new classification head.
+          layers: The model's number of layers; required if `num_layers` is not -1.
+          heads: Parts of the model that are trained in full, such as a classification head.
 
         Returns:
           The configuration.
@@ -228,22 +251,22 @@ class TrainSettings:
         )
 
     def iterations(self, per_epoch: int) -> int:
-        """Count the steps of the run.
+        """Return the number of steps of the run.
 
         Args:
-          per_epoch: Batches that show every row once.
+          per_epoch: Batches per epoch.
 
         Returns:
-          `iters`, or as many as the epochs need.
+          `iters`, or the number of steps in `epochs`.
         """
         return self.iters or max(1, round(self.epochs * per_epoch))
 
     def make_schedule(self, steps: int) -> optax.Schedule:
-        """Make the learning rate of a run of so many steps."""
+        """Create the learning rate schedule of a run with this number of steps."""
         return make_schedule(self.lr_schedule, self.learning_rate, steps, warmup=self.warmup)
 
     def make_optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Make the optimizer of a run of so many steps."""
+        """Create the optimizer of a run with this number of steps."""
         return make_optimizer(
             self.make_schedule(steps),
             name=self.optimizer,
@@ -256,12 +279,12 @@ class TrainSettings:
         """Return the settings as plain values, for config.yaml."""
         values = dataclasses.asdict(self)
         if self.scale is not None:
-            del values["alpha"]  # which would contradict it
+            del values["alpha"]  # alpha and scale are alternatives
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return schema.INTEGER.fits(value)
 
 
 def _is_count(value: Any) -> bool:
@@ -269,4 +292,4 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return schema.is_number(value)

@@ -1,10 +1,10 @@
-"""Judges an answer in SQL twice: by its text, and by what it finds in a database.
+"""Metrics for generated SQL: exact match of the text, and execution match on a database.
 
-Text alone is too strict (`where a = 1 and b = 2` has a twin), results alone are too kind (two
-different queries can find the same rows), so both are reported.
+Exact match is too strict, because the order of conditions can differ. Execution match is too
+lenient, because different queries can return the same rows. Therefore, both are reported.
 
-A model wrote the query, so it is run as a stranger's: on a database in memory that is thrown
-away, reading only, with a handful of functions, and with bounds on work, rows and sizes.
+Generated queries are untrusted. They run on a temporary in-memory database that they can only
+read, with few functions, and with limits on work, rows and sizes.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 from jax_lora.errors import DataError, format_error
 
 MAX_ROWS = 10_000
-# SQLite counts its own instructions: a limit on them, unlike one in seconds, judges alike on
-# slow and fast machines. A scan of a table with 40 rows takes some 200.
+# A limit on SQLite instructions gives the same result on slow and fast machines, unlike a time
+# limit. Scanning a table of 40 rows takes about 200 instructions.
 MAX_INSTRUCTIONS = 1_000_000
 _INSTRUCTIONS_PER_CHECK = 1_000
-# The last resort, against instructions that are slow one by one.
+# A time limit in addition, because single instructions can be slow.
 MAX_SECONDS = 10.0
 
-# Everything else is refused: load_extension and writefile reach files, random differs from run to
-# run, zeroblob, printf or replace make huge values out of nothing, and instr and trim compare every
-# character of one text with every one of another.
+# All other functions are refused: load_extension and writefile access files, random is not
+# reproducible, zeroblob, printf and replace create huge values, and instr and trim take quadratic
+# time.
 FUNCTIONS = frozenset(
     "abs avg coalesce count ifnull length like lower max min nullif round substr substring sum "
     "total upper".split()
@@ -41,22 +41,22 @@ _LIMITS = {
     sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 100,
     sqlite3.SQLITE_LIMIT_ATTACHED: 0,
 }
-# Besides sqlite3.Error: Python 3.11 calls a second statement a Warning, and a NUL byte or a lone
-# surrogate in the text a ValueError.
+# Python 3.11 raises Warning for a second statement, and ValueError for a NUL byte or a lone
+# surrogate.
 _FAILURES = (sqlite3.Error, sqlite3.Warning, ValueError)
 
 _Row = tuple[object, ...]
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    r"""Tell whether two queries are the same text, up to white space and a closing semicolon.
+    r"""Return whether two queries have the same text, up to white space and a final semicolon.
 
     Args:
-      answer: What the model wrote.
-      reference: The query that was asked for.
+      answer: The generated query.
+      reference: The reference query.
 
     Returns:
-      True when they are the same. Case counts, and so does the order of conditions.
+      True if they are equal; case and the order of conditions matter.
 
     Example:
       >>> exact_match(" select name\nfrom books ;", "select name from books")
@@ -64,27 +64,27 @@ def exact_match(answer: str, reference: str) -> bool:
       >>> exact_match("SELECT name FROM books", "select name from books")
       False
     """
-    return _normalise(answer) == _normalise(reference)
+    return _normalize(answer) == _normalize(reference)
 
 
 def execution_match(answer: str, reference: str, database_sql: str) -> bool:
-    """Tell whether two queries find the same in a database.
+    """Return whether two queries return the same rows from a database.
 
-    Use it beside `exact_match`: it accepts an answer that is written differently but means the
-    same. Rows are compared in order when the reference has ORDER BY, and as a multiset otherwise;
-    names of columns do not count.
+    Use it together with `exact_match`: it also accepts queries with another text and the same
+    result. Rows are compared in order if the reference has ORDER BY, and as a multiset otherwise;
+    column names are ignored.
 
     Args:
-      answer: What the model wrote. Nothing is assumed of it: a query that is no SQL, that would
-        write, that reaches outside the database, or that runs or grows without end, is a mismatch.
-      reference: The query that was asked for.
+      answer: The generated query, which is untrusted. A query that is invalid, that writes, that
+        accesses anything outside the database, or that exceeds a limit is a mismatch.
+      reference: The reference query.
       database_sql: A script that creates and fills the tables.
 
     Returns:
-      True when both find the same rows.
+      True if both return the same rows.
 
     Raises:
-      DataError: The script or the reference itself fails, so there is nothing to compare with.
+      DataError: The script or the reference query fails.
 
     Example:
       >>> script = "create table books (name, price); insert into books values ('A', 3), ('B', 5);"
@@ -102,8 +102,8 @@ def execution_match(answer: str, reference: str, database_sql: str) -> bool:
                 format_error(
                     "the reference query",
                     got=f"{_clip(reference)} ({_clip(str(error))})",
-                    expected="one SELECT that runs on the row's database",
-                    fix="Correct the row's completion, or the .sql file of its database.",
+                    expected="one SELECT that runs on the example's database",
+                    fix="Correct the example's completion, or the .sql file of its database.",
                 )
             ) from error
         try:
@@ -114,17 +114,17 @@ def execution_match(answer: str, reference: str, database_sql: str) -> bool:
 
 
 def load_database(data_dir: str | Path, name: str) -> str:
-    """Read the script of a database that a row of data names.
+    """Read the script of an example's database.
 
     Args:
-      data_dir: The folder of the data; scripts are in `databases/` below it.
-      name: The row's `database`: letters, digits and underscores.
+      data_dir: The data folder, which has the scripts in `databases/`.
+      name: The example's `database`: letters, digits and underscores.
 
     Returns:
       The SQL script, for `execution_match`.
 
     Raises:
-      DataError: The name could lead out of the folder, or there is no such script.
+      DataError: The name has other characters, or there is no such script.
 
     Example:
       >>> load_database("data", "../secrets")
@@ -133,17 +133,18 @@ def load_database(data_dir: str | Path, name: str) -> str:
       jax_lora.errors.DataError: data/databases
         got:      the database name '../secrets'
         expected: a name of letters, digits and underscores
-        fix:      Name a file of that folder in the row's "database", without its .sql ending.
+        fix:      Set the example's "database" to the name of a file in that folder, without .sql.
     """
     folder = Path(data_dir) / "databases"
-    # The name comes from a data file, and must not choose which file of this machine is read.
+    # The name is untrusted, and must not give access to files outside the folder.
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,100}", name):
         raise DataError(
             format_error(
                 str(folder),
                 got=f"the database name {_clip(repr(name))}",
                 expected="a name of letters, digits and underscores",
-                fix='Name a file of that folder in the row\'s "database", without its .sql ending.',
+                fix='Set the example\'s "database" to the name of a file in that folder, without '
+                ".sql.",
             )
         )
     script = folder / f"{name}.sql"
@@ -153,24 +154,24 @@ def load_database(data_dir: str | Path, name: str) -> str:
                 str(script),
                 got="no such file in this folder",
                 expected="the script that creates and fills the database",
-                fix='Correct the row\'s "database", or put the script there.',
+                fix='Correct the example\'s "database", or add the script.',
             )
         )
     return script.read_text(encoding="utf-8")
 
 
-def _normalise(query: str) -> str:
-    """Make every run of white space one space, and take a closing semicolon off."""
+def _normalize(query: str) -> str:
+    """Collapse white space, and remove a final semicolon."""
     return " ".join(query.split()).removesuffix(";").rstrip()
 
 
 def _is_ordered(query: str) -> bool:
-    """Tell whether a query asks for an order; what stands in quotes does not count."""
+    """Return whether a query has ORDER BY outside of quoted strings."""
     return re.search(r"\border\s+by\b", re.sub(r"'[^']*'", "''", query), re.IGNORECASE) is not None
 
 
 def _build(database_sql: str) -> sqlite3.Connection:
-    """Run the script in memory; it may make tables, but not open files either."""
+    """Create the database in memory; the script can create tables, but not access files."""
     connection = sqlite3.connect(":memory:")
     connection.set_authorizer(_may_build)
     _bound_work(connection)
@@ -183,7 +184,7 @@ def _build(database_sql: str) -> sqlite3.Connection:
                 "the database script",
                 got=f"{_clip(database_sql)} ({_clip(str(error))})",
                 expected="CREATE TABLE and INSERT statements that SQLite runs",
-                fix="Correct the .sql file of the row's database.",
+                fix="Correct the .sql file of the example's database.",
             )
         ) from error
     for limit, value in _LIMITS.items():
@@ -193,10 +194,10 @@ def _build(database_sql: str) -> sqlite3.Connection:
 
 
 def _run(connection: sqlite3.Connection, query: str) -> list[_Row]:
-    """Return the rows of one query, within the bounds."""
+    """Run a query within the limits, and return its rows."""
     _bound_work(connection)
     cursor = connection.execute(query)
-    # An empty text or a comment runs, and finds nothing: it is not an answer.
+    # An empty string or a comment runs without an error, but is not a query.
     if cursor.description is None:
         raise sqlite3.ProgrammingError("not a query")
     rows = cursor.fetchmany(MAX_ROWS + 1)
@@ -207,7 +208,7 @@ def _run(connection: sqlite3.Connection, query: str) -> list[_Row]:
 
 
 def _bound_work(connection: sqlite3.Connection) -> None:
-    """Interrupt what runs next once it has used its instructions, or its time."""
+    """Interrupt the next statements at the limit of instructions or time."""
     checks = iter(range(MAX_INSTRUCTIONS // _INSTRUCTIONS_PER_CHECK))
     deadline = time.monotonic() + MAX_SECONDS
 
@@ -218,7 +219,7 @@ def _bound_work(connection: sqlite3.Connection) -> None:
 
 
 def _may_read(action: int, first: str | None, second: str | None, *_: str | None) -> int:
-    """Allow to select, to read the tables, and to call the functions named above."""
+    """Allow SELECT, reading tables, and the functions in `FUNCTIONS`."""
     allowed = (
         action == sqlite3.SQLITE_SELECT
         or (action == sqlite3.SQLITE_READ and not (first or "").startswith("sqlite_"))
@@ -242,10 +243,10 @@ _BUILDING = frozenset(
 
 
 def _may_build(action: int, *_: str | None) -> int:
-    """Allow to create and fill tables; attaching files, pragmas and functions are refused."""
+    """Allow creating and filling tables, but no ATTACH, pragmas or functions."""
     return sqlite3.SQLITE_OK if action in _BUILDING else sqlite3.SQLITE_DENY
 
 
 def _clip(text: str) -> str:
-    """Shorten what a message quotes."""
+    """Shorten a text for a message."""
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,4 +1,4 @@
-"""One training step: the gradient of the trainable parameters, and their update."""
+"""The training step: the gradient of the trainable parameters, and their update."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Join = Callable[[Any, Any], Any]  # (frozen, trainable) -> variables
 
 
 class TrainState(NamedTuple):
-    """Everything that changes in training.
+    """The state of a training run.
 
     Attributes:
       trainable: The adapter or, in full fine-tuning, the model's variables.
-      opt_state: The optimizer's state for it.
+      opt_state: The optimizer state.
       step: int32 scalar, the number of updates made.
     """
 
@@ -35,7 +35,7 @@ class StepReport(NamedTuple):
     """Scalars of one step, float32.
 
     Attributes:
-      loss: Mean loss per unit of weight (per target token, say), before the update.
+      loss: Mean loss per unit of weight, such as a target token, before the update.
       weight: The batch's weight: the number of target tokens or of examples.
       gradient_norm: Norm of the gradient, before clipping.
     """
@@ -48,13 +48,13 @@ class StepReport(NamedTuple):
 def init_state(
     trainable: Any, optimizer: optax.GradientTransformation, *, in_place: bool = False
 ) -> TrainState:
-    """Make the state before the first step.
+    """Create the state before the first step.
 
     Args:
       trainable: A fresh adapter, or the model's variables. They are copied, because the step
         donates its state.
       optimizer: The optimizer.
-      in_place: Do not copy: the first step then deletes `trainable`.
+      in_place: Do not copy `trainable`; the first step then deletes it.
 
     Returns:
       The state.
@@ -78,25 +78,27 @@ def make_step(
     accumulation: int = 1,
     transform: Callable[[Any, jax.Array], Any] | None = None,
     join: Join = combine,
+    platform: str | None = None,
 ) -> Any:
-    """Make the jitted training step of any model, loss, and batch.
+    """Create a jitted training step for any model, loss, and batch.
 
-    Use it in a training loop of your own; `Trainer` is the loop that comes with the library. The
-    base is an argument of the step and not a constant, so that compiled functions stay small and
-    bases of one shape share them.
+    Use it in your own training loop; `Trainer` is the training loop of the library. The base model
+    is an argument of the step and not a constant, so compiled functions are small, and base models
+    of the same shape share them.
 
     Args:
       loss_fn: `loss_fn(variables, batch) -> (sum of losses, weight)`, two float32 scalars, written
         for plain variables. `variables` may be any tree, `batch` any pytree of arrays.
       optimizer: Optimizer of the trainable parameters.
-      accumulation: Parts that a batch is split into along the first axis of its arrays. They are
-        computed one after the other; their sums add up to the update of the whole batch.
-      transform: Changes the combined variables, given the step's number: dropout, say.
+      accumulation: Number of micro-batches that a batch is split into along the first axis of its
+        arrays. Their gradients are added up to the gradient of the whole batch.
+      transform: Changes the combined variables, given the step: dropout, for example.
       join: Combines frozen and trainable parameters: `jl.combine` for an adapter.
+      platform: Target platform, as in `lora_apply`, to compile for another one than the default.
 
     Returns:
-      `step(state, frozen, batch) -> (TrainState, StepReport)`, jitted; it donates `state`. Make the
-      first state with `init_state`.
+      `step(state, frozen, batch) -> (TrainState, StepReport)`, jitted; it donates `state`. Create
+      the first state with `init_state`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jax_lora as jl
@@ -114,7 +116,7 @@ def make_step(
       >>> bool(report.loss < 0.1), int(state.step)
       (True, 100)
     """
-    loss = lora_apply(loss_fn)
+    loss = lora_apply(loss_fn, platform=platform)
 
     def of_part(trainable: Any, frozen: Any, part: Any, step: jax.Array) -> Any:
         variables = join(frozen, trainable)
@@ -123,10 +125,10 @@ def make_step(
 
     gradient = jax.value_and_grad(of_part, has_aux=True)
 
-    def whole(trainable: Any, frozen: Any, batch: Any, step: jax.Array) -> Any:
+    def sums_of_batch(trainable: Any, frozen: Any, batch: Any, step: jax.Array) -> Any:
         if accumulation == 1:
             return gradient(trainable, frozen, batch, step)
-        # Every part takes rows from all over the batch: neighboring rows are on one device.
+        # Each part has rows from the whole batch, because neighboring rows are on one device.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
         )
@@ -138,7 +140,7 @@ def make_step(
         return jax.lax.scan(add, zeros, parts)[0]
 
     def update(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, StepReport]:
-        (total, weight), sums = whole(state.trainable, frozen, batch, state.step)
+        (total, weight), sums = sums_of_batch(state.trainable, frozen, batch, state.step)
         # A batch without targets has loss 0, not 0 / 0.
         count = jnp.where(weight == 0, jnp.ones_like(weight), weight)
         gradients = jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), sums)

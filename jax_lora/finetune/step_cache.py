@@ -1,4 +1,4 @@
-"""The compiled training steps of a run, one for each batch shape."""
+"""The compiled training steps of a run, one per batch shape."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class StepCache:
 
     Args:
       step: From `make_step`.
-      trainer: The `Trainer`, whose callbacks are told of every compilation.
+      trainer: The `Trainer`; its callbacks are called for every compilation.
     """
 
     def __init__(self, step: Any, trainer: Any):
-        """Begin empty."""
+        """Start with an empty cache."""
         self._step, self._trainer = step, trainer
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self.seconds = 0.0
@@ -31,10 +31,13 @@ class StepCache:
         """Count the compiled steps."""
         return len(self._compiled)
 
+    def __contains__(self, batch: Any) -> bool:
+        """Whether the step for a batch of this shape is compiled."""
+        return _shape(batch) in self._compiled
+
     def compiled(self, state: TrainState, frozen: Any, batch: Any) -> Callable[..., Any]:
-        """Return the compiled step for a batch; compile it if it is the first of its shape."""
-        leaves, treedef = jax.tree.flatten(batch)
-        shape = treedef, tuple(map(_kind, leaves))
+        """Return the compiled step for a batch; compile it for the first batch of a shape."""
+        shape = _shape(batch)
         if shape not in self._compiled:
             self._compiled[shape] = self._compile(state, frozen, batch)
         return self._compiled[shape]
@@ -52,22 +55,27 @@ class StepCache:
 
 
 def planned_bytes(compiled: Any) -> int:
-    """Return the memory that a compiled function needs, on all devices that share a memory.
+    """Return the peak memory of a compiled function, on all devices that share a memory.
 
     Args:
       compiled: From `jitted.lower(...).compile()`.
 
     Returns:
-      Bytes of arguments, results, and temporaries; 0 where the platform does not say.
+      Bytes of arguments, results, and temporaries; 0 if the platform does not report it.
     """
     memory = compiled.memory_analysis()
     if memory is None:
         return 0
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     each = memory.argument_size_in_bytes + memory.temp_size_in_bytes + own
-    # The devices of a CPU are its cores: their copies are in one memory.
+    # CPU devices are the cores of one machine, and share its memory.
     on_cpu = jax.default_backend() == "cpu"
     return each * (len(_devices(compiled)) if on_cpu else 1)
+
+
+def _shape(batch: Any) -> tuple[Any, ...]:
+    leaves, treedef = jax.tree.flatten(batch)
+    return treedef, tuple(map(_kind, leaves))
 
 
 def _kind(leaf: Any) -> tuple[Any, Any]:

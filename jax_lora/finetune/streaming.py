@@ -10,40 +10,40 @@ UNFINISHED = "\ufffd"  # decoded from an incomplete UTF-8 sequence
 
 
 def stream(generator: Generator, prompt: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """Answer one prompt piece by piece.
+    """Complete a prompt piece by piece.
 
-    Half a character is held back, and so is the beginning of a stop text, until it is whole or
-    turns out to be something else.
+    An incomplete character and the beginning of a stop string are held back until later tokens
+    decide how they continue.
 
     Args:
-      generator: A model ready to answer, of one row.
-      prompt: The prompt's ids.
+      generator: The generator; its `rows` is not used.
+      prompt: Token ids of the prompt.
 
     Yields:
-      The next piece of the answer, which may be empty, and the number of tokens so far.
+      The next piece of the completion, which may be empty, and the number of tokens so far.
     """
-    said, count, text = "", 0, ""
+    shown, count, text = "", 0, ""
     for tokens in generator.grow(prompt):
         text, stopped = generator.text_of(tokens)
         count = len(tokens)
         certain = text if stopped else _certain(text, generator.stop)
-        piece = certain[len(said) :] if certain.startswith(said) else ""
-        said += piece
+        piece = certain[len(shown) :] if certain.startswith(shown) else ""
+        shown += piece
         yield piece, count
         if stopped:
             return
-    if text.startswith(said):
-        yield text[len(said) :], count
+    if text.startswith(shown):
+        yield text[len(shown) :], count
 
 
 def _certain(text: str, stops: Sequence[str]) -> str:
-    """Cut off what may still become another text."""
+    """Remove the end of the text that later tokens can still change."""
     text = text.rstrip(UNFINISHED)
     held = max((_overlap(text, stop) for stop in stops), default=0)
     return text[: len(text) - held]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Count the characters at the end of the text that a stop text begins with."""
+    """Return the length of the longest end of the text with which the stop string begins."""
     most = min(len(text), len(stop) - 1)
     return next((size for size in range(most, 0, -1) if text.endswith(stop[:size])), 0)

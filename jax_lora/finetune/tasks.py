@@ -1,4 +1,4 @@
-"""The tasks of the package's models: how each encodes examples, makes batches, and measures loss.
+"""The tasks of the models: encoding of examples, batches, and loss of each.
 
 causal-lm        decoders            prompts and completions, chats, texts
 masked-lm        BERT, RoBERTa       texts
@@ -43,7 +43,7 @@ from jax_lora.finetune.losses import (
 )
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.step import LossFn
-from jax_lora.finetune.trainable import Trainable, adapter_beside, saved_model
+from jax_lora.finetune.trainable import Trainable, saved_model, train_adapter
 from jax_lora.init import lora_init
 from jax_lora.models import T5, add_classifier, load, save
 from jax_lora.models.encoder import CLASSIFICATION, MASKED_LM, Encoder
@@ -52,7 +52,7 @@ from jax_lora.models.tokenizer_files import copy_companions
 from jax_lora.transform import find_kernels
 
 CAUSAL, MASKED, SEQ2SEQ, CLASSES = TASKS = "causal-lm", "masked-lm", "seq2seq", "classification"
-# T5's positions are relative: it has no longest sequence.
+# T5 has relative positions, and therefore no maximum sequence length.
 NO_LIMIT = 1_000_000
 
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -64,7 +64,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 
 
 def choose_task(task: str, config: Any, file: RowFile | None = None) -> str:
-    """Resolve the task "auto", and refuse a task that the architecture does not have.
+    """Resolve the task "auto", and refuse a task that the architecture does not support.
 
     Args:
       task: One of `TASKS`, or "auto": decided by the architecture and, for encoders, by whether the
@@ -76,7 +76,7 @@ def choose_task(task: str, config: Any, file: RowFile | None = None) -> str:
       The task.
 
     Raises:
-      ConfigError: The architecture does not have that task.
+      ConfigError: The architecture does not support the task.
     """
     module = family_of_config(config).module
     if issubclass(module, Encoder):
@@ -104,7 +104,7 @@ def choose_task(task: str, config: Any, file: RowFile | None = None) -> str:
 
 
 def tokenizer_for(task: str, folder: Path) -> Any:
-    """Load the tokenizer of a model's folder in the form that a task needs."""
+    """Load a `Tokenizer` for causal-lm, or an `EncoderTokenizer` for the other tasks."""
     if task == CAUSAL:
         return Tokenizer.load(folder)
     tokenizer = EncoderTokenizer.load(folder)
@@ -130,7 +130,7 @@ def encode_examples(
       file: The examples.
       model: The model.
       tokenizer: From `tokenizer_for`.
-      settings: Length, truncation, and what the loss covers.
+      settings: Maximum length, truncation, and loss mask.
 
     Returns:
       The examples.
@@ -151,14 +151,14 @@ def encode_examples(
 def make_batches(
     task: str, examples: Examples, model: Any, tokenizer: Any, rows: int, **options: Any
 ) -> Batches:
-    """Make batches of examples.
+    """Create batches of examples.
 
     Args:
       task: One of `TASKS`.
       examples: From `encode_examples`.
       model: The model.
       tokenizer: From `tokenizer_for`.
-      rows: Rows in a batch.
+      rows: Rows per batch.
       **options: `seed` and `pack`, as in `Batches.of`.
 
     Returns:
@@ -174,19 +174,19 @@ def _collator(task: str, model: Any, tokenizer: Any) -> Collator:
     if task == CLASSES:
         return ClassificationCollator(pad_id, config.type_vocab_size)
     if task == MASKED:
-        return MaskedCollator(tokenizer.mask_id, config.vocab_size, pad_id)
+        return MaskedCollator(tokenizer.mask_id, config.vocab_size, pad_id, config.type_vocab_size)
     if task == SEQ2SEQ:
         return Seq2SeqCollator(config.decoder_start_token_id or 0, pad_id)
     return collate_causal
 
 
-def loss_for(task: str, model: Any, *, chunk: int | None = None) -> LossFn:
+def loss_for(task: str, model: Any, *, chunk: int | None = None, devices: int = 1) -> LossFn:
     """Bind a task's loss function to a model."""
-    return functools.partial(LOSSES[task], model, chunk=chunk)
+    return functools.partial(LOSSES[task], model, chunk=chunk, devices=devices)
 
 
 def end_tokens(model: Any) -> tuple[int, ...]:
-    """Return the tokens that end a completion; of T5, 1 where the configuration names none."""
+    """Return the tokens that end a completion; 1 if the configuration has none (T5)."""
     ends = model.config.eos_token_id
     ends = ends if isinstance(ends, tuple) else (1 if ends is None else ends,)
     return ends or (1,)
@@ -200,24 +200,24 @@ def end_tokens(model: Any) -> tuple[int, ...]:
 def prepare_model(
     task: str, model: Any, params: Any, labels: tuple[str, ...] = (), *, seed: int = 0
 ) -> tuple[Any, Any, Any]:
-    """Give a model the head that a task needs.
+    """Add the head of a task to a model.
 
-    A classifier whose classes are the labels keeps its head. Any other encoder gets a new one. It
-    is zero in the base of an adapter, which holds the trained head itself: random values could
-    differ from platform to platform by a rounding error, and then the base would not be recognized.
+    A classifier with the same labels keeps its head. Other encoders get a new classification head,
+    which is zero in the base model; the adapter stores the trained head. Random values in the base
+    model could differ between platforms by rounding, and its fingerprint would not match.
 
     Args:
       task: One of `TASKS`.
       model: The model.
       params: Its parameters.
       labels: Names of the classes, for classification.
-      seed: Determines the random values that training of a new head starts from.
+      seed: Random seed of a new head.
 
     Returns:
-      The model, the parameters of the base, and those that training starts from.
+      The model, the parameters of the base model, and those at the start of training.
 
     Raises:
-      ConfigError: A masked language model is needed, and the model has no such head.
+      ConfigError: The task is masked-lm, and the model has no head for it.
     """
     if task == CLASSES:
         config = model.config
@@ -231,24 +231,24 @@ def prepare_model(
                 "task",
                 got=f"{task!r} for a model with the head {model.config.head!r}",
                 expected=f"a model with the head {MASKED_LM!r}",
-                fix="Use a folder with a masked language model, or examples with labels.",
+                fix="Use a masked language model, or examples with labels.",
             )
         )
     return model, params, params
 
 
 def _zero_head(before: Any, after: Any) -> Any:
-    """Replace the parts that a new head brought by zeros."""
-    known = {id(leaf) for leaf in jax.tree.leaves(before)}
-    return jax.tree.map(lambda leaf: leaf if id(leaf) in known else jnp.zeros_like(leaf), after)
+    """Set the parameters of a new head to zero."""
+    existing = {id(leaf) for leaf in jax.tree.leaves(before)}
+    return jax.tree.map(lambda leaf: leaf if id(leaf) in existing else jnp.zeros_like(leaf), after)
 
 
 def labels_for(model_config: Any, given: tuple[str, ...], file: RowFile) -> tuple[str, ...]:
-    """Choose the classes: those given, those of the model if they cover the data, or the data's.
+    """Choose the classes: the given ones, the model's if they include the data's, or the data's.
 
     Args:
       model_config: The model's configuration.
-      given: The labels that were asked for; empty to find them.
+      given: The labels of the settings; may be empty.
       file: The training examples.
 
     Returns:
@@ -276,10 +276,10 @@ def make_trainable(
     Args:
       task: One of `TASKS`.
       model: A model of `jax_lora.models`.
-      variables: `{"params": params}`, the base.
-      start: The same with the random head that training starts from; None: the base.
-      settings: The kind of fine-tuning; rank, scale, targets and seed of an adapter.
-      folder: Where the model came from: its tokenizer is copied into every model that is saved.
+      variables: `{"params": params}` of the base model.
+      settings: The settings of the run.
+      start: `variables` with the random values of a new head; None: `variables`.
+      folder: The model's folder; its tokenizer is copied into every saved model.
 
     Returns:
       The frozen and the trainable half.
@@ -290,17 +290,17 @@ def make_trainable(
     kernels = find_kernels(model.apply, variables, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     config = settings.lora_config(depth_of(model), heads=_heads(task, variables))
     adapter = lora_init(jax.random.key(settings.seed), start, config, kernels=kernels)
-    return adapter_beside(variables, adapter)
+    return train_adapter(variables, adapter)
 
 
 def _heads(task: str, variables: Any) -> tuple[str, ...]:
-    """Name the parts of a classifier that are trained whole, because they start random."""
+    """Return the parts of a classifier that are trained in full, because they can be new."""
     parts = ("pooler", "classifier") if task == CLASSES else ()
     return tuple(part for part in parts if part in variables["params"])
 
 
 def depth_of(model: Any) -> int:
-    """Count the layers of a model's one stack; 0 where there are two."""
+    """Return the number of layers of a model; 0 for an encoder-decoder, which has two stacks."""
     name = family_of(model).depth
     return 0 if name is None else getattr(model.config, name)
 

@@ -26,7 +26,7 @@ class Trainable:
     """The frozen and the trainable half of a model.
 
     Args:
-      frozen: What never changes: the base model's variables, or nothing.
+      frozen: The frozen half: the base model's variables, or nothing.
       start: The trainable half before the first step.
       join: Combines both: `(frozen, trainable) -> variables`.
       save: Writes the trainable half: `(folder, trainable)`.
@@ -50,36 +50,36 @@ class Trainable:
 
 
 def as_trainable(variables: Any, adapter: Any) -> Trainable:
-    """Split a model into its frozen and its trainable half.
+    """Split a model into the frozen and the trainable half.
 
     Args:
       variables: The base model's variables.
-      adapter: An adapter; None to train all variables; or a `Trainable`, which is returned.
+      adapter: An adapter, or None to train all variables; a `Trainable` is returned unchanged.
 
     Returns:
       Both halves.
 
     Raises:
-      StructureError: `adapter` is something else.
+      StructureError: `adapter` is of another type.
     """
     if isinstance(adapter, Trainable):
         return adapter
     if adapter is None:
         return all_variables(variables)
     if isinstance(adapter, Adapter):
-        return adapter_beside(variables, adapter)
+        return train_adapter(variables, adapter)
     raise StructureError(
         format_error(
             "adapter",
             got=f"a {type(adapter).__name__}",
             expected="an adapter, or None to train all variables",
-            fix="Pass what jl.lora_init returned; a combined tree is split by jl.partition.",
+            fix="Pass the result of jl.lora_init; jl.partition splits a combined tree.",
         )
     )
 
 
-def adapter_beside(variables: Any, adapter: Adapter) -> Trainable:
-    """Train an adapter; its checkpoints are those of `save_adapter`."""
+def train_adapter(variables: Any, adapter: Adapter) -> Trainable:
+    """Train an adapter, with the checkpoints of `save_adapter`."""
     return Trainable(
         frozen=variables,
         start=adapter,
@@ -94,7 +94,7 @@ def _save_adapter(base: Any, folder: Path, adapter: Any) -> None:
 
 
 def all_variables(variables: Any) -> Trainable:
-    """Train every floating-point leaf; a checkpoint is an Orbax folder with the arrays by path."""
+    """Train every floating-point leaf; a checkpoint is an Orbax folder of arrays by path."""
     named, treedef = paths.flatten_with_paths(variables)
     order = [path for path, _ in named]
     trained = {path: leaf for path, leaf in named if jnp.issubdtype(leaf.dtype, jnp.floating)}
@@ -112,7 +112,7 @@ def all_variables(variables: Any) -> Trainable:
         like = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in trained.items()}
         try:
             found = array_store.read_arrays(folder / ARRAYS, like)
-        except Exception as error:  # whatever Orbax meets
+        except Exception as error:  # Orbax raises exceptions of many types
             raise _unreadable(folder, f"{type(error).__name__}: {str(error)[:200]}") from error
         for path, want in like.items():
             if (found[path].shape, found[path].dtype) != (want.shape, want.dtype):
@@ -129,7 +129,7 @@ def _unreadable(folder: Path, got: str) -> CheckpointError:
             str(folder),
             got=got,
             expected="a checkpoint of these variables",
-            fix="Resume with the model that the run was started with.",
+            fix="Resume with the model of the original run.",
         )
     )
 
@@ -137,7 +137,7 @@ def _unreadable(folder: Path, got: str) -> CheckpointError:
 def saved_model(
     variables: Any, save: Callable[[Path, Any], None], load: Callable[[Path], Any]
 ) -> Trainable:
-    """Train every variable in place, with checkpoints in a format of the caller's.
+    """Train all variables in place, with the caller's checkpoint format.
 
     Args:
       variables: The model's variables; training donates them.
@@ -145,6 +145,6 @@ def saved_model(
       load: Reads them: `folder -> variables`.
 
     Returns:
-      The trainable half alone.
+      The trainable half; the frozen half is empty.
     """
     return Trainable({}, variables, lambda _, trainable: trainable, save, load, in_place=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -38,12 +39,21 @@ class NonFiniteLossError(LoraError, FloatingPointError):
     """The loss or the gradient became NaN or infinite; earlier checkpoints are untouched."""
 
 
-class Trainer:
-    """One training run of any model.
+class _RunningStep(NamedTuple):
+    """A step that the device may still compute."""
 
-    Use it for a model, a loss, and batches of your own: it compiles the step, validates, reports,
-    saves checkpoints, ends in good order at Ctrl-C, and resumes to the bit. The command
-    `jax-lora train` runs this class.
+    number: int
+    batch: Any
+    report: StepReport
+    began: float
+
+
+class Trainer:
+    """A training run of any model.
+
+    Use it to train your own model with your own loss and batches. It compiles the step, validates,
+    reports, saves checkpoints, handles Ctrl-C, and resumes bit for bit. The command
+    `jax-lora train` uses this class.
 
     Args:
       loss_fn: `loss_fn(variables, batch) -> (sum of losses, weight)`, as in `make_step`.
@@ -57,16 +67,15 @@ class Trainer:
         unless it is resumed.
       resume: True or `"auto"` continues the run in `run` if there is one; a path continues from
         that run or checkpoint.
-      callbacks: What happens between steps; None: `Report()` and, with `run`, `Checkpoint()`.
-      accumulation: Parts that a batch is split into, to save memory.
-      seed: Determines dropout, whose rate is the adapter's (`LoraConfig.dropout`).
-      mesh: Devices that share the rows of a batch, along the axis `"data"`; each holds the whole
-        model. None: arrays stay where they are, which suits variables that are sharded already.
+      callbacks: Callbacks; None: `Report()` and, with `run`, `Checkpoint()`.
+      accumulation: Number of micro-batches that a batch is split into, to save memory.
+      seed: Random seed of dropout; its rate is `LoraConfig.dropout` of the adapter.
+      mesh: Devices for data parallelism along the axis `"data"`; the model is replicated. None:
+        arrays are not moved, for example because the variables are already sharded.
       record: Plain values that are stored in every checkpoint.
 
     Raises:
-      ConfigError: No number of steps is given and the batches have no length, or `resume` names no
-        run.
+      ConfigError: `steps` is None and the batches have no length, or there is no run to resume.
       CheckpointError: The checkpoint is damaged, or belongs to another base model or optimizer.
 
     Example:
@@ -103,7 +112,7 @@ class Trainer:
         mesh: Mesh | None = None,
         record: dict[str, Any] | None = None,
     ):
-        """Make the state, or restore it."""
+        """Create the state, or restore it."""
         self._trainable = as_trainable(variables, adapter)
         self._batches, self._mesh, self._record = as_source(batches), mesh, record or {}
         self.steps = self._check_steps(steps)
@@ -128,6 +137,7 @@ class Trainer:
             callbacks = [Report(), *([Checkpoint()] if self._run is not None else [])]
         self.callbacks = tuple(callbacks)
         self._stopping = self._stopped_early = False
+        self._before = self._began = self._ended = 0.0
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -142,9 +152,9 @@ class Trainer:
 
     @property
     def adapter(self) -> Any:
-        """The trained adapter (in full fine-tuning the variables) as it is now.
+        """The current adapter; in full fine-tuning, the current variables.
 
-        The next step donates its arrays: copy them with `jax.tree.map(jnp.array, ...)` to keep
+        The next step donates its arrays. Copy them with `jax.tree.map(jnp.array, ...)` to keep
         them.
         """
         return self._state.trainable
@@ -156,18 +166,24 @@ class Trainer:
 
     @property
     def unit(self) -> str:
-        """What the run counts: "Tokens", or "Targets" where batches are not of tokens."""
+        """The unit of the run's counts: "Tokens", or "Targets" if the batches have no tokens."""
         return unit_of(self._batches)
 
-    def is_due(self, every: int) -> bool:
-        """Tell whether something that happens every few steps is due after this one."""
-        return self.step % every == 0 or self.step == self.steps
+    def is_due(self, every: int, step: int | None = None) -> bool:
+        """Return whether an action that happens every few steps is due.
+
+        Args:
+          every: Steps between two actions; it is due after the last step too.
+          step: Number of updates made; None: as of now.
+        """
+        step = self.step if step is None else step
+        return step % every == 0 or step == self.steps
 
     def stop(self, *, early: bool = False) -> None:
         """End the run after this step.
 
         Args:
-          early: Whether the reason is that the validation loss stopped improving.
+          early: Whether the validation loss stopped improving.
         """
         self._stopping, self._stopped_early = True, early
 
@@ -194,25 +210,45 @@ class Trainer:
         Raises:
           NonFiniteLossError: A loss or a gradient is NaN or infinite.
           DataError: A whole epoch had no target.
+          CheckpointError: Another process writes to the run's folder, or it cannot be written.
         """
-        progress = self.progress
-        before, began = progress.seconds, time.perf_counter()
-        batches = load_ahead(self._batches, progress.step, self.steps)
+        with contextlib.nullcontext() if self._run is None else self._run.owned():
+            return self._train()
+
+    def _train(self) -> RunResult:
+        self._before, self._began = self.progress.seconds, time.perf_counter()
+        batches = load_ahead(self._batches, self.step, self.steps)
+        running: _RunningStep | None = None
         with Interrupts() as interrupts:
-            while progress.step < self.steps and not self._stopping and not interrupts.requested:
-                loss = self._update(next(batches))
-                progress.seconds = before + time.perf_counter() - began
-                self.notify("on_step", loss)
+            while not (self._stopping or interrupts.requested):
+                number = self.step + (running is not None)
+                if number >= self.steps:
+                    break
+                batch = next(batches)
+                placed = self._placed(batch)
+                if running is not None and placed not in self._step_cache:
+                    self._finish(running)  # its time is not to include the compilation
+                    running = None
+                # The device computes this step while the host reads the numbers of the last one.
+                started = self._start(number, batch, placed)
+                if running is not None:
+                    self._finish(running)
+                running = started
+                if any(each.needs_state(self, number + 1) for each in self.callbacks):
+                    self._finish(running)
+                    running = None
+            if running is not None:
+                self._finish(running)
         result = self._result(interrupts.requested)
         self.notify("on_end", result)
         return result
 
     def evaluate(self, batches: Any, limit: int = -1) -> float:
-        """Return the mean loss on some batches.
+        """Return the mean loss on batches.
 
         Args:
           batches: A sequence, or another iterable, of batches.
-          limit: How many to use; -1 for all.
+          limit: Maximum number of batches; -1 for all.
 
         Returns:
           The sum of the losses over the sum of the weights.
@@ -227,23 +263,27 @@ class Trainer:
         """Compile the first step without running it.
 
         Returns:
-          Its planned memory in bytes; 0 where the platform does not say.
+          Its planned memory in bytes; 0 if the platform does not report it.
         """
         batch = self._placed(self._batches.at(self.step))
         self._step_cache.compiled(self._state, self._frozen, batch)
         return self._step_cache.planned_bytes
 
-    def save(self, *, keep: int = 3) -> Path | None:
-        """Save a checkpoint of this step; nothing happens if there is one, or no run folder.
+    def save(self, *, keep: int | None = None) -> Path | None:
+        """Save a checkpoint of this step, unless there is one already or no run folder.
 
         Args:
-          keep: How many checkpoints to keep, besides the best one.
+          keep: Number of checkpoints to keep, in addition to the best one; None: as many as the
+            callback `Checkpoint` keeps, or 3 without one.
 
         Returns:
           The checkpoint's folder; None without a run folder.
         """
         if self._run is None:
             return None
+        if keep is None:
+            saving = [each.keep for each in self.callbacks if isinstance(each, Checkpoint)]
+            keep = max(saving, default=3)
         record = {"ledger": self.progress.to_dict(), **self._record}
 
         def write(folder: Path) -> None:
@@ -259,19 +299,26 @@ class Trainer:
         """Describe a batch's shape, for messages."""
         return self._batches.describe_shape(batch)
 
-    def _update(self, batch: Any) -> float:
-        index, placed = self.step, self._placed(batch)
+    def _start(self, number: int, batch: Any, placed: Any) -> _RunningStep:
+        """Start a step, which runs on the device in the background."""
         compiled = self._step_cache.compiled(self._state, self._frozen, placed)
         began = time.perf_counter()
         self._state, report = compiled(self._state, self._frozen, placed)
+        return _RunningStep(number, batch, report, began)
+
+    def _finish(self, running: _RunningStep) -> None:
+        """Wait for a step, check and count its numbers, and call the callbacks."""
+        report = running.report
         loss, weight = float(report.loss), float(report.weight)
-        seconds = time.perf_counter() - began
+        ended = time.perf_counter()
+        seconds, self._ended = ended - max(running.began, self._ended), ended
         if not math.isfinite(loss) or not math.isfinite(float(report.gradient_norm)):
-            raise NonFiniteLossError(self._non_finite(index, loss, report))
-        tokens = tokens_of(self._batches, index, batch, weight)
+            raise NonFiniteLossError(self._non_finite(running.number, loss, report))
+        tokens = tokens_of(self._batches, running.number, running.batch, weight)
         self.progress.add_step(loss, weight, tokens, seconds)
         self._refuse_empty_epoch()
-        return loss
+        self.progress.seconds = self._before + time.perf_counter() - self._began
+        self.notify("on_step", loss)
 
     def _non_finite(self, index: int, loss: float, report: StepReport) -> str:
         return format_error(
@@ -289,9 +336,9 @@ class Trainer:
         raise DataError(
             format_error(
                 f"the training batches, after {self.step} steps",
-                got="not one target token",
+                got="no target token",
                 expected="at least one target token",
-                fix="Check the examples, or include the prompts in the loss (mask_prompt false).",
+                fix="Check the examples, or include the prompts in the loss (mask_prompt=False).",
             )
         )
 
@@ -309,8 +356,8 @@ class Trainer:
                 got=repr(steps),
                 expected="an integer of at least 1"
                 if steps is not None
-                else "a number of steps, because these batches have no length",
-                fix="Pass steps=1000, say.",
+                else "an integer, because these batches have no length",
+                fix="Pass, for example, steps=1000.",
             )
         )
 

@@ -3,15 +3,14 @@
     step-000200/                 the adapter, or the model
     step-000200/training.json    progress, settings, data; checksums of the arrays
     step-000200/moments/         an Orbax checkpoint of the optimizer state
+    step-000200/commit.json      the step, and digests of the files above
 
-`training.json` is renamed into place last: a checkpoint that has it is complete.
+`training.json` is written after the arrays: a state that has it is complete.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.errors import CheckpointError, ConfigError, format_error
-from jax_lora.finetune.run_folder import find_checkpoint, is_run
+from jax_lora.finetune.commit_mark import MARK, STEP, check_mark, write_mark
+from jax_lora.finetune.run_folder import checkpoints_of, find_checkpoint, is_empty, is_run
 from jax_lora.storage import array_store
-from jax_lora.storage.json_files import read_json
+from jax_lora.storage.atomic_writes import explained, remove, write_file
+from jax_lora.storage.json_files import digest, read_json
 
 RECORD, OPT_STATE = "training.json", "moments"
 NOTHING = "nothing"  # a placeholder array, because some optimizers have no state
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # version 1 has no seal, and its checkpoints have no commit.json
 
 
 def save_state(checkpoint: Path, opt_state: Any, record: dict[str, Any]) -> None:
@@ -38,25 +40,26 @@ def save_state(checkpoint: Path, opt_state: Any, record: dict[str, Any]) -> None
       record: Everything else, as plain values.
 
     Raises:
-      CheckpointError: Writing fails; the checkpoint itself is unchanged.
+      CheckpointError: Writing fails; the adapter or the model is unchanged.
     """
-    folder, record_file = checkpoint / OPT_STATE, checkpoint / RECORD
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
+    folder = checkpoint / OPT_STATE
+    with explained(checkpoint, CheckpointError):
+        (checkpoint / RECORD).unlink(missing_ok=True)  # it would be of another state
+        remove(folder)
         array_store.write_arrays(folder, _named(opt_state))
         whole = {"version": VERSION, "files": array_store.checksums(folder), **record}
-        part = checkpoint / f"{RECORD}.part"
-        part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, record_file)
-    except OSError as error:
-        raise CheckpointError(
-            format_error(
-                str(checkpoint),
-                got=f"{type(error).__name__}: {error}",
-                expected="a folder that can be written to, on a file system with room",
-                fix="Free some space, then resume the run.",
-            )
-        ) from error
+        try:
+            text = json.dumps(whole | {"seal": digest(whole)}, indent=1) + "\n"
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                format_error(
+                    f"the record of {checkpoint}",
+                    got=str(error),
+                    expected="plain values that JSON can store, without NaN",
+                    fix="Pass such values as Trainer(record=...).",
+                )
+            ) from error
+        write_file(checkpoint / RECORD, text, CheckpointError)
 
 
 def find_resumable(path: str | Path) -> Path | None:
@@ -69,13 +72,14 @@ def find_resumable(path: str | Path) -> Path | None:
       The checkpoint; None if there is no run, or one that ended before its first checkpoint.
 
     Raises:
-      CheckpointError: There is a run of an earlier version, or something else.
+      CheckpointError: There is something else than a run, or a file of the checkpoint has changed
+        or is that of another checkpoint.
       ConfigError: The checkpoint holds an adapter without training state.
     """
     path = Path(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and is_empty(path)):
         return None
-    if is_run(path) and not any(path.glob("step-*")):
+    if is_run(path) and not checkpoints_of(path):
         return None
     checkpoint = find_checkpoint(path, last=True)
     if not has_state(checkpoint):
@@ -87,15 +91,27 @@ def find_resumable(path: str | Path) -> Path | None:
                 fix="Start a new run, or resume from another checkpoint.",
             )
         )
+    record = read_record(checkpoint)
+    check_mark(checkpoint, required=record["version"] > 1)
+    _refuse_other_step(checkpoint, record)
     return checkpoint
+
+
+def _refuse_other_step(checkpoint: Path, record: dict[str, Any]) -> None:
+    """Refuse a record of another step, which a checkpoint without a mark may have."""
+    progress, named = record.get("ledger"), STEP.fullmatch(checkpoint.name)
+    step = progress.get("step") if isinstance(progress, dict) else None
+    if named is not None and step is not None and step != int(named[1]):
+        raise _unreadable(checkpoint, f"{RECORD} of step {step!r}")
 
 
 def remove_state(checkpoint: Path) -> None:
     """Delete the files that only resuming needs."""
-    (checkpoint / RECORD).unlink(
-        missing_ok=True
-    )  # first, so that an incomplete state is never loaded
-    shutil.rmtree(checkpoint / OPT_STATE, ignore_errors=True)
+    with explained(checkpoint, CheckpointError):
+        (checkpoint / RECORD).unlink(missing_ok=True)  # first: no incomplete state is ever loaded
+        remove(checkpoint / OPT_STATE)
+        if (checkpoint / MARK).is_file():
+            write_mark(checkpoint, read_json(checkpoint / MARK, CheckpointError)["step"])
 
 
 def has_state(checkpoint: Path) -> bool:
@@ -119,8 +135,11 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     if not file.is_file():
         raise _unreadable(checkpoint, f"a checkpoint without {RECORD}")
     record = read_json(file, CheckpointError)
-    if record.get("version") != VERSION:
+    if record.get("version") not in READABLE:
         raise _unreadable(checkpoint, f"version {record.get('version')!r} of {RECORD}")
+    seal = record.pop("seal", None)
+    if record["version"] > 1 and seal != digest(record):
+        raise _unreadable(checkpoint, f"{RECORD}: contents that do not match their checksum")
     return record
 
 

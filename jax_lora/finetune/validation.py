@@ -17,12 +17,12 @@ def make_validation(loss_fn: LossFn, *, join: Join = combine) -> Callable[[Any, 
     """Compile a loss function for validation.
 
     Args:
-      loss_fn: As in `make_step`.
+      loss_fn: See `make_step`.
       join: Combines frozen and trainable parameters.
 
     Returns:
-      `measure(trainable, frozen, batch) -> (sum of losses, weight)`, jitted. With None as
-      `trainable` it measures `frozen` alone.
+      `measure(trainable, frozen, batch) -> (sum of losses, weight)`, jitted. If
+      `trainable` is None, the loss is that of `frozen`.
     """
     loss = lora_apply(loss_fn)
 
@@ -42,14 +42,14 @@ def total_loss(
     *,
     place: Callable[[Any], Any] = lambda batch: batch,
 ) -> tuple[float, float]:
-    """Add up the losses of many batches, so that every target counts the same.
+    """Sum the losses of batches; every target has the same weight.
 
     Args:
       measure: From `make_validation`.
       trainable: The adapter, or None for the base model.
       frozen: The base model's variables.
       batches: The batches.
-      limit: How many batches to use; -1 for all.
+      limit: Maximum number of batches; -1 for all.
       place: Puts a batch on the devices.
 
     Returns:

@@ -21,7 +21,7 @@ Nested = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Extent:
+class RanksAndScales:
     """The ranks and scales of the update of one leaf.
 
     Args:
@@ -35,7 +35,7 @@ class Extent:
     scale: float | Nested
 
 
-def extent(kernel: Kernel, config: LoraConfig) -> Extent:
+def ranks_and_scales(kernel: Kernel, config: LoraConfig) -> RanksAndScales:
     """Return the ranks and scales of one leaf under a configuration.
 
     Args:
@@ -48,15 +48,15 @@ def extent(kernel: Kernel, config: LoraConfig) -> Extent:
     active = active_layers(kernel, config)
     if active is None:
         rank = config.rank_of(kernel.path)
-        return Extent(rank, None, config.scale(rank, config.alpha_of(kernel.path)))
+        return RanksAndScales(rank, None, config.scale(rank, config.alpha_of(kernel.path)))
     ranks, scales = [0] * kernel.stack_shape[0], [0.0] * kernel.stack_shape[0]
     for index in active:
-        names = (kernel.path, paths.layer_path(kernel.path, index))
-        ranks[index] = config.rank_of(*names)
-        scales[index] = config.scale(ranks[index], config.alpha_of(*names))
+        both = (kernel.path, paths.layer_path(kernel.path, index))
+        ranks[index] = config.rank_of(*both)
+        scales[index] = config.scale(ranks[index], config.alpha_of(*both))
     differ = len(set(ranks)) > 1
     used = {scales[index] for index in active}
-    return Extent(
+    return RanksAndScales(
         rank=max(ranks),
         ranks=_over_stack(ranks, kernel) if differ else None,
         # The scale of a layer without an adapter is arbitrary, as its factors are zero.
@@ -74,7 +74,7 @@ def active_layers(kernel: Kernel, config: LoraConfig) -> tuple[int, ...] | None:
     return tuple(index for index in config.layers if index < count)
 
 
-def with_layers(kernels: Mapping[str, Kernel], config: LoraConfig) -> dict[str, Kernel]:
+def with_active_layers(kernels: Mapping[str, Kernel], config: LoraConfig) -> dict[str, Kernel]:
     """Filter out the stacks in which no layer gets an adapter.
 
     Args:
@@ -105,7 +105,7 @@ def with_layers(kernels: Mapping[str, Kernel], config: LoraConfig) -> dict[str, 
     return {path: k for path, k in kernels.items() if active_layers(k, config) != ()}
 
 
-def names(kernels: Mapping[str, Kernel], config: LoraConfig) -> list[str]:
+def matchable_paths(kernels: Mapping[str, Kernel], config: LoraConfig) -> list[str]:
     """List the paths that a pattern can match: leaves, and adapted layers of stacks."""
     layered = [
         paths.layer_path(path, index)

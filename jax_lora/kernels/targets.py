@@ -66,8 +66,8 @@ def select(
     Warns:
       SkippedKernelWarning: A target is in `kernels.skipped`.
     """
-    named = kernels_by_name(dict(leaves)) if kernels is None else kernels
-    known = (named if isinstance(named, Kernels) else Kernels(named)).within(leaves)
+    found = kernels_by_name(dict(leaves)) if kernels is None else kernels
+    known = (found if isinstance(found, Kernels) else Kernels(found)).within(leaves)
     chosen = _chosen(leaves, config, known, guessed=kernels is None)
     _warn_of_skipped(known, config)
     _check_patterns("exclude", config.exclude, known, leaves, config)
@@ -75,10 +75,10 @@ def select(
     chosen = [p for p in chosen if not _any_matches(config.modules_to_save, p)]
     if not chosen:
         raise _no_match("exclude", " ".join(config.exclude), known, "everything was excluded")
-    selected = stacks.with_layers({path: known[path] for path in sorted(chosen)}, config)
-    names = dict.fromkeys(stacks.names(selected, config))
-    _check_patterns("rank_pattern", config.rank_pattern, names, leaves, config)
-    _check_patterns("alpha_pattern", config.alpha_pattern, names, leaves, config)
+    selected = stacks.with_active_layers({path: known[path] for path in sorted(chosen)}, config)
+    named = dict.fromkeys(stacks.matchable_paths(selected, config))
+    _check_patterns("rank_pattern", config.rank_pattern, named, leaves, config)
+    _check_patterns("alpha_pattern", config.alpha_pattern, named, leaves, config)
     return selected
 
 

@@ -28,6 +28,7 @@ from jax_lora.models.decoder_inputs import KVCache
 from jax_lora.models.decoding import generate
 from jax_lora.models.gpt2 import GPT2, GPT2Config
 from jax_lora.models.load_checkpoint import load
+from jax_lora.models.rematerialization import remat_policy
 from jax_lora.models.save_checkpoint import save
 from jax_lora.models.surgery import replicate_layers, resize_vocab, untie
 from jax_lora.models.t5 import T5, T5Cache, T5Config
@@ -66,6 +67,7 @@ __all__ = [
     "add_classifier",
     "generate",
     "load",
+    "remat_policy",
     "replicate_layers",
     "resize_vocab",
     "save",

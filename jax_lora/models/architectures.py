@@ -4,8 +4,8 @@ An entry has three parts: a configuration with the fields and defaults of its `c
 with its `DecoderDesign`, and a row of the table `DECODERS`. To add an architecture, write an entry
 and export its two classes in `jax_lora/models/__init__.py`.
 
-All classes are used alike; see `CheckpointModel` for the attributes and `CausalDecoder.__call__`
-for the arguments::
+All classes have the attributes of `CheckpointModel` and the arguments of
+`CausalDecoder.__call__`::
 
     model = Llama(LlamaConfig(num_hidden_layers=2))
     params = model.init(jax.random.key(0), input_ids)["params"]
@@ -42,35 +42,6 @@ from jax_lora.models.experts import ExpertNames
 from jax_lora.models.family import Family, nullable
 from jax_lora.models.model_config import is_positive
 
-__all__ = [
-    "DECODERS",
-    "Gemma",
-    "Gemma2",
-    "Gemma2Config",
-    "Gemma3",
-    "Gemma3Config",
-    "GemmaConfig",
-    "Llama",
-    "LlamaConfig",
-    "Mistral",
-    "MistralConfig",
-    "Mixtral",
-    "MixtralConfig",
-    "Phi3",
-    "Phi3Config",
-    "Qwen2",
-    "Qwen2Config",
-    "Qwen3",
-    "Qwen3Config",
-    "Qwen3MoE",
-    "Qwen3MoEConfig",
-]
-
-
-# -----------------------------------------------------------------------------------------------
-# Llama
-# -----------------------------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DecoderConfig):
@@ -99,11 +70,6 @@ class Llama(Decoder):
     """
 
 
-# -----------------------------------------------------------------------------------------------
-# Mistral and Mixtral
-# -----------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MistralConfig(WindowConfig):
     """Configuration of a Mistral, named as in Hugging Face's `MistralConfig`.
@@ -127,12 +93,10 @@ class Mistral(Decoder):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtralConfig(WindowConfig):
+class MixtralConfig(MistralConfig):
     """Configuration of a Mixtral, named as in Hugging Face's `MixtralConfig`."""
 
-    intermediate_size: int = 14336
-    num_key_value_heads: int = 8
-    max_position_embeddings: int = 131072
+    sliding_window: int | None = None
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
     num_local_experts: int = 8
@@ -162,14 +126,8 @@ class Mixtral(Decoder):
 
 def _check_experts(config: Any, count: int) -> None:
     if config.num_experts_per_tok > count:
-        expected = f"at most the {count} experts there are"
-        fix = "choose fewer experts for each token."
-        config.refuse("num_experts_per_tok", config.num_experts_per_tok, expected, fix)
-
-
-# -----------------------------------------------------------------------------------------------
-# Qwen
-# -----------------------------------------------------------------------------------------------
+        expected, fix = f"at most the {count} experts of the model", "lower num_experts_per_tok."
+        config.fail("num_experts_per_tok", expected, fix)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +148,7 @@ class Qwen2Config(MixedLayersConfig):
     max_window_layers: int = 28  # from this layer on, if `use_sliding_window`
 
     def default_layer_types(self) -> tuple[str, ...]:
-        """The last layers have a window, if any."""
+        """Give the last layers a window if `use_sliding_window` is set."""
         full = self.num_hidden_layers if self.window is None else self.max_window_layers
         return tuple(FULL if i < full else SLIDING for i in range(self.num_hidden_layers))
 
@@ -252,7 +210,7 @@ class Qwen3MoEConfig(WindowConfig):
         self.check_choice("decoder_sparse_step", (1,))
         if set(self.mlp_only_layers) & set(range(self.num_hidden_layers)):
             fix = "layers without experts are not implemented."
-            self.refuse("mlp_only_layers", self.mlp_only_layers, "none of the layers", fix)
+            self.fail("mlp_only_layers", "an empty list", fix)
         _check_experts(self, self.num_experts)
 
     @property
@@ -273,11 +231,6 @@ class Qwen3MoE(Decoder):
         qk_norm=True,
         experts=ExpertNames("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
     )
-
-
-# -----------------------------------------------------------------------------------------------
-# Gemma
-# -----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,7 +254,7 @@ class GemmaConfig(DecoderConfig):
     attention_bias: bool = False
 
     def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
-        self.derive("hidden_act", "gelu_pytorch_tanh", absent="gelu")
+        self.set_default("hidden_act", "gelu_pytorch_tanh", unset=("gelu",))
         super().__post_init__()
 
 
@@ -316,7 +269,32 @@ class Gemma(Decoder):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gemma2Config(MixedLayersConfig):
+class _MixedGemmaConfig(MixedLayersConfig):
+    """The fields that Gemma 2 and Gemma 3 share."""
+
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    hidden_activation: str = "gelu_pytorch_tanh"  # overrides hidden_act
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    query_pre_attn_scalar: float = 256
+    sliding_window: int | None = 4096
+    final_logit_softcapping: float | None = None
+
+    def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
+        self.set_field("hidden_act", self.hidden_activation)
+        super().__post_init__()
+        caps = ("final_logit_softcapping", "attn_logit_softcapping")
+        given = [name for name in caps if getattr(self, name) is not None]
+        self.check_positive(("query_pre_attn_scalar", *given))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma2Config(_MixedGemmaConfig):
     """Configuration of a Gemma 2, named as in Hugging Face's `Gemma2Config`.
 
     Example:
@@ -325,27 +303,9 @@ class Gemma2Config(MixedLayersConfig):
     """
 
     vocab_size: int = 256000
-    hidden_size: int = 2304
-    intermediate_size: int = 9216
-    num_hidden_layers: int = 26
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    head_dim: int = 256
-    hidden_activation: str = "gelu_pytorch_tanh"  # overrides hidden_act
     max_position_embeddings: int = 8192
-    tie_word_embeddings: bool = True
-    attention_bias: bool = False
-    query_pre_attn_scalar: float = 256
-    sliding_window: int | None = 4096
     final_logit_softcapping: float | None = 30.0
     attn_logit_softcapping: float | None = 50.0
-
-    def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
-        self.overwrite("hidden_act", self.hidden_activation)
-        super().__post_init__()
-        caps = ("final_logit_softcapping", "attn_logit_softcapping")
-        given = [name for name in caps if getattr(self, name) is not None]
-        self.check_positive(("query_pre_attn_scalar", *given))
 
     def default_layer_types(self) -> tuple[str, ...]:
         """Alternate between layers with a window and without, the first with one."""
@@ -363,7 +323,7 @@ class Gemma2(Decoder):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gemma3Config(MixedLayersConfig):
+class Gemma3Config(_MixedGemmaConfig):
     """Configuration of a Gemma 3 text model, named as in Hugging Face's `Gemma3TextConfig`.
 
     `rope_theta` and `rope_scaling` are those of the layers without a window.
@@ -374,35 +334,21 @@ class Gemma3Config(MixedLayersConfig):
     """
 
     vocab_size: int = 262208
-    hidden_size: int = 2304
-    intermediate_size: int = 9216
-    num_hidden_layers: int = 26
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
-    head_dim: int = 256
-    hidden_activation: str = "gelu_pytorch_tanh"  # overrides hidden_act
     max_position_embeddings: int = 131072
     rope_theta: float = 1e6
     rope_local_base_freq: float = 10000.0  # rope_theta of the layers with a window
     rope_local_scaling: Mapping[str, Any] | None = None
-    tie_word_embeddings: bool = True
-    attention_bias: bool = False
-    query_pre_attn_scalar: float = 256
-    sliding_window: int | None = 4096
     sliding_window_pattern: int = 6  # every sixth layer has no window
-    final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
-        self.overwrite("hidden_act", self.hidden_activation)
         if self.rope_local_scaling is not None:
-            self.overwrite("rope_local_scaling", frozen_settings(self.rope_local_scaling))
+            self.set_field("rope_local_scaling", frozen_settings(self.rope_local_scaling))
         self.check_sizes(("sliding_window_pattern",))
         super().__post_init__()
-        cap = ("final_logit_softcapping",) * (self.final_logit_softcapping is not None)
-        self.check_positive(("query_pre_attn_scalar", "rope_local_base_freq", *cap))
+        self.check_positive(("rope_local_base_freq",))
 
     def default_layer_types(self) -> tuple[str, ...]:
-        """Every `sliding_window_pattern`-th layer has no window."""
+        """Give all layers a window, except every `sliding_window_pattern`-th."""
         numbers = range(1, self.num_hidden_layers + 1)
         return tuple(SLIDING if i % self.sliding_window_pattern else FULL for i in numbers)
 
@@ -421,11 +367,6 @@ class Gemma3(Decoder):
     """
 
     design = DecoderDesign(gemma_scales=True, sandwich=True, qk_norm=True)
-
-
-# -----------------------------------------------------------------------------------------------
-# Phi-3
-# -----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -450,8 +391,8 @@ class Phi3Config(WindowConfig):
             self._complete_scaling(dict(self.rope_scaling))
         self.check_sizes(("original_max_position_embeddings",))
         if not is_positive(self.partial_rotary_factor) or self.partial_rotary_factor > 1:
-            got, expected = self.partial_rotary_factor, "a number above 0, at most 1"
-            self.refuse("partial_rotary_factor", got, expected, "1.0 rotates all channels.")
+            expected = "a positive number, at most 1"
+            self.fail("partial_rotary_factor", expected, "1.0 rotates all channels.")
         self.check_choice("rope_type", ("default", "longrope"))
         super().__post_init__()
 
@@ -461,8 +402,8 @@ class Phi3Config(WindowConfig):
         scaling["rope_type"] = "longrope" if kind in ("su", "yarn") else kind
         scaling["original_max_position_embeddings"] = self.original_max_position_embeddings
         factor = scaling.pop("partial_rotary_factor", self.partial_rotary_factor)
-        self.overwrite("partial_rotary_factor", factor)
-        self.overwrite("rope_scaling", scaling)
+        self.set_field("partial_rotary_factor", factor)
+        self.set_field("rope_scaling", scaling)
 
     @property
     def rotary_dim(self) -> int:
@@ -492,22 +433,29 @@ _WINDOW = "sliding_window"
 _NO_BIDIRECTIONAL = {"use_bidirectional_attention": (None, False)}
 
 
-def _row(model_type: str, architecture: str, config: Any, module: Any, **more: Any) -> Family:
+def _row(
+    model_type: str,
+    architecture: str,
+    config: Any,
+    module: Any,
+    to_json: Any = decoder_json,
+    **more: Any,
+) -> Family:
     """Make a row: a `Family` with the defaults of Llama-like decoders."""
-    fields: dict[str, Any] = {
-        "to_json": decoder_json,
-        # Older files hold tables of rotary frequencies.
-        "redundant": (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
-        **more,
-    }
-    architectures = (architecture,)
     return Family(
-        model_type=model_type, architectures=architectures, config=config, module=module, **fields
+        model_type=model_type,
+        architectures=(architecture,),
+        config=config,
+        module=module,
+        to_json=to_json,
+        # Older files have tables of rotary frequencies.
+        redundant=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+        **more,
     )
 
 
 DECODERS: tuple[Family, ...] = (
-    _row("llama", "LlamaForCausalLM", LlamaConfig, Llama, harmless=("pretraining_tp",)),
+    _row("llama", "LlamaForCausalLM", LlamaConfig, Llama),
     _row("mistral", "MistralForCausalLM", MistralConfig, Mistral, fields=nullable(_WINDOW)),
     _row("mixtral", "MixtralForCausalLM", MixtralConfig, Mixtral),
     _row("qwen2", "Qwen2ForCausalLM", Qwen2Config, Qwen2, fields=nullable(_WINDOW)),

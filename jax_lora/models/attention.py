@@ -1,100 +1,112 @@
-"""Grouped-query attention with rotary positions, and the switches of its variants."""
+"""Self-attention of decoders and encoders, with a KV cache."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_lora.models.activations import soft_cap
-from jax_lora.models.checkpoint_model import linear
-from jax_lora.models.decoder_config import DecoderConfig
-from jax_lora.models.norms import RMSNorm
+from jax_lora.models.attention_mask import BLOCKS, CUDNN, SPLASH, AttentionMask
+from jax_lora.models.blockwise_attention import blockwise_attention
 from jax_lora.models.rotary import apply_rotary
-
-__all__ = ["Attention", "LayerCache", "LayerContext", "attend", "update_cache"]
 
 # The keys and values of one layer, each (batch, length, key-value heads, head_dim).
 LayerCache = tuple[jax.Array, jax.Array]
 
 
 class LayerContext(NamedTuple):
-    """The inputs that every decoder layer shares.
+    """The inputs that all layers share.
 
     Attributes:
       cos: (batch, tokens, rotary_dim / 2), from `rotary_angles`; None without rotary positions.
       sin: Same shape.
-      mask: (batch or 1, 1, tokens, keys) booleans, True where a query attends to a key; None:
-        causal.
+      mask: Which keys a query attends to: from `make_masks`, or (batch or 1, 1, tokens, keys)
+        booleans; None: causal.
       filled: int32 scalar, the cache's filled slots; None without a cache.
     """
 
-    cos: jax.Array | None
-    sin: jax.Array | None
-    mask: jax.Array | None
-    filled: jax.Array | None
+    cos: jax.Array | None = None
+    sin: jax.Array | None = None
+    mask: AttentionMask | jax.Array | None = None
+    filled: jax.Array | None = None
 
 
 class Attention(nn.Module):
-    """Attention with one kernel each for queries, keys and values, or one for all (`fused`).
+    """Self-attention with one kernel each for queries, keys and values, or one for all three.
 
     Attributes:
-      config: Sizes.
-      param_dtype: Dtype in which `init` makes the parameters.
+      dense: Makes a dense layer; see `dense_maker`.
+      names: Names of the dense layers: (query, key, value, output), or (all three, output).
+      heads: Query heads.
+      groups: Key-value heads.
+      head_dim: Channels of a head.
       bias: Whether queries, keys and values have a bias.
       out_bias: Whether the output projection has a bias.
-      fused: Whether one kernel `qkv_proj` makes queries, keys and values.
-      qk_norm: Normalization of each query's and key's channels; None: no normalization.
+      qk_norm: Makes the norm of each query's and key's channels; None: no normalization.
       scale: Factor on the scores; None: 1 / sqrt(head_dim).
       soft_cap: Soft cap on the scores; None: no cap.
     """
 
-    config: DecoderConfig
-    param_dtype: Any
+    dense: Callable[..., nn.Dense]
+    names: tuple[str, ...]
+    heads: int
+    groups: int
+    head_dim: int
     bias: bool = False
     out_bias: bool = False
-    fused: bool = False
-    qk_norm: RMSNorm | None = None
+    qk_norm: Callable[..., nn.Module] | None = None
     scale: float | None = None
     soft_cap: float | None = None
 
-    def setup(self):  # noqa: D102  Linen's hook
-        c, dtype = self.config, self.param_dtype
-        queries, groups = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        if self.fused:
-            self.qkv_proj = linear(c, queries + 2 * groups, self.bias, dtype)
-        else:
-            self.q_proj = linear(c, queries, self.bias, dtype)
-            self.k_proj = linear(c, groups, self.bias, dtype)
-            self.v_proj = linear(c, groups, self.bias, dtype)
-        self.o_proj = linear(c, c.hidden_size, self.out_bias, dtype)
-        if self.qk_norm is not None:
-            self.q_norm, self.k_norm = self.qk_norm.clone(), self.qk_norm.clone()
-
+    @nn.compact
     def __call__(
-        self, x: jax.Array, context: LayerContext, cache: LayerCache | None
+        self,
+        x: jax.Array,
+        context: LayerContext,
+        cache: LayerCache | None = None,
+        divisor: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """(batch, tokens, hidden) -> the same shape, and the layer's updated cache, if any."""
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        q, k, v = (part.reshape(heads) for part in self._project(x))  # (b, t, h or g, d)
-        if self.qk_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if context.cos is not None and context.sin is not None:
-            q = apply_rotary(q, context.cos, context.sin)  # (b, t, h, d)
-            k = apply_rotary(k, context.cos, context.sin)  # (b, t, g, d)
-        k, v, cache = update_cache(cache, k, v, context.filled)  # (b, length, g, d) with a cache
-        y = attend(q, k, v, context.mask, scale=self.scale, soft_cap=self.soft_cap)
-        return self.o_proj(y.reshape(*x.shape[:2], -1)), cache
+        """Attend to x and the tokens in the cache.
 
-    def _project(self, x: jax.Array) -> list[jax.Array]:
-        if not self.fused:
-            return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-        c = self.config
-        queries, groups = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        return jnp.split(self.qkv_proj(x), [queries, queries + groups], axis=-1)
+        Args:
+          x: (batch, tokens, hidden).
+          context: Shared by all layers.
+          cache: The layer's keys and values, or None.
+          divisor: Scalar that divides the scores, or None.
+
+        Returns:
+          (batch, tokens, hidden), and the layer's updated cache, if any.
+        """
+        *inputs, output = self.names
+        queries, keys = self.heads * self.head_dim, self.groups * self.head_dim
+        if len(inputs) == 1:
+            qkv = self.dense(queries + 2 * keys, use_bias=self.bias, name=inputs[0])(x)
+            parts = jnp.split(qkv, [queries, queries + keys], axis=-1)
+        else:
+            sizes = zip(inputs, (queries, keys, keys), strict=True)
+            parts = [self.dense(n, use_bias=self.bias, name=name)(x) for name, n in sizes]
+        q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
+        if self.qk_norm is not None:
+            q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")  # read by the norms
+            q, k = self.qk_norm(name="q_norm")(q), self.qk_norm(name="k_norm")(k)
+        if context.cos is not None and context.sin is not None:
+            q = apply_rotary(q, context.cos, context.sin)  # (batch, tokens, heads, head_dim)
+            k = apply_rotary(k, context.cos, context.sin)  # (batch, tokens, groups, head_dim)
+        if divisor is not None:  # dividing queries divides their scores
+            q = q / divisor.astype(q.dtype)
+        if self.qk_norm is None:
+            q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
+        v = checkpoint_name(v, "value")
+        k, v, cache = update_cache(cache, k, v, context.filled)  # (batch, length, groups, head_dim)
+        y = attend(q, k, v, context.mask, scale=self.scale, soft_cap=self.soft_cap)
+        y = y.reshape(*x.shape[:2], queries)
+        return self.dense(x.shape[-1], use_bias=self.out_bias, name=output)(y), cache
 
 
 def update_cache(
@@ -125,7 +137,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | None,
+    mask: AttentionMask | jax.Array | None,
     *,
     scale: float | None = None,
     soft_cap: float | None = None,
@@ -136,7 +148,8 @@ def attend(
       q: (batch, tokens, heads, head_dim).
       k: (batch, keys, groups, head_dim); each group serves heads / groups consecutive heads.
       v: Same shape.
-      mask: (batch or 1, 1, tokens, keys), True where a query attends to a key; None: causal.
+      mask: From `make_masks`, which determines the kernel; or (batch or 1, 1, tokens, keys)
+        booleans, True where a query attends to a key; None: causal.
       scale: Factor on the scores; None: 1 / sqrt(head_dim).
       soft_cap: c in c * tanh(score / c); None: no cap.
 
@@ -146,11 +159,53 @@ def attend(
     Reference:
       Vaswani et al. (arXiv:1706.03762), equation 1; Gemma 2 (arXiv:2408.00118), section 2.
     """
+    if isinstance(mask, AttentionMask):
+        factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+        if mask.kernel == CUDNN:
+            return _cudnn_attention(q, k, v, mask, factor)
+        if mask.kernel == SPLASH:
+            from jax_lora.models.splash_attention import splash_attention  # imports Pallas
+
+            return splash_attention(q, k, v, mask, factor, soft_cap)
+        if mask.kernel == BLOCKS:
+            return blockwise_attention(
+                q, k, v, mask.segments, mask.recent, scale=factor, soft_cap=soft_cap
+            )
+        mask = mask.dense
     if soft_cap is not None:
         return _attend_capped(q, k, v, mask, scale, soft_cap)
     # JAX itself promotes bfloat16 scores to float32 here, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=mask is None)
+
+
+def _cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask, scale: float
+) -> jax.Array:
+    """Attend with cuDNN's fused kernel, which needs an even number of tokens."""
+    tokens = q.shape[1]
+    # A causal mask hides tokens after the end, so padding on the right needs no mask.
+    q, k, v = (pad_tokens(x, 1, 2) for x in (q, k, v))
+    bias = None if mask.bias is None else pad_tokens(pad_tokens(mask.bias, 2, 2), 3, 2)
+    y = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        bias,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
+        implementation="cudnn",
+    )
+    return y[:, :tokens]
+
+
+def pad_tokens(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Pad an axis with zeros on the right to a multiple."""
+    missing = -x.shape[axis] % multiple
+    if missing == 0:
+        return x
+    return jnp.pad(x, [(0, missing if each == axis else 0) for each in range(x.ndim)])
 
 
 def _attend_capped(

@@ -21,8 +21,6 @@ from jax_lora.models.encoder import (
 )
 from jax_lora.models.layout import Layout, dense
 
-__all__ = ["ENCODERS", "Bert", "BertConfig", "Roberta", "RobertaConfig"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig(EncoderConfig):
@@ -63,7 +61,7 @@ class Bert(Encoder):
         return self.classifier(jnp.tanh(self.pooler(x[:, 0])))
 
     def layout(self) -> Layout:
-        """Place the parameters in the files."""
+        """Map parameters to tensors."""
         placed = self.encoder_layout("bert")
         if self.config.head == CLASSIFICATION:
             placed |= dense("pooler", "bert.pooler.dense", bias=True)
@@ -98,7 +96,7 @@ class RobertaConfig(EncoderConfig):
         if not known or token not in range(self.vocab_size):
             expected = f"a token, from 0 to {self.vocab_size - 1}"
             fix = "positions are counted from it; give the token that sequences are padded with."
-            self.refuse("pad_token_id", token, expected, fix)
+            self.fail("pad_token_id", expected, fix)
 
     @property
     def first_position(self) -> int:
@@ -155,11 +153,11 @@ class Roberta(Encoder):
         return self.classifier(x)
 
     def head_activation(self) -> str:
-        """Name the activation of the masked language model's head, whatever the layers' is."""
+        """Return "gelu": the head's activation does not depend on `hidden_act`."""
         return "gelu"
 
     def layout(self) -> Layout:
-        """Place the parameters in the files."""
+        """Map parameters to tensors."""
         placed = self.encoder_layout("roberta")
         if self.config.head == CLASSIFICATION:
             placed |= dense("classifier/dense", "classifier.dense", bias=True)
@@ -182,17 +180,16 @@ ENCODERS = (
         module=Bert,
         # Settings of the first implementation, which had other poolers.
         harmless=(
-            *(
-                "directionality",
-                "pooler_fc_size",
-                "pooler_num_attention_heads",
-                "pooler_num_fc_layers",
-            ),
-            *("pooler_size_per_head", "pooler_type"),
+            "directionality",
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+            "pooler_type",
         ),
         # Buffers, and parts of other heads.
         redundant=(
-            r"bert\.embeddings\.position_ids",
+            r"(bert\.)?embeddings\.position_ids",
             r"bert\.pooler\..*",
             r"cls\.seq_relationship\..*",
         ),
@@ -211,7 +208,7 @@ ENCODERS = (
         config=RobertaConfig,
         module=Roberta,
         # A buffer, and a pooler that none of the heads uses.
-        redundant=(r"roberta\.embeddings\.position_ids", r"roberta\.pooler\..*"),
+        redundant=(r"(roberta\.)?embeddings\.position_ids", r"roberta\.pooler\..*"),
         tied_copies=(r"lm_head\.decoder\.(weight|bias)",),
         prefix="roberta.",
     ),

@@ -4,10 +4,10 @@ Training and scoring::
 
     logits = model.apply({"params": params}, input_ids, attention_mask=mask)
 
-Generation keeps each layer's keys and values in a cache, an ordinary pytree that goes in and
-comes out. `attention_mask` then covers the cache's whole length: the prompt's mask (prompts of
-unequal length are padded on the left) followed by ones. One call fills the prompt, each later
-call adds one token::
+Generation keeps the keys and values of all layers in a KV cache, a pytree. Every call takes the
+cache as an argument and returns the updated one. The first call adds the tokens of the prompt, and
+each later call adds one token. `attention_mask` then has the length of the cache: the prompt's mask
+(prompts of unequal length are padded on the left), followed by ones::
 
     cache = model.init_cache(batch, length, dtype)
     logits, cache = model.apply({"params": params}, prompt, attention_mask=mask, cache=cache)
@@ -18,12 +18,14 @@ call adds one token::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_lora.models.attention import LayerContext
+from jax_lora.models.attention_mask import AttentionMask, choose_kernel, make_masks
 from jax_lora.models.checkpoint_model import CheckpointModel
 from jax_lora.models.decoder_inputs import (
     KVCache,
@@ -32,8 +34,7 @@ from jax_lora.models.decoder_inputs import (
     count_positions,
     empty_cache,
 )
-
-__all__ = ["CausalDecoder"]
+from jax_lora.transform.strategies import target_platform
 
 
 class CausalDecoder(CheckpointModel):
@@ -45,23 +46,54 @@ class CausalDecoder(CheckpointModel):
         raise NotImplementedError
 
     def check_length(self, tokens: int) -> None:
-        """Raise for more tokens than there are positions; rotary positions have no limit."""
+        """Raise if sequences without padding exceed the table of learned positions, if any.
+
+        Raises:
+          ConfigError: If `tokens` is larger than the table. Rotary positions have no table.
+        """
 
     def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Embed tokens: (batch, tokens) integers -> (batch, tokens, hidden)."""
         raise NotImplementedError
 
     def layer_inputs(
-        self, positions: jax.Array, keys: int, given: MaskInputs
+        self, positions: jax.Array, keys: int, given: MaskInputs, dtype: Any
     ) -> tuple[LayerContext, jax.Array | None]:
         """Make the inputs that all layers share, and the input of each layer, (layers, ...).
 
         Args:
           positions: (batch, tokens).
           keys: Number of keys; with a cache, its length.
-          given: `attention_mask`, `segment_ids` and `filled`, as in `visible`.
+          given: The arguments `attention_mask`, `segment_ids` and `filled` of `visible`.
+          dtype: Dtype of the hidden states.
         """
         raise NotImplementedError
+
+    @property
+    def soft_cap(self) -> float | None:
+        """Soft cap on the attention scores, or None."""
+        return None
+
+    def masks(
+        self,
+        tokens: int,
+        keys: int,
+        given: MaskInputs,
+        windows: Sequence[int | None],
+        dtype: Any,
+    ) -> list[AttentionMask]:
+        """Make the mask of each window, for the attention kernel of this model and device."""
+        kernel = choose_kernel(
+            self.attention,
+            self.platform or target_platform(()),
+            dtype=dtype,
+            head_dim=self.cache_sizes[2],
+            tokens=tokens,
+            cached=given[2] is not None,
+            windows=len(windows),
+            soft_cap=self.soft_cap,
+        )
+        return make_masks(kernel, tokens, keys, given, windows, dtype, self.mesh)
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """Normalize the last layer's hidden states, (batch, tokens, hidden)."""
@@ -87,8 +119,8 @@ class CausalDecoder(CheckpointModel):
           input_ids: (batch, tokens) integers.
           attention_mask: (batch, tokens), 1 at real tokens and 0 at padding, on either side; with a
             cache (batch, cache length). None: no padding.
-          positions: (batch, tokens); by default, the number of real tokens before each token. A
-            position beyond a table of learned positions gives NaN.
+          positions: (batch, tokens); by default, the number of real tokens before each token. The
+            outputs at a position beyond the table of learned positions are NaN.
           segment_ids: (batch, tokens), for packed documents: tokens attend to their own segment
             only. Give `positions` too, so that each document starts from 0. Not with a cache.
           cache: From `init_cache` or an earlier call; the tokens are appended to it.
@@ -100,19 +132,22 @@ class CausalDecoder(CheckpointModel):
           `(logits, cache)`.
 
         Raises:
-          ConfigError: If an argument's shape does not fit the others, or a sequence is longer than
-            the table of learned positions.
+          ConfigError: If an argument's shape does not fit the others, or sequences without
+            `attention_mask`, `positions` and `cache` are longer than the table of learned
+            positions.
         """
         check_inputs(input_ids, attention_mask, positions, segment_ids, cache)
         tokens = input_ids.shape[1]
         keys, filled = (tokens, None) if cache is None else (cache.keys.shape[2], cache.filled)
         if positions is None:
-            if attention_mask is None and cache is None:  # padding does not count
+            # With a mask or a cache, the number of real tokens is not known here: under jit it
+            # depends on values.
+            if attention_mask is None and cache is None:
                 self.check_length(tokens)
             positions = count_positions(input_ids, attention_mask, filled)
         given = (attention_mask, segment_ids, filled)
-        context, per_layer = self.layer_inputs(positions, keys, given)
         x = self.embed(input_ids, positions)  # (batch, tokens, hidden)
+        context, per_layer = self.layer_inputs(positions, keys, given, x.dtype)
         layer_caches = None if cache is None else (cache.keys, cache.values)
         x, layer_caches = self.layers(x, context, layer_caches, per_layer)
         x = self.final_norm(x)
@@ -122,12 +157,13 @@ class CausalDecoder(CheckpointModel):
         return y, KVCache(*layer_caches, filled=cache.filled + jnp.int32(tokens))
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
-        """Make an empty KV cache; call it on the module itself, it needs no parameters.
+        """Make an empty KV cache. Call it as `model.init_cache(...)`, without `apply`.
 
         Args:
           batch: Number of sequences that are generated together.
-          length: Most tokens of a sequence, prompt and new tokens together. The number of filled
-            slots is not known under jit, so one token too many overwrites the last slots.
+          length: Maximum length of a sequence: prompt and new tokens together. Tokens beyond it
+            overwrite the last slots without an error, because under jit the number of filled slots
+            is not known.
           dtype: Dtype of keys and values; with the parameters' dtype nothing is rounded.
 
         Returns:

@@ -1,40 +1,49 @@
-"""The base of all models: fields, names of the parameters in checkpoints, and common modules."""
+"""The base class of all models, and the modules that they share."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jax_lora.models.layout import Layout
-
-__all__ = ["CheckpointModel", "linear", "token_table"]
 
 
 class CheckpointModel(nn.Module):
     """Base of the models; `jax_lora.models.load` makes one from a Hugging Face folder.
 
     Attributes:
-      config: Sizes and switches, in Hugging Face's terms; of the architecture's own class.
-      remat: Whether to recompute each layer's activations in the backward pass, to save memory.
-      param_dtype: Dtype in which `init` makes the parameters; `apply` computes in the dtype of the
-        parameters that it is given.
+      config: The architecture's configuration, such as a `LlamaConfig` for a `Llama`.
+      remat: What a layer keeps for its backward pass: `"none"` (everything), `"names"` or `"full"`
+        (its input); see `remat_policy`. False means `"none"`, True `"full"`.
+      param_dtype: Dtype of the parameters that `init` makes. `apply` ignores it and computes in the
+        dtype of the parameters that are passed.
+      attention: `"auto"`, `"dense"` or `"flash"`; see `choose_kernel`. Decoders only.
+      platform: Target platform, `"cpu"`, `"gpu"` or `"tpu"`; None: that of the default backend.
+      mesh: Devices that share the rows of a batch along the axis `"data"`, for kernels that XLA
+        cannot partition; None: one device.
     """
 
     config: Any
-    remat: bool = False
+    remat: bool | str = "none"
     param_dtype: Any = jnp.float32
+    attention: str = "auto"
+    platform: str | None = None
+    mesh: Mesh | None = None
 
     def layout(self) -> Layout:
-        """Place every parameter in the files."""
+        """Map the path of every parameter to its tensors in a checkpoint."""
         raise NotImplementedError
 
     @property
     def hf_names(self) -> dict[str, str]:
-        """Path of every kernel, embedding and norm -> its Hugging Face module.
+        """Map the path of every kernel, embedding and norm to the name of its PyTorch module.
 
-        "{layer}" stands for the index in a stack.
+        The name of a module in a layer stack has "{layer}" instead of the layer's index.
 
         Example:
           >>> import jax_lora as jl
@@ -45,10 +54,15 @@ class CheckpointModel(nn.Module):
         return {path: place.module for path, place in placed if place.module is not None}
 
 
-def linear(config: Any, features: int, bias: bool, param_dtype: Any) -> nn.Dense:
-    """Make a dense layer whose kernel is initialized with `config.initializer_range`."""
+def dense_maker(config: Any, param_dtype: Any) -> Callable[..., nn.Dense]:
+    """Return `nn.Dense` with kernels that are initialized with `config.initializer_range`."""
     initial = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, use_bias=bias, kernel_init=initial, param_dtype=param_dtype)
+    return functools.partial(nn.Dense, kernel_init=initial, param_dtype=param_dtype)
+
+
+def linear(config: Any, features: int, bias: bool, param_dtype: Any) -> nn.Dense:
+    """Make one dense layer with `dense_maker`."""
+    return dense_maker(config, param_dtype)(features, use_bias=bias)
 
 
 def token_table(config: Any, rows: int, features: int, param_dtype: Any) -> nn.Embed:

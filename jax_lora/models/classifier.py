@@ -14,8 +14,6 @@ from jax_lora.models.encoder import CLASSIFICATION, Encoder
 from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.parameter_shapes import parameter_shapes
 
-__all__ = ["add_classifier"]
-
 
 def add_classifier(
     key: jax.Array, model: Any, params: Mapping[str, Any], labels: Sequence[str]

@@ -7,6 +7,7 @@ parameters' dtype; norms, rotary embedding and softmax are float32 inside.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -14,21 +15,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_lora.models.activations import soft_cap
 from jax_lora.models.attention import Attention, LayerCache, LayerContext
 from jax_lora.models.causal_decoder import CausalDecoder
-from jax_lora.models.checkpoint_model import linear, token_table
+from jax_lora.models.checkpoint_model import dense_maker, linear, token_table
 from jax_lora.models.decoder_config import DecoderConfig
-from jax_lora.models.decoder_inputs import MaskInputs, visible
+from jax_lora.models.decoder_inputs import MaskInputs
 from jax_lora.models.experts import ExpertNames, SparseMLP, expert_layout
 from jax_lora.models.layer_stack import layer_stack
 from jax_lora.models.layout import Layout, dense, embedding, vector
-from jax_lora.models.mlp import GatedMLP
+from jax_lora.models.mlp import MLP
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.rotary import rotary_angles
-
-__all__ = ["Decoder", "DecoderDesign", "decoder_norm"]
 
 # The norms of a layer, by our names -> Hugging Face's.
 _NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
@@ -41,10 +41,10 @@ _QK_NORMS = {"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderDesign:
-    """What an architecture changes in a Llama, whatever its configuration says.
+    """The differences of an architecture from Llama that its configuration cannot change.
 
-    Biases by `attention_bias` and `mlp_bias`, soft caps, windows and the sizes of experts follow
-    from the configuration.
+    `attention_bias`, `mlp_bias`, soft caps, windows and the sizes of experts are settings of the
+    configuration.
 
     Attributes:
       qkv_bias: Whether queries, keys and values always have a bias.
@@ -64,22 +64,30 @@ class DecoderDesign:
     experts: ExpertNames | None = None
 
     @property
+    def attention_names(self) -> tuple[str, ...]:
+        """Names of the dense layers of an attention block, the output projection last."""
+        return ("qkv_proj", "o_proj") if self.fused else ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    @property
+    def mlp_names(self) -> tuple[str, ...]:
+        """Names of the dense layers of a feed-forward block without experts."""
+        gate_up = ("gate_up_proj",) if self.fused else ("gate_proj", "up_proj")
+        return (*gate_up, "down_proj")
+
+    @property
     def norm_names(self) -> dict[str, str]:
-        """Our name of each of a layer's norms -> Hugging Face's."""
+        """Map our name of each norm of a layer to Hugging Face's."""
         more = (_SANDWICH_NORMS if self.sandwich else {}) | (_QK_NORMS if self.qk_norm else {})
         return _NORMS | more
 
 
-def decoder_norm(config: DecoderConfig, design: DecoderDesign, param_dtype: Any) -> RMSNorm:
-    """Make the norm of a design; it belongs to no module until one assigns it in `setup`."""
-    gemma = design.gemma_scales
-    return RMSNorm(
-        config.rms_norm_eps,
-        offset=1.0 if gemma else 0.0,
-        wide_scale=gemma,
-        param_dtype=param_dtype,
-        parent=None,
-    )
+def decoder_norm(
+    config: DecoderConfig, design: DecoderDesign, param_dtype: Any, name: str | None = None
+) -> RMSNorm:
+    """Make the norm of a design."""
+    gemma, eps = design.gemma_scales, config.rms_norm_eps
+    offset = 1.0 if gemma else 0.0
+    return RMSNorm(eps, offset, wide_scale=gemma, param_dtype=param_dtype, name=name)
 
 
 class DecoderLayer(nn.Module):
@@ -95,29 +103,30 @@ class DecoderLayer(nn.Module):
 
     def setup(self):  # noqa: D102  Linen's hook
         c, design, dtype = self.config, self.design, self.param_dtype
-        self.input_norm = self._norm()
-        scalar = c.query_pre_attn_scalar
+        norm = functools.partial(decoder_norm, c, design, dtype)
+        scalar, dense = c.query_pre_attn_scalar, dense_maker(c, dtype)
+        self.input_norm = norm()
         self.attn = Attention(
-            c,
-            dtype,
+            dense,
+            design.attention_names,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
             bias=c.attention_bias or design.qkv_bias,
             out_bias=c.attention_bias,
-            fused=design.fused,
-            qk_norm=self._norm() if design.qk_norm else None,
+            qk_norm=norm if design.qk_norm else None,
             scale=None if scalar is None else scalar**-0.5,
             soft_cap=c.attn_logit_softcapping,
         )
-        self.post_attention_norm = self._norm()
+        self.post_attention_norm = norm()
         if c.experts is None:
-            self.mlp = GatedMLP(c, dtype, bias=c.mlp_bias, fused=design.fused)
+            names, width = design.mlp_names, c.intermediate_size
+            self.mlp = MLP(dense, names, width, c.hidden_act, c.mlp_bias, fused=design.fused)
         else:
             self.mlp = SparseMLP(c, dtype, c.experts)
         if design.sandwich:
-            self.pre_feedforward_norm = self._norm()
-            self.post_feedforward_norm = self._norm()
-
-    def _norm(self) -> RMSNorm:
-        return decoder_norm(self.config, self.design, self.param_dtype)
+            self.pre_feedforward_norm = norm()
+            self.post_feedforward_norm = norm()
 
     def __call__(
         self,
@@ -140,10 +149,12 @@ class DecoderLayer(nn.Module):
         context = contexts if kind is None else _context_of_kind(contexts, kind)
         attended, cache = self.attn(self.input_norm(x), context, cache)
         if not self.design.sandwich:
-            x = x + attended
+            x = checkpoint_name(x + attended, "attention_block")
             return x + self.mlp(self.post_attention_norm(x)), cache
+        attended = checkpoint_name(attended, "attention_block")  # what the norm reads
         x = x + self.post_attention_norm(attended)
-        return x + self.post_feedforward_norm(self.mlp(self.pre_feedforward_norm(x))), cache
+        y = checkpoint_name(self.mlp(self.pre_feedforward_norm(x)), "mlp_block")
+        return x + self.post_feedforward_norm(y), cache
 
 
 def _context_of_kind(contexts: LayerContext, kind: jax.Array) -> LayerContext:
@@ -153,7 +164,7 @@ def _context_of_kind(contexts: LayerContext, kind: jax.Array) -> LayerContext:
 
 
 class Decoder(CausalDecoder):
-    """Base of the Llama-like decoders; a subclass gives its `design` and nothing else."""
+    """Base of the Llama-like decoders; a subclass only sets its `design`."""
 
     design: ClassVar[DecoderDesign] = DecoderDesign()
 
@@ -174,6 +185,11 @@ class Decoder(CausalDecoder):
         c = self.config
         return c.num_hidden_layers, c.num_key_value_heads, c.head_dim
 
+    @property
+    def soft_cap(self) -> float | None:
+        """Soft cap on the attention scores, or None."""
+        return self.config.attn_logit_softcapping
+
     def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Embed tokens: (batch, tokens) integers -> (batch, tokens, hidden)."""
         x = self.embed_tokens(input_ids)
@@ -193,21 +209,16 @@ class Decoder(CausalDecoder):
         return soft_cap(logits, self.config.final_logit_softcapping)
 
     def layer_inputs(
-        self, positions: jax.Array, keys: int, given: MaskInputs
+        self, positions: jax.Array, keys: int, given: MaskInputs, dtype: Any
     ) -> tuple[LayerContext, jax.Array | None]:
-        """Make one context per kind of layer, stacked if there are several, and each layer's kind.
+        """Make a context for each kind of layer, and find the kind of each layer.
 
         Returns:
-          The context or contexts, and (layers,) int32, or None if there is one kind only.
+          The context and None if all layers are of one kind; otherwise the contexts, stacked along
+          a first axis, and their indices for all layers, (layers,) int32.
         """
         kinds = list(dict.fromkeys(self.config.layer_kinds))
-        # A window as long as the sequence masks nothing.
-        windows = [None if k.window is None or k.window >= keys else k.window for k in kinds]
-        causal = all(each is None for each in (*given, *windows))
-        masks = [
-            None if causal else visible(positions.shape[1], keys, *given, window)
-            for window in windows
-        ]
+        masks = self.masks(positions.shape[1], keys, given, [k.window for k in kinds], dtype)
         contexts = [
             LayerContext(*rotary_angles(kind.rope, positions), mask, None)
             for kind, mask in zip(kinds, masks, strict=True)
@@ -219,15 +230,13 @@ class Decoder(CausalDecoder):
         return stacked._replace(filled=given[-1]), jnp.asarray(numbers)
 
     def layout(self) -> Layout:
-        """Place the parameters in the files, under the names of Llama's."""
+        """Map parameters to tensors, which have the names of Llama's."""
         c, design, layer = self.config, self.design, "model.layers.{layer}"
-        qkv = ("qkv_proj",) if design.fused else ("q_proj", "k_proj", "v_proj")
         placed = embedding("embed_tokens", "model.embed_tokens")
-        for name in (*qkv, "o_proj"):
-            bias = c.attention_bias or (design.qkv_bias and name in qkv)
+        for name in design.attention_names:
+            bias = c.attention_bias or (design.qkv_bias and name != "o_proj")
             placed |= dense(f"layers/attn/{name}", f"{layer}.self_attn.{name}", bias=bias)
-        gate_up = ("gate_up_proj",) if design.fused else ("gate_proj", "up_proj")
-        for name in () if design.experts else (*gate_up, "down_proj"):
+        for name in () if design.experts else design.mlp_names:
             placed |= dense(f"layers/mlp/{name}", f"{layer}.mlp.{name}", bias=c.mlp_bias)
         for ours, theirs in design.norm_names.items():
             placed |= vector(f"layers/{ours}/scale", f"{layer}.{theirs}.weight")

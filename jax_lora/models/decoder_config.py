@@ -9,18 +9,7 @@ from typing import Any, NamedTuple
 from flax.core import FrozenDict
 
 from jax_lora.models.activations import ACTIVATIONS
-from jax_lora.models.model_config import ModelConfig, is_positive, is_size
-
-__all__ = [
-    "FULL",
-    "SLIDING",
-    "DecoderConfig",
-    "ExpertSizes",
-    "LayerKind",
-    "MixedLayersConfig",
-    "WindowConfig",
-    "frozen_settings",
-]
+from jax_lora.models.model_config import ModelConfig, is_positive, is_positive_int
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # as `layer_types` has them
 
@@ -34,6 +23,7 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+_LARGEST_HEAD = 2**16  # the frequencies of a head's channels are computed when it is traced
 # Every implemented rotary scaling, and the settings that it requires.
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -48,15 +38,23 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     ),
     "longrope": ("original_max_position_embeddings",),
 }
+# Settings with a default, which must be positive if they are given.
+_ROPE_OPTIONAL = (
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+)
 # Settings with one number for each pair of rotated channels.
 _ROPE_LISTS = {"longrope": ("short_factor", "long_factor")}
 
 
 class LayerKind(NamedTuple):
-    """The settings that may differ between layers; most models have one kind of layer only.
+    """The settings that differ between layers; in most models all layers are of one kind.
 
     Attributes:
-      window: Number of most recent tokens that a query attends to, itself included; None: all.
+      window: Number of most recent tokens that a query attends to, including its own; None: all.
       rope: The configuration whose rotary fields these layers use.
     """
 
@@ -82,9 +80,9 @@ class ExpertSizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ModelConfig):
-    """Sizes and switches of a decoder with rotary positions and grouped-query attention.
+    """Configuration of a decoder with rotary positions and grouped-query attention.
 
-    Each architecture's own class adds fields and changes defaults; see `architectures.py`.
+    The class of each architecture adds fields and changes defaults; see `architectures.py`.
 
     Raises:
       ConfigError: If a size is not a positive integer, heads do not divide, or an activation, a
@@ -109,8 +107,8 @@ class DecoderConfig(ModelConfig):
     rope_scaling: Mapping[str, Any] | None = None  # {"rope_type": "linear", "factor": 2.0, ...}
     tie_word_embeddings: bool = False
 
-    # Not fields here, so `config.json` must not set them; architectures that have one of these
-    # switches declare a field of the same name.
+    # Class variables, so that `config.json` cannot set them. An architecture with one of these
+    # settings declares it as a field.
     attention_bias = False
     mlp_bias = False
     query_pre_attn_scalar = None
@@ -118,21 +116,22 @@ class DecoderConfig(ModelConfig):
     final_logit_softcapping = None
 
     def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
-        if not self.num_key_value_heads:
-            self.overwrite("num_key_value_heads", self.num_attention_heads)
-        if not self.head_dim and is_size(self.num_attention_heads):
-            self.overwrite("head_dim", self.hidden_size // self.num_attention_heads)
+        self.set_default("num_key_value_heads", self.num_attention_heads, unset=(0, None))
+        if not self.head_dim and is_positive_int(self.num_attention_heads):
+            self.set_field("head_dim", self.hidden_size // self.num_attention_heads)
         if self.rope_scaling is not None:
-            self.overwrite("rope_scaling", frozen_settings(self.rope_scaling))
+            self.set_field("rope_scaling", frozen_settings(self.rope_scaling))
         self.check_sizes(_SIZES)
         self.check_positive(("rms_norm_eps", "rope_theta"))
         self.check_choice("hidden_act", ACTIVATIONS)
         fix = "let each key-value head serve equally many query heads."
         self.check_divides("num_key_value_heads", "num_attention_heads", fix)
+        if self.head_dim > _LARGEST_HEAD:
+            self.fail_at("head_dim", self.head_dim, f"at most {_LARGEST_HEAD}", "give head_dim.")
         if self.rotary_dim % 2:
             where = "head_dim" if self.rotary_dim == self.head_dim else "rotated part of head_dim"
             fix = "rotary embedding turns channel pairs."
-            self.refuse(where, self.rotary_dim, "an even number", fix)
+            self.fail_at(where, self.rotary_dim, "an even number", fix)
         self._check_rope()
 
     @property
@@ -153,60 +152,56 @@ class DecoderConfig(ModelConfig):
 
     @property
     def experts(self) -> ExpertSizes | None:
-        """Sizes of the mixture of experts; None for one feed-forward block per layer."""
+        """Sizes of the mixture of experts; None: a layer has one feed-forward block."""
         return None
 
     def _check_rope(self) -> None:
         scaling, kind = self.rope_scaling or {}, self.rope_type
         if kind not in _ROPE_NEEDS:
-            self.refuse(
-                "rope_scaling: rope_type",
-                kind,
-                "one of " + ", ".join(_ROPE_NEEDS),
-                "this scaling is not implemented; use a checkpoint with another.",
-            )
+            expected = "one of " + ", ".join(_ROPE_NEEDS)
+            fix = "this scaling is not implemented; use a checkpoint with another."
+            self.fail_at("rope_scaling: rope_type", kind, expected, fix)
+
+        def check(name: str, valid: bool, expected: str) -> None:
+            if not valid:
+                fix = f"set {name} in rope_scaling."
+                self.fail_at(f"rope_scaling: {name}", scaling.get(name), expected, fix)
+
         for name in _ROPE_NEEDS[kind]:
-            if not is_positive(scaling.get(name)):
-                self.refuse(
-                    f"rope_scaling: {name}",
-                    scaling.get(name),
-                    f"a number above 0 (scaling {kind!r} needs it)",
-                    f"give rope_scaling a {name}.",
-                )
+            expected = f"a positive number (scaling {kind!r} needs it)"
+            check(name, is_positive(scaling.get(name)), expected)
+        for name in _ROPE_OPTIONAL:
+            value = scaling.get(name)
+            check(name, value is None or is_positive(value), "a positive number")
         for name in _ROPE_LISTS.get(kind, ()):
             factors: Any = scaling.get(name)
             pairs = self.rotary_dim // 2
             fits = isinstance(factors, tuple) and len(factors) == pairs
-            if not fits or not all(map(is_positive, factors)):
-                expected = f"{pairs} numbers above 0, one for each pair of channels"
-                fix = f"give rope_scaling a {name}."
-                self.refuse(f"rope_scaling: {name}", factors, expected, fix)
-        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-            self.refuse(
-                "rope_scaling: partial_rotary_factor",
-                scaling["partial_rotary_factor"],
-                "1.0: every channel is rotated",
-                "partial rotation is not implemented; use a checkpoint without it.",
-            )
+            expected = f"{pairs} positive numbers, one for each pair of channels"
+            check(name, fits and all(map(is_positive, factors)), expected)
+        if (share := scaling.get("partial_rotary_factor", 1.0)) != 1.0:
+            fix = "partial rotation is not implemented; use a checkpoint without it."
+            where = "rope_scaling: partial_rotary_factor"
+            self.fail_at(where, share, "1.0: every channel is rotated", fix)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowConfig(DecoderConfig):
-    """Configuration of a decoder whose layers all have the same window, or none."""
+    """Configuration of a decoder whose layers all have the same window, or no window."""
 
     sliding_window: int | None = None
 
-    use_sliding_window = True  # a field of Qwen only, whose `sliding_window` may be switched off
+    use_sliding_window = True  # a field in Qwen only, where False disables `sliding_window`
 
     def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
         super().__post_init__()
-        if self.sliding_window is not None and not is_size(self.sliding_window):
-            expected = "a whole number above 0, or None"
-            self.refuse("sliding_window", self.sliding_window, expected, "give a window or none.")
+        if self.sliding_window is not None and not is_positive_int(self.sliding_window):
+            fix = "set the number of tokens in the window, or None for no window."
+            self.fail("sliding_window", "a positive integer, or None", fix)
 
     @property
     def window(self) -> int | None:
-        """Number of recent tokens that a sliding layer attends to, the query's own included."""
+        """The window of the layers that have one, as in `LayerKind`."""
         return self.sliding_window if self.use_sliding_window else None
 
     @property
@@ -217,13 +212,13 @@ class WindowConfig(DecoderConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixedLayersConfig(WindowConfig):
-    """Configuration of a decoder in which some layers have a window and others have none."""
+    """Configuration of a decoder in which only some layers have a window."""
 
     layer_types: tuple[str, ...] | None = None  # None: the architecture's default pattern
 
     def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
         super().__post_init__()
-        self.derive("layer_types", self.default_layer_types())
+        self.set_default("layer_types", self.default_layer_types())
         self._check_layer_types(self.layer_types or ())
 
     def default_layer_types(self) -> tuple[str, ...]:
@@ -244,10 +239,10 @@ class MixedLayersConfig(WindowConfig):
     def _check_layer_types(self, types: tuple[str, ...]) -> None:
         if set(types) - {FULL, SLIDING} or len(types) != self.num_hidden_layers:
             expected = f"{FULL} or {SLIDING} for each of {self.num_hidden_layers} layers"
-            self.refuse("layer_types", types, expected, "other layers are not implemented.")
+            self.fail("layer_types", expected, "other layers are not implemented.")
         if SLIDING in types and self.window is None:
-            fix = "give the window of the layers that have one."
-            self.refuse("sliding_window", None, f"a whole number, for {SLIDING} layers", fix)
+            expected, fix = f"a positive integer, for {SLIDING} layers", "set sliding_window."
+            self.fail_at("sliding_window", None, expected, fix)
 
 
 def frozen_settings(settings: Mapping[str, Any]) -> FrozenDict[str, Any]:

@@ -7,16 +7,6 @@ import jax.numpy as jnp
 
 from jax_lora.models.model_errors import raise_config_error
 
-__all__ = [
-    "KVCache",
-    "MaskInputs",
-    "check_inputs",
-    "count_positions",
-    "empty_cache",
-    "key_mask",
-    "visible",
-]
-
 # The arguments attention_mask, segment_ids and filled of `visible`.
 MaskInputs = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
 
@@ -94,15 +84,18 @@ def count_positions(
     """
     batch, tokens = input_ids.shape
     if attention_mask is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[None], (batch, tokens))
-        return (
-            positions if filled is None else positions + jnp.broadcast_to(filled, (batch, tokens))
-        )
+        return jnp.broadcast_to(query_slots(tokens, filled)[None], (batch, tokens))
     counted = jnp.cumsum(attention_mask.astype(jnp.int32), axis=-1) - 1
     counted = jnp.maximum(counted, 0)  # (batch, keys)
     if filled is None:
         return counted
     return jax.lax.dynamic_slice_in_dim(counted, filled, tokens, axis=1)
+
+
+def query_slots(queries: int, filled: jax.Array | None) -> jax.Array:
+    """Return the cache's slots of the queries, (queries,) int32; from 0 without a cache."""
+    slots = jnp.arange(queries, dtype=jnp.int32)
+    return slots if filled is None else slots + jnp.broadcast_to(filled, slots.shape)
 
 
 def key_mask(attention_mask: jax.Array) -> jax.Array:
@@ -131,8 +124,7 @@ def visible(
     Returns:
       (batch or 1, 1, queries, keys) booleans.
     """
-    row = jnp.arange(queries, dtype=jnp.int32)[:, None]
-    row = row if filled is None else row + jnp.broadcast_to(filled, row.shape)
+    row = query_slots(queries, filled)[:, None]
     column = jnp.arange(keys, dtype=jnp.int32)[None, :]
     seen = column <= row
     if window is not None:

@@ -25,8 +25,6 @@ from jax_lora.models.model_errors import raise_config_error
 from jax_lora.models.sampling import Choice, draw
 from jax_lora.transform import lora_apply
 
-__all__ = ["Progress", "advance", "begin", "end_mask", "generate", "make_choice"]
-
 
 class Progress(NamedTuple):
     """The state of a batch that is being generated.
@@ -70,7 +68,7 @@ def generate(
         `combine` returns them; merging it first (`merge`) makes every step faster.
       input_ids: (batch, prompt) integers; prompts of unequal lengths are padded on the left.
       attention_mask: (batch, prompt), 1 at real tokens and 0 at padding. None: no padding.
-      max_new_tokens: Most tokens to add.
+      max_new_tokens: Maximum number of new tokens per sequence.
       eos_id: The token or tokens that end a sequence. None: the configuration's; `()`: no token.
       temperature: Divides the logits; 0: greedy decoding.
       top_k: Sample from the k most likely tokens only.
@@ -126,7 +124,7 @@ def begin(model: Any, variables: Any, shape: tuple[int, ...], most: int) -> Prog
       model: The decoder.
       variables: `{"params": params}`, with or without an adapter.
       shape: (batch, prompt).
-      most: Most new tokens of a sequence.
+      most: Maximum number of new tokens per sequence.
 
     Raises:
       ConfigError: If the model has no KV cache, or is an encoder-decoder (T5).
@@ -311,12 +309,7 @@ def _check_prompts(ids: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
         _refuse("input_ids", got, "integers (batch, prompt)", "add a batch axis: ids[None].")
     mask = np.ones(ids.shape, np.int32) if mask is None else np.asarray(mask)
     if mask.shape != ids.shape:
-        _refuse(
-            "attention_mask",
-            mask.shape,
-            f"shape {ids.shape}",
-            "give one integer per token.",
-        )
+        _refuse("attention_mask", mask.shape, f"shape {ids.shape}", "give one integer per token.")
     if not mask[:, -1].all():
         rows = np.flatnonzero(mask[:, -1] == 0)[:5].tolist()
         got, fix = f"padding at the end of prompts {rows}", "pad prompts on the left."

@@ -4,9 +4,9 @@
 
     logits = model.apply({"params": params}, input_ids, attention_mask, token_type_ids)
 
-Attention is bidirectional. The configuration names the head: scores of classes, (batch, labels), or
-of tokens, (batch, tokens, vocabulary), or no head. The models have no dropout; `jax_lora.dropout`
-acts on adapters.
+Attention is bidirectional. The head of the configuration determines the output: logits of classes,
+(batch, labels); logits of tokens, (batch, tokens, vocabulary); or hidden states. The models have no
+dropout; `jax_lora.dropout` applies to adapters.
 
 Reference:
     Devlin et al., BERT (arXiv:1810.04805), section 3.
@@ -21,32 +21,24 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_lora.models.activations import ACTIVATIONS
-from jax_lora.models.attention import attend
-from jax_lora.models.checkpoint_model import CheckpointModel, linear, token_table
+from jax_lora.models.attention import Attention, LayerContext
+from jax_lora.models.checkpoint_model import CheckpointModel, dense_maker, linear, token_table
 from jax_lora.models.decoder_inputs import check_inputs, key_mask
 from jax_lora.models.family import Family, plain_json
 from jax_lora.models.layer_stack import layer_stack
 from jax_lora.models.layout import Layout, dense, embedding, layer_norm, vector
+from jax_lora.models.mlp import MLP
 from jax_lora.models.model_config import ModelConfig
 from jax_lora.models.model_errors import raise_config_error
 from jax_lora.models.norms import LayerNorm
 
-__all__ = [
-    "CLASSIFICATION",
-    "MASKED_LM",
-    "NO_HEAD",
-    "Encoder",
-    "EncoderConfig",
-    "encoder_family",
-    "masked_lm_layout",
-]
-
 # The heads, as `EncoderConfig.head` names them.
 CLASSIFICATION, MASKED_LM, NO_HEAD = "sequence_classification", "masked_lm", "none"
 
-# Fields of `config.json` that change nothing here.
+# Fields of `config.json` that do not change the outputs: the models have no dropout.
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
@@ -55,8 +47,8 @@ class EncoderConfig(ModelConfig):
     """Configuration of an encoder, named as in Hugging Face's `BertConfig`.
 
     Args:
-      head: "sequence_classification", "masked_lm" or "none"; `config.json` gives it by the class
-        in its "architectures".
+      head: "sequence_classification", "masked_lm" or "none"; in `config.json`, the class in
+        "architectures" determines it.
       labels: Names of the classes, for "sequence_classification".
 
     Raises:
@@ -76,6 +68,13 @@ class EncoderConfig(ModelConfig):
     tie_word_embeddings: bool = True
     head: str = MASKED_LM
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
+    is_prefixed: bool = True
+    has_pooler: bool = False
+
+    @property
+    def pools(self) -> bool:
+        """Whether the model without a head has a pooler, which its outputs do not use."""
+        return self.has_pooler and self.head == NO_HEAD
 
     def __post_init__(self) -> None:  # noqa: D105  checks
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -88,11 +87,10 @@ class EncoderConfig(ModelConfig):
         if self.head == MASKED_LM and not self.tie_word_embeddings:
             expected = "true for a masked language model"
             fix = "a head that is not tied to the embedding is not implemented."
-            self.refuse("tie_word_embeddings", False, expected, fix)
+            self.fail("tie_word_embeddings", expected, fix)
         names = self.labels if isinstance(self.labels, tuple) else ()
         if not names or not all(isinstance(name, str) for name in names):
-            expected = "a tuple of names, one for each class from 0 up"
-            self.refuse("labels", self.labels, expected, "name each class.")
+            self.fail("labels", "a tuple of names, one for each class", "name each class.")
 
     @property
     def first_position(self) -> int:
@@ -129,39 +127,6 @@ class _Embeddings(nn.Module):
         return self.word_embeddings.attend(hidden)
 
 
-class _Attention(nn.Module):
-    config: EncoderConfig
-    param_dtype: Any
-
-    def setup(self):
-        width, dtype = self.config.hidden_size, self.param_dtype
-        self.query = linear(self.config, width, True, dtype)
-        self.key = linear(self.config, width, True, dtype)
-        self.value = linear(self.config, width, True, dtype)
-        self.output = linear(self.config, width, True, dtype)
-
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """(batch, tokens, hidden) -> the same shape."""
-        heads = (*x.shape[:2], self.config.num_attention_heads, -1)
-        q, k, v = (part(x).reshape(heads) for part in (self.query, self.key, self.value))
-        y = attend(q, k, v, mask)  # (batch, tokens, heads, channels)
-        return self.output(y.reshape(x.shape))
-
-
-class _MLP(nn.Module):
-    config: EncoderConfig
-    param_dtype: Any
-
-    def setup(self):
-        c, dtype = self.config, self.param_dtype
-        self.intermediate = linear(c, c.intermediate_size, True, dtype)
-        self.output = linear(c, c.hidden_size, True, dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, tokens, hidden) -> the same shape."""
-        return self.output(ACTIVATIONS[self.config.hidden_act](self.intermediate(x)))
-
-
 class EncoderLayer(nn.Module):
     """Attention and feed-forward block, each added to x and normed."""
 
@@ -170,13 +135,19 @@ class EncoderLayer(nn.Module):
 
     def setup(self):  # noqa: D102  Linen's hook
         c, dtype = self.config, self.param_dtype
-        self.attention, self.attention_norm = _Attention(c, dtype), _norm(c, dtype)
-        self.mlp, self.mlp_norm = _MLP(c, dtype), _norm(c, dtype)
+        dense, heads = dense_maker(c, dtype), c.num_attention_heads
+        names, channels = ("query", "key", "value", "output"), c.hidden_size // heads
+        self.attention = Attention(dense, names, heads, heads, channels, bias=True, out_bias=True)
+        names = ("intermediate", "output")
+        self.mlp = MLP(dense, names, c.intermediate_size, c.hidden_act, bias=True)
+        self.attention_norm, self.mlp_norm = _norm(c, dtype), _norm(c, dtype)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, context: LayerContext) -> tuple[jax.Array, None]:
         """Apply the layer to x, (batch, tokens, hidden); called by `nn.scan`."""
-        x = self.attention_norm(x + self.attention(x, mask))
-        return self.mlp_norm(x + self.mlp(x)), None
+        # Named for `remat_policy`: what the norms read.
+        x = checkpoint_name(x + self.attention(x, context)[0], "attention_block")
+        x = self.attention_norm(x)
+        return self.mlp_norm(checkpoint_name(x + self.mlp(x), "mlp_block")), None
 
 
 class _MaskedLMHead(nn.Module):
@@ -198,7 +169,7 @@ class _MaskedLMHead(nn.Module):
 
 
 class Encoder(CheckpointModel):
-    """Base of the encoders; a subclass gives the classification head."""
+    """Base of the encoders; a subclass defines the classification head."""
 
     def make_classifier(self) -> None:
         """Make the modules of the classification head, in `setup`."""
@@ -225,6 +196,8 @@ class Encoder(CheckpointModel):
             self.make_classifier()
         if c.head == MASKED_LM:
             self.lm_head = _MaskedLMHead(c, dtype, ACTIVATIONS[self.head_activation()])
+        if c.pools:
+            self.pooler = linear(c, c.hidden_size, True, dtype)
 
     def __call__(
         self,
@@ -258,7 +231,9 @@ class Encoder(CheckpointModel):
             mask = key_mask(attention_mask)  # (batch, 1, 1, keys)
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         x = self.embeddings(input_ids, self.positions(input_ids), types)
-        x, _ = self.layers(x, mask)  # (batch, tokens, hidden)
+        x, _ = self.layers(x, LayerContext(mask=mask))  # (batch, tokens, hidden)
+        if self.config.pools and self.is_initializing():
+            self.pooler(x[:, 0])
         if return_hidden or self.config.head == NO_HEAD:
             return x
         return self.unembed(x) if self.config.head == MASKED_LM else self.classify(x)
@@ -276,16 +251,21 @@ class Encoder(CheckpointModel):
             raise_config_error("token_type_ids", got, expected, "give one integer per token.")
         most = self.config.max_position_embeddings - self.config.first_position
         if input_ids.shape[1] > most:
-            got, fix = f"sequences of {input_ids.shape[1]} tokens", "cut the sequences."
+            got, fix = f"sequences of {input_ids.shape[1]} tokens", "truncate the sequences."
             raise_config_error("input_ids", got, f"at most {most}, the table of positions", fix)
 
     def encoder_layout(self, prefix: str) -> Layout:
-        """Place the parameters of all but the head, whose module is `prefix` in the files."""
+        """Place the parameters of all but the head, whose module is `prefix` in most files.
+
+        Files of the model without a head can name its parts without the prefix.
+        """
+        bare = self.config.head == NO_HEAD and not self.config.is_prefixed
+        prefix = "" if bare else f"{prefix}."
         placed: Layout = {}
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
-            placed |= embedding(f"embeddings/{name}", f"{prefix}.embeddings.{name}")
-        placed |= layer_norm("embeddings/norm", f"{prefix}.embeddings.LayerNorm")
-        layer = f"{prefix}.encoder.layer.{{layer}}"
+            placed |= embedding(f"embeddings/{name}", f"{prefix}embeddings.{name}")
+        placed |= layer_norm("embeddings/norm", f"{prefix}embeddings.LayerNorm")
+        layer = f"{prefix}encoder.layer.{{layer}}"
         for ours, theirs in (
             ("attention/query", "attention.self.query"),
             ("attention/key", "attention.self.key"),
@@ -295,6 +275,8 @@ class Encoder(CheckpointModel):
             ("mlp/output", "output.dense"),
         ):
             placed |= dense(f"layers/{ours}", f"{layer}.{theirs}", bias=True)
+        if self.config.pools:
+            placed |= dense("pooler", f"{prefix}pooler.dense", bias=True)
         placed |= layer_norm("layers/attention_norm", f"{layer}.attention.output.LayerNorm")
         return placed | layer_norm("layers/mlp_norm", f"{layer}.output.LayerNorm")
 
@@ -311,19 +293,22 @@ def masked_lm_layout(dense_module: str, norm_module: str, bias: str) -> Layout:
 
 
 def encoder_family(
-    heads: Mapping[str, str], *, harmless: tuple[str, ...] = (), **more: Any
+    heads: Mapping[str, str], *, prefix: str, harmless: tuple[str, ...] = (), **more: Any
 ) -> Family:
     """Make the family of an encoder.
 
     Args:
       heads: Transformers class -> head, the usual class first.
-      harmless: Fields that change nothing, beside the rates of dropout.
+      prefix: The prefix that files of the model without its head omit from tensor names.
+      harmless: Fields that do not change the outputs, in addition to the dropout rates.
       more: Other arguments of `Family`.
     """
     return Family(
         architectures=tuple(heads),
         to_json=lambda config: _to_json(config, heads),
         fields=lambda raw: _fields(raw, heads),
+        settle=lambda config, read: _settle(config, read, prefix),
+        prefix=prefix,
         neutral={"position_embedding_type": (None, "absolute")},
         harmless=(*_DROPOUTS, *harmless),
         embedding="embeddings/word_embeddings/embedding",
@@ -348,9 +333,18 @@ def _fields(raw: dict[str, Any], heads: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+def _settle(config: Any, read: Callable[[str], Any], prefix: str) -> Any:
+    """Find out by its tensors whether a model has a pooler, and names without the prefix."""
+    table, pooler = "embeddings.word_embeddings.weight", "pooler.dense.weight"
+    bare = config.head == NO_HEAD and read(table) is not None
+    pools = config.head == NO_HEAD and read(pooler if bare else prefix + pooler) is not None
+    return dataclasses.replace(config, is_prefixed=not bare, has_pooler=pools)
+
+
 def _to_json(config: Any, heads: Mapping[str, str]) -> dict[str, Any]:
     """Write the head as a class, and the labels as two tables."""
     fields = plain_json(config)
+    del fields["is_prefixed"], fields["has_pooler"]  # follow from the tensors
     head, labels = fields.pop("head"), fields.pop("labels")
     fields["architectures"] = [next(name for name, each in heads.items() if each == head)]
     if head == CLASSIFICATION:

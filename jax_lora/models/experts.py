@@ -2,7 +2,7 @@
 
 The kernels of all experts are one stack. Tokens are sorted by expert, so that each expert's tokens
 are contiguous and one `jax.lax.ragged_dot` multiplies every group by its own kernel: only the
-chosen experts are computed, and no token is dropped whatever the load.
+chosen experts are computed, and no token is dropped, even if all choose one expert.
 
 The router is an ordinary dense kernel: `find_kernels` finds it and "all-linear" adapts it, as PEFT
 does for these models. `exclude="gate"` leaves it out.
@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.checkpoint_model import linear
 from jax_lora.models.decoder_config import DecoderConfig, ExpertSizes
 from jax_lora.models.layout import Layout, Placement
-
-__all__ = ["ExpertNames", "SparseMLP", "expert_layout", "route"]
 
 
 class ExpertNames(NamedTuple):
@@ -103,9 +102,11 @@ class Experts(nn.Module):
         sizes = jnp.zeros(count, jnp.int32).at[visits].add(1)
         per_token = indices.shape[-1]
         sorted_x = x.reshape(-1, x.shape[-1])[order // per_token]  # (visits, hidden)
-        gate, up = jnp.split(jax.lax.ragged_dot(sorted_x, gate_up, sizes), 2, axis=-1)
+        inner = checkpoint_name(jax.lax.ragged_dot(sorted_x, gate_up, sizes), "gate")
+        gate, up = jnp.split(inner, 2, axis=-1)
         hidden = ACTIVATIONS[self.config.hidden_act](gate) * up  # (visits, width)
-        y = jax.lax.ragged_dot(hidden, down, sizes)  # (visits, hidden)
+        # The router's gradient reads the experts' outputs.
+        y = checkpoint_name(jax.lax.ragged_dot(hidden, down, sizes), "expert_output")
         y = y[jnp.argsort(order)].reshape(*indices.shape, -1)  # (b, t, per_token, hidden)
         return jnp.einsum("btc,btch->bth", weights, y.astype(jnp.float32)).astype(x.dtype)
 

@@ -10,8 +10,6 @@ from jax_lora.models.bert import ENCODERS
 from jax_lora.models.family import Family
 from jax_lora.models.model_errors import raise_model_error
 
-__all__ = ["FAMILIES", "family_of", "family_of_config"]
-
 _ALL = (*DECODERS, *ENCODERS, gpt2.FAMILY, t5.FAMILY)
 FAMILIES: dict[str, Family] = {
     family.model_type: family for family in sorted(_ALL, key=lambda each: each.model_type)

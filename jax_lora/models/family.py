@@ -1,12 +1,10 @@
-"""Family: what loading and saving need to know of one architecture."""
+"""Family: the description of an architecture that loading and saving use."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
-
-__all__ = ["Family", "nullable", "plain_json"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,14 +17,15 @@ class Family:
       config: The class of its configurations.
       module: The Linen module, called with a configuration.
       to_json: From a configuration to the fields of `config.json` that it sets.
-      fields: From `config.json` to further arguments of the configuration, beyond those that
-        have the same name there.
-      settle: Completes a configuration by the contents of the files; its second argument is a
-        function from a tensor's name to its values, or None if there is no such tensor.
-      neutral: Field of `config.json` -> the values with which it changes nothing here.
-      harmless: Fields that change nothing, whatever their value.
-      redundant: Patterns of tensors that files may hold although they are not needed.
-      tied_copies: The same, for a model whose embedding is tied to the output head.
+      fields: From `config.json` to arguments of the configuration with another name or format
+        there; all others are read by their names.
+      settle: Completes a configuration by the tensors of the files. Its second argument is a
+        function from the name of a tensor to its values, or to None if there is no such tensor.
+      neutral: Field of `config.json` -> the values with which it does not change the outputs.
+      harmless: Fields of `config.json` that do not change the outputs with any value.
+      redundant: Patterns of tensors in the files that are not needed.
+      tied_copies: Patterns of tensors that repeat the embedding, or the bias of the head, if the
+        two are tied.
       prefix: The prefix that files of the model without its head omit from tensor names.
       renames: Patterns in tensor names of older files, and their replacements.
       embedding: Path of the token embedding, (vocabulary, hidden).
@@ -68,7 +67,7 @@ def nullable(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def plain_json(config: Any) -> dict[str, Any]:
-    """Return every field of a configuration under its own name, as JSON values."""
+    """Return all fields of a configuration by name, as JSON values."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     del fields["source"]
     listed = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}

@@ -12,20 +12,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_lora.models.activations import ACTIVATIONS
-from jax_lora.models.attention import LayerCache, LayerContext, attend, update_cache
+from jax_lora.models.attention import Attention, LayerCache, LayerContext
 from jax_lora.models.causal_decoder import CausalDecoder
-from jax_lora.models.checkpoint_model import linear, token_table
-from jax_lora.models.decoder_inputs import MaskInputs, visible
+from jax_lora.models.checkpoint_model import dense_maker, linear, token_table
+from jax_lora.models.decoder_inputs import MaskInputs
 from jax_lora.models.family import Family, plain_json
 from jax_lora.models.layer_stack import layer_stack
 from jax_lora.models.layout import Layout, dense, embedding, layer_norm
+from jax_lora.models.mlp import MLP
 from jax_lora.models.model_config import ModelConfig
 from jax_lora.models.model_errors import raise_config_error
 from jax_lora.models.norms import LayerNorm
-
-__all__ = ["GPT2", "GPT2Config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,7 @@ class GPT2Config(ModelConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
-        if not self.n_inner:
-            self.overwrite("n_inner", 4 * self.n_embd)
+        self.set_default("n_inner", 4 * self.n_embd, unset=(0, None))
         sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
         self.check_sizes(sizes)
         self.check_positive(("layer_norm_epsilon",))
@@ -80,49 +79,6 @@ class GPT2Config(ModelConfig):
         return self.n_embd // self.n_head
 
 
-class _Attention(nn.Module):
-    config: GPT2Config
-    param_dtype: Any
-
-    def setup(self):
-        c = self.config
-        self.c_attn = linear(c, 3 * c.n_embd, True, self.param_dtype)
-        self.c_proj = linear(c, c.n_embd, True, self.param_dtype)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        context: LayerContext,
-        cache: LayerCache | None,
-        number: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """(batch, tokens, hidden) -> the same shape, and the layer's updated cache, if any."""
-        c = self.config
-        qkv = self.c_attn(x)  # (batch, tokens, 3 * hidden)
-        heads = (*x.shape[:2], c.n_head, c.head_dim)
-        q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))  # (b, t, h, d)
-        if number is not None:  # dividing queries divides their scores
-            q = q / number.astype(q.dtype)
-        k, v, cache = update_cache(cache, k, v, context.filled)  # (b, length, h, d) with a cache
-        scale = None if c.scale_attn_weights else 1.0
-        y = attend(q, k, v, context.mask, scale=scale)
-        return self.c_proj(y.reshape(x.shape)), cache
-
-
-class _MLP(nn.Module):
-    config: GPT2Config
-    param_dtype: Any
-
-    def setup(self):
-        c = self.config
-        self.c_fc = linear(c, c.n_inner, True, self.param_dtype)
-        self.c_proj = linear(c, c.n_embd, True, self.param_dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, tokens, hidden) -> the same shape."""
-        return self.c_proj(ACTIVATIONS[self.config.activation_function](self.c_fc(x)))
-
-
 class GPT2Layer(nn.Module):
     """Attention and feed-forward block, each on a normed copy of x and added to x."""
 
@@ -131,10 +87,20 @@ class GPT2Layer(nn.Module):
 
     def setup(self):  # noqa: D102  Linen's hook
         c, dtype = self.config, self.param_dtype
+        dense, scale = dense_maker(c, dtype), None if c.scale_attn_weights else 1.0
         self.ln_1 = LayerNorm(c.layer_norm_epsilon, param_dtype=dtype)
-        self.attn = _Attention(c, dtype)
+        self.attn = Attention(
+            dense,
+            ("c_attn", "c_proj"),
+            c.n_head,
+            c.n_head,
+            c.head_dim,
+            bias=True,
+            out_bias=True,
+            scale=scale,
+        )
         self.ln_2 = LayerNorm(c.layer_norm_epsilon, param_dtype=dtype)
-        self.mlp = _MLP(c, dtype)
+        self.mlp = MLP(dense, ("c_fc", "c_proj"), c.n_inner, c.activation_function, bias=True)
 
     def __call__(
         self,
@@ -145,7 +111,7 @@ class GPT2Layer(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Apply the layer to x, (batch, tokens, hidden); called by `nn.scan`."""
         attended, cache = self.attn(self.ln_1(x), context, cache, number)
-        x = x + attended
+        x = checkpoint_name(x + attended, "attention_block")
         return x + self.mlp(self.ln_2(x)), cache
 
 
@@ -177,10 +143,10 @@ class GPT2(CausalDecoder):
         return self.config.n_layer, self.config.n_head, self.config.head_dim
 
     def check_length(self, tokens: int) -> None:
-        """Raise for more tokens than there are learned positions."""
+        """Raise a `ConfigError` for more tokens than there are learned positions."""
         most = self.config.n_positions
         if tokens > most:
-            fix = "cut the sequences; there are no more learned positions."
+            fix = "truncate the sequences; there are no more learned positions."
             expected = f"at most n_positions = {most}"
             raise_config_error("input_ids", f"sequences of {tokens} tokens", expected, fix)
 
@@ -190,15 +156,14 @@ class GPT2(CausalDecoder):
         return x if positions is None else x + self.wpe(positions)
 
     def layer_inputs(
-        self, positions: jax.Array, keys: int, given: MaskInputs
+        self, positions: jax.Array, keys: int, given: MaskInputs, dtype: Any
     ) -> tuple[LayerContext, jax.Array | None]:
         """Make the mask, and (layers,) each layer's number, if scores are divided by it."""
-        c, mask, numbers = self.config, None, None
-        if any(each is not None for each in given):
-            mask = visible(positions.shape[1], keys, *given)
+        c, numbers = self.config, None
+        (mask,) = self.masks(positions.shape[1], keys, given, [None], dtype)
         if c.scale_attn_by_inverse_layer_idx:
             numbers = jnp.arange(1, c.n_layer + 1, dtype=jnp.float32)
-        return LayerContext(None, None, mask, given[-1]), numbers
+        return LayerContext(mask=mask, filled=given[-1]), numbers
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """Normalize the last layer's hidden states, (batch, tokens, hidden)."""
@@ -210,7 +175,7 @@ class GPT2(CausalDecoder):
         return self.wte.attend(hidden) if tied else self.lm_head(hidden)
 
     def layout(self) -> Layout:
-        """Place the parameters in the files, whose kernels are (in, out) like ours."""
+        """Map parameters to tensors; the kernels in the files are (in, out) too."""
         layer = "transformer.h.{layer}"
         placed = embedding("wte", "transformer.wte") | embedding("wpe", "transformer.wpe")
         for name in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"):

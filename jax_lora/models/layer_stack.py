@@ -6,11 +6,11 @@ from typing import Any
 
 import flax.linen as nn
 
-__all__ = ["layer_stack"]
+from jax_lora.models.rematerialization import remat_policy
 
 
 def layer_stack(
-    layer: type[nn.Module], length: int, *, remat: bool, inputs_per_layer: int = 0
+    layer: type[nn.Module], length: int, *, remat: bool | str, inputs_per_layer: int = 0
 ) -> Any:
     """Stack a layer class.
 
@@ -20,16 +20,20 @@ def layer_stack(
     Args:
       layer: The class of one layer.
       length: Number of layers.
-      remat: Whether to recompute each layer's activations in the backward pass.
+      remat: What a layer keeps for the backward pass, one of `REMAT`, or a boolean.
       inputs_per_layer: Number of per-layer inputs.
 
     Returns:
       A module class that is constructed like `layer`. It returns x after the last layer and the
       stacked outputs of all layers.
     """
-    return nn.scan(
+    if isinstance(remat, bool):
+        remat = "full" if remat else "none"
+    if remat != "none":
         # Under scan, the loop itself keeps XLA from undoing the recomputation.
-        nn.remat(layer, prevent_cse=False) if remat else layer,
+        layer = nn.remat(layer, prevent_cse=False, policy=remat_policy(remat))
+    return nn.scan(
+        layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, *(0,) * inputs_per_layer),  # pyright: ignore[reportArgumentType]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import string
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Layout", "Placement", "dense", "embedding", "layer_norm", "vector"]
+from jax_lora.paths import braces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Placement:
     @property
     def stacked(self) -> tuple[str, ...]:
         """Names of the stack axes, outermost first, as in ("layer", "expert")."""
-        return stack_names(self.tensors[0])
+        return braces(self.tensors[0])
 
     def expand(self, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], list[str]]]:
         """Iterate over the stack of a parameter of this shape.
@@ -78,16 +77,6 @@ class Placement:
 Layout = dict[str, Placement]
 
 
-def stack_names(name: str) -> tuple[str, ...]:
-    """List the names in braces, in order.
-
-    Example:
-      >>> stack_names("model.layers.{layer}.mlp.experts.{expert}.w1")
-      ('layer', 'expert')
-    """
-    return tuple(field for _, field, _, _ in string.Formatter().parse(name) if field is not None)
-
-
 def dense(path: str, module: str, *, bias: bool = False, transposed: bool = True) -> Layout:
     """Place a dense layer: its kernel, and its bias if it has one.
 
@@ -111,9 +100,9 @@ def embedding(path: str, module: str) -> Layout:
 
 
 def vector(path: str, tensor: str) -> Layout:
-    """Place a parameter that the file holds unchanged, such as a norm's scale or a bias.
+    """Place a parameter that the file stores unchanged, such as a norm's scale or a bias.
 
-    A norm's weight can be trained whole beside an adapter, so it has the module's name.
+    A scale has the name of its module, so that `modules_to_save` of an adapter can include it.
     """
     module, _, what = tensor.rpartition(".")
     return {path: Placement((tensor,), module=module if what == "weight" else None)}

@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from jax_lora.models.config_sizes import check_sizes
 from jax_lora.models.families import family_of, family_of_config
 from jax_lora.models.family import Family
 from jax_lora.models.layout import Placement
@@ -27,8 +28,7 @@ from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.parameter_shapes import parameter_shapes
 from jax_lora.models.read_config import read_config
 from jax_lora.models.tensor_files import DTYPES, Tensor, open_tensors
-
-__all__ = ["load"]
+from jax_lora.storage.pinned_files import check_pins
 
 # One for all parameters, or a function of path and shape.
 Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding]
@@ -38,9 +38,11 @@ def load(
     path: str | os.PathLike[str],
     dtype: Any = None,
     *,
-    remat: bool = False,
+    remat: bool | str = "none",
+    attention: str = "auto",
     sharding: Shardings | None = None,
     ignore: Iterable[str] = (),
+    pin: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model from a Hugging Face folder.
 
@@ -52,17 +54,22 @@ def load(
       path: Folder with `config.json` and `model.safetensors`, or shards with their index.
       dtype: Dtype of the parameters and the arithmetic; None: that of the files (float32 if they
         differ).
-      remat: Whether to recompute activations in the backward pass, to save memory.
+      remat: What layers keep for the backward pass: `"none"` (everything), `"names"` or `"full"`
+        (only their inputs); see `remat_policy`.
+      attention: `"auto"` (a fused kernel where the device has one), `"dense"` or `"flash"`.
       sharding: One `jax.sharding.Sharding` for all parameters, or a function of a parameter's path
         and shape; a stacked parameter's shape starts with the layers. None: the default device.
       ignore: Unknown fields of `config.json` that do not change the outputs.
+      pin: File with the output of `sha256sum` for the folder; it is checked before anything is
+        read.
 
     Returns:
       The module and its parameters: `model.apply({"params": params}, input_ids)`.
 
     Raises:
-      ModelError: If the folder cannot be read, needs a variant that is not implemented, or its
-        tensors do not match its configuration (one message lists all differences).
+      ModelError: If the folder cannot be read, differs from what is pinned, needs a variant that is
+        not implemented, or its tensors do not match its configuration (one message lists all
+        differences).
 
     Example:
       >>> from jax_lora.bundled import model_path
@@ -74,15 +81,20 @@ def load(
     if not folder.is_dir():
         fix = "check the path; models are not downloaded."
         raise_model_error(folder, "no such folder", "a Hugging Face model folder", fix)
+    if pin is not None:
+        check_pins(folder, pin)
     config = read_config(folder, ignore)
     with ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         family = family_of_config(config)
-        tensors = _current_names(tensors, family)
+        tensors = _renamed(tensors, family)
+        check_sizes(folder, config, tensors)
         config = family.settle(config, partial(_read_if_there, tensors))
+        if getattr(config, "is_prefixed", True):
+            tensors = _prefixed(tensors, family.prefix)
         # Without 64-bit mode there is no float64 to load into.
         dtype = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(tensors))
-        model = family.module(config, remat=remat, param_dtype=dtype)
+        model = family.module(config, remat=remat, attention=attention, param_dtype=dtype)
         shapes, layout = parameter_shapes(model), model.layout()
         _compare(folder, model, shapes, tensors)
         flat = {}
@@ -96,13 +108,18 @@ def _read_if_there(tensors: Mapping[str, Tensor], name: str) -> np.ndarray | Non
     return tensors[name].read() if name in tensors else None
 
 
-def _current_names(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """Rename tensors as in current files of a model with its head."""
+def _renamed(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Rename tensors of older files as in current ones."""
     for pattern, replacement in family.renames:
         tensors = {re.sub(pattern, replacement, name): each for name, each in tensors.items()}
-    if not family.prefix or any(name.startswith(family.prefix) for name in tensors):
+    return tensors
+
+
+def _prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Rename tensors as in files of a model with its head."""
+    if not prefix or any(name.startswith(prefix) for name in tensors):
         return tensors
-    return {family.prefix + name: tensor for name, tensor in tensors.items()}
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 # -----------------------------------------------------------------------------------------------

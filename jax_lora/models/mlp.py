@@ -1,45 +1,51 @@
-"""The gated feed-forward block of a decoder layer."""
+"""The feed-forward block of a layer, with or without a gate."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_lora.models.activations import ACTIVATIONS
-from jax_lora.models.checkpoint_model import linear
-from jax_lora.models.decoder_config import DecoderConfig
-
-__all__ = ["GatedMLP"]
 
 
-class GatedMLP(nn.Module):
-    """Compute down(act(gate(x)) * up(x)), with gate and up in one kernel if `fused`.
+class MLP(nn.Module):
+    """Compute down(act(up(x))), or down(act(gate(x)) * up(x)) with a gate.
+
+    Attributes:
+      dense: Makes a dense layer; see `dense_maker`.
+      names: Names of the dense layers: (up, down), or (gate, up, down).
+      width: Intermediate channels.
+      activation: A name in `ACTIVATIONS`.
+      bias: Whether the dense layers have biases.
+      fused: Whether the first of two dense layers is gate and up in one kernel.
 
     Reference:
       Shazeer, GLU variants (arXiv:2002.05202), equation 6.
     """
 
-    config: DecoderConfig
-    param_dtype: Any
+    dense: Callable[..., nn.Dense]
+    names: tuple[str, ...]
+    width: int
+    activation: str
     bias: bool = False
     fused: bool = False
 
-    def setup(self):  # noqa: D102  Linen's hook
-        c = self.config
-        if self.fused:
-            self.gate_up_proj = linear(c, 2 * c.intermediate_size, self.bias, self.param_dtype)
-        else:
-            self.gate_proj = linear(c, c.intermediate_size, self.bias, self.param_dtype)
-            self.up_proj = linear(c, c.intermediate_size, self.bias, self.param_dtype)
-        self.down_proj = linear(c, c.hidden_size, self.bias, self.param_dtype)
-
+    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(batch, tokens, hidden) -> the same shape."""
+        *inner, down = self.names
+        width = 2 * self.width if self.fused else self.width
+        parts = [self.dense(width, use_bias=self.bias, name=name)(x) for name in inner]
         if self.fused:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)  # (b, t, intermediate) each
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(ACTIVATIONS[self.config.hidden_act](gate) * up)
+            parts = jnp.split(parts[0], 2, axis=-1)
+        # (gate, up), or (up,) alone
+        parts = [
+            checkpoint_name(part, name) for part, name in zip(parts, ("gate", "up"), strict=False)
+        ]
+        hidden = ACTIVATIONS[self.activation](parts[0])  # (batch, tokens, width)
+        hidden = hidden * parts[1] if len(parts) == 2 else hidden
+        return self.dense(x.shape[-1], use_bias=self.bias, name=down)(hidden)

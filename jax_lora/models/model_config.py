@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from jax_lora.models.model_errors import raise_config_error
-
-__all__ = ["ModelConfig", "is_positive", "is_size"]
+from jax_lora.storage.schema import is_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,53 +29,60 @@ class ModelConfig:
     pad_token_id: int | None = None
     source: str = dataclasses.field(default="", repr=False, compare=False)
 
-    def derive(self, name: str, value: Any, *, absent: Any = None) -> None:
-        """Set a field of the frozen configuration, if its value is `absent`."""
-        if getattr(self, name) == absent:
-            self.overwrite(name, value)
-
-    def overwrite(self, name: str, value: Any) -> None:
+    def set_field(self, name: str, value: Any) -> None:
         """Set a field of the frozen configuration; for `__post_init__` only."""
         object.__setattr__(self, name, value)
+
+    def set_default(self, name: str, default: Any, *, unset: tuple[Any, ...] = (None,)) -> None:
+        """Give a field a default that depends on other fields, unless the user has set it.
+
+        Args:
+          name: The field.
+          default: The value to set.
+          unset: Values that the field has if the user has not set it.
+        """
+        if getattr(self, name) in unset:
+            self.set_field(name, default)
 
     def check_sizes(self, names: Iterable[str]) -> None:
         """Raise unless the fields are positive integers."""
         for name in names:
-            if not is_size(getattr(self, name)):
-                self.refuse(name, getattr(self, name), "a whole number above 0", f"give {name}.")
+            if not is_positive_int(getattr(self, name)):
+                self.fail(name, "a positive integer", f"set {name} to a positive integer.")
 
     def check_positive(self, names: Iterable[str]) -> None:
-        """Raise unless the fields are finite and above 0."""
+        """Raise unless the fields are positive and finite."""
         for name in names:
             if not is_positive(getattr(self, name)):
-                self.refuse(name, getattr(self, name), "a number above 0", f"give {name}.")
+                self.fail(name, "a positive number", f"set {name} to a positive number.")
 
     def check_choice(self, name: str, choices: Iterable[Any]) -> None:
         """Raise unless the field has one of the implemented values."""
-        value, choices = getattr(self, name), tuple(choices)
-        if value not in choices:
+        if getattr(self, name) not in (choices := tuple(choices)):
             expected = " or ".join(map(repr, choices))
-            self.refuse(name, value, expected, "this variant is not implemented.")
+            self.fail(name, expected, "this variant is not implemented.")
 
     def check_divides(
-        self, name: str, total: str, fix: str = "give each head equally many channels."
+        self, name: str, multiple: str, fix: str = "give each head equally many channels."
     ) -> None:
-        """Raise unless field `name` divides field `total`."""
-        value, of = getattr(self, name), getattr(self, total)
-        if of % value:
-            self.refuse(name, value, f"a divisor of {total}, {of}", fix)
+        """Raise unless field `name` divides field `multiple`."""
+        if (value := getattr(self, multiple)) % getattr(self, name):
+            self.fail(name, f"a divisor of {multiple}, {value}", fix)
 
-    def refuse(self, where: str, got: Any, expected: str, fix: str) -> NoReturn:
-        """Raise the error for one field."""
+    def fail(self, name: str, expected: str, fix: str) -> NoReturn:
+        """Raise a `ConfigError` for the value of a field."""
+        self.fail_at(name, getattr(self, name), expected, fix)
+
+    def fail_at(self, where: str, got: Any, expected: str, fix: str) -> NoReturn:
+        """Raise a `ConfigError` for a value inside a field, or derived from one."""
         raise_config_error(f"{type(self).__name__}: {where}", repr(got), expected, fix)
 
 
-def is_size(value: Any) -> bool:
-    """Tell whether a value is a whole number above 0."""
+def is_positive_int(value: Any) -> bool:
+    """Tell whether a value is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def is_positive(value: Any) -> bool:
-    """Tell whether a value is a finite number above 0."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
+    """Tell whether a value is a positive and finite number."""
+    return is_number(value) and value > 0

@@ -6,8 +6,6 @@ from typing import Any, NoReturn
 
 from jax_lora.errors import ConfigError, ModelError, format_error
 
-__all__ = ["raise_config_error", "raise_model_error"]
-
 
 def raise_config_error(where: str, got: Any, expected: str, fix: str) -> NoReturn:
     """Raise a `ConfigError` for an argument or a setting; see `format_error` for the four parts."""

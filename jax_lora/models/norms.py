@@ -8,8 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-__all__ = ["LayerNorm", "RMSNorm"]
-
 
 class RMSNorm(nn.Module):
     """Divide by the root mean square over channels, then scale each channel.

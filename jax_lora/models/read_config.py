@@ -8,16 +8,20 @@ wrong outputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import ConfigError, ModelError
-from jax_lora.models.decoder_config import DecoderConfig
+from jax_lora.errors import ConfigError, ModelError, format_error
+from jax_lora.models.decoder_config import FULL, SLIDING, DecoderConfig
 from jax_lora.models.families import FAMILIES
 from jax_lora.models.family import Family
 from jax_lora.models.folder import read_json, read_text
+from jax_lora.models.ignored_fields import ignored_fields
 from jax_lora.models.model_errors import raise_model_error
+from jax_lora.storage import schema
+from jax_lora.storage.limits import limit, raise_hint
 
 __all__ = ["arguments_to_config", "read_config"]
 
@@ -25,9 +29,11 @@ __all__ = ["arguments_to_config", "read_config"]
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
+    "quantization": (None,),
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "attention_multiplier": (None,),
+    "rope_interleaved": (None, False),
     "residual_multiplier": (None, 1, 1.0),
     "embedding_multiplier": (None, 1, 1.0),
     "logits_scaling": (None, 1, 1.0),
@@ -48,6 +54,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "chunk_size_feed_forward": (None, 0),
 }
+# What a field changes, where that tells how to go on.
+_QUANTIZED = (
+    "the weights are stored quantized, which is not implemented; take the model's original."
+)
+_EFFECTS = {
+    "quantization_config": _QUANTIZED,
+    "quantization": _QUANTIZED,
+    "compression_config": _QUANTIZED,
+    "rope_interleaved": "it pairs neighboring features in the rotary embedding, which changes "
+    "every output and is not implemented.",
+}
 # Fields about files, training, generation and labels, which do not change the arithmetic.
 _HARMLESS = frozenset(
     "architectures model_type torch_dtype dtype transformers_version _name_or_path auto_map "
@@ -63,7 +80,47 @@ _HARMLESS = frozenset(
     "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty "
     "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences "
     "output_scores return_dict_in_generate remove_invalid_values exponential_decay_length_penalty "
-    "cross_attention_hidden_size".split()
+    "cross_attention_hidden_size pretraining_tp _model_name_or_path output_past "
+    "transformers.js_config is_llama_config max_sequence_length model_max_length "
+    "_flash_attn_2_enabled _use_flash_attention_2 use_flash_attn".split()
+)
+_STACKS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
+_LARGEST = 2**31 - 1  # of an integer
+_SHOWN_PROBLEMS = 10
+_NUMBERS = schema.list_of(schema.NUMBER)
+_LABELS = schema.either(schema.object_of(schema.ANYTHING), schema.list_of(schema.ANYTHING))
+# Fields that are read for every architecture, before it is known.
+_COMMON = {
+    "model_type": schema.optional(schema.TEXT),
+    "architectures": schema.optional(schema.list_of(schema.TEXT)),
+    "torch_dtype": schema.optional(schema.TEXT),
+    "dtype": schema.optional(schema.TEXT),
+    "id2label": schema.optional(_LABELS),
+    "num_labels": schema.optional(schema.integer(0, 2**20)),
+    "_num_labels": schema.optional(schema.integer(0, 2**20)),
+}
+_ROPE_SETTINGS = {
+    **dict.fromkeys(("rope_type", "type"), schema.optional(schema.TEXT)),
+    **dict.fromkeys(
+        "rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings "
+        "attention_factor beta_fast beta_slow mscale mscale_all_dim partial_rotary_factor".split(),
+        schema.optional(schema.NUMBER),
+    ),
+    **dict.fromkeys(("short_factor", "long_factor"), schema.optional(_NUMBERS)),
+    "truncate": schema.optional(schema.BOOLEAN),
+}
+_ROPE_KINDS = schema.fields(
+    {**_ROPE_SETTINGS, FULL: schema.fields(_ROPE_SETTINGS), SLIDING: schema.fields(_ROPE_SETTINGS)}
+)
+_ROPE = {
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "rope_local_scaling"), _ROPE_KINDS),
+    "original_max_position_embeddings": schema.integer(1, _LARGEST),
+    "partial_rotary_factor": schema.NUMBER,
+}
+# Other names of fields, which the architectures read themselves.
+_OTHER_NAMES = dict.fromkeys(
+    ("num_local_experts", "num_experts", "sliding_window_pattern", "_sliding_window_pattern"),
+    schema.integer(0, 2**20),
 )
 _ROPE_FIELDS = frozenset(
     ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
@@ -87,10 +144,47 @@ def read_config(folder: Path, ignore: Iterable[str] = ()) -> Any:
     """
     raw = read_json(folder, "config.json")
     where = folder / "config.json"
+    _check_kinds(raw, _COMMON, where)
     family = _family(raw, where)
-    _check_fields(raw, family, where, frozenset(ignore))
+    _check_fields(raw, family, where, frozenset(ignore) | ignored_fields())
     config = arguments_to_config(raw, family, where)
     return dataclasses.replace(config, source=read_text(folder, "config.json"))
+
+
+def family_kinds(family: Family) -> dict[str, schema.Kind]:
+    """Return the kinds of the fields in `config.json`, by the annotations of the configuration."""
+    hints = typing.get_type_hints(family.config)
+    kinds = {name: _sized(schema.of_annotation(hints[name])) for name in _names(family)}
+    rope = {name: kinds.pop(name) for name in _ROPE_FIELDS & {*kinds}}
+    layers = schema.integer(1, limit("layers"))
+    kinds |= {name: layers for name in _STACKS if name in kinds}
+    if "rope_theta" in rope:
+        kinds |= {"rope_theta": schema.NUMBER, **_ROPE}
+    kinds |= {**_OTHER_NAMES, **_COMMON}
+    # Null is an absent field, as transformers writes it.
+    return {name: schema.optional(kind) for name, kind in kinds.items()}
+
+
+def _sized(kind: schema.Kind) -> schema.Kind:
+    return schema.integer(-1, _LARGEST) if kind is schema.INTEGER else kind
+
+
+def _check_kinds(raw: Mapping[str, Any], kinds: Mapping[str, schema.Kind], where: Path) -> None:
+    found = list(schema.problems(raw, schema.fields(kinds)))
+    if found:
+        raise ModelError(
+            format_error(
+                str(where),
+                got=found[:_SHOWN_PROBLEMS],
+                expected="the fields of a model's configuration",
+                fix=_kinds_fix(raw),
+            )
+        )
+
+
+def _kinds_fix(raw: Mapping[str, Any]) -> str:
+    deep = any(schema.is_integer(raw.get(name)) and raw[name] > limit("layers") for name in _STACKS)
+    return raise_hint("layers") if deep else "download the file again."
 
 
 def arguments_to_config(
@@ -101,6 +195,7 @@ def arguments_to_config(
     Raises:
       ModelError: If a value is out of range or not implemented.
     """
+    _check_kinds(raw, family_kinds(family), where)
     try:
         return family.config(**_arguments(raw, family, where))
     except ConfigError as error:
@@ -125,20 +220,34 @@ def _family(raw: dict[str, Any], where: Path) -> Family:
 def _check_fields(raw: dict[str, Any], family: Family, where: Path, ignore: frozenset[str]) -> None:
     known = _HARMLESS | {*family.harmless, *_names(family), *_ROPE_FIELDS} | ignore
     neutral = {**_NEUTRAL, **family.neutral}
+    for field in sorted(ignore & neutral.keys() & raw.keys()):
+        if raw[field] not in neutral[field]:
+            expected = f"{field} absent or {neutral[field][-1]!r}; it cannot be ignored"
+            fix = _EFFECTS.get(field, f"this variant of {family.model_type} is not implemented.")
+            raise_model_error(where, f"{field} = {raw[field]!r}", expected, fix)
     for field, value in raw.items():
         if field in known:
             continue
-        if field == "layer_types" and not set(value or []) - {"full_attention"}:
+        if (
+            field == "layer_types"
+            and isinstance(value, list | None)
+            and not any(each != "full_attention" for each in value or ())
+        ):
             continue
         if field in neutral:
             if value not in neutral[field]:
                 expected = f"{field} absent or {neutral[field][-1]!r}"
-                fix = f"this variant of {family.model_type} is not implemented."
+                fix = _EFFECTS.get(
+                    field, f"this variant of {family.model_type} is not implemented."
+                )
                 raise_model_error(where, f"{field} = {value!r}", expected, fix)
         elif value:
             got = f"{field} = {value!r}, which is not known here"
             expected = f"fields of a {family.model_type} that are implemented or change nothing"
-            fix = f"if it does not change the outputs, load with ignore=({field!r},)."
+            fix = (
+                "only if the model's code does not use it for the outputs, load with "
+                f"ignore=({field!r},)."
+            )
             raise_model_error(where, got, expected, fix)
 
 
@@ -156,10 +265,7 @@ def _arguments(raw: dict[str, Any], family: Family, where: Path) -> dict[str, An
 
 
 def _rope_fields(raw: dict[str, Any], family: Family, where: Path) -> dict[str, Any]:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise_model_error(where, f"rope settings {rope!r}", "an object", "download the file again.")
-    rope = dict(rope)
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or family.config.rope_theta
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0:

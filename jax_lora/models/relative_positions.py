@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["bucket_of", "bucket_table"]
-
 
 def bucket_table(buckets: int, most: int, *, both_ways: bool) -> np.ndarray:
     """Compute the bucket of every distance up to `most`.

@@ -20,8 +20,6 @@ import numpy as np
 
 from jax_lora.models.decoder_config import DecoderConfig
 
-__all__ = ["apply_rotary", "rotary_angles"]
-
 
 def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Compute cosines and sines of the angles by which each position's channels are rotated.

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Choice", "draw", "filter_logits"]
-
 
 class Choice(NamedTuple):
     """The settings of sampling, as arrays: other values never recompile a function.

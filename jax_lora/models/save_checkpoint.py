@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
 
 from jax_lora.errors import ConfigError, ModelError, StructureError, format_error
 from jax_lora.models.families import family_of
@@ -20,6 +18,9 @@ from jax_lora.models.family import Family
 from jax_lora.models.layout import Layout
 from jax_lora.models.parameter_shapes import parameter_shapes
 from jax_lora.models.read_config import arguments_to_config
+from jax_lora.storage.atomic_writes import made_folder, replacing_both
+from jax_lora.storage.locks import locked
+from jax_lora.storage.safetensors_file import write_tensors
 
 __all__ = ["save"]
 
@@ -30,26 +31,28 @@ def save(path: str | os.PathLike[str], model: Any, params: Mapping[str, Any]) ->
     Use it for a base model or for merged parameters; adapters have their own formats.
 
     Args:
-      path: The folder, made if absent; files of the same names are replaced.
+      path: The folder, made if absent; files of the same names are replaced when both are complete.
       model: The module that the parameters belong to.
       params: As `model.init` or `load` returns them, without the "params" level.
 
     Raises:
       StructureError: If the parameters are not exactly the model's; then nothing is written.
+      ModelError: The folder cannot be written or has another writer; an earlier model in it is
+        unchanged.
     """
     family = family_of(model)
     flat = flatten_dict(dict(params), sep="/")
     _check(model, flat)
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = _tensors(model.layout(), flat)
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     text = _config_text(family, model.config, dtype, tensors)
-    (folder / "config.json").write_text(text, encoding="utf-8", newline="")
-    weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # as config.json; the writer makes a private file
+    with made_folder(folder, ModelError), locked(folder, ModelError):
+        names = "model.safetensors", "config.json"
+        with replacing_both(folder, *names, ModelError) as (weights, settings):
+            write_tensors(weights, tensors)
+            settings.write_text(text, encoding="utf-8", newline="")
 
 
 def _check(model: Any, flat: Mapping[str, Any]) -> None:

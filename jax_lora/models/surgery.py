@@ -1,8 +1,8 @@
 """Change a model's structure: untie the output head, repeat layers, resize the vocabulary.
 
-Some adapters are made for such a model: an adapter on only one of embedding and tied head, on
-repeated layers, or with added tokens. Change the model first, then load the adapter.
-`jl.peft.load_model` calls these functions as a PEFT adapter requires.
+Some adapters need a changed base model: an adapter on only the embedding or only the head of a tied
+model, on repeated layers, or with added tokens. Change the model first, then load the adapter.
+`jl.peft.load_model` makes the changes that a PEFT adapter requires.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax_lora.models.families import family_of
 from jax_lora.models.model_errors import raise_model_error
 
-__all__ = ["replicate_layers", "resize_vocab", "untie"]
-
 _Params = Mapping[str, Any]
 
 
 def untie(model: Any, params: _Params) -> tuple[Any, dict[str, Any]]:
     """Give a model with a tied output head a separate head, a copy of the embedding.
 
-    Use it before an adapter that changes only one of the two, and before merging such an adapter:
-    in a tied model, both would change.
+    Use it before you create, load or merge an adapter that changes only one of the two. In a tied
+    model, such an adapter would change both.
 
     Args:
       model: A decoder of this package.
@@ -134,7 +132,7 @@ def resize_vocab(model: Any, params: _Params, size: int) -> tuple[Any, dict[str,
       2
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        _refuse("resize_vocab", repr(size), "a whole number above 0")
+        _refuse("resize_vocab", repr(size), "a positive integer")
     family = family_of(model)
     flat: dict[str, Any] = flatten_dict(dict(params), sep="/")
     for path, axis in ((family.embedding, 0), (family.head, -1), (family.head_bias, -1)):

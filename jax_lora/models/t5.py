@@ -4,8 +4,8 @@
 
     logits = model.apply({"params": params}, input_ids, attention_mask, decoder_input_ids=answers)
 
-Generation encodes the input once. The keys and values of the decoder, and those of the
-cross-attention, are in a cache, an ordinary pytree that goes in and comes out::
+Generation encodes the input once. The keys and values of the decoder and of the cross-attention are
+in a cache, a pytree, which every call takes and returns updated::
 
     encoded = model.apply({"params": params}, input_ids, attention_mask, method="encode")
     cache, token = model.init_cache(batch, length, dtype), model.first_tokens(batch)
@@ -23,6 +23,7 @@ Reference:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,20 +31,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import LayerCache, update_cache
 from jax_lora.models.checkpoint_model import CheckpointModel
-from jax_lora.models.decoder_inputs import KVCache, check_inputs, empty_cache, key_mask, visible
+from jax_lora.models.decoder_inputs import (
+    KVCache,
+    check_inputs,
+    empty_cache,
+    key_mask,
+    query_slots,
+    visible,
+)
 from jax_lora.models.family import Family, plain_json
 from jax_lora.models.layer_stack import layer_stack
 from jax_lora.models.layout import Layout, dense, embedding, vector
+from jax_lora.models.mlp import MLP
 from jax_lora.models.model_config import ModelConfig
 from jax_lora.models.model_errors import raise_config_error
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.relative_positions import bucket_of, bucket_table
-
-__all__ = ["T5", "T5Cache", "T5Config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,14 +100,14 @@ class T5Config(ModelConfig):
         *gated, activation = str(self.feed_forward_proj).split("-")
         if gated not in ([], ["gated"]):
             expected, fix = "an activation, or 'gated-' and one", "name one that is implemented."
-            self.refuse("feed_forward_proj", self.feed_forward_proj, expected, fix)
-        # What version 1.1 calls gelu is the approximation by tanh.
+            self.fail("feed_forward_proj", expected, fix)
+        # In version 1.1, "gelu" is the approximation by tanh.
         usual = "gelu_new" if self.feed_forward_proj == "gated-gelu" else activation
-        self.derive("dense_act_fn", usual, absent="")
-        self.derive("is_gated_act", bool(gated))
-        self.derive("num_decoder_layers", self.num_layers, absent=0)
-        self.derive("scale_decoder_outputs", self.tie_word_embeddings)
-        self.derive("decoder_start_token_id", self.pad_token_id)
+        self.set_default("dense_act_fn", usual, unset=("",))
+        self.set_default("is_gated_act", bool(gated))
+        self.set_default("num_decoder_layers", self.num_layers, unset=(0,))
+        self.set_default("scale_decoder_outputs", self.tie_word_embeddings)
+        self.set_default("decoder_start_token_id", self.pad_token_id)
         sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers")
         self.check_sizes((*sizes, "num_heads"))
         self.check_positive(("layer_norm_epsilon", "initializer_factor"))
@@ -107,15 +115,20 @@ class T5Config(ModelConfig):
         self.check_choice("is_gated_act", (bool(gated),))
         self._check_buckets()
 
+    @property
+    def mlp_names(self) -> tuple[str, ...]:
+        """Names of the dense layers of a feed-forward block."""
+        return ("wi_0", "wi_1", "wo") if self.is_gated_act else ("wi", "wo")
+
     def _check_buckets(self) -> None:
         names = "relative_attention_num_buckets", "relative_attention_max_distance"
         self.check_sizes(names)
         buckets, most = (getattr(self, name) for name in names)
         if buckets < 4:
-            self.refuse(names[0], buckets, "at least 4", "half of them are for each direction.")
+            self.fail(names[0], "at least 4", "half of them are for each direction.")
         if most <= buckets // 2:
             expected, fix = f"more than {buckets // 2}", "half of the buckets are of one distance."
-            self.refuse(names[1], most, expected, fix)
+            self.fail(names[1], expected, fix)
 
 
 class T5Cache(NamedTuple):
@@ -138,7 +151,7 @@ class T5Cache(NamedTuple):
 
 
 class _Context(NamedTuple):
-    """The inputs that every layer of a stack shares."""
+    """The inputs that all layers of the encoder or of the decoder share."""
 
     bias: jax.Array  # (1, heads, queries, keys)
     mask: jax.Array | None  # (batch or 1, 1, queries or 1, keys) booleans
@@ -154,12 +167,11 @@ class _Attention(nn.Module):
     param_dtype: Any
 
     def setup(self):
-        c, dtype = self.config, self.param_dtype
-        width = c.num_heads * c.d_kv
-        self.q = _linear(c, width, (c.d_model * c.d_kv) ** -0.5, dtype)
-        self.k = _linear(c, width, c.d_model**-0.5, dtype)
-        self.v = _linear(c, width, c.d_model**-0.5, dtype)
-        self.o = _linear(c, c.d_model, width**-0.5, dtype)
+        c, dense = self.config, _dense_maker(self.config, self.param_dtype)
+        width, deviation = c.num_heads * c.d_kv, (c.d_model * c.d_kv) ** -0.5
+        initial = nn.initializers.normal(c.initializer_factor * deviation)
+        self.q, self.k = dense(width, kernel_init=initial), dense(width)
+        self.v, self.o = dense(width), dense(c.d_model)
 
     def keys_values(self, x: jax.Array) -> LayerCache:
         """Project x, (batch, keys, d_model), to keys and values, (batch, keys, heads, d_kv)."""
@@ -175,35 +187,13 @@ class _Attention(nn.Module):
     ) -> jax.Array:
         """(batch, queries, d_model) -> the same shape."""
         heads = (*x.shape[:2], self.config.num_heads, self.config.d_kv)
-        q = self.q(x).reshape(heads)
+        q = checkpoint_name(self.q(x).reshape(heads), "query")
         k, v = (part.astype(x.dtype) for part in keys_values)
+        k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
         # JAX itself promotes bfloat16 scores to float32 here, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=1.0)
         return self.o(y.reshape(*x.shape[:2], -1))
-
-
-class _MLP(nn.Module):
-    config: T5Config
-    param_dtype: Any
-
-    def setup(self):
-        c, dtype = self.config, self.param_dtype
-        if c.is_gated_act:
-            self.wi_0 = _linear(c, c.d_ff, c.d_model**-0.5, dtype)
-            self.wi_1 = _linear(c, c.d_ff, c.d_model**-0.5, dtype)
-        else:
-            self.wi = _linear(c, c.d_ff, c.d_model**-0.5, dtype)
-        self.wo = _linear(c, c.d_model, c.d_ff**-0.5, dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, tokens, d_model) -> the same shape."""
-        activation = ACTIVATIONS[self.config.dense_act_fn]
-        if self.config.is_gated_act:
-            inner = activation(self.wi_0(x)) * self.wi_1(x)  # (batch, tokens, d_ff)
-        else:
-            inner = activation(self.wi(x))
-        return self.wo(inner)
 
 
 class T5Layer(nn.Module):
@@ -218,7 +208,8 @@ class T5Layer(nn.Module):
         self.attn, self.attn_norm = _Attention(c, dtype), _norm(c, dtype)
         if self.decodes:
             self.cross_attn, self.cross_attn_norm = _Attention(c, dtype), _norm(c, dtype)
-        self.mlp, self.mlp_norm = _MLP(c, dtype), _norm(c, dtype)
+        self.mlp = MLP(_dense_maker(c, dtype), c.mlp_names, c.d_ff, c.dense_act_fn)
+        self.mlp_norm = _norm(c, dtype)
 
     def __call__(
         self, x: jax.Array, context: _Context, cache: LayerCache | None, cross: LayerCache | None
@@ -237,11 +228,13 @@ class T5Layer(nn.Module):
         """
         normed = self.attn_norm(x)
         k, v, cache = update_cache(cache, *self.attn.keys_values(normed), context.filled)
-        x = x + self.attn(normed, (k, v), context.bias, context.mask)
+        attended = self.attn(normed, (k, v), context.bias, context.mask)
+        x = checkpoint_name(x + attended, "attention_block")
         if cross is None and context.encoded is not None:
             cross = self.cross_attn.keys_values(context.encoded)
         if cross is not None:  # in the decoder only
-            x = x + self.cross_attn(self.cross_attn_norm(x), cross, None, context.encoded_mask)
+            attended = self.cross_attn(self.cross_attn_norm(x), cross, None, context.encoded_mask)
+            x = checkpoint_name(x + attended, "attention_block")
         x = x + self.mlp(self.mlp_norm(x))
         return x, None if cache is None else (cache, cross)
 
@@ -250,7 +243,7 @@ class _Stack(nn.Module):
     """The layers of the encoder or of the decoder, their shared position biases, a final norm."""
 
     config: T5Config
-    remat: bool
+    remat: bool | str
     param_dtype: Any
     decodes: bool = False
 
@@ -274,9 +267,7 @@ class _Stack(nn.Module):
             c.relative_attention_max_distance,
             both_ways=not self.decodes,
         )
-        rows = jnp.arange(queries, dtype=jnp.int32)
-        rows = rows if filled is None else rows + jnp.broadcast_to(filled, rows.shape)
-        ids = bucket_of(table, rows, jnp.arange(keys, dtype=jnp.int32))  # (queries, keys)
+        ids = bucket_of(table, query_slots(queries, filled), query_slots(keys, None))
         return self.relative_attention_bias(ids).transpose(2, 0, 1)[None]
 
     def __call__(
@@ -306,7 +297,7 @@ class T5(CheckpointModel):
         self.encoder = _Stack(c, self.remat, dtype)
         self.decoder = _Stack(c, self.remat, dtype, decodes=True)
         if not c.tie_word_embeddings:
-            self.lm_head = _linear(c, c.vocab_size, 1.0, dtype)
+            self.lm_head = _dense_maker(c, dtype)(c.vocab_size, kernel_init=initial)
 
     def __call__(
         self,
@@ -420,11 +411,11 @@ class T5(CheckpointModel):
         return jnp.full((batch, 1), self.config.decoder_start_token_id or 0, jnp.int32)
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> T5Cache:
-        """Make an empty cache; call it on the module itself, it needs no parameters.
+        """Make an empty cache. Call it as `model.init_cache(...)`, without `apply`.
 
         Args:
           batch: Number of targets that are generated together.
-          length: Most tokens of a target, the first included.
+          length: Maximum number of tokens of a target, the first included.
           dtype: Dtype of keys and values; with the parameters' dtype nothing is rounded.
 
         Returns:
@@ -435,21 +426,20 @@ class T5(CheckpointModel):
         return T5Cache(*empty_cache(shape, dtype))
 
     def layout(self) -> Layout:
-        """Place the parameters in the files."""
+        """Map parameters to tensors."""
         placed = embedding("shared", "shared")
         for stack in ("encoder", "decoder"):
             parts: list[tuple[str, str, tuple[str, ...]]]
             parts = [("attn", "SelfAttention", ("q", "k", "v", "o"))]
             if stack == "decoder":
                 parts.append(("cross_attn", "EncDecAttention", ("q", "k", "v", "o")))
-            inner = ("wi_0", "wi_1") if self.config.is_gated_act else ("wi",)
-            parts.append(("mlp", "DenseReluDense", (*inner, "wo")))
+            parts.append(("mlp", "DenseReluDense", self.config.mlp_names))
             for number, (part, theirs, names) in enumerate(parts):
                 layer = f"{stack}.block.{{layer}}.layer.{number}"
                 for name in names:
                     placed |= dense(f"{stack}/layers/{part}/{name}", f"{layer}.{theirs}.{name}")
                 placed |= vector(f"{stack}/layers/{part}_norm/scale", f"{layer}.layer_norm.weight")
-            # All layers of a stack share the biases; the files hold them with the first layer.
+            # The files store the biases, which all layers share, with the first layer.
             biases = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
             placed |= embedding(f"{stack}/relative_attention_bias", biases)
             placed |= vector(f"{stack}/norm/scale", f"{stack}.final_layer_norm.weight")
@@ -478,9 +468,14 @@ class T5(CheckpointModel):
             raise_config_error("attention_mask", got, expected, fix)
 
 
-def _linear(config: T5Config, features: int, deviation: float, param_dtype: Any) -> nn.Dense:
-    initial = nn.initializers.normal(config.initializer_factor * deviation)
-    return nn.Dense(features, use_bias=False, kernel_init=initial, param_dtype=param_dtype)
+def _dense_maker(config: T5Config, param_dtype: Any) -> Callable[..., nn.Dense]:
+    """Return `nn.Dense` without a bias, with kernels of deviation factor / sqrt(inputs)."""
+
+    def initial(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        deviation = config.initializer_factor * shape[0] ** -0.5
+        return nn.initializers.normal(deviation)(key, shape, dtype)
+
+    return functools.partial(nn.Dense, use_bias=False, kernel_init=initial, param_dtype=param_dtype)
 
 
 def _norm(config: T5Config, param_dtype: Any) -> RMSNorm:

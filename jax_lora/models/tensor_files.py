@@ -29,8 +29,17 @@ class Tensor:
         self._file, self._name = file, name
 
     def read(self) -> np.ndarray:
-        """Read the values."""
-        return self._file.get_tensor(self._name)
+        """Read the values.
+
+        Raises:
+          ModelError: NumPy has no such type, or the file is damaged.
+        """
+        try:
+            return self._file.get_tensor(self._name)
+        except Exception as error:  # the library raises many types
+            got = f"{self._name} of type {self.dtype}: {type(error).__name__}: {error}"
+            expected = " or ".join(DTYPES)
+            raise_model_error("a safetensors file", got, expected, "download the file again.")
 
 
 def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
@@ -46,7 +55,7 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
             file = stack.enter_context(safe_open(path, framework="numpy"))
             found = set(file.keys())
             tensors.update({name: Tensor(file, name) for name in sorted(found)})
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(
                 format_error(
                     str(path),

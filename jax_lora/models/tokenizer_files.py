@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from jax_lora.errors import ModelError
+from jax_lora.storage.atomic_writes import replacing
+
 __all__ = ["copy_companions"]
 
 _PATTERNS = (
@@ -24,7 +27,11 @@ def copy_companions(source: Path, target: Path) -> None:
     Args:
       source: The model's folder.
       target: The folder that `jl.models.save` wrote.
+
+    Raises:
+      ModelError: A file cannot be copied.
     """
     for pattern in _PATTERNS:
         for file in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(file, target / file.name)
+            with replacing(target / file.name, ModelError) as part:
+                shutil.copyfile(file, part)

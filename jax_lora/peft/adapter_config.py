@@ -15,12 +15,11 @@ from typing import Any
 
 from jax_lora.config import LoraConfig
 from jax_lora.errors import AdapterFileError, AdapterFileWarning, format_error
+from jax_lora.storage import schema
 from jax_lora.storage.json_files import read_json
+from jax_lora.storage.limits import limit
 
 CONFIG = "adapter_config.json"
-_MOST_BYTES = 2**20
-_MOST_RANK = 2**16
-_MOST_LAYERS = 2**16
 _KEPT = "peft"  # the key in LoraConfig.metadata
 
 # All fields that PEFT 0.21.2 writes for LoRA, with their defaults.
@@ -67,6 +66,43 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
+_RANK = schema.integer(1, 2**16)
+_LAYER = schema.integer(0, 2**16)
+_NAMES = schema.list_of(schema.Kind("a name", lambda value: isinstance(value, str) and value != ""))
+_NAMES_OR_ONE = schema.optional(schema.either(schema.TEXT, _NAMES))
+_RANGE = schema.list_of(_LAYER, 2)
+_RANGES = schema.list_of(_RANGE)
+_TOKENS = schema.list_of(schema.integer(0, 2**31 - 1))
+_FLAG = schema.optional(schema.BOOLEAN)
+_SHARE = schema.Kind(
+    "a number from 0 to below 1", lambda value: schema.is_number(value) and 0 <= value < 1
+)
+_ANY_OBJECT = schema.optional(schema.OBJECT)
+_FIELDS = schema.fields(
+    {
+        "r": _RANK,
+        "rank_pattern": schema.optional(schema.object_of(_RANK)),
+        "lora_alpha": schema.NUMBER,
+        "alpha_pattern": schema.optional(schema.object_of(schema.NUMBER)),
+        "lora_dropout": schema.optional(_SHARE),
+        "bias": schema.choice("none", "all", "lora_only"),
+        **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"), _FLAG),
+        **dict.fromkeys(("fan_in_fan_out", "inference_mode"), _FLAG),
+        **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES_OR_ONE),
+        **dict.fromkeys(("modules_to_save", "target_parameters"), _NAMES_OR_ONE),
+        "layers_to_transform": schema.optional(schema.either(_LAYER, schema.list_of(_LAYER))),
+        "layer_replication": schema.optional(_RANGES),
+        "trainable_token_indices": schema.optional(
+            schema.either(_TOKENS, schema.object_of(_TOKENS))
+        ),
+        "init_lora_weights": schema.optional(schema.either(schema.BOOLEAN, schema.TEXT)),
+        **dict.fromkeys(
+            ("base_model_name_or_path", "revision", "task_type", "peft_version"),
+            schema.optional(schema.TEXT),
+        ),
+        "auto_mapping": _ANY_OBJECT,
+    }
+)
 # Fields of features that are not implemented -> the values that disable the feature.
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
@@ -85,9 +121,6 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def read_config(folder: Path) -> dict[str, Any]:
     """Read `adapter_config.json`.
 
-    Args:
-      folder: The folder.
-
     Returns:
       All fields of `DEFAULTS`, with the values of the file or the defaults.
 
@@ -98,7 +131,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Warns:
       AdapterFileWarning: The file has unknown fields.
     """
-    raw = read_json(folder / CONFIG, AdapterFileError, _MOST_BYTES)
+    raw = read_json(folder / CONFIG, AdapterFileError, "config_bytes")
     problems = list(_problems(raw))
     if problems:
         raise AdapterFileError(
@@ -124,8 +157,8 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
     if raw.get("peft_type") != "LORA":
         yield f"peft_type {raw.get('peft_type')!r}: only 'LORA' is implemented"
     for name, neutral in _NOT_IMPLEMENTED.items():
-        if raw.get(name) not in neutral:
-            yield f"{name} = {_short(raw[name])}: not implemented"
+        if not any(raw.get(name) is each for each in neutral):
+            yield f"{name} = {schema.shown(raw[name])}: not implemented"
     start = raw.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
         yield (
@@ -136,58 +169,14 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _type_problems(raw: Mapping[str, Any]) -> Iterator[str]:
-    ranks = {"r": raw.get("r", 8), **_dict(raw.get("rank_pattern"))}
-    for name, rank in ranks.items():
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MOST_RANK:
-            yield f"rank {name} = {_short(rank)}: expected an integer from 1 to {_MOST_RANK}"
-    alphas = {"lora_alpha": raw.get("lora_alpha", 8), **_dict(raw.get("alpha_pattern"))}
-    for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            yield f"alpha {name} = {_short(alpha)}: expected a number"
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(name) or {}, dict):
-            yield f"{name} = {_short(raw[name])}: expected an object"
-    for name in ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"):
-        if not isinstance(raw.get(name) or False, bool):
-            yield f"{name} = {_short(raw[name])}: expected true or false"
-    dropout = raw.get("lora_dropout") or 0.0
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        yield f"lora_dropout = {_short(dropout)}: expected a number from 0 to 1"
-    if raw.get("bias", "none") not in ("none", "all", "lora_only"):
-        yield f"bias = {_short(raw['bias'])}: expected 'none', 'all' or 'lora_only'"
-    for name in ("target_modules", "modules_to_save", "target_parameters"):
-        if not _is_names(raw.get(name)):
-            yield f"{name} = {_short(raw[name])}: expected a list of names"
-    if not _is_ranges(raw.get("layer_replication")):
-        shown = _short(raw["layer_replication"])
-        yield f"layer_replication = {shown}: expected a list of [start, stop)"
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _is_names(value: Any) -> bool:
-    if value is None or isinstance(value, str):
-        return True
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
-
-
-def _is_ranges(value: Any) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, list) and all(
-        isinstance(each, list)
-        and len(each) == 2
-        and all(type(bound) is int for bound in each)
-        and 0 <= each[0] < each[1] <= _MOST_LAYERS
-        for each in value
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    yield from schema.problems(raw, _FIELDS)
+    ranges = raw.get("layer_replication") or []
+    if not any(schema.problems(ranges, _RANGES)):
+        total = sum(stop - start for start, stop in ranges)
+        if any(start >= stop for start, stop in ranges) or total > limit("layers"):
+            shown = schema.shown(ranges)
+            expected = f"[start, stop) of at most {limit('layers')} layers together"
+            yield f"layer_replication = {shown}: expected a list of {expected}"
 
 
 def config_text(config: Mapping[str, Any]) -> str:

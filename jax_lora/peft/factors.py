@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.adapter import LoraPair
-from jax_lora.peft.hf_modules import Leaf
+from jax_lora.adapter import Adapter, LoraPair
+from jax_lora.peft.hf_modules import Leaf, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +42,7 @@ class Factors:
 
 
 def split(pair: LoraPair, leaf: Leaf) -> dict[str, Factors]:
-    """Split a pair into the factors of its modules, without zero padding.
-
-    Args:
-      pair: The pair.
-      leaf: The leaf of the pair.
-
-    Returns:
-      Factors by module name, without modules that have no update.
-    """
+    """Split a pair into the factors of the modules that have an update, without zero padding."""
     found = {}
     stack = len(pair.stack_axes)
     ins = math.prod(pair.a.shape[stack:-1])
@@ -83,9 +75,6 @@ def join(leaf: Leaf, found: Mapping[tuple[int, ...], Factors], dtype: Any) -> Lo
       leaf: The leaf.
       found: Factors by position in the stack; other positions have no update.
       dtype: Type of the result, or None for the type of the factors.
-
-    Returns:
-      The pair.
     """
     kernel = leaf.kernel
     depth, stack = leaf.depth, kernel.stack_shape
@@ -134,3 +123,18 @@ def _nested(values: np.ndarray) -> Any:
     if values.ndim == 0:
         return values.item()
     return tuple(_nested(each) for each in values)
+
+
+def unsupported(
+    adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Site]
+) -> Iterator[str]:
+    """Yield the parts of an adapter that libraries other than PEFT do not support."""
+    yield from (f"{path}: a fully trained leaf" for path in adapter.whole)
+    yield from (f"{path}: trained rows of a table" for path in adapter.rows)
+    for module, factors in found.items():
+        if factors.magnitude is not None:
+            yield f"{module}: a magnitude (DoRA)"
+        if factors.bias is not None:
+            yield f"{module}: a bias of B"
+        if sites[module].leaf.is_parameter:
+            yield f"{module}: a parameter of a module with several parameters"

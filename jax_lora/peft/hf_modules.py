@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import string
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,11 +43,11 @@ class Leaf:
     @property
     def depth(self) -> int:
         """Number of stack axes that have braces in the template."""
-        return len(braces(self.template))
+        return len(paths.braces(self.template))
 
     def modules(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the name of every module and its position in the stack."""
-        fields = braces(self.template)
+        fields = paths.braces(self.template)
         stack = [self.shape[axis] for axis in self.kernel.stack_axes[: self.depth]]
         for position in itertools.product(*map(range, stack)):
             yield self.template.format(**dict(zip(fields, position, strict=True))), position
@@ -67,16 +66,6 @@ class Site:
     module: str
     leaf: Leaf
     position: tuple[int, ...]
-
-
-def braces(template: str) -> tuple[str, ...]:
-    """Return the names in the braces of a template, in order.
-
-    Example:
-      >>> braces("model.layers.{layer}.mlp.experts.{expert}.w1")
-      ('layer', 'expert')
-    """
-    return tuple(field for _, field, _, _ in string.Formatter().parse(template) if field)
 
 
 def find_leaves(
@@ -119,23 +108,20 @@ def find_leaves(
 def describe(
     path: str, template: str, shape: tuple[int, ...], kernel: Kernel | None = None
 ) -> Leaf:
-    """Return the roles of a leaf in an adapter file.
+    """Return the `Leaf` for one entry of `names`.
 
     Args:
       path: Path of the leaf.
       template: Name of its modules.
       shape: Shape of the leaf.
-      kernel: Its kernel from `find_kernels`, or None.
-
-    Returns:
-      The leaf.
+      kernel: Its kernel from `find_kernels`; None: the axes follow from the template.
 
     Raises:
-      AmbiguousKernelError: The name does not determine the axes.
+      AmbiguousKernelError: The template does not determine the axes.
     """
     is_table = kernel.kind == "embedding" if kernel else path.split("/")[-1] == "embedding"
     owner = template.split(".")[-2:-1]
-    of_experts = owner == ["experts"] and len(shape) == len(braces(template)) + 3
+    of_experts = owner == ["experts"] and len(shape) == len(paths.braces(template)) + 3
     if kernel is None:
         kernel = _kernel(path, template, shape, of_experts)
     is_parameter = of_experts or template.endswith(".weight")
@@ -143,7 +129,7 @@ def describe(
 
 
 def _kernel(path: str, template: str, shape: tuple[int, ...], of_experts: bool) -> Kernel:
-    depth = len(braces(template)) + of_experts
+    depth = len(paths.braces(template)) + of_experts
     if len(shape) - depth > 2:
         raise AmbiguousKernelError(
             format_error(
@@ -160,14 +146,7 @@ def _kernel(path: str, template: str, shape: tuple[int, ...], of_experts: bool) 
 
 
 def sites_of(leaves: Mapping[str, Leaf]) -> dict[str, Site]:
-    """Return all modules of some leaves.
-
-    Args:
-      leaves: Leaves by path.
-
-    Returns:
-      Sites by module name, in the order of the leaves.
-    """
+    """Return all modules of some leaves by name, in the order of the leaves."""
     return {
         module: Site(module, leaf, position)
         for leaf in leaves.values()

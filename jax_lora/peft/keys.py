@@ -15,6 +15,7 @@ are nested: the first parameter has the most `.base_layer` segments.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -90,15 +91,7 @@ def owner(site: Site) -> str:
 
 
 def encode(found: Mapping[str, Factors], sites: Mapping[str, Site]) -> dict[str, np.ndarray]:
-    """Convert factors to PEFT tensors of the same types.
-
-    Args:
-      found: Factors by the name of their module or parameter.
-      sites: All sites by name.
-
-    Returns:
-      Arrays by PEFT name.
-    """
+    """Convert factors by module or parameter to PEFT tensors by name, of the same types."""
     sharing: dict[str, list[str]] = {}
     for module in found:
         sharing.setdefault(owner(sites[module]), []).append(module)
@@ -131,45 +124,28 @@ def _encode_one(stem: str, factors: Factors, site: Site) -> dict[str, np.ndarray
 
 
 def shapes_of(site: Site, part: str, rank: int) -> tuple[int, ...]:
-    """Return the expected shape of a tensor.
-
-    Args:
-      site: The site.
-      part: The suffix of the tensor.
-      rank: Rank of the factors.
-
-    Returns:
-      The shape.
-    """
-    kernel = site.leaf.kernel
-    experts = 1
-    for axis in kernel.stack_axes[site.leaf.depth :]:
-        experts *= kernel.shape[axis]
+    """Return the expected shape of the tensor with a suffix, for a rank."""
+    kernel, columns = site.leaf.kernel, _experts(site) * rank
     if part in (A, TABLE_A):
-        return (experts * rank, kernel.in_size)
+        return (columns, kernel.in_size)
     if part in (B, TABLE_B):
-        return (kernel.out_size, experts * rank)
+        return (kernel.out_size, columns)
     return (kernel.out_size,)
+
+
+def _experts(site: Site) -> int:
+    """Count the experts that share the module of a site; 1 for other modules."""
+    return math.prod(site.leaf.kernel.stack_shape[site.leaf.depth :])
 
 
 def decode(
     parts: Mapping[str, np.ndarray], site: Site, scale_of_rank: Callable[[int], float]
 ) -> Factors:
-    """Convert the PEFT tensors of one site, whose shapes are valid, to factors.
-
-    Args:
-      parts: Arrays by suffix.
-      site: The site.
-      scale_of_rank: A function from the rank to the scale.
-
-    Returns:
-      The factors.
-    """
+    """Convert the PEFT tensors of one site, by suffix and with valid shapes, to factors."""
     a = parts[TABLE_A if TABLE_A in parts else A]
     b = parts[TABLE_B if TABLE_B in parts else B]
-    stack = site.leaf.kernel.stack_shape[site.leaf.depth :]
-    if stack:
-        experts = stack[0]
+    if site.leaf.kernel.stack_shape[site.leaf.depth :]:
+        experts = _experts(site)
         rank = a.shape[0] // experts
         a = a.reshape(experts, rank, -1).swapaxes(1, 2)  # (experts, in, r)
         b = b.reshape(-1, rank, experts).transpose(2, 1, 0)  # (experts, r, out)
@@ -182,8 +158,7 @@ def decode(
 def rank_in(parts: Mapping[str, np.ndarray], site: Site) -> int | None:
     """Return the rank according to the shape of A, or None if the shape is invalid."""
     a = parts.get(A, parts.get(TABLE_A))
-    stack = site.leaf.kernel.stack_shape[site.leaf.depth :]
-    experts = stack[0] if stack else 1
+    experts = _experts(site)
     if a is None or a.ndim != 2 or a.shape[0] % experts or not a.shape[0]:
         return None
     return a.shape[0] // experts

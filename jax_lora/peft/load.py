@@ -98,19 +98,7 @@ def assemble(
     kernels: Mapping[str, Kernel] | None = None,
     dtype: Any = jnp.float32,
 ) -> Adapter:
-    """Build an adapter from the contents of its folder.
-
-    Args:
-      folder: The folder, for messages.
-      tensors: The tensors by name.
-      config: The configuration.
-      variables: As in `load`.
-      names: As in `load`.
-      kernels: As in `load`.
-      dtype: As in `load`.
-
-    Returns:
-      The adapter.
+    """Build an adapter from the contents of its folder; `folder` is for messages only.
 
     Raises:
       AdapterFileError: The tensors do not fit the base model.
@@ -144,15 +132,7 @@ Parts = dict[str, np.ndarray]
 def group(
     tensors: Mapping[str, np.ndarray], sites: Mapping[str, Site]
 ) -> tuple[dict[str, Parts], dict[str, np.ndarray]]:
-    """Group factor tensors by site.
-
-    Args:
-      tensors: All tensors of the file by name.
-      sites: All sites of the base model by name.
-
-    Returns:
-      Factor tensors by site and suffix, and the other tensors by name.
-    """
+    """Group the factor tensors by site and suffix, and return the other tensors by name."""
     by_place: dict[str, dict[int, Parts]] = {}
     rest = {}
     of_place: dict[str, list[str]] = {}

@@ -17,17 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jax_lora.adapter import Adapter
 from jax_lora.errors import AdapterFileError, format_error
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft.adapter_config import DEFAULTS
-from jax_lora.peft.hf_modules import Site, find_leaves, sites_of
-from jax_lora.peft.mlx import assembled
+from jax_lora.peft.hf_modules import find_leaves, sites_of
+from jax_lora.peft.named_factors import assemble_factors, read_factors
 from jax_lora.peft.tensor_file import read_tensors
-
-_PARTS = {"lora_A": "lora_a", "lora_B": "lora_b"}
 
 
 def load_loralib(
@@ -58,16 +55,8 @@ def load_loralib(
     """
     file = Path(path)
     sites = sites_of(find_leaves(variables, names, kernels))
-    problems: list[str] = []
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in read_tensors(file.parent, file.name).items():
-        module, _, what = name.rpartition(".")
-        if module not in sites or what not in _PARTS or tensor.ndim != 2:
-            problems.append(f"extra: {name} {tensor.shape}")
-        else:
-            parts.setdefault(module, {})[_PARTS[what]] = tensor.T
-    for module, each in parts.items():
-        problems += _problems(module, each, sites[module])
+    tensors = read_tensors(file.parent, file.name)
+    found, problems = read_factors(tensors, sites, ("lora_A", "lora_B"), transposed=True)
     if problems:
         raise AdapterFileError(
             format_error(
@@ -78,14 +67,4 @@ def load_loralib(
             )
         )
     config = {**DEFAULTS, "lora_alpha": alpha}
-    return assembled(parts, sites, lambda rank: alpha / rank, config, dtype)
-
-
-def _problems(module: str, parts: Mapping[str, np.ndarray], site: Site) -> list[str]:
-    if len(parts) < 2:
-        return [f"missing: the other factor of {module}"]
-    a, b, kernel = parts["lora_a"], parts["lora_b"], site.leaf.kernel
-    if a.shape[1] == b.shape[0] and (a.shape[0], b.shape[1]) == (kernel.in_size, kernel.out_size):
-        return []
-    want = f"(r, {kernel.in_size}) and ({kernel.out_size}, r)"
-    return [f"wrong shape: {module} has {a.T.shape} and {b.T.shape}, expected {want}"]
+    return assemble_factors(found, sites, lambda rank: alpha / rank, config, dtype)

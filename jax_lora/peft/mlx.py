@@ -23,15 +23,31 @@ from jax_lora.adapter import Adapter
 from jax_lora.errors import AdapterFileError, format_error
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft.adapter_config import CONFIG, DEFAULTS
-from jax_lora.peft.factors import Factors, join, split
+from jax_lora.peft.factors import Factors, split, unsupported
 from jax_lora.peft.hf_modules import Site, find_leaves, sites_of
-from jax_lora.peft.our_config import our_config
+from jax_lora.peft.named_factors import assemble_factors, read_factors
 from jax_lora.peft.save import adapted_leaves
 from jax_lora.peft.tensor_file import read_tensors, write_files
+from jax_lora.storage import schema
 from jax_lora.storage.json_files import read_json
 
 WEIGHTS = "adapters.safetensors"
 _LAYER = re.compile(r"layers\.\d+\.(.*)")
+_SETTINGS = schema.fields(
+    {
+        "lora_parameters": schema.fields(
+            {
+                "rank": schema.integer(1, 2**16),
+                "scale": schema.NUMBER,
+                "dropout": schema.Kind(
+                    "a number from 0 to below 1",
+                    lambda value: schema.is_number(value) and 0 <= value < 1,
+                ),
+            }
+        )
+    },
+    required=("lora_parameters",),
+)
 
 
 def save_mlx(path: str | os.PathLike[str], adapter: Adapter, *, names: Mapping[str, str]) -> None:
@@ -56,7 +72,7 @@ def save_mlx(path: str | os.PathLike[str], adapter: Adapter, *, names: Mapping[s
     for leaf in leaves.values():
         if leaf.path in adapter.pairs:
             found |= split(adapter.pairs[leaf.path], leaf)
-    problems = list(_not_for_mlx(adapter, found, sites))
+    problems = [*unsupported(adapter, found, sites), *_uneven(found, sites)]
     if problems:
         fix = "Merge it into the model with jl.merge, or export it with jl.peft.save."
         raise _refusal("save_mlx", problems, "LoRA factors of equal rank in every layer", fix)
@@ -70,17 +86,7 @@ def save_mlx(path: str | os.PathLike[str], adapter: Adapter, *, names: Mapping[s
     write_files(Path(path), WEIGHTS, tensors, CONFIG, text)
 
 
-def _not_for_mlx(
-    adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Site]
-) -> Iterator[str]:
-    yield from (f"{path}: a fully trained leaf" for path in adapter.whole)
-    yield from (f"{path}: trained rows" for path in adapter.rows)
-    for module, each in found.items():
-        for what in ("magnitude", "bias"):
-            if getattr(each, what) is not None:
-                yield f"{module}: a {what}"
-        if sites[module].leaf.is_parameter:
-            yield f"{module}: a parameter of a module with several parameters"
+def _uneven(found: Mapping[str, Factors], sites: Mapping[str, Site]) -> Iterator[str]:
     yield from (f"{module}: no update in this layer" for module in sites if module not in found)
     ranks = {each.rank for each in found.values()}
     if len(ranks) > 1:
@@ -128,19 +134,10 @@ def load_mlx(
     """
     folder = Path(path)
     tensors = read_tensors(folder, WEIGHTS)
-    settings = read_json(folder / CONFIG, AdapterFileError)
+    settings = read_json(folder / CONFIG, AdapterFileError, "config_bytes")
     sites = sites_of(find_leaves(variables, names, kernels))
-    problems = list(_config_problems(settings))
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        module, _, what = name.rpartition(".")
-        if module not in sites or what not in ("lora_a", "lora_b"):
-            problems.append(f"extra: {name} {tensor.shape}")
-        else:
-            parts.setdefault(module, {})[what] = tensor
-    for module, each in parts.items():
-        problems += _shape_problems(module, each, sites[module])
-    if problems:
+    found, problems = read_factors(tensors, sites, ("lora_a", "lora_b"))
+    if problems := [*_config_problems(settings), *problems]:
         fix = "Load the base model that the adapter was trained on, and pass its names."
         raise _refusal(str(folder), problems, "a LoRA adapter for this base model", fix)
     parameters = settings["lora_parameters"]
@@ -149,53 +146,15 @@ def load_mlx(
         "r": parameters.get("rank", 8),
         "lora_dropout": parameters.get("dropout", 0.0),
     }
-    return assembled(parts, sites, lambda rank: float(parameters.get("scale", 20.0)), config, dtype)
-
-
-def assembled(
-    parts: Mapping[str, Mapping[str, np.ndarray]],
-    sites: Mapping[str, Site],
-    scale_of_rank: Any,
-    config: Mapping[str, Any],
-    dtype: Any,
-) -> Adapter:
-    """Build an adapter from `lora_a` (in, r) and `lora_b` (r, out) by module."""
-    by_path: dict[str, dict[tuple[int, ...], Factors]] = {}
-    for module, each in parts.items():
-        rank = each["lora_a"].shape[1]
-        factors = Factors(each["lora_a"], each["lora_b"], scale_of_rank(rank))
-        by_path.setdefault(sites[module].leaf.path, {})[sites[module].position] = factors
-    leaves = {site.leaf.path: site.leaf for site in sites.values()}
-    pairs = {path: join(leaves[path], found, dtype) for path, found in sorted(by_path.items())}
-    return Adapter(pairs, {}, our_config(config, pairs, (), dtype))
+    scale = float(parameters.get("scale", 20.0))
+    return assemble_factors(found, sites, lambda rank: scale, config, dtype)
 
 
 def _config_problems(settings: Mapping[str, Any]) -> Iterator[str]:
     kind = settings.get("fine_tune_type", "lora")
     if kind != "lora":
-        yield f"fine_tune_type {kind!r}: only 'lora' is implemented"
-    parameters = settings.get("lora_parameters")
-    if not isinstance(parameters, dict):
-        yield f"lora_parameters {parameters!r}: expected an object"
-        return
-    for name in ("scale", "dropout"):
-        value = parameters.get(name, 0.0)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            yield f"lora_parameters: {name} {value!r}: expected a number"
-    rank = parameters.get("rank", 8)
-    if type(rank) is not int or rank < 1:
-        yield f"lora_parameters: rank {rank!r}: expected an integer above 0"
-
-
-def _shape_problems(module: str, parts: Mapping[str, np.ndarray], site: Site) -> Iterator[str]:
-    kernel = site.leaf.kernel
-    a, b = parts.get("lora_a"), parts.get("lora_b")
-    yield from (f"missing: {module}.{w}" for w in ("lora_a", "lora_b") if w not in parts)
-    if a is not None and b is not None:
-        rank = a.shape[-1]
-        want = ((kernel.in_size, rank), (rank, kernel.out_size))
-        if (a.shape, b.shape) != want or not rank:
-            yield f"wrong shape: {module} has {a.shape} and {b.shape}, expected {want}"
+        yield f"fine_tune_type {schema.shown(kind)}: only 'lora' is implemented"
+    yield from schema.problems(settings, _SETTINGS)
 
 
 def _refusal(where: str, problems: list[str], expected: str, fix: str) -> AdapterFileError:

@@ -26,9 +26,6 @@ def our_config(
       pairs: The pairs by path.
       whole: Paths of the fully trained leaves.
       dtype: Type of the factors; None for the type of the first pair.
-
-    Returns:
-      The configuration.
     """
     ranks, alphas = {}, {}
     for path, pair in pairs.items():

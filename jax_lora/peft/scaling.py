@@ -23,14 +23,6 @@ _NESTED = re.compile(r"\)[*+{?]|[*+?}][*+{]|\(\?")
 def value_of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return the value of the first pattern that matches a module name, or the default.
 
-    Args:
-      patterns: Values by pattern, in the order of the file.
-      module: Name of the module, without "base_model.model.".
-      default: The value if no pattern matches.
-
-    Returns:
-      The value.
-
     Raises:
       AdapterFileError: A pattern is not a valid regular expression, or its run time may be
         exponential.
@@ -69,15 +61,7 @@ def _refusal(pattern: str, got: str) -> AdapterFileError:
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return the scale of the update of a module.
-
-    Args:
-      config: The PEFT configuration.
-      module: Name of the module.
-      rank: Rank of its factors.
-
-    Returns:
-      alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    """Return the scale of the update of a module: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 
     Reference:
       Hu et al., LoRA (arXiv:2106.09685), section 4.1; rsLoRA (arXiv:2312.03732), equation 2.

@@ -34,15 +34,7 @@ def listed(names: str | Sequence[str] | None) -> list[str]:
 
 
 def expected_modules(config: Mapping[str, Any], sites: Mapping[str, Site]) -> Iterator[str]:
-    """Yield the modules that a configuration lists, for which factors are required.
-
-    Args:
-      config: The PEFT configuration.
-      sites: All sites of the base model by name.
-
-    Yields:
-      Names of sites.
-    """
+    """Yield the modules that a configuration lists and for which factors are required."""
     for module, site in sites.items():
         field = "target_parameters" if site.leaf.is_parameter else "target_modules"
         names = config[field]
@@ -73,14 +65,9 @@ def layers_apply(config: Mapping[str, Any]) -> bool:
 
 
 def layer_of(module: str, pattern: str | Sequence[str] | None = None) -> int | None:
-    """Return the layer index of a module: the first number in its name.
+    """Return the layer index, the first number in a module name; None outside the layers.
 
-    Args:
-      module: Name of the module.
-      pattern: Name or names of the module list of layers; None accepts any.
-
-    Returns:
-      The index, or None for a module outside the layers.
+    With `pattern`, a name or names of lists of layers, only a number after one of these counts.
 
     Example:
       >>> layer_of("model.layers.3.mlp.experts.7.w1")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.storage.atomic_writes import made_folder, replacing_both
+from jax_lora.storage.locks import locked
 from jax_lora.storage.safe_paths import contained
+from jax_lora.storage.safetensors_file import write_tensors
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.npz")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -42,11 +42,12 @@ def read_tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
             kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
             wrong = [f"{k}: type {v}" for k, v in kinds.items() if v not in _FLOATS]
             found = {} if wrong else {key: file.get_tensor(key) for key in kinds}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         fix = "Copy the file again."
         raise _refusal(path, f"a damaged file: {error}", "a safetensors file", fix) from error
     for key, tensor in found.items():
-        bad = int(np.sum(~np.isfinite(tensor.astype(np.float32))))
+        with np.errstate(over="ignore"):  # a float64 may be beyond the range of float32
+            bad = int(np.sum(~np.isfinite(tensor.astype(np.float32))))
         if bad:
             wrong.append(f"{key}: {bad} elements are NaN or Inf")
     if wrong:
@@ -81,26 +82,15 @@ def write_files(
       text: The configuration.
 
     Raises:
-      AdapterFileError: An array has NaN or Inf, or the folder cannot be written.
+      AdapterFileError: An array has NaN or Inf, or the folder cannot be written or has another
+        writer; then the earlier files are unchanged.
     """
     bad = [key for key, each in tensors.items() if not np.isfinite(each.astype(np.float32)).all()]
     if bad:
         got = f"NaN or Inf in {', '.join(bad)}"
         fix = "Export an adapter from before the NaN loss. Nothing was written."
         raise _refusal(folder, got, "finite values", fix)
-    parts = {weights: folder / f".{weights}.part", config: folder / f".{config}.part"}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        contiguous = {key: np.ascontiguousarray(each) for key, each in tensors.items()}
-        save_file(contiguous, parts[weights], metadata={"format": "pt"})
-        parts[weights].chmod(0o644)  # safetensors creates a file with mode 0600
-        parts[config].write_text(text, encoding="utf-8")
-        for name, part in parts.items():
-            os.replace(part, folder / name)
-    except OSError as error:
-        fix = "Free some space, or save to another folder."
-        raise _refusal(folder, f"{error}", "a writable folder", fix) from error
-    finally:
-        for part in parts.values():
-            if part.exists():
-                part.unlink()
+    with made_folder(folder, AdapterFileError), locked(folder, AdapterFileError):
+        with replacing_both(folder, weights, config, AdapterFileError) as (data, settings):
+            write_tensors(data, tensors)
+            settings.write_text(text, encoding="utf-8")

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_lora import paths
 from jax_lora.peft import keys
-from jax_lora.peft.hf_modules import braces
 from jax_lora.peft.target_modules import listed
 
 HEAD = "lm_head"
@@ -53,7 +53,7 @@ def tied_table(names: Mapping[str, str]) -> str | None:
       >>> tied_table({"embed/embedding": "model.embed", "layers/q/kernel": "model.{layer}.q"})
       'model.embed'
     """
-    outside = {path: module for path, module in names.items() if not braces(module)}
+    outside = {path: module for path, module in names.items() if not paths.braces(module)}
     if any(path.split("/")[-1] == "kernel" for path in outside):
         return None
     tables = [module for path, module in outside.items() if path.split("/")[-1] == "embedding"]
@@ -139,15 +139,7 @@ def _equal(tensor: np.ndarray, twin: np.ndarray | None, base: Callable[[], Any] 
 
 
 def mirror(tensors: Mapping[str, np.ndarray], table: str) -> dict[str, np.ndarray]:
-    """Return the tensors of a tied head that PEFT writes in addition to those of the table.
-
-    Args:
-      tensors: The tensors of the adapter.
-      table: The module of the table.
-
-    Returns:
-      The fully trained table, or its transposed factors.
-    """
+    """Return the tensors that PEFT writes for a tied head, which repeat those of the table."""
     stem, head = keys.PREFIX + table, keys.PREFIX + HEAD
     mirrored = {}
     if stem + _WHOLE in tensors:

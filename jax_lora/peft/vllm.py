@@ -14,37 +14,18 @@ import numpy as np
 from jax_lora.adapter import Adapter
 from jax_lora.errors import AdapterFileError, format_error
 from jax_lora.peft.adapter_config import forget
-from jax_lora.peft.factors import Factors
+from jax_lora.peft.factors import Factors, unsupported
 from jax_lora.peft.hf_modules import Site
 
 
 def check(adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Site]) -> None:
-    """Check that vLLM supports an adapter.
-
-    Args:
-      adapter: The adapter.
-      found: Factors by module.
-      sites: The sites of the modules.
-
-    Raises:
-      AdapterFileError: vLLM refuses or silently ignores a part of the adapter. One message lists
-        all of them.
-    """
-    problems = [f"{path}: fully trained; vLLM supports only factors" for path in adapter.whole]
-    problems += [f"{path}: trained rows; vLLM supports only factors" for path in adapter.rows]
-    for module, factors in found.items():
-        if factors.magnitude is not None:
-            problems.append(f"{module}: a magnitude; vLLM does not support DoRA")
-        if factors.bias is not None:
-            problems.append(f"{module}: a bias of B; vLLM does not support it")
-        if sites[module].leaf.is_parameter:
-            problems.append(f"{module}: a parameter of a module; vLLM supports only modules")
-    if problems:
+    """Raise an `AdapterFileError` for the parts that vLLM would refuse or silently ignore."""
+    if problems := list(unsupported(adapter, found, sites)):
         raise AdapterFileError(
             format_error(
                 "target='vllm'",
                 got=problems,
-                expected="LoRA factors of modules with one weight",
+                expected="only LoRA factors of modules with one weight, as vLLM supports no others",
                 fix="Serve the merged model: jl.models.save(path, model, jl.merge(...)).",
             )
         )
@@ -52,10 +33,6 @@ def check(adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Si
 
 def uniform(adapter: Adapter, found: Mapping[str, Factors]) -> tuple[Adapter, dict[str, Factors]]:
     """Multiply every scale into B, and pad the factors with zeros to the largest rank.
-
-    Args:
-      adapter: The adapter.
-      found: Factors by module.
 
     Returns:
       The adapter with a matching configuration, and the factors with scale 1.

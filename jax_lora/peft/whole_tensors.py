@@ -19,6 +19,7 @@ import numpy as np
 from jax_lora import paths
 from jax_lora.peft import keys
 from jax_lora.peft.hf_modules import Leaf, Site
+from jax_lora.peft.target_modules import matches
 from jax_lora.updates import TokenRows
 
 # Suffixes of base weights in PEFT files.
@@ -85,7 +86,7 @@ def _read_rows(
 ) -> Iterator[str]:
     indices = config["trainable_token_indices"]
     if isinstance(indices, dict):
-        named = [v for k, v in indices.items() if site.module == k or site.module.endswith(f".{k}")]
+        named = [v for k, v in indices.items() if matches(k, site.module)]
         indices = named[0] if named else None
     size, width = site.leaf.kernel.in_size, site.leaf.kernel.out_size
     if not isinstance(indices, list) or not all(type(i) is int and 0 <= i < size for i in indices):
@@ -163,16 +164,13 @@ def _oriented(
 
 
 def write(array: Any, leaf: Leaf, path: str, adapted: set[str]) -> dict[str, np.ndarray]:
-    """Convert a fully trained leaf to PEFT tensors.
+    """Convert a fully trained leaf to PEFT tensors by name.
 
     Args:
-      array: The leaf.
-      leaf: The leaf in `names`: itself, or the kernel or scale in the layer of a bias.
-      path: Path of the fully trained leaf.
+      array: The fully trained leaf.
+      leaf: Its entry in `names`, or for a bias the kernel or scale in the same layer.
+      path: Its path.
       adapted: Modules with factors, in which PEFT nests the bias in `.base_layer`.
-
-    Returns:
-      Arrays by PEFT name.
     """
     array = np.asarray(array)
     is_bias = path != leaf.path

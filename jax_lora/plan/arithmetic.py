@@ -182,9 +182,6 @@ def weight_bytes(shape: ModelShape, itemsize: int, quantize: str = "none") -> fl
       shape: The model.
       itemsize: Bytes of an element that is not quantized.
       quantize: `"none"`, or `"int8"` or `"nf4"` for the dense kernels except the output head.
-
-    Returns:
-      Bytes.
     """
     per_kernel = {"none": None, "int8": int8_bytes, "nf4": nf4_bytes}[quantize]
     if per_kernel is None:
@@ -219,16 +216,7 @@ def nf4_bytes(inputs: int, outputs: int) -> float:
 
 
 def optimizer_bytes(trainable: int, itemsize: int, optimizer: str = "adamw") -> int:
-    """Compute the memory of the optimizer state.
-
-    Args:
-      trainable: Trainable parameters.
-      itemsize: Bytes of one.
-      optimizer: Name of the optimizer; a name missing from STATE_SIZE counts as AdamW.
-
-    Returns:
-      Bytes.
-    """
+    """Compute the memory of the optimizer state; an unknown optimizer counts as AdamW."""
     return STATE_SIZE.get(optimizer, STATE_SIZE["adamw"]) * trainable * itemsize
 
 
@@ -241,8 +229,6 @@ def layer_bytes(shape: ModelShape, step: Step, itemsize: int, rank: int = 0, pai
     Per token: the hidden states before and after the norms; queries, keys and values; attention
     scores before and after the softmax, one of them in float32; six arrays of the feed-forward
     block; and the input of each up-projection.
-
-    The arguments are those of `activation_bytes`.
     """
     features = shape.num_heads * shape.head_dim
     norms = shape.float32_norms
@@ -272,9 +258,6 @@ def activation_bytes(
       rank: LoRA rank; 0 for full fine-tuning.
       pairs: Adapted kernels per layer.
       residuals: Traced sizes to use instead of `layer_bytes`.
-
-    Returns:
-      Bytes.
     """
     if residuals is None:
         total = shape.num_layers * layer_bytes(shape, step, itemsize, rank, pairs)
@@ -323,14 +306,7 @@ def lora_flops(
 ) -> int:
     """Count the operations of a LoRA step: no gradients of base weights, but low-rank products.
 
-    Args:
-      shape: The model.
-      step: The training step.
-      rank: LoRA rank.
-      adapted: Adapted kernels; None: all dense kernels except the output head.
-
-    Returns:
-      Floating-point operations.
+    By default, all dense kernels except the output head are adapted.
     """
     adapted = shape.body if adapted is None else tuple(adapted)
     forward, head = forward_flops(shape, step), head_flops(shape, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_lora.adapter import Adapter, combine
 from jax_lora.data.collators import Batch
 from jax_lora.finetune.devices import data_mesh
-from jax_lora.finetune.optimizer_factory import make_optimizer
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.step import dropout_transform, init_state, make_step
 from jax_lora.finetune.tasks import CAUSAL, depth_of, loss_for
 from jax_lora.init import lora_init
 from jax_lora.plan.planned_model import PlannedModel
+from jax_lora.transform.strategies import target_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,57 +85,113 @@ def abstract_batch(settings: TrainSettings, length: int, targets: int) -> Batch:
         at=of(jnp.int32, targets),
         labels=of(jnp.int32, targets),
         weights=of(jnp.float32, targets),
+        positions=of(jnp.int32, length) if settings.pack else None,
+        segments=of(jnp.int32, length) if settings.pack else None,
     )
 
 
-def compile_step(
-    model: PlannedModel, settings: TrainSettings, *, length: int, targets: int
-) -> tuple[Any, int, float]:
-    """Compile the training step for one batch shape, without allocating any array.
+@dataclasses.dataclass(frozen=True)
+class TargetDevices:
+    """Devices to compile for, which need not be on this machine.
+
+    Args:
+      devices: From `abstract_devices`.
+      platform: "cpu", "gpu" or "tpu".
+      options: Compiler options.
+    """
+
+    devices: Sequence[Any]
+    platform: str
+    options: Mapping[str, str]
+
+
+def trace_step(
+    model: PlannedModel,
+    settings: TrainSettings,
+    *,
+    length: int,
+    targets: int,
+    remat: str | None = None,
+    target: TargetDevices | None = None,
+) -> tuple[Any, int]:
+    """Trace the training step for one batch shape, without allocating any array.
 
     Args:
       model: The model.
       settings: Settings of the run.
       length: Sequence length.
       targets: Target tokens per example.
+      remat: What layers keep for the backward pass; None: as the settings say.
+      target: The devices; None: those of this machine.
 
     Returns:
-      The compiled function, the number of devices that share the batch, and the seconds to compile.
+      The result of `jax.jit(...).trace`, and the number of devices that share the batch.
     """
-    began = time.perf_counter()
+    platform = target_platform(()) if target is None else target.platform
     full = settings.fine_tune_type == "full"
     frozen = {} if full else model.variables
     trainable = model.variables if full else abstract_adapter(model, settings)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((frozen, trainable))]
+    devices = None if target is None else target.devices
+    mesh = data_mesh(settings.batch_size, SimpleNamespace(nbytes=sum(sizes)), devices)
     optimizer = optimizer_of(settings)
     state = jax.eval_shape(lambda trainable: init_state(trainable, optimizer), trainable)
     step = make_step(
         loss_for(
             CAUSAL,
-            model.module.clone(remat=settings.grad_checkpoint),
+            model.module.clone(
+                remat=remat or settings.remat_on(platform),
+                attention=settings.attention,
+                platform=platform,
+                mesh=mesh,
+            ),
             chunk=settings.loss_chunk,
+            devices=mesh.size,
         ),
         optimizer,
         accumulation=settings.grad_accumulation_steps,
         transform=dropout_transform(settings.dropout, settings.seed),
         join=(lambda _, trainable: trainable) if full else combine,
+        platform=platform,
     )
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((frozen, trainable))]
-    mesh = data_mesh(settings.batch_size, SimpleNamespace(nbytes=sum(sizes)))
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     batch = abstract_batch(settings, length, targets)
-    lowered = step.lower(_on(state, whole), _on(frozen, whole), _on(batch, split))
-    return lowered.compile(), mesh.size, time.perf_counter() - began
+    return step.trace(_on(state, whole), _on(frozen, whole), _on(batch, split)), mesh.size
+
+
+def compile_step(
+    model: PlannedModel,
+    settings: TrainSettings,
+    *,
+    length: int,
+    targets: int,
+    remat: str | None = None,
+) -> tuple[Any, int, float]:
+    """Compile the training step for one batch shape; the arguments are those of `trace_step`.
+
+    Returns:
+      The compiled function, the number of devices that share the batch, and the seconds to compile.
+    """
+    began = time.perf_counter()
+    traced, devices = trace_step(model, settings, length=length, targets=targets, remat=remat)
+    return traced.lower().compile(), devices, time.perf_counter() - began
 
 
 def step_memory(
-    model: PlannedModel, settings: TrainSettings, *, length: int, targets: int
+    model: PlannedModel,
+    settings: TrainSettings,
+    *,
+    length: int,
+    targets: int,
+    remat: str | None = None,
 ) -> StepMemory | None:
     """Compile the training step as `compile_step` does, and read its memory.
 
     Returns:
       The memory, or None if the backend does not report it.
     """
-    return memory_of(*compile_step(model, settings, length=length, targets=targets))
+    made = compile_step(model, settings, length=length, targets=targets, remat=remat)
+    return memory_of(*made)
 
 
 def memory_of(compiled: Any, devices: int = 1, seconds: float = 0.0) -> StepMemory | None:
@@ -154,13 +211,8 @@ def memory_of(compiled: Any, devices: int = 1, seconds: float = 0.0) -> StepMemo
 
 def optimizer_of(settings: TrainSettings) -> optax.GradientTransformation:
     """Create the optimizer of `train`, without its schedule, which changes no shape."""
-    return make_optimizer(
-        optax.constant_schedule(settings.learning_rate),
-        name=settings.optimizer,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        lora_plus_ratio=settings.lora_plus_ratio,
-    )
+    constant = dataclasses.replace(settings, lr_schedule="constant", warmup=0.0)
+    return constant.make_optimizer(1)
 
 
 def _on(tree: Any, sharding: NamedSharding) -> Any:

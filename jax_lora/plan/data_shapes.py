@@ -56,14 +56,13 @@ def data_shapes(
 ) -> DataShapes:
     """Find the shapes of the batches that `train` would make.
 
+    Without data or a tokenizer, every example has the longest length allowed.
+
     Args:
       data: Data file or folder, or None.
       model: Folder of the model, for its tokenizer, or None.
       settings: Settings of the run, for batch size, sequence length, truncation and packing.
       max_length: Longest sequence that the model supports.
-
-    Returns:
-      The shapes. Without data or a tokenizer, every example has the longest length allowed.
 
     Raises:
       DataError: An example cannot be used.

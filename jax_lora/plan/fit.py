@@ -25,13 +25,13 @@ class Change:
     Args:
       cost: How undesirable the change is, to order changes by.
       flags: Flags of `train` that make the change.
-      says: Effect of the change, for display.
+      effect: Effect of the change, for display.
       values: Settings with their new values.
     """
 
     cost: int
     flags: str
-    says: str
+    effect: str
     values: dict[str, Any]
 
     def apply(self, choices: Choices) -> Choices:
@@ -79,8 +79,8 @@ def fit(
       length: Longest sequence length of the run.
 
     Returns:
-      The changes; none if the run fits already. If no combination fits, the one that needs the
-      least memory.
+      The changes, or no changes if the run fits already. If no combination fits, the one with the
+      lowest peak memory.
     """
     before = total(choices)
     least = Fit(before <= SHARE * memory, before, (), (), choices)
@@ -116,18 +116,18 @@ def _changes(choices: Choices, dtype: str, length: int) -> Iterator[list[Change]
         batch_size, accumulation = batch_size // 2, accumulation * 2
         flags = f"--batch-size {batch_size} --grad-accumulation-steps {accumulation}"
         values = {"batch_size": batch_size, "grad_accumulation_steps": accumulation}
-        says = "the same update, in more steps of accumulation"
-        batches.append(Change(len(batches) + 1, flags, says, values))
+        effect = "the same update, in more steps of accumulation"
+        batches.append(Change(len(batches) + 1, flags, effect, values))
     yield batches
-    if not settings.grad_checkpoint:
-        says = "the same result, with about a third more operations"
-        yield [Change(12, "--grad-checkpoint", says, {"grad_checkpoint": True})]
+    if not settings.grad_checkpoint and settings.remat != "full":
+        effect = "the same result, with about a third more operations"
+        yield [Change(12, "--remat full", effect, {"remat": "full"})]
     if dtype == "float32":
-        says = "a 16-bit base and a float32 adapter; slow on a CPU"
-        yield [Change(14, "--dtype bfloat16", says, {"dtype": "bfloat16"})]
+        effect = "a 16-bit base and a float32 adapter; slow on a CPU"
+        yield [Change(14, "--dtype bfloat16", effect, {"dtype": "bfloat16"})]
     if settings.fine_tune_type == "full":
-        says = "trains an adapter instead of the base weights"
-        yield [Change(30, "--fine-tune-type lora", says, {"fine_tune_type": "lora"})]
+        effect = "trains an adapter instead of the base weights"
+        yield [Change(30, "--fine-tune-type lora", effect, {"fine_tune_type": "lora"})]
     yield [
         Change(40 * n, f"--rank {rank}", "a smaller adapter", {"rank": rank})
         for n, rank in _halvings(settings.rank, SMALLEST_RANK)
@@ -157,15 +157,12 @@ def _halvings(value: int, least: int) -> Iterator[tuple[int, int]]:
 
 
 def formula_total(model: PlannedModel, length: int, targets: int) -> Callable[[Choices], float]:
-    """Create the function that computes the peak memory of choices on one device, by formula.
+    """Return a function that computes the peak memory of choices on one device, by formula.
 
     Args:
       model: The model.
       length: Longest sequence length of the data.
       targets: Target tokens per example.
-
-    Returns:
-      A function from choices to bytes.
     """
     # Tracing dominates the search, and few of the choices change its results.
     models: dict[str, tuple[PlannedModel, Residuals | None]] = {}

@@ -72,15 +72,7 @@ class Estimate:
 
 
 def estimate(method: Method, step: Step) -> Estimate:
-    """Estimate the memory and operations of a method with the formulas of `arithmetic`.
-
-    Args:
-      method: The method.
-      step: The training step.
-
-    Returns:
-      The estimate.
-    """
+    """Estimate the memory and operations of a method with the formulas of `arithmetic`."""
     shape, itemsize = method.shape, method.itemsize
     trainable = shape.size if method.full else method.trainable
     trained_itemsize = itemsize if method.full else ADAPTER_BYTES
@@ -105,15 +97,7 @@ def estimate(method: Method, step: Step) -> Estimate:
 
 
 def side_by_side(method: Method, step: Step) -> dict[str, Estimate]:
-    """Estimate every method for one training step.
-
-    Args:
-      method: LoRA on a base that is not quantized.
-      step: The training step.
-
-    Returns:
-      Column name -> estimate.
-    """
+    """Estimate every method for one step, given LoRA on a base that is not quantized."""
     lora = dataclasses.replace(method, full=False)
     columns = {
         "full": dataclasses.replace(lora, full=True),

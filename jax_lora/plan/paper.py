@@ -33,14 +33,7 @@ def full_training_bytes(shape: ModelShape) -> int:
 
 
 def paper_lines(shape: ModelShape) -> list[str]:
-    """Compare the figures from the shapes of GPT-3 with those that the paper reports.
-
-    Args:
-      shape: The shape of GPT-3.
-
-    Returns:
-      Lines of at most 80 columns.
-    """
+    """Compare the figures from the shapes of GPT-3 with those of the paper, in 80 columns."""
     size, half = checkpoint_size(shape), weight_bytes(shape, HALF)
     square = f"{pair_size(4096, 4096, 8):,} of {4096**2:,}, {reduction(4096, 4096, 8):.2%} fewer"
     rows = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Sequence
 
@@ -19,15 +20,7 @@ _MEMORY = {
 
 
 def plan_lines(plan: Plan, rate: float) -> list[str]:
-    """Format a plan.
-
-    Args:
-      plan: The plan.
-      rate: Operations per second of this device.
-
-    Returns:
-      Lines.
-    """
+    """Format a plan as lines, with times for a device of `rate` operations per second."""
     lines = [*_head(plan), "", *_table(plan, rate), "", *_notes(plan, rate), "", *_compiled(plan)]
     return [*lines, "", *paper_lines(plan.model.shape)] if plan.model.name == GPT3 else lines
 
@@ -115,23 +108,14 @@ def _compiled(plan: Plan) -> list[str]:
 
 
 def fit_lines(found: Fit, memory: float, command: str) -> list[str]:
-    """Format the result of `--fit`.
-
-    Args:
-      found: The changes.
-      memory: Available bytes.
-      command: The command that trains with the changes.
-
-    Returns:
-      Lines.
-    """
+    """Format the result of `--fit`, and the command that trains with the changes."""
     have, share = show_bytes(memory), f"{1 - SHARE:.0%}"
     if not found.changes:
         verb = "fits" if found.fits else "does not fit"
         return _wrapped(f"{show_bytes(found.before)} {verb} into {have} ({share} is left free).")
     lines = [f"To fit {show_bytes(found.before)} into {have} ({share} is left free):"]
     for change, total in zip(found.changes, found.totals, strict=True):
-        lines += [f"  {change.flags:<46}{show_bytes(total):>10}", f"      {change.says}"]
+        lines += [f"  {change.flags:<46}{show_bytes(total):>10}", f"      {change.effect}"]
     if not found.fits:
         return [*lines, f"This does not fit either: {show_bytes(found.after)} with all changes."]
     if found.choices.quantize != "none":
@@ -141,7 +125,12 @@ def fit_lines(found: Fit, memory: float, command: str) -> list[str]:
 
 def _shell_lines(command: str) -> list[str]:
     """Break a command before its flags, with backslashes, so that it can be copied."""
-    words = command.replace(" --", "\n--").split("\n")
+    words: list[str] = []
+    for word in shlex.split(command):
+        if word.startswith("--") or not words:
+            words.append(shlex.quote(word))
+        else:
+            words[-1] += f" {shlex.quote(word)}"
     lines = [f"  {words[0]}"]
     for word in words[1:]:
         if len(lines[-1]) + len(word) + 3 <= COLUMNS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,14 +65,11 @@ def plan_folder(folder: str | Path, dtype: Any, name: str | None = None) -> Plan
       dtype: Dtype of the parameters; None: the one in the file, or float32.
       name: Name for display; None: the path of the folder.
 
-    Returns:
-      The model.
-
     Raises:
       ModelError: The folder does not exist, or the model is not supported.
     """
     config = read_config(Path(folder))
-    stored = _stored_dtype(read_json(Path(folder), "config.json"))
+    stored = _stored_dtype(json.loads(config.source))
     return of_config(config, dtype or stored, name or str(folder))
 
 
@@ -82,9 +80,6 @@ def plan_shape(name: str, dtype: Any) -> PlannedModel:
       name: One of `published.NAMES`, the path of a configuration file, or a folder with a
         `config.json`.
       dtype: Dtype of the parameters; None: the one in the file, or bfloat16 for a published model.
-
-    Returns:
-      The model.
 
     Raises:
       ModelError: The name is unknown and not a file, or the architecture is not supported.
@@ -119,9 +114,6 @@ def of_config(config: Any, dtype: Any, name: str) -> PlannedModel:
       config: Configuration of a model of `jax_lora.models`.
       dtype: Dtype of the parameters.
       name: Name for display.
-
-    Returns:
-      The model.
 
     Raises:
       ModelError: The model is an encoder-decoder.

@@ -16,6 +16,7 @@ from jax_lora.plan.data_shapes import DataShapes
 from jax_lora.plan.methods import Estimate, Method, side_by_side
 from jax_lora.plan.planned_model import PlannedModel
 from jax_lora.plan.residuals import trace_residuals
+from jax_lora.transform.strategies import target_platform
 
 COMPILE_UP_TO = 1_000_000_000  # parameters; larger models are planned by formula only
 
@@ -63,16 +64,7 @@ class Plan:
 def make_plan(
     model: PlannedModel, data: DataShapes, choices: Choices, *, compiling: bool = True
 ) -> Plan:
-    """Plan a run.
-
-    Args:
-      model: The model.
-      data: Batch shapes of the data.
-      choices: Settings of the run.
-      compiling: Whether to compile the step if that is possible.
-
-    Returns:
-      The plan.
+    """Plan a run, and compile its training step if `compiling` is set and the step can be compiled.
 
     Raises:
       NoMatchError: A target matches no kernel of the model.
@@ -107,9 +99,6 @@ def method_of(model: PlannedModel, choices: Choices, residuals: Residuals | None
       choices: Settings of the run.
       residuals: The result of `trace_residuals`.
 
-    Returns:
-      The method.
-
     Raises:
       NoMatchError: A target matches no kernel of the model.
     """
@@ -137,7 +126,7 @@ def step_of(choices: Choices, length: int, targets: int, devices: int = 1) -> St
         length=length,
         targets=targets,
         accumulation=settings.grad_accumulation_steps,
-        remat=settings.grad_checkpoint,
+        remat=settings.remat_on(target_platform(())) == "full",
         loss_chunk=settings.loss_chunk,
     )
 
@@ -169,9 +158,6 @@ def matmul_rate(dtype: Any = jnp.float32) -> float:
     """Measure for 0.3 s how fast the default device multiplies square matrices.
 
     A training step is slower: norms, softmax and low-rank products are limited by memory bandwidth.
-
-    Args:
-      dtype: Dtype of the matrices.
 
     Returns:
       Floating-point operations per second of the fastest product.

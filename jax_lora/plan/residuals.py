@@ -1,4 +1,4 @@
-"""Measure what JAX keeps of a forward pass for the backward pass, from the traced loss."""
+"""Measure the residuals that JAX keeps for the backward pass, from the traced loss."""
 
 from __future__ import annotations
 
@@ -29,10 +29,6 @@ def trace_residuals(model: PlannedModel, settings: TrainSettings) -> Residuals |
     Nothing is compiled, so this takes less than a second for a model of any size. XLA may keep
     less, where it fuses operations, or more, where it copies arrays.
 
-    Args:
-      model: The model.
-      settings: Settings of the run, for rank and targets.
-
     Returns:
       Bytes per token; None unless the model is a decoder with at least 127 positions.
     """
@@ -51,7 +47,7 @@ def trace_residuals(model: PlannedModel, settings: TrainSettings) -> Residuals |
 
 def _residual_bytes(model: PlannedModel, settings: TrainSettings, length: int, remat: bool) -> int:
     """Sum the residuals of a batch, except parameters, adapter weights and logits."""
-    module = model.module.clone(remat=remat)
+    module = model.module.clone(remat="full" if remat else "none")
     loss = lora_apply(lambda variables, batch: causal_lm_loss(module, variables, batch)[0])
     adapter = abstract_adapter(model, settings)
     one_step = dataclasses.replace(settings, batch_size=_BATCH_SIZE, grad_accumulation_steps=1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax_lora.errors import ConfigError
 from jax_lora.report.curves import Curves, read_curves
+from jax_lora.storage.atomic_writes import replacing
 
 STYLES = ("-", "--", "-.", ":")  # distinguishable in grayscale
 
@@ -17,6 +19,9 @@ def write_plot(runs: Sequence[Curves], file: Path, *, log: bool = False) -> None
       runs: The runs.
       file: The PNG file to write.
       log: Whether the loss axis is logarithmic.
+
+    Raises:
+      ConfigError: The file cannot be written.
     """
     # pyplot would keep the figure in memory and look for a display.
     from matplotlib.figure import Figure
@@ -67,7 +72,8 @@ def write_plot(runs: Sequence[Curves], file: Path, *, log: bool = False) -> None
     axes.grid(alpha=0.3)
     axes.margins(y=0.12)
     axes.legend(fontsize=9)
-    figure.savefig(file)
+    with replacing(file, ConfigError) as part:
+        figure.savefig(part, format="png")
 
 
 def write_run_plot(run: Path) -> None:

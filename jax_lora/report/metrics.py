@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import ConfigError, DataError, format_error
+from jax_lora.errors import CheckpointError, ConfigError, DataError, format_error
+from jax_lora.storage.atomic_writes import append_text, explained, write_file
 
 JSONL, CSV, TENSORBOARD = "metrics.jsonl", "metrics.csv", "tensorboard"
 COLUMNS: tuple[str, ...] = (
@@ -36,6 +37,7 @@ class MetricsLog:
 
     Raises:
       ConfigError: `tensorboard` is True and tensorboardX is not installed.
+      CheckpointError: A file cannot be written.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = False, resume_at: int = 0):
@@ -43,35 +45,41 @@ class MetricsLog:
         self._folder = folder
         self._board = _open_board(folder, resume_at) if tensorboard else None
         kept = _rows_up_to(folder / JSONL, resume_at) if resume_at else []
-        _replace(folder / JSONL, "".join(json.dumps(row) + "\n" for row in kept))
-        _replace(folder / CSV, ",".join(COLUMNS) + "\n")
-        for row in kept:
-            self._add_csv(row)
+        lines = "".join(json.dumps(row) + "\n" for row in kept)
+        table = ",".join(COLUMNS) + "\n" + "".join(map(_csv_line, kept))
+        write_file(folder / JSONL, lines, CheckpointError)
+        write_file(folder / CSV, table, CheckpointError)
 
     def log(self, values: dict[str, Any]) -> None:
         """Append a row.
 
         Args:
           values: Values by the names in `COLUMNS`; NaN and infinity are written as null.
+
+        Raises:
+          CheckpointError: A file cannot be written; no incomplete line is left in it.
         """
         row = {name: _finite(value) for name, value in values.items()}
-        with (self._folder / JSONL).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self._add_csv(row)
+        append_text(self._folder / JSONL, json.dumps(row) + "\n", CheckpointError)
+        append_text(self._folder / CSV, _csv_line(row), CheckpointError)
         if self._board is not None:
-            for name, value in row.items():
-                if name != "iter" and value is not None:
-                    self._board.add_scalar(name, value, row["iter"])
-            self._board.flush()
+            with explained(self._folder / TENSORBOARD, CheckpointError):
+                for name, value in row.items():
+                    if name != "iter" and value is not None:
+                        self._board.add_scalar(name, value, row["iter"])
+                self._board.flush()
 
     def close(self) -> None:
         """Close the TensorBoard file."""
         if self._board is not None:
-            self._board.close()
+            with explained(self._folder / TENSORBOARD, CheckpointError):
+                self._board.close()
 
-    def _add_csv(self, row: dict[str, Any]) -> None:
-        with (self._folder / CSV).open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n").writerow(row)
+
+def _csv_line(row: dict[str, Any]) -> str:
+    line = io.StringIO()
+    csv.DictWriter(line, COLUMNS, extrasaction="ignore", lineterminator="\n").writerow(row)
+    return line.getvalue()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -131,12 +139,6 @@ def _rows_up_to(file: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row is not None and row["iter"] <= step]
 
 
-def _replace(file: Path, text: str) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
-
-
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -155,4 +157,5 @@ def _open_board(folder: Path, resume_at: int) -> Any:
         ) from error
     # TensorBoard then hides the earlier events from this step on.
     purge = resume_at + 1 if resume_at else None
-    return tensorboardX.SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)
+    with explained(folder / TENSORBOARD, CheckpointError):
+        return tensorboardX.SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)

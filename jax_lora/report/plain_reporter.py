@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TextIO
 
+from jax_lora.printable import printable
 from jax_lora.report.events import Reporter, RunPlan, RunResult, TrainReport, Validation
-from jax_lora.report.printable import printable
 from jax_lora.report.run_summary import summary_lines
 
 

@@ -8,6 +8,7 @@ from jax_lora.errors import ConfigError, format_error
 from jax_lora.report.events import Reporter
 from jax_lora.report.json_reporter import JsonReporter
 from jax_lora.report.plain_reporter import PlainReporter
+from jax_lora.report.screen import unscreened
 
 KINDS = ("auto", "rich", "plain", "json", "none")
 
@@ -43,5 +44,7 @@ def make_reporter(kind: str = "auto") -> Reporter:
 
         from jax_lora.report.rich_reporter import RichReporter
 
-        return RichReporter(Console(force_terminal=True if kind == "rich" else None))
+        return RichReporter(
+            Console(file=unscreened(sys.stdout), force_terminal=True if kind == "rich" else None)
+        )
     return PlainReporter(sys.stdout)

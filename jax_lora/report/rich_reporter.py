@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from jax_lora.printable import printable
 from jax_lora.report.events import Reporter, RunPlan, RunResult, TrainReport, Validation
-from jax_lora.report.printable import printable
 from jax_lora.report.run_summary import summary_lines
+from jax_lora.report.screen import screen_again
 
 
 class Column(NamedTuple):
@@ -52,7 +54,7 @@ class RichReporter(Reporter):
         self._steps = 0
         self._columns = fitting(console.width)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
@@ -70,11 +72,13 @@ class RichReporter(Reporter):
         self._panel("jax-lora train", lines)
         self._row({column.head: column.head for column in COLUMNS}, "bold")
         self._progress.update(self._task, total=plan.steps)
-        self._progress.start()
+        before = sys.stdout, sys.stderr
+        self._progress.start()  # it replaces the two streams by ones that show control sequences
+        screen_again(before)
 
     def compiling(self, what: str, number: int) -> None:
         """Show what is being compiled, as this takes a while."""
-        self._progress.update(self._task, description=f"compiling for {what}")
+        self._progress.update(self._task, description=printable(f"compiling for {what}", keep=""))
 
     def compiled(self, number: int, seconds: float, gigabytes: float) -> None:
         """Write the compile time and the memory of the step."""

@@ -10,6 +10,9 @@ from typing import Any
 
 import jax
 
+from jax_lora.errors import CheckpointError
+from jax_lora.storage.atomic_writes import write_file
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -45,7 +48,7 @@ def versions() -> dict[str, Any]:
 def write_versions(folder: Path) -> None:
     """Write versions.json to a run folder."""
     text = json.dumps(versions(), indent=2) + "\n"
-    (folder / "versions.json").write_text(text, encoding="utf-8")
+    write_file(folder / "versions.json", text, CheckpointError)
 
 
 def _version(package: str) -> str | None:

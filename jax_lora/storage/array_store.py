@@ -2,23 +2,107 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jax_lora.storage import multihost
+from jax_lora.errors import CheckpointError
+from jax_lora.storage import atomic_writes, multihost
+from jax_lora.storage.stored_arrays import check_stored
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a tree of NumPy arrays with Orbax, which creates the folder."""
+    """Write a tree of NumPy arrays with Orbax, and flush it to the disk.
+
+    Args:
+      folder: The folder, which is created.
+      arrays: Arrays by name.
+
+    Raises:
+      CheckpointError: Writing fails; nothing is left of the folder.
+    """
     import orbax.checkpoint as ocp  # imported on use, as it takes seconds
 
-    with _checkpointer(ocp) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))  # type: ignore[call-arg]
+    arrays = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, np.generic) else x, arrays)
+    handler, kinds = _handler_class()(), ocp.type_handlers
+    registry = kinds.create_type_handler_registry(
+        (np.ndarray, handler), (jax.Array, kinds.ArrayHandler())
+    )
+    new = not folder.exists()
+    try:
+        with _quiet_threads(), _checkpointer(ocp, registry) as checkpointer:
+            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))  # type: ignore[call-arg]
+        if not handler.failures:
+            atomic_writes.sync(folder)
+            return
+        cause = handler.failures[0]
+    except Exception as error:  # Orbax raises many types
+        cause = handler.failures[0] if handler.failures else error
+    except BaseException:
+        _remove_unfinished(folder, new)
+        raise
+    _remove_unfinished(folder, new)
+    raise atomic_writes.write_error(folder, CheckpointError, cause) from cause
+
+
+def _remove_unfinished(folder: Path, new: bool) -> None:
+    unfinished = list(folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"))
+    for each in [*unfinished, *([folder] if new else [])]:
+        atomic_writes.remove(each)
+
+
+@functools.cache
+def _handler_class() -> Any:
+    import orbax.checkpoint as ocp
+
+    class PatientHandler(ocp.type_handlers.NumpyHandler):
+        """Lets every array be written before an error is raised.
+
+        Orbax writes all arrays at once, and closes the event loop at the first error. The other
+        writes then end in a loop that is closed, and in a folder that is removed meanwhile.
+        """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.failures: list[Exception] = []
+
+        async def _open_and_write(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                await super()._open_and_write(*args, **kwargs)
+            except Exception as error:
+                self.failures.append(error)
+
+    return PatientHandler
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Keep the tracebacks of Orbax's threads off the screen, and wait for these threads.
+
+    They report an error that is raised here as well.
+    """
+    log, running = logging.getLogger("absl"), set(threading.enumerate())
+
+    def is_not_from_a_thread(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    log.addFilter(is_not_from_a_thread)
+    try:
+        yield
+    finally:
+        for thread in set(threading.enumerate()) - running:
+            if type(thread).__module__.startswith("orbax."):
+                with contextlib.suppress(Exception):  # its `join` raises what happened in it
+                    thread.join()
+        log.removeFilter(is_not_from_a_thread)
 
 
 def read_arrays(folder: Path, template: Mapping[str, Any]) -> Any:
@@ -32,19 +116,22 @@ def read_arrays(folder: Path, template: Mapping[str, Any]) -> Any:
       The arrays, with the shapes and types of the files.
 
     Raises:
-      Exception: Orbax finds another tree; the type depends on Orbax.
+      Exception: The files hold another tree, or arrays of other shapes or types. The type depends
+        on Orbax and TensorStore.
     """
     import orbax.checkpoint as ocp
 
+    check_stored(folder.absolute(), template)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
     restore = ocp.args.PyTreeRestore(item=template, restore_args=as_numpy)  # type: ignore[call-arg]
     with _checkpointer(ocp) as checkpointer:
         return checkpointer.restore(folder.absolute(), args=restore)
 
 
-def _checkpointer(ocp: Any) -> Any:
+def _checkpointer(ocp: Any, registry: Any = None) -> Any:
     options = multihost.orbax_options()
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    more = {} if registry is None else {"type_handler_registry": registry}
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options, **more)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
@@ -76,25 +163,45 @@ def file_problems(folder: Path, files: Mapping[str, str]) -> list[str]:
     Returns:
       A line for every file that is missing, changed, new, or a link that leaves the folder.
     """
-    root = folder.resolve()
-    if root != folder.parent.resolve() / folder.name:
-        return [f"{folder.name}: is a link that leaves the folder"]
-    problems = [
-        f"{folder.name}/{name}: {why}"
-        for name, checksum in files.items()
-        if (why := _file_problem(root, name, checksum))
-    ]
+    try:
+        root = folder.resolve()
+        if root != folder.parent.resolve() / folder.name:
+            return [f"{folder.name}: is a link that leaves the folder"]
+    except (OSError, RuntimeError) as error:  # links in a circle
+        return [f"{folder.name}: {error}"]
+    problems = [f"{folder.name}/{problem}" for problem in listed_problems(root, files)]
     extra = set(_names(root)) - set(files)
     return problems + [f"{folder.name}/{name}: is not in the manifest" for name in sorted(extra)]
 
 
+def listed_problems(root: Path, files: Mapping[str, str]) -> list[str]:
+    """Check the listed files of a folder, and no others.
+
+    Args:
+      root: The folder.
+      files: Hashes by name, from `checksums`.
+
+    Returns:
+      A line for every file that is missing, changed, or a link that leaves the folder.
+    """
+    root = root.resolve()
+    return [
+        f"{name}: {why}"
+        for name, checksum in files.items()
+        if (why := _file_problem(root, name, checksum))
+    ]
+
+
 def _file_problem(root: Path, name: str, checksum: str) -> str | None:
     file = root / name
-    if not file.resolve().is_relative_to(root):
-        return "is a link that leaves the folder"
-    if not file.is_file():
-        return "is missing"
-    return None if _checksum(file) == checksum else "does not match its checksum"
+    try:
+        if not file.resolve().is_relative_to(root):
+            return "is a link that leaves the folder"
+        if not file.is_file():
+            return "is missing"
+        return None if _checksum(file) == checksum else "does not match its checksum"
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have
+        return f"cannot be read: {type(error).__name__}"
 
 
 def _names(root: Path) -> list[str]:

@@ -1,63 +1,170 @@
-"""Read untrusted JSON files strictly, with a size limit and one error type."""
+"""Read untrusted JSON strictly, with limits and one error type."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from jax_lora.errors import LoraError, format_error
+from jax_lora.storage.limits import limit, raise_hint
 
-MAX_BYTES = 16 * 2**20
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_LONGEST_CAUSE = 200  # characters
 
 
-def read_json(path: Path, error: type[LoraError], max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_json(path: Path, error: type[LoraError], size: str = "json_bytes") -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Args:
       path: The file.
       error: Class of the exception to raise.
-      max_bytes: Maximum size in bytes.
+      size: Name of the limit on the size of the file.
 
     Returns:
       The object.
 
     Raises:
       LoraError: An `error`, if the file is missing, too large, nested too deeply, or not a JSON
-        object in UTF-8, or has a duplicate key, NaN or Infinity.
+        object in UTF-8, or has a duplicate key or a number that is not finite.
+    """
+    return parse_object(read_limited(path, error, size), path, error)
+
+
+def read_limited(path: Path, error: type[LoraError], size: str) -> bytes:
+    """Read a file, unless it is larger than a limit.
+
+    Args:
+      path: The file.
+      error: Class of the exception to raise.
+      size: Name of the limit.
+
+    Returns:
+      The contents.
+
+    Raises:
+      LoraError: An `error`, if the file cannot be read or is too large.
     """
     try:
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)  # bounded even if the reported file size is wrong
-        if len(data) > max_bytes:
-            raise ValueError(f"more than {max_bytes} bytes")
-        value = json.loads(
-            data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            data = file.read(limit(size) + 1)  # bounded even if the reported file size is wrong
+    except (OSError, ValueError) as cause:
+        raise refusal(path, error, cause) from cause
+    if len(data) > limit(size):
+        got = f"more than {limit(size):,} bytes"
+        raise error(
+            format_error(str(path), got=got, expected="a smaller file", fix=raise_hint(size))
         )
+    return data
+
+
+def parse_object(data: bytes, path: Path, error: type[LoraError]) -> dict[str, Any]:
+    """Parse the contents of a file as a JSON object.
+
+    Args:
+      data: The contents.
+      path: The file, for messages.
+      error: Class of the exception to raise.
+
+    Returns:
+      The object.
+
+    Raises:
+      LoraError: An `error`, as for `read_json`.
+    """
+    try:
+        value = parse_json(data.decode("utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"a {type(value).__name__} instead of an object")
-    except (OSError, ValueError, RecursionError) as cause:
-        raise error(
-            format_error(
-                str(path),
-                got=f"{type(cause).__name__}: {cause}",
-                expected="a JSON object",
-                fix="Check the path, and that the file is complete.",
-            )
-        ) from cause
+    except (ValueError, RecursionError) as cause:
+        raise refusal(path, error, cause) from cause
     return value
+
+
+def refusal(path: Path, error: type[LoraError], cause: Exception) -> LoraError:
+    """Return the exception for a file that is missing or is not JSON."""
+    fix = "Check the path, and that the file is complete."
+    if isinstance(cause, TooDeepError):
+        fix = raise_hint("json_depth")
+    kind = "" if isinstance(cause, OSError) else "broken JSON: "
+    got = f"{kind}{type(cause).__name__}: {str(cause)[:_LONGEST_CAUSE]}"
+    return error(format_error(str(path), got=got, expected="a JSON object", fix=fix))
+
+
+class TooDeepError(ValueError):
+    """A text is nested more deeply than the limit `json_depth`."""
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON strictly.
+
+    Args:
+      text: The text.
+
+    Returns:
+      The value.
+
+    Raises:
+      ValueError: The text is not JSON, is nested too deeply, or has a duplicate key, a number that
+        is not finite, an integer of thousands of digits, or half of a surrogate pair.
+
+    Example:
+      >>> parse_json('{"a": [1, 2.5]}')
+      {'a': [1, 2.5]}
+    """
+    check_depth(text)
+    value = json.loads(
+        text,
+        object_pairs_hook=_unique,
+        parse_constant=_refuse_constant,
+        parse_float=_finite,
+    )
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+    return value
+
+
+def check_depth(text: str) -> None:
+    """Check how deeply a JSON text is nested, without parsing it.
+
+    Raises:
+      TooDeepError: The depth is above the limit `json_depth`.
+    """
+    most = limit("json_depth")
+    if text.count("[") + text.count("{") <= most:
+        return
+    brackets = _STRING.sub("", text).encode("utf-8", "replace").translate(None, _NOT_BRACKETS)
+    marks = np.frombuffer(brackets, np.uint8)
+    opening = (marks == ord("[")) | (marks == ord("{"))
+    depth = np.cumsum(np.where(opening, np.int8(1), np.int8(-1)), dtype=np.int64)
+    if depth.size and depth.max() > most:
+        raise TooDeepError(f"nested more than {most} levels deep")
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(items)
     if len(result) != len(items):
-        raise ValueError("a duplicate key")
+        keys = [key for key, _ in items]
+        twice = next(key for key in result if keys.count(key) > 1)
+        raise ValueError(f"a duplicate key {twice[:80]!r}")
     return result
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"the value {name}")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:80]}, which is too large")
+    return value
 
 
 def digest(value: Any) -> str:

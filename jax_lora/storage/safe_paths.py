@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.errors import LoraError, format_error
+from jax_lora.storage.schema import shown
+
+_LONGEST_NAME = 255  # bytes; file systems refuse longer ones in many ways
 
 
 def contained(folder: Path, name: Any, error: type[LoraError]) -> Path:
@@ -27,13 +30,23 @@ def contained(folder: Path, name: Any, error: type[LoraError]) -> Path:
         raise error(
             format_error(
                 str(folder),
-                got=f"the file name {name!r}",
+                got=f"the file name {shown(name)}",
                 expected="the name of a file in the folder, without a path",
                 fix="Do not use this folder: its index refers to files outside it.",
             )
         )
     path = folder / name
-    target, root = path.resolve(), folder.resolve()
+    try:
+        target, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as cause:  # links in a circle
+        raise error(
+            format_error(
+                str(path),
+                got=f"{type(cause).__name__}: {cause}",
+                expected="a file in the folder",
+                fix="Copy the file into the folder.",
+            )
+        ) from cause
     if target.parent != root and not _is_hub_blob(target, root):
         raise error(
             format_error(
@@ -49,7 +62,9 @@ def contained(folder: Path, name: Any, error: type[LoraError]) -> Path:
 def _is_plain(name: Any) -> bool:
     if not isinstance(name, str) or name in ("", ".", ".."):
         return False
-    return not any(c in '/\\:"' or ord(c) < 32 for c in name)
+    if len(name.encode("utf-8", "replace")) > _LONGEST_NAME or not name.isprintable():
+        return False
+    return not any(c in '/\\:"' for c in name)
 
 
 def _is_hub_blob(target: Path, root: Path) -> bool:

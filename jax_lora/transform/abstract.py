@@ -6,10 +6,11 @@ materialized there are described as materialized here.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
-from jax_lora.transform.programs import Body, Call, Cond, Scan, ShardMap, While, unchanged
+from jax_lora.transform.programs import Body, Call, Cond, Scan, ShardMap, While
 from jax_lora.transform.rules import Rule
 from jax_lora.transform.walker import Interpretation, walk
 
@@ -31,27 +32,27 @@ class Abstract(Interpretation[Value], Protocol[Value]):
         """Describe a value that is one of several."""
         ...
 
-    def sliced(self, value: Value) -> Value:
-        """Describe a slice along the first axis."""
-        ...
-
-    def stacked(self, value: Value, eqn: Any) -> Value:
-        """Describe a stack of values along a new first axis."""
-        ...
-
     def materialized(self, value: Value, eqn: Any, operation: str) -> Value:
         """Describe a value after materialization, if it is a weight."""
         ...
 
+    def sliced(self, value: Value) -> Value:
+        """Describe a slice along the first axis; by default like the array."""
+        return value
+
+    def stacked(self, value: Value, eqn: Any) -> Value:
+        """Describe a stack of values along a new first axis; by default like one of them."""
+        return value
+
     def into_shards(
         self, eqn: Any, program: ShardMap, inputs: Sequence[Value]
     ) -> tuple[Self, Sequence[Value]]:
-        """Return the interpretation of the body of a `shard_map`, and the inputs of the body."""
-        ...
+        """Return the interpretation and the inputs of the body of a `shard_map`."""
+        return self.inside(eqn), inputs
 
     def out_of_shards(self, inner: Any, program: ShardMap, outputs: Sequence[Value]) -> list[Value]:
         """Return the outputs of a `shard_map`, given those of its body."""
-        ...
+        return list(outputs)
 
     def enter(
         self, eqn: Any, rule: Rule, program: Any, inputs: Sequence[Value]
@@ -71,10 +72,10 @@ def _call(here: Abstract, eqn: Any, program: Call, inputs: Sequence[Any]) -> lis
 def _scan(here: Abstract, eqn: Any, program: Scan, inputs: Sequence[Any]) -> list[Any]:
     consts, carry, xs = program.split(inputs)
     xs = [here.sliced(value) for value in xs]
-    body, n_carry = program.body, program.n_carry
-    loop = _Loop(here, eqn, "scan carry", unchanged(body, program.n_consts, n_carry))
-    step = lambda inner, carry: inner.run(body, [*consts, *carry, *xs])  # noqa: E731
-    carry = loop.settled(carry, lambda carry: step(here.unrecorded(), carry)[:n_carry])
+    loop = _Loop(here, eqn, "scan carry", program.unchanged)
+    step = lambda inner, carry: inner.run(program.body, [*consts, *carry, *xs])  # noqa: E731
+    n_carry = program.n_carry
+    carry = loop.fixed_point(carry, lambda carry: step(here.unrecorded(), carry)[:n_carry])
     outputs = step(here.inside(eqn, program.length), carry)
     stacked = [here.stacked(value, eqn) for value in outputs[n_carry:]]
     return [*loop.materialized(outputs[:n_carry]), *stacked]
@@ -82,11 +83,11 @@ def _scan(here: Abstract, eqn: Any, program: Scan, inputs: Sequence[Any]) -> lis
 
 def _while(here: Abstract, eqn: Any, program: While, inputs: Sequence[Any]) -> list[Any]:
     for_test, for_body, carry = program.split(inputs)
-    body = program.body
-    loop = _Loop(here, eqn, "while carry", unchanged(body, program.n_body, len(carry)))
-    carry = loop.settled(carry, lambda carry: here.unrecorded().run(body, [*for_body, *carry]))
+    loop = _Loop(here, eqn, "while carry", program.unchanged)
+    step = lambda inner, carry: inner.run(program.body, [*for_body, *carry])  # noqa: E731
+    carry = loop.fixed_point(carry, lambda carry: step(here.unrecorded(), carry))
     here.inside(eqn).run(program.test, [*for_test, *carry])
-    return loop.materialized(here.inside(eqn).run(body, [*for_body, *carry]))
+    return loop.materialized(step(here.inside(eqn), carry))
 
 
 def _cond(here: Abstract, eqn: Any, program: Cond, inputs: Sequence[Any]) -> list[Any]:
@@ -104,29 +105,32 @@ def _shard_map(here: Abstract, eqn: Any, program: ShardMap, inputs: Sequence[Any
     return here.out_of_shards(inner, program, outputs)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Loop:
     """The carry of a loop: values that the body returns unchanged keep their description."""
 
-    def __init__(self, here: Abstract, eqn: Any, what: str, still: Sequence[bool]):
-        self._here, self._eqn, self._what, self._still = here, eqn, what, still
+    here: Abstract
+    eqn: Any
+    name: str  # of the carry in messages
+    unchanged: Sequence[bool]
 
     def materialized(self, values: Sequence[Any]) -> list[Any]:
         """Describe the carry after materialization of the values that change."""
         return [
-            value if fixed else self._here.materialized(value, self._eqn, self._what)
-            for value, fixed in zip(values, self._still, strict=True)
+            value if same else self.here.materialized(value, self.eqn, self.name)
+            for value, same in zip(values, self.unchanged, strict=True)
         ]
 
-    def settled(
+    def fixed_point(
         self, carry: Sequence[Any], step: Callable[[list[Any]], Sequence[Any]]
     ) -> list[Any]:
-        """Join the initial carry with the carry of later iterations until a fixed point."""
+        """Join the initial carry with that of later iterations until it no longer changes."""
         carry = self.materialized(carry)
         while True:
             again = self.materialized(step(carry))
             joined = [
-                value if fixed else self._here.join([value, new])
-                for value, new, fixed in zip(carry, again, self._still, strict=True)
+                value if same else self.here.join([value, new])
+                for value, new, same in zip(carry, again, self.unchanged, strict=True)
             ]
             if joined == carry:
                 return carry

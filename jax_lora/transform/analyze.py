@@ -16,7 +16,6 @@ from typing import Any
 
 from jax_lora.transform.abstract import Abstract
 from jax_lora.transform.equations import UNKNOWN, location
-from jax_lora.transform.programs import ShardMap
 from jax_lora.transform.record import NO_PATHS, Leaf, Paths, Record, origins_of
 from jax_lora.transform.rules import Operand, Rule, Use
 
@@ -31,7 +30,7 @@ class Stream:
       heads: Kernels whose product it is, up to a bias, a cast or a soft cap.
       after: Kernels whose products it depends on.
       from_parameters: Whether it depends on parameters.
-      lost: Leaves that were materialized to compute it, while it depends on parameters only.
+      materialized: Leaves that were materialized to compute it, if it depends on parameters only.
       entries: Leaves of which entries were looked up to compute it, in the same case.
     """
 
@@ -40,7 +39,7 @@ class Stream:
     heads: Paths = NO_PATHS
     after: Paths = NO_PATHS
     from_parameters: bool = False
-    lost: Paths = NO_PATHS
+    materialized: Paths = NO_PATHS
     entries: Paths = NO_PATHS
 
 
@@ -60,6 +59,7 @@ _CONTRACTIONS = frozenset(
 )
 
 
+@dataclasses.dataclass(eq=False)
 class Analyze(Abstract[Value]):
     """Propagates the names of the axes of weights.
 
@@ -69,9 +69,9 @@ class Analyze(Abstract[Value]):
       called_at: Source line of the call, if the jaxpr is inside another one.
     """
 
-    def __init__(self, record: Record, times: int = 1, called_at: str = UNKNOWN):
-        """Start at the given place."""
-        self._record, self._times, self._called_at = record, times, called_at
+    record: Record
+    times: int = 1
+    called_at: str = UNKNOWN
 
     # -------------------------------------------------------------------------------------------
     # The interpretation
@@ -84,10 +84,9 @@ class Analyze(Abstract[Value]):
 
     def concerns(self, inputs: Sequence[Value]) -> bool:
         """Tell whether an input depends on a leaf: sub-jaxprs are opened for streams as well."""
-        return any(isinstance(value, Leaf) for value in inputs) or any(
-            value.after or value.lost or value.entries
+        return any(
+            isinstance(value, Leaf) or value.after or value.materialized or value.entries
             for value in inputs
-            if isinstance(value, Stream)
         )
 
     def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
@@ -114,7 +113,7 @@ class Analyze(Abstract[Value]):
         outputs = self.plain(eqn, rest)
         for result in moved.values():
             for place, leaf in (result or {}).items():
-                outputs[place] = _beside(outputs[place], leaf)
+                outputs[place] = _combined(outputs[place], leaf)
         return outputs
 
     def consume(
@@ -129,16 +128,16 @@ class Analyze(Abstract[Value]):
         return self.plain(eqn, [self.materialized(value, eqn, name) for value in inputs])
 
     # -------------------------------------------------------------------------------------------
-    # Programs
+    # Sub-jaxprs
     # -------------------------------------------------------------------------------------------
 
     def inside(self, eqn: Any, times: int = 1) -> Analyze:
         """Share the record, and multiply the number of runs."""
-        return Analyze(self._record, self._times * times, self._locate(eqn))
+        return Analyze(self.record, self.times * times, self._locate(eqn))
 
     def unrecorded(self) -> Analyze:
         """Use a copy of the record."""
-        return Analyze(copy.deepcopy(self._record), self._times, self._called_at)
+        return Analyze(copy.deepcopy(self.record), self.times, self.called_at)
 
     def join(self, values: Sequence[Value]) -> Value:
         """Describe a value that is one of several."""
@@ -153,7 +152,7 @@ class Analyze(Abstract[Value]):
         if isinstance(value, Stream):
             return value
         for leaf in value.all:
-            self._record.stack(leaf.path, leaf.axes[:1])
+            self.record.uses[leaf.path].stacked |= origins_of(leaf.axes[:1])
         return value.map(
             lambda leaf: dataclasses.replace(leaf, axes=leaf.axes[1:], shape=leaf.shape[1:])
         )
@@ -164,11 +163,10 @@ class Analyze(Abstract[Value]):
             return value
         if sum(name is not None for name in value.axes) < 2:
             return self.materialized(value, eqn, "scan")
+        name, length = ("scan", 0), eqn.params["length"]
         return value.map(
             lambda leaf: dataclasses.replace(
-                leaf,
-                axes=(("scan", 0), *leaf.axes),
-                shape=(eqn.params["length"], *leaf.shape),
+                leaf, axes=(name, *leaf.axes), shape=(length, *leaf.shape)
             )
         )
 
@@ -176,35 +174,26 @@ class Analyze(Abstract[Value]):
         """Record that a leaf is materialized."""
         if isinstance(value, Stream):
             return value
-        streams = [self._lost(leaf, operation, self._locate(eqn)) for leaf in value.all]
+        streams = [self._materialize(leaf, operation, self._locate(eqn)) for leaf in value.all]
         return dataclasses.replace(_union(streams), size=math.prod(value.shape))
 
-    def _lost(self, leaf: Leaf, operation: str, where: str) -> Stream:
+    def _materialize(self, leaf: Leaf, operation: str, where: str) -> Stream:
+        uses = self.record.uses[leaf.path]
         if leaf.is_row:
-            self._record.use(leaf, "embedding", leaf.looked_up, 0, where)
+            uses.use("embedding", leaf.looked_up, 0, where)
             return Stream(external=True, from_parameters=True)
         why = f"the operation {operation} has no low-rank rule at {where}"
-        self._record.lose(leaf, why, added=operation in ("add", "sub"))
+        uses.materialize(leaf, why, added=operation in ("add", "sub"))
         path = frozenset({leaf.path})
-        lost = {"entries" if leaf.looked_up else "lost": path}
-        return Stream(external=leaf.meets_data, from_parameters=True, **lost)
-
-    def into_shards(
-        self, eqn: Any, program: ShardMap, inputs: Sequence[Value]
-    ) -> tuple[Analyze, Sequence[Value]]:
-        """Keep the values: a shard of a kernel is a kernel."""
-        return self.inside(eqn), inputs
-
-    def out_of_shards(self, inner: Any, program: ShardMap, outputs: Sequence[Value]) -> list[Value]:
-        """Keep the values."""
-        return list(outputs)
+        materialized = {"entries" if leaf.looked_up else "materialized": path}
+        return Stream(external=leaf.has_data, from_parameters=True, **materialized)
 
     # -------------------------------------------------------------------------------------------
     # Weights
     # -------------------------------------------------------------------------------------------
 
     def _locate(self, eqn: Any) -> str:
-        return location(eqn, self._called_at)
+        return location(eqn, self.called_at)
 
     def _moved(
         self, eqn: Any, rule: Rule, inputs: Sequence[Any], position: int
@@ -217,7 +206,7 @@ class Analyze(Abstract[Value]):
             moves = rule.move(Operand(eqn, position, leaf.axes)) if rule.move else None
             if moves is None:
                 return None
-            self._record.touch(leaf.path)
+            self.record.uses[leaf.path].touched = True
             places = [position] if rule.each else range(len(moves))
             for place, move in zip(places, moves, strict=True):
                 added = move.adds and any(map(_is_external, rest))
@@ -225,30 +214,31 @@ class Analyze(Abstract[Value]):
                     leaf,
                     axes=move.axes,
                     shape=eqn.outvars[place].aval.shape,
-                    meets_data=leaf.meets_data or added,
+                    has_data=leaf.has_data or added,
                     others=(),
                 )
-                moved[place] = _beside(moved.get(place), self._picked(eqn, leaf, after))
+                moved[place] = _combined(moved.get(place), self._record_selection(eqn, leaf, after))
         return moved
 
-    def _picked(self, eqn: Any, before: Leaf, after: Leaf) -> Leaf:
+    def _record_selection(self, eqn: Any, before: Leaf, after: Leaf) -> Leaf:
         """Record the axes of which one entry is left as stack axes.
 
         If the index depends on data, the leaf may be an embedding table; its use decides.
         """
         left = dict(zip(after.axes, after.shape, strict=True))
-        gone = [
+        removed = [
             name
             for name, size in zip(before.axes, before.shape, strict=True)
             if name is not None and size != 1 and left.get(name, size) == 1
         ]
-        if eqn.primitive.name in ("gather", "unstack"):  # the axis itself is gone
-            gone += [name for name in before.axes if name is not None and name not in left]
+        if eqn.primitive.name in ("gather", "unstack"):  # the axis itself is removed
+            removed += [name for name in before.axes if name is not None and name not in left]
+        uses = self.record.uses[before.path]
         if eqn.primitive.name in ("slice", "unstack"):
-            self._record.stack(before.path, gone)
+            uses.stacked |= origins_of(removed)
             return after
-        self._record.look_up(before.path, gone)
-        return dataclasses.replace(after, looked_up=(*after.looked_up, *gone))
+        uses.looked_up |= origins_of(removed)  # rows, unless they are used as kernels
+        return dataclasses.replace(after, looked_up=(*after.looked_up, *removed))
 
     def _consume(self, eqn: Any, rule: Rule, inputs: Sequence[Any]) -> list[Value] | None:
         inputs = self._data_materialized(eqn, inputs)
@@ -267,10 +257,10 @@ class Analyze(Abstract[Value]):
         out = self._stream(eqn, 0, rest)
         for leaf, use in itertools.chain.from_iterable(uses.values()):
             if use is None:
-                self._lost(leaf, eqn.primitive.name, self._locate(eqn))
+                self._materialize(leaf, eqn.primitive.name, self._locate(eqn))
             else:
                 self._use(eqn, leaf, use)
-                self._record.feed(_as_stream(inputs[use.data]).after)
+                self.record.fed |= _as_stream(inputs[use.data]).after
         used = frozenset(leaf.path for pairs in uses.values() for leaf, _ in pairs)
         return [Stream(out.size, out.external, used, out.after | used, from_parameters=True)]
 
@@ -281,24 +271,25 @@ class Analyze(Abstract[Value]):
     def _data_materialized(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
         """Treat a leaf to which data was added as data if another operand is the weight."""
         leaves = [value for value in inputs if isinstance(value, Leaf)]
-        weights = [leaf for leaf in leaves if not leaf.meets_data]
+        weights = [leaf for leaf in leaves if not leaf.has_data]
         result = list(inputs)
         for place, value in enumerate(inputs):
             if not isinstance(value, Leaf):
                 continue
             if value.is_row:
                 result[place] = self.materialized(value, eqn, eqn.primitive.name)
-            elif value.meets_data and weights:
+            elif value.has_data and weights:
                 why = f"data is added to it, and {weights[0].path} multiplies the sum at"
                 for leaf in value.all:
-                    self._record.lose(leaf, f"{why} {self._locate(eqn)}")
+                    self.record.uses[leaf.path].materialize(leaf, f"{why} {self._locate(eqn)}")
                 result[place] = Stream(math.prod(value.shape), external=True, from_parameters=True)
         return result
 
     def _use(self, eqn: Any, leaf: Leaf, use: Use) -> None:
-        self._record.stack(leaf.path, (*use.batched, *leaf.looked_up))
-        flops = 2 * self._times * math.prod(eqn.outvars[0].aval.shape) * use.terms
-        self._record.use(leaf, use.kind, use.summed, flops, self._locate(eqn))
+        uses = self.record.uses[leaf.path]
+        uses.stacked |= origins_of((*use.batched, *leaf.looked_up))
+        flops = 2 * self.times * math.prod(eqn.outvars[0].aval.shape) * use.terms
+        uses.use(use.kind, use.summed, flops, self._locate(eqn))
 
     # -------------------------------------------------------------------------------------------
     # Streams
@@ -313,7 +304,7 @@ class Analyze(Abstract[Value]):
             self._join(name, size, inputs)
         if name in _CONTRACTIONS and any(each.external for each in streams):
             for each in streams:
-                self._record.contract_lost(each.lost, each.entries)
+                self.record.contract_materialized(each.materialized, each.entries)
         union = _union(streams)
         keeps_head = name in _HEAD_PRESERVING and all(_is_small(each, size) for each in inputs)
         kept = [each for each in streams if not union.external or each.size == size]
@@ -321,7 +312,7 @@ class Analyze(Abstract[Value]):
             union,
             size=streams[0].size if name in _BROADCASTS and len(streams) == 1 else size,
             heads=union.heads if keeps_head else NO_PATHS,
-            lost=NO_PATHS.union(*(each.lost for each in kept)),
+            materialized=NO_PATHS.union(*(each.materialized for each in kept)),
             entries=NO_PATHS.union(*(each.entries for each in kept)),
         )
 
@@ -335,15 +326,15 @@ class Analyze(Abstract[Value]):
                 if other is value or not is_stream:
                     continue
                 if value.heads and other.heads:
-                    self._record.add_up(value.heads | other.heads)
+                    self.record.sums.add(value.heads | other.heads)
                 else:
-                    self._record.join(value.after - other.after)
+                    self.record.joined |= value.after - other.after
 
 
 def _as_stream(value: Value) -> Stream:
     if isinstance(value, Stream):
         return value
-    return Stream(math.prod(value.shape), value.meets_data, from_parameters=True)
+    return Stream(math.prod(value.shape), value.has_data, from_parameters=True)
 
 
 def _union(streams: Sequence[Stream]) -> Stream:
@@ -354,12 +345,12 @@ def _union(streams: Sequence[Stream]) -> Stream:
         heads=every("heads"),
         after=every("after"),
         from_parameters=any(each.from_parameters for each in streams),
-        lost=every("lost"),
+        materialized=every("materialized"),
         entries=every("entries"),
     )
 
 
-def _beside(first: Value | None, other: Leaf) -> Leaf:
+def _combined(first: Value | None, other: Leaf) -> Leaf:
     """Add a leaf to the leaves that it was combined with, if any."""
     if not isinstance(first, Leaf):
         return other
@@ -369,7 +360,7 @@ def _beside(first: Value | None, other: Leaf) -> Leaf:
 def _is_external(value: Value) -> bool:
     if isinstance(value, Stream):
         return value.external
-    return value.meets_data or value.is_row
+    return value.has_data or value.is_row
 
 
 def _is_small(value: Value, size: Any) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from jax_lora.adapter import base_of, is_adapted, is_weight
+from jax_lora.adapter import is_adapted, is_weight
 from jax_lora.algebra.base_weight import Recipe
 from jax_lora.algebra.low_rank import LowRank
 from jax_lora.transform.evaluate import Evaluate
-from jax_lora.transform.programs import Body
 from jax_lora.transform.sites import Settings
 from jax_lora.transform.strategies import Strategy, target_platform
+from jax_lora.transform.tracing import ArrayFunction
 
 
 def lora_apply(
@@ -70,73 +70,24 @@ def lora_apply(
 
 
 def with_settings(fn: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
-    """Apply `lora_apply` with a `Settings` object, which records the sites.
-
-    Args:
-      fn: The function.
-      settings: The settings.
-
-    Returns:
-      A function with the signature of `fn`.
-    """
+    """Apply `lora_apply` with a `Settings` object, which records the sites."""
 
     @functools.wraps(fn)
     def with_lora(*args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_weight)
-        if not any(map(is_weight, leaves)):
+        function = ArrayFunction(fn, args, kwargs, _is_data, is_weight)
+        if not any(map(is_weight, function.inputs.values())):
             return fn(*args, **kwargs)
-        data = [index for index, leaf in enumerate(leaves) if _is_data(leaf)]
-        program = _Program(fn, leaves, treedef, data)
-        closed = jax.make_jaxpr(program)(*[_stand_in(leaves[index]) for index in data])
+        body = function.trace()
         platform = settings.platform or target_platform(jax.tree.leaves((args, kwargs)))
         evaluator = Evaluate(settings, Strategy(platform, settings.form))
-        inputs = [_value(leaves[index]) for index in data]
-        outputs = evaluator.run(Body(closed.jaxpr, closed.consts), inputs)
-        return program.rebuild(evaluator.dense(outputs, None, "return"))
+        outputs = evaluator.run(body, list(map(_value, function.inputs.values())))
+        return function.rebuild(evaluator.dense(outputs, None, "return"))
 
     return with_lora
 
 
-class _Program:
-    """`fn` as a function of its arrays only, and the conversion of arrays to the result of `fn`."""
-
-    def __init__(self, fn: Callable[..., Any], leaves: list[Any], treedef: Any, data: list[int]):
-        self._fn, self._leaves, self._treedef, self._data = fn, leaves, treedef, data
-        self._result: tuple[list[Any], Any] | None = None
-
-    def __call__(self, *arrays: jax.Array) -> list[jax.Array]:
-        leaves = list(self._leaves)
-        for index, array in zip(self._data, arrays, strict=True):
-            leaves[index] = array
-        args, kwargs = jax.tree.unflatten(self._treedef, leaves)
-        results, treedef = jax.tree.flatten(self._fn(*args, **kwargs))
-        returned = [leaf for leaf in results if isinstance(leaf, jax.Array)]
-        # Other values (a string, a Python number) are returned unchanged.
-        self._result = (
-            [None if isinstance(leaf, jax.Array) else (leaf,) for leaf in results],
-            treedef,
-        )
-        return returned
-
-    def rebuild(self, arrays: list[Any]) -> Any:
-        """Put computed arrays into the structure that `fn` returned."""
-        if self._result is None:
-            raise RuntimeError("rebuild requires that the function was traced before")
-        kept, treedef = self._result
-        remaining = iter(arrays)
-        return jax.tree.unflatten(
-            treedef, [next(remaining) if leaf is None else leaf[0] for leaf in kept]
-        )
-
-
-def _is_data(leaf: Any) -> bool:
+def _is_data(_: int, leaf: Any) -> bool:
     return is_weight(leaf) or isinstance(leaf, jax.Array)
-
-
-def _stand_in(leaf: Any) -> Any:
-    """Return an array, or its shape and type, to trace `fn` with."""
-    base = base_of(leaf)
-    return jax.ShapeDtypeStruct(base.shape, base.dtype) if isinstance(base, Recipe) else base
 
 
 def _value(leaf: Any) -> Any:

@@ -9,7 +9,7 @@ import jax
 
 from jax_lora.algebra import base_weight
 from jax_lora.algebra.low_rank import LowRank
-from jax_lora.transform.equations import bind, with_operand
+from jax_lora.transform.equations import evaluate_equation, with_operand
 from jax_lora.transform.rules import Operand, Use
 from jax_lora.transform.strategies import Choice, Strategy
 
@@ -51,9 +51,14 @@ class Contraction:
         del others[position]
 
         def run(w: Array, *others: Array) -> Array:
-            return bind(self.eqn, *with_operand(position, w, others))[0]
+            return evaluate_equation(self.eqn, *with_operand(position, w, others))[0]
 
         return base_weight.use(run, self.value.base, *others)
+
+    def on_base_after_dropout(self, x: Array) -> Array | None:
+        """Evaluate the equation on W0 and x after dropout, which only a gain needs: see `Parts`."""
+        needed = self.value.gain is not None and self.value.key is not None
+        return self.on_base(x) if needed else None
 
 
 class Evaluator(Protocol):

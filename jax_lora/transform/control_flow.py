@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_lora.algebra.base_weight import Recipe, made
-from jax_lora.algebra.low_rank import FACTORS, LowRank, is_low_rank
+from jax_lora.algebra.base_weight import Recipe, as_array
+from jax_lora.algebra.low_rank import LowRank, is_low_rank
 from jax_lora.algebra.named_array import NamedArray
-from jax_lora.transform.programs import Body, Call, Cond, Scan, ShardMap, While, unchanged
+from jax_lora.transform.programs import Body, Call, Cond, Scan, ShardMap, While
 
 Value = Any  # an array or a LowRank
 Evaluator = Any  # the `Evaluate` of the jaxpr that has the equation
@@ -90,32 +90,33 @@ def scan(evaluator: Evaluator, eqn: Any, program: Scan, inputs: list[Value]) -> 
     """Evaluate under `lax.scan`: factors with the stack axis are sliced together with W0."""
     n_carry = program.n_carry
     consts, initial, xs = program.split(inputs)
-    carry = _Carry(evaluator, eqn, "scan carry", initial, program.body, program.n_consts)
+    dense = functools.partial(evaluator.dense, eqn=eqn, operation="scan carry")
+    carry = _Carry(dense, initial, program.unchanged)
     xs = [value if _is_sliceable(value) else evaluator.dense([value], eqn)[0] for value in xs]
-    slices = [_StackSlices.of(value) for value in xs]
+    slices = [_StackSlices(value) for value in xs]
 
-    def step(moving: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+    def step(carried: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
         index, arrays = x
         layer = [each.at(array) for each, array in zip(slices, arrays, strict=True)]
-        values = [_keyed(value, index) for value in (*consts, *carry.values(moving), *layer)]
+        values = [_keyed(value, index) for value in (*consts, *carry.values(carried), *layer)]
         outputs = evaluator.run(program.body, values, times=program.length)
         # Matrices that the body returns stay factored; a single row is smaller materialized.
         ys = [
             out if _is_stackable(out) else evaluator.dense([out], eqn)[0]
             for out in outputs[n_carry:]
         ]
-        return carry.moving(outputs[:n_carry]), ys
+        return carry.carried(outputs[:n_carry]), ys
 
     steps = jnp.arange(program.length) if any(map(_has_key, inputs)) else None
-    moved, ys = lax.scan(
+    final, ys = lax.scan(
         step,
-        carry.moving(initial),
+        carry.carried(initial),
         (steps, [each.arrays for each in slices]),
         length=program.length,
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    return [*carry.values(moved), *(_stacked(value, inputs) for value in ys)]
+    return [*carry.values(final), *(_stacked(value, inputs) for value in ys)]
 
 
 def _is_stackable(value: Value) -> bool:
@@ -126,9 +127,8 @@ def _stacked(value: Value, inputs: Sequence[Value]) -> Value:
     """Add the name of the leading stack axis to a value whose arrays a scan has stacked."""
     if not is_low_rank(value):
         return value
-    factors = [each for name in FACTORS if (each := getattr(value, name)) is not None]
-    taken = {*value.axes}.union(*(each.axes for each in factors))
-    name = next(each for n in itertools.count() if (each := ("scan", n)) not in taken)
+    used = {*value.axes}.union(*(each.axes for each in value.named_arrays.values()))
+    name = next(each for n in itertools.count() if (each := ("scan", n)) not in used)
     # The scan stacked the keys of the steps as well; they are derived again from the initial key.
     keys = (each.key for each in inputs if _has_key(each) and each.path == value.path)
     stacked = value.on_factors(lambda each: NamedArray(each.array, (name, *each.axes)))
@@ -138,30 +138,21 @@ def _stacked(value: Value, inputs: Sequence[Value]) -> Value:
 class _Carry:
     """The carry of a loop. Low-rank values that the body returns unchanged stay outside of it."""
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        eqn: Any,
-        name: str,
-        initial: Sequence[Value],
-        body: Body,
-        n_consts: int,
-    ):
-        self._dense = lambda values: evaluator.dense(values, eqn, name)
-        fixed = unchanged(body, n_consts, len(initial))
+    def __init__(self, dense: Callable[..., list[Any]], initial: Any, unchanged: Sequence[bool]):
+        self._dense = dense
         self._fixed = [
             value if is_low_rank(value) and same else None
-            for value, same in zip(initial, fixed, strict=True)
+            for value, same in zip(initial, unchanged, strict=True)
         ]
 
-    def moving(self, values: Sequence[Value]) -> list[Any]:
+    def carried(self, values: Sequence[Value]) -> list[Any]:
         """Return the values that the loop carries, as arrays."""
         pairs = zip(values, self._fixed, strict=True)
         return self._dense([value for value, fixed in pairs if fixed is None])
 
-    def values(self, moving: Sequence[Any]) -> list[Value]:
-        """Return all values of the carry: the inverse of `moving`."""
-        rest = iter(moving)
+    def values(self, carried: Sequence[Any]) -> list[Value]:
+        """Return all values of the carry: the inverse of `carried`."""
+        rest = iter(carried)
         return [next(rest) if fixed is None else fixed for fixed in self._fixed]
 
 
@@ -182,43 +173,34 @@ def _keyed(value: Value, index: Any) -> Value:
 
 
 class _StackSlices:
-    """One scanned input: its arrays, and the value of one step."""
+    """One scanned input: its arrays with the scanned axis first, and the value of one step."""
 
-    def __init__(self, value: Value, arrays: Any):
-        self._value = value
-        self.arrays = arrays
-
-    @classmethod
-    def of(cls, value: Value) -> _StackSlices:
-        """Move the leading axis of W0 to the front of every factor that has it."""
-        if not is_low_rank(value):
-            return cls(value, value)
-        if isinstance(value.base, Recipe) and not value.base.sliceable:
-            value = value.replace(base=made(value.base))
-        name = value.axes[0]
-
-        def leading(factor: NamedArray | None) -> Any:
-            if factor is None or name not in factor.axes:
-                return None
-            return jnp.moveaxis(factor.array, factor.axes.index(name), 0)
-
-        base = value.base.arrays if isinstance(value.base, Recipe) else value.base
-        return cls(value, (base, {each: leading(getattr(value, each)) for each in FACTORS}))
+    def __init__(self, value: Value):
+        if is_low_rank(value) and isinstance(value.base, Recipe) and not value.base.sliceable:
+            value = value.replace(base=as_array(value.base))
+        self._value = self.arrays = value
+        if is_low_rank(value):
+            name = value.axes[0]
+            base = value.base.arrays if isinstance(value.base, Recipe) else value.base
+            factors = {
+                field: jnp.moveaxis(factor.array, factor.axes.index(name), 0)
+                for field, factor in value.named_arrays.items()
+                if name in factor.axes
+            }
+            self.arrays = (base, factors)
 
     def at(self, arrays: Any) -> Value:
         """Return the value of one step, given its slices."""
         value = self._value
         if not is_low_rank(value):
             return arrays
-        base, slices = arrays
-        name = value.axes[0]
-        changed = {
-            each: NamedArray(array, tuple(x for x in getattr(value, each).axes if x != name))
-            for each, array in slices.items()
-            if array is not None
+        (base, slices), name = arrays, value.axes[0]
+        factors = {
+            field: NamedArray(array, tuple(x for x in getattr(value, field).axes if x != name))
+            for field, array in slices.items()
         }
         base = value.base.at(base) if isinstance(value.base, Recipe) else base
-        return value.replace(**changed, base=base, axes=value.axes[1:])
+        return value.replace(**factors, base=base, axes=value.axes[1:])
 
 
 # -----------------------------------------------------------------------------------------------
@@ -229,20 +211,21 @@ class _StackSlices:
 def while_loop(evaluator: Evaluator, eqn: Any, program: While, inputs: list[Value]) -> list[Value]:
     """Evaluate under `lax.while_loop`."""
     for_test, for_body, initial = program.split(inputs)
-    carry = _Carry(evaluator, eqn, "while carry", initial, program.body, program.n_body)
+    dense = functools.partial(evaluator.dense, eqn=eqn, operation="while carry")
+    carry = _Carry(dense, initial, program.unchanged)
 
     def keep_going(state: tuple[Any, list[Any]]) -> Any:
         return evaluator.run(program.test, [*for_test, *carry.values(state[1])])[0]
 
     def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-        index, moving = state
-        values = [_keyed(value, index) for value in (*for_body, *carry.values(moving))]
+        index, carried = state
+        values = [_keyed(value, index) for value in (*for_body, *carry.values(carried))]
         outputs = evaluator.run(program.body, values)
-        return None if index is None else index + 1, carry.moving(outputs)
+        return None if index is None else index + 1, carry.carried(outputs)
 
     start = jnp.zeros((), jnp.int32) if any(map(_has_key, inputs)) else None
-    _, moved = lax.while_loop(keep_going, step, (start, carry.moving(initial)))
-    return carry.values(moved)
+    _, final = lax.while_loop(keep_going, step, (start, carry.carried(initial)))
+    return carry.values(final)
 
 
 def cond(evaluator: Evaluator, eqn: Any, program: Cond, inputs: list[Value]) -> list[Value]:
@@ -306,7 +289,7 @@ def _shardable(evaluator: Evaluator, eqn: Any, value: Value, spec: PartitionSpec
     ):
         # Each shard would add the addend to a partial sum over the inputs.
         return evaluator.dense([value], eqn)[0]
-    return value.replace(base=made(value.base))
+    return value.replace(base=as_array(value.base))
 
 
 def _spec_of(value: LowRank, spec: PartitionSpec) -> LowRank:

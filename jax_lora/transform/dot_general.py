@@ -15,8 +15,8 @@ import jax
 
 from jax_lora.algebra import base_weight, factored_product, merged_product
 from jax_lora.algebra.factored_product import Projection
-from jax_lora.algebra.low_rank import LowRank, Parts, dropped, gained
-from jax_lora.algebra.merged_product import DotGeneral
+from jax_lora.algebra.low_rank import LowRank, Parts, apply_dropout, times_gain
+from jax_lora.algebra.merged_product import Member
 from jax_lora.algebra.named_axes import RANK
 from jax_lora.transform.contraction import Contraction, Evaluator
 from jax_lora.transform.rules import Operand, Use
@@ -39,8 +39,7 @@ def read_dot_general(weight: Operand) -> Use | None:
     x_ndim = len(weight.eqn.invars[other].aval.shape)
     x_names = [paired.get(axis, ("x", axis)) for axis in range(x_ndim)]
     batched = [names[axis] for axis in batch[mine]]
-    gone = {*paired.values()}
-    free = [[name for name in each if name not in gone] for each in (names, x_names)]
+    free = [[name for name in each if name not in paired.values()] for each in (names, x_names)]
     out = [*batched, *free[mine], *free[1 - mine]]
     return Use(
         kind="dense",
@@ -60,7 +59,7 @@ class _Planned:
     contraction: Contraction
     plan: Projection
     gain_first: bool  # whether the gain multiplies x instead of the result
-    product: DotGeneral | None
+    member: Member | None  # for the merged form; None if this JAX has other options
     sizes: Sizes
     choice: Choice
 
@@ -70,13 +69,20 @@ def dot_general(evaluator: Evaluator, contractions: Sequence[Contraction]) -> li
     planned = [_plan(evaluator, each) for each in contractions]
     results: list[Result] = [None] * len(contractions)
     for form, compute in ((FACTORED, _factored), (MERGED, _merged)):
-        those = [i for i, each in enumerate(planned) if each and each.choice.form == form]
-        together = [each for i in those if (each := planned[i])]
-        for index, each, parts in zip(those, together, compute(together), strict=True):
+        group = {i: each for i, each in enumerate(planned) if each and each.choice.form == form}
+        parts = compute(list(group.values()))
+        for (index, each), each_parts in zip(group.items(), parts, strict=True):
             value = each.contraction.value
-            results[index] = (value.replace(gain=None) if each.gain_first else value, parts)
-        for each in together:
-            _note(evaluator, each, together)
+            results[index] = (value.replace(gain=None) if each.gain_first else value, each_parts)
+            others = (other for other in group.values() if other is not each)
+            evaluator.note(
+                each.contraction,
+                each.choice,
+                tokens=each.sizes.tokens,
+                inputs=each.sizes.inputs,
+                outputs=each.sizes.outputs,
+                beside=tuple(other.contraction.value.path for other in others),
+            )
     return results
 
 
@@ -101,20 +107,19 @@ def _plan(evaluator: Evaluator, each: Contraction) -> _Planned | None:
     )
     if plan is None:
         return None
-    product, sizes = _product(each), _sizes(plan, each)
+    member, sizes = _member(plan, each), _sizes(plan, each)
     choice = evaluator.strategy.choose(sizes)
-    if product is None:
+    if member is None:
         choice = Choice(FACTORED, "this JAX has a dot_general with unknown options")
-    return _Planned(each, plan, gain_first, product, sizes, choice)
+    return _Planned(each, plan, gain_first, member, sizes, choice)
 
 
-def _product(each: Contraction) -> DotGeneral | None:
-    """Read a `dot_general` equation; None if it has unknown parameters."""
-    names = {field.name for field in dataclasses.fields(DotGeneral)} - {"weight_first"}
-    params = each.eqn.params
-    if not set(params) <= names:
+def _member(plan: Projection, each: Contraction) -> Member | None:
+    """Read the parameters of a `dot_general`; None if it has unknown ones."""
+    names, params = ("dimension_numbers", "preferred_element_type", "out_sharding"), each.eqn.params
+    if not {*params} <= {"precision", *names}:
         return None
-    return DotGeneral(**{name: params.get(name) for name in names}, weight_first=each.use.data == 1)
+    return Member(plan, each.value.axes, **{name: params.get(name) for name in names})
 
 
 def _sizes(plan: Projection, each: Contraction) -> Sizes:
@@ -159,28 +164,24 @@ def _factored(those: Sequence[_Planned]) -> list[Parts]:
 def _with_dropout(each: _Planned) -> Parts:
     """Compute the factored form where dropout changes the data of the factors only."""
     value, x = each.contraction.value, each.contraction.data
-    seen = dropped(value, x)
+    seen = apply_dropout(value, x)
     base = each.contraction.on_base(x)
     multiply = functools.partial(factored_product.multiply, [each.plan], factors=[value.factors])
     if not each.gain_first:
         (update,) = multiply(seen)
-        return Parts(base, update, None if value.gain is None else each.contraction.on_base(seen))
+        return Parts(base, update, each.contraction.on_base_after_dropout(seen))
     axes = each.plan.x_axes
-    (update,) = multiply(gained(value, seen, axes))
-    return Parts(base + each.contraction.on_base(gained(value, seen, axes, less=1.0)), update)
+    (update,) = multiply(times_gain(value, seen, axes))
+    return Parts(base + each.contraction.on_base(times_gain(value, seen, axes, less=1.0)), update)
 
 
 def _merged(those: Sequence[_Planned]) -> list[Parts]:
     """Compute x · (W0 + scale * a · b)."""
     results = []
     for group in _of_same_data(those):
-        members = [
-            merged_product.Member(each.product, each.plan, each.contraction.value.axes)
-            for each in group
-            if each.product is not None
-        ]
+        members = [each.member for each in group if each.member is not None]
         weights = tuple(
-            (base_weight.made(each.contraction.value.base), *each.contraction.value.factors)
+            (base_weight.as_array(each.contraction.value.base), *each.contraction.value.factors)
             for each in group
         )
         results += map(Parts, merged_product.multiply(members, _data(group[0]), weights))
@@ -196,15 +197,4 @@ def _of_same_data(those: Sequence[_Planned]) -> list[Sequence[_Planned]]:
 
 def _data(each: _Planned) -> Array:
     value, x = each.contraction.value, each.contraction.data
-    return gained(value, x, each.plan.x_axes) if each.gain_first else x
-
-
-def _note(evaluator: Evaluator, each: _Planned, together: Sequence[_Planned]) -> None:
-    evaluator.note(
-        each.contraction,
-        each.choice,
-        tokens=each.sizes.tokens,
-        inputs=each.sizes.inputs,
-        outputs=each.sizes.outputs,
-        beside=tuple(other.contraction.value.path for other in together if other is not each),
-    )
+    return times_gain(value, x, each.plan.x_axes) if each.gain_first else x

@@ -1,4 +1,4 @@
-"""Equations of a jaxpr: evaluate one, open its sub-jaxprs, and find its source line."""
+"""Equations of a jaxpr: evaluate one, and find its line in the user's code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.core
 from jax.extend import core as jex_core
 
 _DEBUG_INFO = jex_core.DebugInfo("lora_apply", "lora_apply", None, None)
-UNKNOWN = "an unknown place"
+UNKNOWN = "an unknown location"
 
 
 def is_literal(var: Any) -> bool:
@@ -20,7 +20,7 @@ def is_literal(var: Any) -> bool:
     return isinstance(var, jex_core.Literal)
 
 
-def bind(eqn: Any, *inputs: Any) -> list[Any]:
+def evaluate_equation(eqn: Any, *inputs: Any) -> list[Any]:
     """Evaluate one equation on arrays.
 
     Evaluating a jaxpr of one equation works on every version of JAX, although the ways to bind a
@@ -39,11 +39,6 @@ def with_operand(position: int, operand: Any, others: Sequence[Any]) -> list[Any
     return [*others[:position], operand, *others[position:]]
 
 
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """Split an open or closed jaxpr into the open jaxpr and its constants."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-
-
 # -----------------------------------------------------------------------------------------------
 # Source lines
 # -----------------------------------------------------------------------------------------------
@@ -55,7 +50,7 @@ def _package_folder(name: str) -> str | None:
 
 
 # Frames of these packages are skipped to find the line of the user's model.
-_MACHINERY = tuple(
+_LIBRARY_FOLDERS = tuple(
     folder
     for folder in map(_package_folder, ("jax", "jaxlib", "flax", "jax_lora", "contextlib"))
     if folder is not None and not folder.endswith(f"python{os.sep}")
@@ -65,15 +60,11 @@ _MACHINERY = tuple(
 def location(eqn: Any, called_at: str = UNKNOWN) -> str:
     """Return the `file:line` in the user's code at which an equation was traced.
 
-    Args:
-      eqn: An equation of a jaxpr.
-      called_at: The result if a library function contains the equation.
-
-    Returns:
-      The innermost frame outside JAX, Flax and this package, else `called_at`.
+    It is the innermost frame outside JAX, Flax and this package. Inside a function of a library,
+    which has no such frame, it is `called_at`, the location of the call.
     """
     traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
     for frame in getattr(traceback, "frames", ()):
-        if not frame.file_name.startswith((*_MACHINERY, "<")):
+        if not frame.file_name.startswith((*_LIBRARY_FOLDERS, "<")):
             return f"{frame.file_name}:{frame.line_num}"
     return called_at

@@ -7,7 +7,8 @@ is materialized for that equation only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,15 +19,15 @@ from jax_lora.algebra.base_weight import Recipe
 from jax_lora.algebra.low_rank import (
     LowRank,
     Parts,
-    epilogue,
-    has_epilogue,
+    add_addend,
+    add_parts,
+    addend_applies,
     is_low_rank,
-    joined,
     materialize,
 )
 from jax_lora.transform import sharing, vary
 from jax_lora.transform.contraction import Contraction
-from jax_lora.transform.equations import UNKNOWN, bind, location, with_operand
+from jax_lora.transform.equations import UNKNOWN, evaluate_equation, location, with_operand
 from jax_lora.transform.programs import Body, ShardMap
 from jax_lora.transform.rules import Operand, Rule
 from jax_lora.transform.sites import Settings, addend_error, site_of
@@ -36,6 +37,7 @@ from jax_lora.transform.walker import Group, Interpretation, walk
 Value = Any  # an array or a LowRank
 
 
+@dataclasses.dataclass(eq=False)
 class Evaluate(Interpretation[Value]):
     """Evaluates jaxprs on arrays and low-rank values.
 
@@ -46,19 +48,11 @@ class Evaluate(Interpretation[Value]):
       called_at: Source line of the call, if the jaxpr is inside another one.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        strategy: Strategy,
-        times: int = 1,
-        called_at: str = UNKNOWN,
-    ):
-        """Start with a use count of zero."""
-        self.settings = settings
-        self.strategy = strategy
-        self.times = times
-        self.called_at = called_at
-        self._uses = 0
+    settings: Settings
+    strategy: Strategy
+    times: int = 1
+    called_at: str = UNKNOWN
+    _uses: int = 0  # uses of weights so far, each of which has a separate dropout key
 
     # -------------------------------------------------------------------------------------------
     # The interpretation
@@ -74,7 +68,7 @@ class Evaluate(Interpretation[Value]):
 
     def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
         """Evaluate on arrays."""
-        return bind(eqn, *inputs)
+        return evaluate_equation(eqn, *inputs)
 
     def move(self, eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Value] | None:
         """Apply the equation to W0, and the steps of its move to the factors."""
@@ -90,7 +84,7 @@ class Evaluate(Interpretation[Value]):
                 return None
             places = [position] if rule.each else range(len(planned))
             for place, move in zip(places, planned, strict=True):
-                changed = moves.moved(inputs[position], move)
+                changed = moves.apply_move(inputs[position], move)
                 if changed is None:
                     return None
                 moved[place] = changed
@@ -105,9 +99,16 @@ class Evaluate(Interpretation[Value]):
     ) -> list[list[Value] | None]:
         """Compute contractions of weights; None for an equation that needs the full weight."""
         contractions = [self._contraction(*each, rule) for each in zip(eqns, inputs, strict=True)]
-        known = [each for each in contractions if each is not None]
-        results = iter(self._computed(rule, known))
-        return [None if each is None else next(results) for each in contractions]
+        adapted = [each for each in contractions if each is not None and each.value.a is not None]
+        computed = iter(rule.compute(self, adapted) if rule.compute and adapted else ())
+        return [
+            None
+            if each is None
+            else [each.on_base()]
+            if each.value.a is None
+            else _finished(each, next(computed))
+            for each in contractions
+        ]
 
     def enter(
         self, eqn: Any, rule: Rule, program: Any, inputs: Sequence[Value]
@@ -119,7 +120,7 @@ class Evaluate(Interpretation[Value]):
 
     def without_rule(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
         """Materialize, and evaluate on arrays."""
-        return bind(eqn, *self.dense(inputs, eqn))
+        return evaluate_equation(eqn, *self.dense(inputs, eqn))
 
     def groups(self, jaxpr: Any, weights: Collection[Any]) -> Mapping[int, Group]:
         """Group contractions with the same data."""
@@ -137,18 +138,12 @@ class Evaluate(Interpretation[Value]):
     def varying_axes(self, program: ShardMap, weights: Sequence[bool]) -> list[frozenset[str]]:
         """Return, per weight, the mesh axes along which all of its data varies."""
         specs = list(map(vary.axes_of, program.in_specs))
-        return vary.axes_met(program.body.jaxpr, specs, weights)
+        return vary.axes_of_data(program.body.jaxpr, specs, weights)
 
     def dense(self, values: Sequence[Value], eqn: Any, operation: str | None = None) -> list[Any]:
-        """Materialize low-rank values, and report it once per site.
+        """Materialize the low-rank values among the inputs of an equation; report each site once.
 
-        Args:
-          values: Arrays and low-rank values.
-          eqn: The equation that needs arrays.
-          operation: Its name in messages; by default the name of its primitive.
-
-        Returns:
-          Arrays only.
+        Messages name the operation, which is by default the primitive of the equation.
 
         Raises:
           MaterializeError: A value has an addend, or `on_materialize` is "error".
@@ -169,14 +164,16 @@ class Evaluate(Interpretation[Value]):
 
     def note(self, contraction: Contraction, choice: Choice, **sizes: Any) -> None:
         """Record the form and the sizes of a contraction."""
-        eqn = contraction.eqn
-        place: dict[str, Any] = {
-            "where": self.locate(eqn),
-            "operation": eqn.primitive.name,
-            "times": self.times,
-        }
-        chosen = {"form": choice.form, "why": choice.why}
-        self.settings.note(site_of(contraction.value, **place, **chosen, **sizes))
+        site = site_of(
+            contraction.value,
+            where=self.locate(contraction.eqn),
+            operation=contraction.eqn.primitive.name,
+            times=self.times,
+            form=choice.form,
+            why=choice.why,
+            **sizes,
+        )
+        self.settings.note(site)
 
     def locate(self, eqn: Any) -> str:
         """Return the source line of an equation, or of the call of the library that contains it."""
@@ -196,7 +193,7 @@ class Evaluate(Interpretation[Value]):
     def _contraction(self, eqn: Any, inputs: Sequence[Value], rule: Rule) -> Contraction | None:
         """Read how an equation uses a weight; None if there is no low-rank form."""
         weights = [i for i, value in enumerate(inputs) if is_low_rank(value)]
-        if len(weights) != 1 or rule.read is None:
+        if len(weights) != 1 or rule.read is None or rule.compute is None:
             return None
         (position,) = weights
         value = inputs[position]
@@ -204,36 +201,22 @@ class Evaluate(Interpretation[Value]):
         use = rule.read(weight)
         if use is None or not _is_floating(value):
             return None
-        if use.kind != "embedding" and not _is_floating(inputs[use.data]):
+        is_lookup = use.kind == "embedding"
+        if not is_lookup and not _is_floating(inputs[use.data]):
             return None
-        if value.addend is not None and (
-            use.kind == "embedding" or not has_epilogue(value, use.summed, use.out_axes)
-        ):
+        has_addend = value.addend is not None
+        if has_addend and (is_lookup or not addend_applies(value, use.summed, use.out_axes)):
             return None
         fresh = [*inputs[:position], self.fresh(value), *inputs[position + 1 :]]
         return Contraction(eqn, tuple(fresh), weight, use)
 
-    def _computed(
-        self, rule: Rule, contractions: Sequence[Contraction]
-    ) -> list[list[Value] | None]:
-        """Compute contractions, and apply gain and epilogue to the results."""
-        if rule.compute is None or not contractions:
-            return [None] * len(contractions)
-        adapted = [each for each in contractions if each.value.a is not None]
-        results: Iterator[Any] = iter(rule.compute(self, adapted) if adapted else ())
-        finished: list[list[Value] | None] = []
-        for each in contractions:
-            if each.value.a is None:
-                finished.append([each.on_base()])
-            else:
-                result = next(results)
-                finished.append(None if result is None else [_finished(each, *result)])
-        return finished
 
-
-def _finished(each: Contraction, value: LowRank, parts: Parts) -> Any:
-    axes = each.use.out_axes
-    return epilogue(value, joined(value, parts, axes), axes)
+def _finished(each: Contraction, result: tuple[LowRank, Parts] | None) -> list[Value] | None:
+    """Apply the gain and the epilogue to the parts of a product."""
+    if result is None:
+        return None
+    (value, parts), axes = result, each.use.out_axes
+    return [add_addend(value, add_parts(value, parts, axes), axes)]
 
 
 def _is_floating(array: Any) -> bool:
@@ -245,14 +228,16 @@ def _on_bases(eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Any]:
     bases = [value.base if is_low_rank(value) else value for value in inputs]
     recipes = [i for i, base in enumerate(bases) if isinstance(base, Recipe)]
     if not recipes:
-        return bind(eqn, *bases)
+        return evaluate_equation(eqn, *bases)
     if len(bases) > 1 and rule.each:
         return bases  # an optimization barrier has no effect on a weight that is not computed yet
     (position,) = recipes
     others = tuple(base for i, base in enumerate(bases) if i != position)
     return [
         bases[position].then(
-            lambda w, *others, place=place: bind(eqn, *with_operand(position, w, others))[place],
+            lambda w, *others, place=place: evaluate_equation(
+                eqn, *with_operand(position, w, others)
+            )[place],
             (eqn, place),
             others,
             rule.elementwise,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from jax_lora.adapter import is_adapted, not_combined
+from jax_lora.printable import printable
 from jax_lora.transform.apply import with_settings
 from jax_lora.transform.sites import Settings, Site
+from jax_lora.transform.tracing import ArrayFunction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,23 +62,14 @@ def explain(fn: Callable[..., Any], *args: Any, form: str = "auto", **kwargs: An
       ('merged', ('up/kernel',))
     """
     settings = Settings("allow", form)
-    leaves, treedef = jax.tree.flatten((args, kwargs))
     if not any(map(is_adapted, jax.tree.leaves((args, kwargs), is_leaf=is_adapted))):
         raise not_combined("explain", "an argument from jl.combine(variables, adapter)")
-    data = [i for i, leaf in enumerate(leaves) if isinstance(leaf, _ARRAYS)]
-
-    def run(*arrays: Any) -> None:
-        filled = list(leaves)
-        for index, array in zip(data, arrays, strict=True):
-            filled[index] = array
-        args, kwargs = jax.tree.unflatten(treedef, filled)
-        with_settings(fn, settings)(*args, **kwargs)
-
-    jax.eval_shape(run, *[leaves[index] for index in data])
+    is_array = lambda _, leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)  # noqa: E731
+    function = ArrayFunction(with_settings(fn, settings), args, kwargs, is_array)
+    jax.eval_shape(function, *function.inputs.values())
     return Explanation(tuple(settings.sites))
 
 
-_ARRAYS = (jax.Array, jax.ShapeDtypeStruct)
 _HEADER = ("kernel", "form", "tokens", "in", "out", "rank", "runs", "at", "why")
 
 
@@ -90,16 +84,7 @@ def _alike(sites: Sequence[Site]) -> list[list[Site]]:
 
 
 def _without_numbers(path: str) -> str:
-    """Replace every number in a path by `*`.
-
-    Example:
-      >>> _without_numbers("layers_11/mlp/up/kernel")
-      'layers_*/mlp/up/kernel'
-    """
-    result = ""
-    for character in path:
-        result += character if not character.isdigit() else "" if result.endswith("*") else "*"
-    return result
+    return re.sub(r"\d+", "*", path)
 
 
 def _row(sites: Sequence[Site]) -> tuple[str, ...]:
@@ -108,7 +93,7 @@ def _row(sites: Sequence[Site]) -> tuple[str, ...]:
     folder, line = os.path.split(site.where)
     shared = f"; shares x with {len(site.beside)} more" if site.beside else ""
     return (
-        names,
+        printable(names, keep=""),
         site.form,
         _count(site.tokens),
         f"{site.inputs:,}",

@@ -13,8 +13,8 @@ from jax_lora.adapter import is_weight, plain_leaves
 from jax_lora.kernels.kernel import Kernels
 from jax_lora.transform.analyze import Analyze, Stream
 from jax_lora.transform.parameters import not_parameters
-from jax_lora.transform.programs import Body
-from jax_lora.transform.record import Bar, Record
+from jax_lora.transform.record import Exclusion, Leaf, Record
+from jax_lora.transform.tracing import ArrayFunction
 
 
 def find_kernels(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Kernels:
@@ -49,50 +49,35 @@ def find_kernels(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -
       >>> kernel.kind, kernel.in_axes, kernel.out_axes
       ('dense', (0,), (1, 2))
     """
-    leaves, treedef = jax.tree.flatten((tree, args, kwargs), is_leaf=is_weight)
     named = [path for path, _ in plain_leaves("find_kernels", tree)]
-    data = [index for index, leaf in enumerate(leaves) if _is_data(leaf, index < len(named))]
-
-    def program(*arrays: Any) -> list[Any]:
-        filled = list(leaves)
-        for index, array in zip(data, arrays, strict=True):
-            filled[index] = array
-        tree, args, kwargs = jax.tree.unflatten(treedef, filled)
-        results = jax.tree.leaves(fn(tree, *args, **kwargs))
-        return [leaf for leaf in results if isinstance(leaf, jax.Array)]
-
-    closed = jax.make_jaxpr(program)(*[_stand_in(leaves[index]) for index in data])
+    is_array = lambda index, leaf: _is_array(leaf, is_parameter=index < len(named))  # noqa: E731
+    function = ArrayFunction(fn, (tree, *args), kwargs, is_array, is_weight)
     record = Record()
-    others = not_parameters(tree)
-    bars = {path: Bar(why, is_parameter=False) for path, why in others.items()}
-    inputs = [
-        record.leaf(
-            named[index],
-            leaves[index].shape,
-            leaves[index].dtype,
-            bars.get(named[index]) or _not_floating(leaves[index]),
-        )
-        if index < len(named)
-        else Stream(math.prod(leaves[index].shape), external=True)
-        for index in data
-    ]
+    others = not_parameters(tree).items()
+    excluded = {path: Exclusion(why, is_parameter=False) for path, why in others}
+    inputs: list[Leaf | Stream] = []
+    for index, leaf in function.inputs.items():
+        if index < len(named):
+            path = named[index]
+            exclusion = excluded.get(path) or _not_floating(leaf)
+            inputs.append(record.leaf(path, leaf.shape, leaf.dtype, exclusion))
+        else:
+            inputs.append(Stream(math.prod(leaf.shape), external=True))
     analyze = Analyze(record)
-    outputs = analyze.run(Body(closed.jaxpr, closed.consts), inputs)
+    outputs = analyze.run(function.trace(), inputs)
     results = [analyze.materialized(value, None, "return") for value in outputs]
     return record.results([stream.heads for stream in results])
 
 
-def _is_data(leaf: Any, is_parameter: bool) -> bool:
+def _is_array(leaf: Any, *, is_parameter: bool) -> bool:
     array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or is_weight(leaf)
     return array or (is_parameter and hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
 
 
-def _stand_in(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_weight(leaf) else leaf
-
-
-def _not_floating(leaf: Any) -> Bar | None:
+def _not_floating(leaf: Any) -> Exclusion | None:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or jnp.issubdtype(dtype, jnp.floating):
         return None
-    return Bar(f"its type is {dtype}, and only real floating-point leaves can be adapted", True)
+    return Exclusion(
+        f"its type is {dtype}, and only real floating-point leaves can be adapted", True
+    )

@@ -10,24 +10,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_lora.algebra.low_rank import LowRank, Parts, accumulation_dtype, dropped, gained
-from jax_lora.algebra.moves import selected
+from jax_lora.algebra.low_rank import (
+    LowRank,
+    Parts,
+    accumulation_dtype,
+    apply_dropout,
+    scaled,
+    times_gain,
+)
+from jax_lora.algebra.moves import factor_entries
 from jax_lora.algebra.named_array import NamedArray, product
 from jax_lora.algebra.named_axes import RANK, AxisName
 from jax_lora.transform.contraction import Contraction, Evaluator
 from jax_lora.transform.rules import Operand, Use
 from jax_lora.transform.strategies import FACTORED, Choice
-from jax_lora.transform.structural import choose, looked_up_axis, taken
+from jax_lora.transform.structural import gather_entries, gather_from, looked_up_axis
 
 Array = jax.Array
 Result = tuple[LowRank, Parts] | None
 
 _TOKEN: AxisName = "token"
 _ONLY = Choice(FACTORED, "the only low-rank form of this operation")
-
-
-def _was_dropped_with_gain(value: LowRank) -> bool:
-    return value.gain is not None and value.key is not None
 
 
 # -----------------------------------------------------------------------------------------------
@@ -37,7 +40,7 @@ def _was_dropped_with_gain(value: LowRank) -> bool:
 
 def read_lookup(weight: Operand) -> Use | None:
     """Name the axes of an embedding lookup, which selects whole rows along one axis."""
-    axis, moves = looked_up_axis(weight), choose(weight)
+    axis, moves = looked_up_axis(weight), gather_entries(weight)
     if axis is None or moves is None:
         return None
     return Use("embedding", (weight.axes[axis],), (), 1, (), moves[0].axes, 0)
@@ -49,8 +52,8 @@ def lookup(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Re
     value, ids, (name,) = each.value, each.data, each.use.summed
     new = tuple(n for n in each.use.out_axes if n is not None and n not in value.axes)
     rows = each.on_base()  # (*ids, *rest)
-    take = lambda factor, axis: taken(each.weight, factor, axis, ids)  # noqa: E731
-    found = value.on_factors(selected(name, take, new))
+    entries = lambda factor, axis: gather_from(each.weight, factor, axis, ids)  # noqa: E731
+    found = value.on_factors(factor_entries(name, entries, new))
     found = found.replace(base=rows, axes=each.use.out_axes)
     evaluator.note(each, _ONLY, tokens=math.prod(ids.shape[:-1]))
     result = _with_gain(found, rows, _rows_update(found, new))
@@ -61,9 +64,8 @@ def _rows_update(found: LowRank, new: Sequence[AxisName]) -> Array:
     """Contract the rows of the factors over the rank: (*ids, r) · (r, out) -> (*ids, out)."""
     a, b = found.factors
     rows, other = (a, b) if {*new} & {*a.axes} else (b, a)
-    wide = accumulation_dtype(found.dtype)
-    scaled = rows.array.astype(wide) * jnp.asarray(found.scale, wide)
-    down = NamedArray(scaled.astype(found.dtype), rows.axes)
+    wide = rows.array.astype(accumulation_dtype(found.dtype))
+    down = NamedArray(scaled(wide, found.scale, found.dtype), rows.axes)
     keep = {name for name in found.axes if name is not None}
     up = product(down, other.astype(found.dtype), keep, dtype=found.dtype)
     return up.arranged(found.axes, found.shape)
@@ -75,7 +77,7 @@ def _with_gain(found: LowRank, rows: Array, update: Array) -> Array:
     # An id out of range gives NaN, which must not enter the derivative of the gain.
     known = ~jnp.isnan(rows)
     safe = jnp.where(known, rows, jnp.zeros((), rows.dtype))
-    return jnp.where(known, gained(found, safe + update, found.axes), rows)
+    return jnp.where(known, times_gain(found, safe + update, found.axes), rows)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -110,20 +112,17 @@ def ragged_dot(evaluator: Evaluator, contractions: Sequence[Contraction]) -> lis
         return [None]
     evaluator.note(each, _ONLY, tokens=x.shape[0])
     base = each.on_base()
-    wide, precision = accumulation_dtype(x.dtype), each.eqn.params.get("precision")
-    seen = dropped(value, x)
-    down = lax.ragged_dot(  # (tokens, in) · (experts, in, r) -> (tokens, r)
-        seen, a.array.astype(x.dtype), sizes, precision=precision, preferred_element_type=wide
-    )
-    down = (down * jnp.asarray(value.scale, wide)).astype(x.dtype)
-    update = lax.ragged_dot(  # (tokens, r) · (experts, r, out) -> (tokens, out)
-        down,
-        b.array.astype(x.dtype),
+    product_of = lambda x, factor, dtype: lax.ragged_dot(  # noqa: E731
+        x,
+        factor.array.astype(x.dtype),
         sizes,
-        precision=precision,
-        preferred_element_type=base.dtype,
+        precision=each.eqn.params.get("precision"),
+        preferred_element_type=dtype,
     )
-    again = each.on_base(seen) if _was_dropped_with_gain(value) else None
+    seen = apply_dropout(value, x)
+    down = product_of(seen, a, accumulation_dtype(x.dtype))  # (tokens, in) · (experts, in, r)
+    update = product_of(scaled(down, value.scale, x.dtype), b, base.dtype)  # (tokens, out)
+    again = each.on_base_after_dropout(seen)
     if value.gain is not None:
         value = value.replace(gain=_gain_by_token(value.gain, expert, x, sizes))
     return [(value, Parts(base, update, again))]
@@ -174,9 +173,9 @@ def convolution(evaluator: Evaluator, contractions: Sequence[Contraction]) -> li
         return [None]
     base = each.on_base()
     evaluator.note(each, _ONLY, tokens=base.size // base.shape[numbers.out_spec[1]])
-    seen = dropped(value, x)
+    seen = apply_dropout(value, x)
     update = _mix_channels(_down_convolution(each, seen, a, numbers), b, each.eqn, base)
-    again = each.on_base(seen) if _was_dropped_with_gain(value) else None
+    again = each.on_base_after_dropout(seen)
     return [(value, Parts(base, update, again))]
 
 
@@ -189,17 +188,16 @@ def _down_convolution(each: Contraction, x: Array, a: NamedArray, numbers: Any) 
     kernel = a.arranged(order, shape)
     groups = params["feature_group_count"]
     kernel = jnp.concatenate([kernel.astype(x.dtype)] * groups, axis=out_axis)
-    wide = accumulation_dtype(x.dtype)
     same = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
     down = lax.conv_general_dilated(
         x,
         kernel,
         dimension_numbers=numbers,
         feature_group_count=groups,
-        preferred_element_type=wide,
+        preferred_element_type=accumulation_dtype(x.dtype),
         **{name: params[name] for name in same},
     )
-    return (down * jnp.asarray(value.scale, wide)).astype(x.dtype)
+    return scaled(down, value.scale, x.dtype)
 
 
 def _mix_channels(down: Array, b: NamedArray, eqn: Any, base: Array) -> Array:

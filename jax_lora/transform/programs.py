@@ -10,17 +10,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jax_lora.transform.equations import opened
-
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """A sub-jaxpr.
-
-    Args:
-      jaxpr: The open jaxpr.
-      consts: Its constants.
-    """
+    """A sub-jaxpr: an open jaxpr, and the arrays of its constants."""
 
     jaxpr: Any
     consts: Sequence[Any]
@@ -28,7 +21,7 @@ class Body:
     @classmethod
     def of(cls, program: Any) -> Body:
         """Split an open or closed jaxpr."""
-        return cls(*opened(program))
+        return cls(getattr(program, "jaxpr", program), getattr(program, "consts", ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +44,11 @@ class Scan:
         """Split inputs into constants, carry, and scanned arrays."""
         return _in_three(inputs, self.n_consts, self.n_carry)
 
+    @property
+    def unchanged(self) -> list[bool]:
+        """Which values of the carry the body returns unchanged, so that they are constant."""
+        return _unchanged(self.body, self.n_consts, self.n_carry)
+
 
 @dataclasses.dataclass(frozen=True)
 class While:
@@ -64,6 +62,11 @@ class While:
     def split(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Split inputs into constants of the condition, constants of the body, and carry."""
         return _in_three(inputs, self.n_test, self.n_body)
+
+    @property
+    def unchanged(self) -> list[bool]:
+        """Which values of the carry the body returns unchanged, so that they are constant."""
+        return _unchanged(self.body, self.n_body, len(self.body.jaxpr.outvars))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,34 +95,27 @@ def _in_three(
     return list(inputs[:first]), list(inputs[first:end]), list(inputs[end:])
 
 
-def unchanged(body: Body, n_consts: int, n_carry: int) -> list[bool]:
-    """Tell which values of a carry the body returns unchanged, so that they are constant."""
-    jaxpr = body.jaxpr
-    return [jaxpr.outvars[i] is jaxpr.invars[n_consts + i] for i in range(n_carry)]
+def _unchanged(body: Body, n_consts: int, n_carry: int) -> list[bool]:
+    carried = body.jaxpr.invars[n_consts : n_consts + n_carry]
+    return [new is old for old, new in zip(carried, body.jaxpr.outvars, strict=False)]
 
 
 def _reads(eqn: Any, *names: str) -> bool:
     return set(names) <= set(eqn.params)
 
 
-def open_jit(eqn: Any) -> Call | None:
-    """`jit`."""
-    return Call(Body.of(eqn.params["jaxpr"])) if _reads(eqn, "jaxpr") else None
-
-
-def open_remat(eqn: Any) -> Call | None:
-    """`checkpoint`, which JAX has also called `remat`."""
-    readable = _reads(eqn, "jaxpr", "prevent_cse", "policy")
-    return Call(Body.of(eqn.params["jaxpr"])) if readable else None
-
-
 def open_call(eqn: Any) -> Call | None:
-    """A plain call, or a function with a custom derivative."""
+    """`jit`, a plain call, or a function with a custom derivative."""
     for name in ("call_jaxpr", "jaxpr"):
         if _reads(eqn, name):
             body = Body.of(eqn.params[name])
             return Call(body) if len(body.jaxpr.invars) == len(eqn.invars) else None
     return None
+
+
+def open_remat(eqn: Any) -> Call | None:
+    """`checkpoint`, which JAX has also called `remat`."""
+    return open_call(eqn) if _reads(eqn, "prevent_cse", "policy") else None
 
 
 def open_scan(eqn: Any) -> Scan | None:
@@ -131,21 +127,16 @@ def open_scan(eqn: Any) -> Scan | None:
     if not _reads(eqn, "jaxpr", "length", "reverse", "unroll"):
         return None
     body = Body.of(eqn.params["jaxpr"])
-    whole_in = [
-        outer.aval.ndim == inner.aval.ndim
-        for outer, inner in zip(eqn.invars, body.jaxpr.invars, strict=True)
-    ]
-    whole_out = [
-        outer.aval.ndim == inner.aval.ndim
-        for outer, inner in zip(eqn.outvars, body.jaxpr.outvars, strict=True)
-    ]
+    keeps_rank = lambda outer, inner: outer.aval.ndim == inner.aval.ndim  # noqa: E731
+    whole_in = list(map(keeps_rank, eqn.invars, body.jaxpr.invars))
+    whole_out = list(map(keeps_rank, eqn.outvars, body.jaxpr.outvars))
     n_whole, n_carry = sum(whole_in), sum(whole_out)
     in_order = all(whole_in[:n_whole]) and all(whole_out[:n_carry]) and n_whole >= n_carry
     return Scan(body, n_whole - n_carry, n_carry, eqn.params["length"]) if in_order else None
 
 
 def open_while(eqn: Any) -> While | None:
-    """`while`."""
+    """`while`, with its condition and its body."""
     if not _reads(eqn, "cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"):
         return None
     params = eqn.params
@@ -161,7 +152,7 @@ def open_cond(eqn: Any) -> Cond | None:
 
 
 def open_shard_map(eqn: Any) -> ShardMap | None:
-    """`shard_map`."""
+    """`shard_map`, whose manual axes two versions of JAX name differently."""
     params = eqn.params
     if not _reads(eqn, "mesh", "in_specs", "out_specs", "jaxpr", "check_vma"):
         return None

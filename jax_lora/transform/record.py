@@ -24,7 +24,7 @@ class Leaf:
       shape: Current shape.
       looked_up: Names of the axes along which an index that depends on data selects entries: rows
         of a table or kernels of a stack, depending on the next operation.
-      meets_data: Whether data was added to it, so that it may be a stream.
+      has_data: Whether data was added to it, so that it may be a stream.
       others: Other leaves that were combined with it elementwise; each can be adapted.
     """
 
@@ -32,7 +32,7 @@ class Leaf:
     axes: tuple[AxisName | None, ...]
     shape: tuple[Any, ...]
     looked_up: tuple[AxisName | None, ...] = ()
-    meets_data: bool = False
+    has_data: bool = False
     others: tuple[Leaf, ...] = ()
 
     @property
@@ -57,7 +57,7 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bar:
+class Exclusion:
     """Why a leaf cannot be adapted, however it is used.
 
     Args:
@@ -70,87 +70,70 @@ class Bar:
 
 
 @dataclasses.dataclass
-class _Uses:
-    """The uses of one leaf."""
+class Uses:
+    """The uses of one leaf. Sets of axes are axes of the leaf, numbered as in its shape."""
 
     shape: tuple[int, ...]
     dtype: Any
-    bar: Bar | None
-    kinds: list[str] = dataclasses.field(default_factory=list)
-    summed: list[frozenset[int]] = dataclasses.field(default_factory=list)
-    stacked: set[int] = dataclasses.field(default_factory=set)
+    exclusion: Exclusion | None
+    kinds: list[str] = dataclasses.field(default_factory=list)  # one per use
+    summed: list[frozenset[int]] = dataclasses.field(default_factory=list)  # one per use
+    stacked: frozenset[int] = frozenset()
+    looked_up: frozenset[int] = frozenset()  # axes along which data selects entries
     flops: Any = 0
     used_at: str = UNKNOWN
-    lost: str | None = None
-    lost_a_matrix: bool = False
-    looked_up: frozenset[int] = frozenset()  # axes along which data selects entries
+    why_materialized: str | None = None
+    materialized_matrix: bool = False  # whether that has two axes or more
     added: bool = False  # whether it was materialized to be added to data, like a bias
-    contracted_after: bool = False
-    contracted_entries: bool = False
-    touched: bool = False
+    contracted_after: bool = False  # whether data is contracted with what was computed from it
+    contracted_entries: bool = False  # whether that was computed from looked-up entries
+    touched: bool = False  # whether an operation reads it
+
+    def use(self, kind: str, summed: Iterable[Any], flops: Any, where: str) -> None:
+        """Record a use, with the names of the summed or looked-up axes."""
+        self.kinds.append(kind)
+        self.summed.append(origins_of(summed))
+        self.flops += flops
+        self.used_at = where
+
+    def materialize(self, leaf: Leaf, why: str, *, added: bool = False) -> None:
+        """Record that the leaf is materialized, perhaps only to be added to data."""
+        # A scan over a stack of biases leaves one axis.
+        is_matrix = len(origins_of(leaf.axes)) > 1
+        if self.why_materialized is None or (is_matrix and not self.materialized_matrix):
+            self.why_materialized, self.materialized_matrix = why, is_matrix
+            self.added = added or leaf.has_data
 
 
 class Record:
-    """The uses of every leaf."""
+    """The uses of every leaf by path, and how the products of kernels are used.
+
+    Attributes:
+      uses: The uses by path.
+      fed: Kernels whose products reach another kernel.
+      joined: Kernels whose products are combined with another stream.
+      sums: Sets of kernels whose products are added to each other.
+    """
 
     def __init__(self) -> None:
         """Start without leaves."""
-        self._uses: dict[str, _Uses] = {}
-        self._fed: set[str] = set()  # kernels whose products reach another kernel
-        self._joined: set[str] = set()  # kernels whose products are combined with another stream
-        self._sums: set[Paths] = set()  # kernels whose products are added to each other
+        self.uses: dict[str, Uses] = {}
+        self.fed: set[str] = set()
+        self.joined: set[str] = set()
+        self.sums: set[Paths] = set()
 
-    def leaf(self, path: str, shape: Sequence[int], dtype: Any, bar: Bar | None) -> Leaf:
+    def leaf(
+        self, path: str, shape: Sequence[int], dtype: Any, exclusion: Exclusion | None
+    ) -> Leaf:
         """Add a leaf."""
-        self._uses[path] = _Uses(tuple(shape), dtype, bar)
+        self.uses[path] = Uses(tuple(shape), dtype, exclusion)
         return Leaf(path, tuple(range(len(shape))), tuple(shape))
 
-    def touch(self, path: str) -> None:
-        """Record that an operation reads a leaf."""
-        self._uses[path].touched = True
-
-    def stack(self, path: str, names: Iterable[AxisName | None]) -> None:
-        """Record stack axes."""
-        self._uses[path].stacked |= origins_of(names)
-
-    def use(self, leaf: Leaf, kind: str, summed: Iterable[Any], flops: Any, where: str) -> None:
-        """Record a use, with the names of the summed or looked-up axes."""
-        uses = self._uses[leaf.path]
-        uses.kinds.append(kind)
-        uses.summed.append(origins_of(summed))
-        uses.flops += flops
-        uses.used_at = where
-
-    def look_up(self, path: str, names: Iterable[AxisName | None]) -> None:
-        """Record that entries are selected along axes: rows, unless they are used as kernels."""
-        self._uses[path].looked_up |= origins_of(names)
-
-    def lose(self, leaf: Leaf, why: str, *, added: bool = False) -> None:
-        """Record that a leaf is materialized, perhaps only to be added to data."""
-        uses = self._uses[leaf.path]
-        # A scan over a stack of biases leaves one axis.
-        is_matrix = len(origins_of(leaf.axes)) > 1
-        if uses.lost is None or (is_matrix and not uses.lost_a_matrix):
-            uses.lost, uses.lost_a_matrix = why, is_matrix
-            uses.added = added or leaf.meets_data
-
-    def contract_lost(self, lost: Paths, entries: Paths) -> None:
+    def contract_materialized(self, materialized: Paths, entries: Paths) -> None:
         """Record that data is contracted with arrays computed from materialized leaves."""
-        for path in lost | entries:
-            self._uses[path].contracted_after = True
-            self._uses[path].contracted_entries |= path in entries
-
-    def feed(self, data: Paths) -> None:
-        """Record that the products of some kernels reach another kernel."""
-        self._fed |= data
-
-    def join(self, paths: Paths) -> None:
-        """Record that the products of some kernels are combined with another stream."""
-        self._joined |= paths
-
-    def add_up(self, paths: Paths) -> None:
-        """Record that the products of some kernels are added to each other."""
-        self._sums.add(paths)
+        for path in materialized | entries:
+            self.uses[path].contracted_after = True
+            self.uses[path].contracted_entries |= path in entries
 
     def results(self, returned: Sequence[Paths]) -> Kernels:
         """Return the kernels, and the skipped leaves with reasons.
@@ -159,18 +142,18 @@ class Record:
           returned: For every output of the function, the kernels whose product it is.
         """
         # A sum that is not an output of the function is a stream that its terms have joined.
-        inner = [paths for paths in self._sums if not any(paths <= each for each in returned)]
-        heads = NO_PATHS.union(*returned) - self._fed - self._joined - NO_PATHS.union(*inner)
+        inner = [paths for paths in self.sums if not any(paths <= each for each in returned)]
+        heads = NO_PATHS.union(*returned) - self.fed - self.joined - NO_PATHS.union(*inner)
         kernels, skipped, acting, added = {}, {}, set(), set()
-        for path, uses in self._uses.items():
+        for path, uses in self.uses.items():
             kernel = _kernel(path, uses, path in heads)
-            if kernel is not None and uses.bar is None:
+            if kernel is not None and uses.exclusion is None:
                 kernels[path] = kernel
                 if uses.kinds or not uses.contracted_entries:
                     continue  # otherwise it is adapted as a table, but its entries act as kernels
             if (why := _why_skipped(uses, kernel)) is not None:
                 skipped[path] = why
-                is_parameter = uses.bar is None or uses.bar.is_parameter
+                is_parameter = uses.exclusion is None or uses.exclusion.is_parameter
                 if is_parameter and (kernel is not None or uses.contracted_after):
                     acting.add(path)
                 elif uses.added:
@@ -188,7 +171,7 @@ def is_index(name: AxisName) -> bool:
     return isinstance(name, tuple) and name[0] == "index"
 
 
-def _kernel(path: str, uses: _Uses, is_output_head: bool) -> Kernel | None:
+def _kernel(path: str, uses: Uses, is_output_head: bool) -> Kernel | None:
     kinds, summed = uses.kinds, uses.summed
     if not kinds and uses.looked_up:
         kinds, summed = ["embedding"], [uses.looked_up]  # entries that are not kernels
@@ -209,18 +192,12 @@ _Axes = tuple[int, ...]
 
 
 def _split(
-    uses: _Uses, summed: frozenset[int], *, loose: bool = False
+    uses: Uses, summed: frozenset[int], *, loose: bool = False
 ) -> tuple[_Axes, _Axes, _Axes] | None:
     """Split the axes of a leaf into inputs, outputs and stack, given the axes that a use sums.
 
-    Args:
-      uses: The leaf.
-      summed: The axes that the use sums over.
-      loose: Whether to accept a use without output axes: stack axes then become the outputs; if
-        there are none, the last axis does.
-
-    Returns:
-      The input, output and stack axes, or None.
+    A loose split accepts a use without output axes: stack axes then become the outputs; if there
+    are none, the last axis does.
     """
     axes = range(len(uses.shape))
     stacked = uses.stacked - summed
@@ -234,13 +211,14 @@ def _split(
     return tuple(sorted(inputs)), tuple(sorted(outputs)), tuple(sorted(stacked))
 
 
-def _why_skipped(uses: _Uses, kernel: Kernel | None) -> str | None:
+def _why_skipped(uses: Uses, kernel: Kernel | None) -> str | None:
     matrix = sum(size != 1 for size in uses.shape) > 1
-    if uses.bar is not None:
+    if uses.exclusion is not None:
+        why = uses.exclusion.why
         if kernel is not None:
-            return f"{uses.bar.why}; it is used at {uses.used_at}"
-        return f"{uses.bar.why}; {uses.lost}" if uses.contracted_after and matrix else None
-    if uses.lost is not None and uses.lost_a_matrix:
-        return uses.lost
-    unused = uses.touched and uses.lost is None and not uses.kinds
+            return f"{why}; it is used at {uses.used_at}"
+        return f"{why}; {uses.why_materialized}" if uses.contracted_after and matrix else None
+    if uses.why_materialized is not None and uses.materialized_matrix:
+        return uses.why_materialized
+    unused = uses.touched and uses.why_materialized is None and not uses.kinds
     return "the function does not use the result" if unused and matrix else None

@@ -17,14 +17,10 @@ Var = Any
 
 
 def find_groups(jaxpr: Any, weights: Collection[Var]) -> dict[int, Group]:
-    """Find the contractions that can be computed together.
+    """Find the contractions of an open jaxpr that can be computed together.
 
-    Args:
-      jaxpr: An open jaxpr.
-      weights: The inputs that are low-rank values.
-
-    Returns:
-      Groups of at least two equations, by the index of their first member.
+    `weights` are its inputs that are low-rank values. The result maps the index of the first
+    member to a group of at least two equations.
     """
     program = _Program(jaxpr, weights)
     alike: dict[Hashable, list[int]] = {}

@@ -17,16 +17,7 @@ POLICIES = ("warn", "error", "allow")
 
 
 def addend_error(path: str, operation: str, where: str) -> MaterializeError:
-    """Build the error for an operation that cannot apply the bias of a pair.
-
-    Args:
-      path: Path of the leaf.
-      operation: Name of the operation.
-      where: `file:line` of the operation.
-
-    Returns:
-      The error.
-    """
+    """Build the error for an operation, at `file:line`, that cannot apply the bias of a pair."""
     return MaterializeError(
         format_error(
             f"lora_apply: {path} at {where}",
@@ -97,21 +88,21 @@ class Settings:
         self.sites[site] = None
 
     def materialized(self, value: LowRank, operation: str, where: str, times: int) -> None:
-        """Record that a full weight is materialized; warn or raise an error once per site.
-
-        Args:
-          value: The low-rank value.
-          operation: Name of the operation that has no low-rank rule.
-          where: `file:line` of the operation.
-          times: How often the operation runs.
+        """Record that an operation without a rule materializes a weight; report it once per site.
 
         Raises:
           MaterializeError: `on_materialize` is "error".
         """
         self._report((value.path, operation, where))
-        why = "no low-rank rule for this operation"
-        place: dict[str, Any] = {"where": where, "operation": operation, "times": times}
-        self.note(site_of(value, form=MATERIALIZED, why=why, **place))
+        site = site_of(
+            value,
+            where=where,
+            operation=operation,
+            times=times,
+            form=MATERIALIZED,
+            why="no low-rank rule for this operation",
+        )
+        self.note(site)
 
     def _report(self, site: tuple[str, str, str]) -> None:
         if self._policy == "allow" or site in self._reported:

@@ -141,14 +141,7 @@ def _is_exact(precision: Any) -> bool:
 
 
 def target_platform(arrays: Sequence[Any]) -> str:
-    """Return the platform of the arrays, or the default backend if there are only tracers.
-
-    Args:
-      arrays: Inputs of a call.
-
-    Returns:
-      "cpu", "gpu" or "tpu", or the name of another backend.
-    """
+    """Return the platform of the arrays, or the default backend if there are only tracers."""
     concrete = (x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, Tracer))
     device = next((next(iter(array.sharding.device_set)) for array in concrete), None)
     platform: str = jax.default_backend() if device is None else device.platform

@@ -1,29 +1,23 @@
-"""Structural rules: operations that move or scale a weight, after which it is still a weight."""
+"""Structural rules: operations that move or scale a weight, after which it is still a weight.
+
+A rule returns a `Move` per output: the names of the axes of the result, and the steps by which the
+factors follow (moves.py). W0 itself goes through the operation. A rule returns None if the result
+is not low-rank.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_lora.algebra import moves
 from jax_lora.algebra.low_rank import accumulation_dtype
-from jax_lora.algebra.moves import (
-    Move,
-    along,
-    drop,
-    everywhere,
-    gather_shards,
-    regroup,
-    scale,
-    select,
-    shift,
-)
-from jax_lora.algebra.moves import multiply as multiply_by
+from jax_lora.algebra.moves import Move
 from jax_lora.algebra.named_array import NamedArray
 from jax_lora.algebra.named_axes import AxisName, merge_names, reshape_groups, split_name
 from jax_lora.transform.equations import is_literal
@@ -44,8 +38,7 @@ def unchanged(weight: Operand) -> Moves:
 
 def stop_gradient(weight: Operand) -> Moves:
     """`stop_gradient`: a model that freezes a weight also freezes its factors."""
-    frozen = everywhere(lambda array, axes: lax.stop_gradient(array))
-    return [Move(weight.axes, (frozen,))]
+    return [Move(weight.axes, (moves.map_factors(lambda array, axes: lax.stop_gradient(array)),))]
 
 
 def convert(weight: Operand) -> Moves:
@@ -67,7 +60,7 @@ def constrain_sharding(weight: Operand) -> Moves:
         named = jax.sharding.NamedSharding(sharding.mesh, spec)
         return lax.with_sharding_constraint(array, named)
 
-    return [Move(weight.axes, (everywhere(constrain),))]
+    return [Move(weight.axes, (moves.map_factors(constrain),))]
 
 
 # -----------------------------------------------------------------------------------------------
@@ -82,14 +75,10 @@ def transpose(weight: Operand) -> Moves:
 
 def squeeze(weight: Operand) -> Moves:
     """`squeeze`: remove axes of size 1."""
-    gone = {axis % len(weight.axes) for axis in weight.params["dimensions"]}
-    kept = tuple(name for axis, name in enumerate(weight.axes) if axis not in gone)
-    return [Move(kept, (_dropped(weight, gone),))]
-
-
-def _dropped(weight: Operand, axes: Any) -> Any:
-    names = (weight.axes[axis] for axis in axes)
-    return drop(tuple(name for name in names if name is not None))
+    removed = [weight.axes[axis] for axis in weight.params["dimensions"]]
+    squeezed = {axis % len(weight.axes) for axis in weight.params["dimensions"]}
+    kept = tuple(name for axis, name in enumerate(weight.axes) if axis not in squeezed)
+    return [Move(kept, (moves.drop(removed),))]
 
 
 def reshape(weight: Operand) -> Moves:
@@ -97,19 +86,19 @@ def reshape(weight: Operand) -> Moves:
     if weight.params.get("dimensions") is not None:
         return None
     shape, new_shape = weight.shape, weight.out_shape
-    units = [axis for axis, size in enumerate(shape) if size == 1]
+    units = [name for name, size in zip(weight.axes, shape, strict=True) if size == 1]
     old = [axis for axis, size in enumerate(shape) if size != 1]
     new = [axis for axis, size in enumerate(new_shape) if size != 1]
     groups = reshape_groups([shape[axis] for axis in old], [new_shape[axis] for axis in new])
     if groups is None:
         return None
     axes: list[AxisName | None] = [None] * len(new_shape)
-    steps: list[Any] = [_dropped(weight, units)]
+    steps = [moves.drop(units)]
     for before, after in groups:
         names = tuple(weight.axes[old[axis]] for axis in before)
         sizes = tuple(new_shape[new[axis]] for axis in after)
         renamed = split_name(merge_names(names), sizes)
-        steps.append(regroup(names, renamed, sizes))
+        steps.append(moves.regroup(names, renamed, sizes))
         for axis, name in zip(after, renamed, strict=True):
             axes[new[axis]] = name
     return [Move(tuple(axes), tuple(steps))]
@@ -126,91 +115,82 @@ def expand(weight: Operand) -> Moves:
 
 
 def slice_axes(weight: Operand) -> Moves:
-    """`slice`."""
+    """`slice`: slice the factors along the same axes."""
     params = weight.params
     strides = params["strides"] or (1,) * len(weight.axes)
     bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
     steps = [
-        along(weight.axes[axis], _slice_of(start, limit, stride), start)
+        _slice(weight.axes[axis], start, limit, stride)
         for axis, (start, limit, stride) in enumerate(bounds)
         if (start, limit, stride) != (0, weight.shape[axis], 1)
     ]
     return [Move(weight.axes, tuple(steps))]
 
 
-def _slice_of(start: int, limit: int, stride: int) -> Callable[[jax.Array, int], jax.Array]:
-    return lambda array, axis: lax.slice_in_dim(array, start, limit, stride, axis)
+def _slice(name: AxisName | None, start: int, limit: int, stride: int = 1) -> moves.Step:
+    cut = lambda array, axis: lax.slice_in_dim(array, start, limit, stride, axis)  # noqa: E731
+    return moves.along_axis(name, cut, start)
 
 
 def dynamic_slice(weight: Operand) -> Moves:
-    """`dynamic_slice`."""
+    """`dynamic_slice`: slice the factors along the same axes, from the same starts."""
     if weight.position != 0:
         return None
-    cut = [
-        axis for axis, size in enumerate(weight.params["slice_sizes"]) if size != weight.shape[axis]
-    ]
-    steps = tuple(
-        along(
-            weight.axes[axis],
-            _dynamic_slice_of(weight, axis),
-            None if weight.values is None else weight.value(1 + axis),
+    sizes = weight.params["slice_sizes"]
+
+    def step(axis: int) -> moves.Step:
+        start: Any = None if weight.values is None else weight.value(1 + axis)
+        # The primitive clamps a negative start, and does not count it from the end.
+        cut = lambda array, place: lax.dynamic_slice_in_dim(  # noqa: E731
+            array, start, sizes[axis], place, allow_negative_indices=False
         )
-        for axis in cut
-    )
-    return [Move(weight.axes, steps)]
+        return moves.along_axis(weight.axes[axis], cut, start)
 
-
-def _dynamic_slice_of(weight: Operand, axis: int) -> Callable[[jax.Array, int], jax.Array]:
-    size = weight.params["slice_sizes"][axis]
-    # The primitive clamps a negative start, and does not count it from the end.
-    return lambda array, place: lax.dynamic_slice_in_dim(
-        array, weight.value(1 + axis), size, place, allow_negative_indices=False
-    )
+    cut_axes = [axis for axis, size in enumerate(sizes) if size != weight.shape[axis]]
+    return [Move(weight.axes, tuple(map(step, cut_axes)))]
 
 
 def split(weight: Operand) -> Moves:
-    """`split`."""
-    axis, ends = weight.params["axis"], list(itertools.accumulate(weight.params["sizes"]))
-    starts = [0, *ends[:-1]]
-    return [
-        Move(weight.axes, (along(weight.axes[axis], _slice_of(start, end, 1), start),))
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    """`split`: an output per slice along one axis."""
+    name, sizes = weight.axes[weight.params["axis"]], weight.params["sizes"]
+    ends = itertools.accumulate(sizes)
+    slices = (_slice(name, end - size, end) for end, size in zip(ends, sizes, strict=True))
+    return [Move(weight.axes, (each,)) for each in slices]
 
 
 def unstack(weight: Operand) -> Moves:
-    """`unstack`: the slices along one axis, as iteration over an array returns them."""
+    """`unstack`: an output per entry along one axis, as iteration over an array returns them."""
     axis = weight.params["axis"]
     name = weight.axes[axis]
-    rest = tuple(other for i, other in enumerate(weight.axes) if i != axis)
-    gone = drop(() if name is None else (name,))
-    entries = (along(name, _slice_of(i, i + 1, 1), i) for i in range(weight.shape[axis]))
-    return [Move(rest, (entry, gone)) for entry in entries]
+    rest = (*weight.axes[:axis], *weight.axes[axis + 1 :])
+    entries = (_slice(name, index, index + 1) for index in range(weight.shape[axis]))
+    return [Move(rest, (entry, moves.drop((name,)))) for entry in entries]
 
 
 def reverse(weight: Operand) -> Moves:
-    """`rev`."""
+    """`rev`: reverse the factors along the same axes."""
     flip = lambda array, axis: lax.rev(array, [axis])  # noqa: E731
     names = [weight.axes[axis] for axis in weight.params["dimensions"]]
-    return [Move(weight.axes, tuple(along(name, flip) for name in names))]
+    return [Move(weight.axes, tuple(moves.along_axis(name, flip) for name in names))]
 
 
-def choose(weight: Operand) -> Moves:
-    """`gather` that selects whole entries along one stack axis: some layers or experts."""
+def gather_entries(weight: Operand) -> Moves:
+    """`gather` of whole entries along one stack axis: some layers or experts."""
     axis = looked_up_axis(weight)
     if axis is None:
         return None
     name = weight.axes[axis]
-    found = [("index", name, i) for i in range(weight.eqn.invars[1].aval.ndim - 1)]
+    new = [("index", name, i) for i in range(weight.eqn.invars[1].aval.ndim - 1)]
     numbers = weight.params["dimension_numbers"]
-    gone = numbers.collapsed_slice_dims
+    collapsed = numbers.collapsed_slice_dims
     # A looked-up axis that is not collapsed has size 1 and belongs to no factor.
-    kept = [None if i == axis else other for i, other in enumerate(weight.axes) if i not in gone]
-    rest, chosen = iter(kept), iter(found)
-    out = range(len(weight.out_shape))
-    axes = tuple(next(rest) if i in numbers.offset_dims else next(chosen) for i in out)
-    take = lambda array, place: taken(weight, array, place, weight.value(1))  # noqa: E731
-    return [Move(axes, (select(name, take, tuple(found)),))]
+    rest = iter(
+        None if i == axis else other for i, other in enumerate(weight.axes) if i not in collapsed
+    )
+    index_names, out = iter(new), range(len(weight.out_shape))
+    axes = tuple(next(rest) if i in numbers.offset_dims else next(index_names) for i in out)
+    entries = lambda array, place: gather_from(weight, array, place, weight.value(1))  # noqa: E731
+    return [Move(axes, (moves.select_entries(name, entries, tuple(new)),))]
 
 
 def looked_up_axis(weight: Operand) -> int | None:
@@ -231,7 +211,7 @@ def looked_up_axis(weight: Operand) -> int | None:
     return cut[0] if plain and weight.axes[cut[0]] is not None else None
 
 
-def taken(weight: Operand, factor: jax.Array, axis: int, indices: jax.Array) -> jax.Array:
+def gather_from(weight: Operand, factor: jax.Array, axis: int, indices: jax.Array) -> jax.Array:
     """Select the entries of a factor that the equation selects of W0: (*ids, *rest)."""
     entries = jnp.moveaxis(factor, axis, 0)
     ids = indices.ndim - 1
@@ -257,7 +237,7 @@ def taken(weight: Operand, factor: jax.Array, axis: int, indices: jax.Array) -> 
 
 
 def all_gather(weight: Operand) -> Moves:
-    """`all_gather` that concatenates the shards of one axis, inside `shard_map`."""
+    """`all_gather` of the shards of one axis, inside `shard_map`."""
     params = weight.params
     if not params.get("tiled") or params.get("axis_index_groups") is not None:
         return None
@@ -265,7 +245,7 @@ def all_gather(weight: Operand) -> Moves:
     mesh_axes = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
     gather = lambda array, axis: lax.all_gather(array, mesh_axes, axis=axis, tiled=True)  # noqa: E731
     name = weight.axes[params["all_gather_dimension"]]
-    return [Move(weight.axes, (gather_shards(name, gather, frozenset(mesh_axes)),))]
+    return [Move(weight.axes, (moves.gather_shards(name, gather, frozenset(mesh_axes)),))]
 
 
 # -----------------------------------------------------------------------------------------------
@@ -274,8 +254,8 @@ def all_gather(weight: Operand) -> Moves:
 
 
 def negate(weight: Operand) -> Moves:
-    """`neg`."""
-    return [Move(weight.axes, (scale(-1.0),))]
+    """`neg`: negate the scale."""
+    return [Move(weight.axes, (moves.scale(-1.0),))]
 
 
 def multiply(weight: Operand) -> Moves:
@@ -284,7 +264,7 @@ def multiply(weight: Operand) -> Moves:
 
 
 def divide(weight: Operand) -> Moves:
-    """`div` of a weight."""
+    """`div` of a weight by the same; a weight cannot be the divisor."""
     return _scaled(weight, 1, inverse=True) if weight.position == 0 else None
 
 
@@ -296,7 +276,7 @@ def _scaled(weight: Operand, other: int, *, inverse: bool) -> Moves:
         constant = float(var.val)
         factor = (1.0 / constant if constant else math.inf) if inverse else constant
         if math.isfinite(factor):
-            return [Move(weight.axes, (scale(factor),))]
+            return [Move(weight.axes, (moves.scale(factor),))]
     shape = jnp.shape(var.val) if is_literal(var) else var.aval.shape
     varying = [axis for axis, size in enumerate(shape) if size != 1]
 
@@ -307,7 +287,7 @@ def _scaled(weight: Operand, other: int, *, inverse: bool) -> Moves:
         names = tuple(weight.axes[axis] for axis in varying)
         return NamedArray(1.0 / wide if inverse else wide, names)
 
-    return [Move(weight.axes, (multiply_by(by),))]
+    return [Move(weight.axes, (moves.multiply(by),))]
 
 
 def add(weight: Operand) -> Moves:
@@ -315,4 +295,5 @@ def add(weight: Operand) -> Moves:
     if weight.out_shape != weight.shape:
         return None
     subtracted = weight.eqn.primitive.name == "sub" and weight.position == 1
-    return [Move(weight.axes, (shift, scale(-1.0)) if subtracted else (shift,), adds=True)]
+    steps = (moves.add_to_base, *([moves.scale(-1.0)] if subtracted else []))
+    return [Move(weight.axes, steps, adds=True)]

@@ -14,7 +14,7 @@ from jax_lora.transform.rules import Rule
 
 _UNCHANGED = Rule(move=structural.unchanged, each=True, elementwise=True)
 _REMAT = Rule(open=programs.open_remat, rebuild=control_flow.remat)
-_JIT = Rule(open=programs.open_jit, rebuild=control_flow.jit)
+_JIT = Rule(open=programs.open_call, rebuild=control_flow.jit)
 _CALL = Rule(open=programs.open_call, rebuild=control_flow.call)
 # The equation is not rebuilt, so that the custom derivative stays in force.
 _CUSTOM_DERIVATIVE = Rule(open=programs.open_call)
@@ -52,7 +52,7 @@ RULES: dict[str, Rule] = {
     # Contractions.
     "dot_general": Rule(read=dot_general.read_dot_general, compute=dot_general.dot_general),
     "gather": Rule(
-        move=structural.choose,
+        move=structural.gather_entries,
         read=lookup_and_conv.read_lookup,
         compute=lookup_and_conv.lookup,
     ),

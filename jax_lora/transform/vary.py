@@ -24,7 +24,7 @@ NO_AXES: Axes = frozenset()
 
 # Collectives with different results on every shard. Other collectives, such as sums and gathers,
 # make data equal along their mesh axes.
-_MADE_DIFFERENT = frozenset(
+_VARYING_RESULTS = frozenset(
     "axis_index ppermute all_to_all ragged_all_to_all reduce_scatter".split()
 )
 
@@ -34,48 +34,39 @@ def axes_of(spec: Any) -> Axes:
     return frozenset(name for entry in spec for name in _names(entry))
 
 
-def axes_met(
+def axes_of_data(
     jaxpr: Any, inputs: Sequence[Axes], asked: Sequence[bool], consts: Sequence[Any] = ()
 ) -> list[Axes]:
-    """Return, per weight, the mesh axes along which all the data it is contracted with varies.
+    """Return, per input, the mesh axes along which all the data it is contracted with varies.
 
-    Args:
-      jaxpr: The open jaxpr of the body of a `shard_map`.
-      inputs: The axes along which each input varies.
-      asked: Which inputs are the weights in question.
-      consts: Constants of the jaxpr.
-
-    Returns:
-      The axes of each input; empty for other inputs and for unused weights.
+    `inputs` has the axes along which each input of the open jaxpr varies, and `asked` tells which
+    inputs are weights. The result is empty for other inputs and for unused weights.
     """
     if not any(asked):
         return [NO_AXES] * len(inputs)
-    known = [
-        _Known(axes, frozenset({index}) if is_weight else frozenset())
+    variables = [
+        _Variable(axes, frozenset({index} if is_weight else ()))
         for index, (axes, is_weight) in enumerate(zip(inputs, asked, strict=True))
     ]
     vary = Vary()
-    vary.run(Body(jaxpr, consts), known)
-    return [vary.met.get(index, NO_AXES) for index in range(len(inputs))]
+    vary.run(Body(jaxpr, consts), variables)
+    return [vary.data_axes.get(index, NO_AXES) for index in range(len(inputs))]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Known:
+class _Variable:
     """A variable: the mesh axes along which it varies, and the weights that it stands for."""
 
     axes: Axes = NO_AXES
     weights: frozenset[int] = frozenset()
 
 
-_UNKNOWN = _Known()
-
-
-class Vary(Abstract[_Known]):
+class Vary(Abstract[_Variable]):
     """Records the mesh axes along which the data of each weight varies."""
 
     def __init__(self) -> None:
         """Start with an empty record."""
-        self.met: dict[int, Axes] = {}
+        self.data_axes: dict[int, Axes] = {}
 
     def inside(self, eqn: Any, times: int = 1) -> Vary:
         """Share the record."""
@@ -85,70 +76,65 @@ class Vary(Abstract[_Known]):
         """Start an empty record."""
         return Vary()
 
-    def constant(self, array: Any) -> _Known:
+    def constant(self, array: Any) -> _Variable:
         """Describe a constant: equal on every shard."""
-        return _UNKNOWN
+        return _Variable()
 
-    def concerns(self, inputs: Sequence[_Known]) -> bool:
+    def concerns(self, inputs: Sequence[_Variable]) -> bool:
         """Interpret every equation: all data can vary."""
         return True
 
-    def plain(self, eqn: Any, inputs: Sequence[_Known]) -> list[_Known]:
+    def plain(self, eqn: Any, inputs: Sequence[_Variable]) -> list[_Variable]:
         """Describe the outputs of an operation on data."""
         return self.without_rule(eqn, inputs)
 
-    def move(self, eqn: Any, rule: Rule, inputs: Sequence[_Known]) -> list[_Known] | None:
+    def move(self, eqn: Any, rule: Rule, inputs: Sequence[_Variable]) -> list[_Variable] | None:
         """Propagate weights as long as they are matrices."""
-        count = len(eqn.outvars)
         # Operands of a rule with `each` are independent.
-        outputs = (
-            list(inputs) if rule.each and len(inputs) == count else [self.join(inputs)] * count
-        )
+        outputs = self._outputs(eqn, inputs, independent=rule.each)
         if rule.read is not None and not _is_choice_of_kernels(eqn, rule):
-            outputs = [_Known(each.axes) for each in outputs]
+            outputs = [_Variable(each.axes) for each in outputs]
         return [dataclasses.replace(each, axes=_after(eqn, each.axes)) for each in outputs]
 
     def consume(
-        self, eqns: Sequence[Any], rule: Rule, inputs: Sequence[Sequence[_Known]]
-    ) -> list[list[_Known] | None]:
+        self, eqns: Sequence[Any], rule: Rule, inputs: Sequence[Sequence[_Variable]]
+    ) -> list[list[_Variable] | None]:
         """Record the axes of the data that weights are contracted with."""
-        results: list[list[_Known] | None] = []
+        results: list[list[_Variable] | None] = []
         for eqn, values in zip(eqns, inputs, strict=True):
             for index, value in enumerate(values):
                 others = [other for i, other in enumerate(values) if i != index]
-                self._meet(value.weights, self.join(others).axes)
-            results.append([_Known(self.join(values).axes)] * len(eqn.outvars))
+                self._contract(value.weights, self.join(others).axes)
+            results.append([_Variable(self.join(values).axes)] * len(eqn.outvars))
         return results
 
-    def without_rule(self, eqn: Any, inputs: Sequence[_Known]) -> list[_Known]:
+    def without_rule(self, eqn: Any, inputs: Sequence[_Variable]) -> list[_Variable]:
         """Describe the outputs of any other operation, such as a collective."""
-        count = len(eqn.outvars)
         # The leaves of a tree in a collective are independent.
-        outputs = list(inputs) if len(inputs) == count else [self.join(inputs)] * count
-        return [_Known(_after(eqn, each.axes)) for each in outputs]
+        outputs = self._outputs(eqn, inputs, independent=True)
+        return [_Variable(_after(eqn, each.axes)) for each in outputs]
 
-    def join(self, values: Sequence[_Known]) -> _Known:
+    def _outputs(
+        self, eqn: Any, inputs: Sequence[_Variable], *, independent: bool
+    ) -> list[_Variable]:
+        if independent and len(inputs) == len(eqn.outvars):
+            return list(inputs)
+        return [self.join(inputs)] * len(eqn.outvars)
+
+    def join(self, values: Sequence[_Variable]) -> _Variable:
         """Describe a value that is one of several: it varies wherever one of them does."""
-        return _Known(
+        return _Variable(
             NO_AXES.union(*(value.axes for value in values)),
             frozenset().union(*(value.weights for value in values)),
         )
 
-    def sliced(self, value: _Known) -> _Known:
-        """Describe a slice like the array."""
-        return value
-
-    def stacked(self, value: _Known, eqn: Any) -> _Known:
-        """Describe a stack like its slices."""
-        return value
-
-    def materialized(self, value: _Known, eqn: Any, operation: str) -> _Known:
+    def materialized(self, value: _Variable, eqn: Any, operation: str) -> _Variable:
         """Describe a materialized weight, to which dropout does not apply."""
-        return _Known(value.axes)
+        return _Variable(value.axes)
 
     def into_shards(
-        self, eqn: Any, program: ShardMap, inputs: Sequence[_Known]
-    ) -> tuple[Vary, Sequence[_Known]]:
+        self, eqn: Any, program: ShardMap, inputs: Sequence[_Variable]
+    ) -> tuple[Vary, Sequence[_Variable]]:
         """Start a record, with inputs that also vary along the axes they are sharded over."""
         differ = [
             dataclasses.replace(value, axes=value.axes | axes_of(spec))
@@ -157,18 +143,18 @@ class Vary(Abstract[_Known]):
         return Vary(), differ
 
     def out_of_shards(
-        self, inner: Any, program: ShardMap, outputs: Sequence[_Known]
-    ) -> list[_Known]:
+        self, inner: Any, program: ShardMap, outputs: Sequence[_Variable]
+    ) -> list[_Variable]:
         """Keep the axes of outer meshes: the inner shard_map handles its own axes."""
-        for weight, axes in inner.met.items():
-            self._meet((weight,), axes - program.axis_names)
+        for weight, axes in inner.data_axes.items():
+            self._contract((weight,), axes - program.axis_names)
         return [
             dataclasses.replace(value, axes=value.axes - program.axis_names) for value in outputs
         ]
 
-    def _meet(self, weights: Any, data: Axes) -> None:
+    def _contract(self, weights: Any, data: Axes) -> None:
         for weight in weights:
-            self.met[weight] = self.met.get(weight, data) & data
+            self.data_axes[weight] = self.data_axes.get(weight, data) & data
 
 
 def _is_choice_of_kernels(eqn: Any, rule: Rule) -> bool:
@@ -183,8 +169,8 @@ def _after(eqn: Any, axes: Axes) -> Axes:
     if eqn.params.get("axis_index_groups") is not None:
         return axes  # data becomes equal within each group only
     over = frozenset(_names(eqn.params.get("axes", eqn.params.get("axis_name"))))
-    made_different = eqn.primitive.name.removesuffix("_start") in _MADE_DIFFERENT
-    return axes | over if made_different else axes - over
+    varies = eqn.primitive.name.removesuffix("_start") in _VARYING_RESULTS
+    return axes | over if varies else axes - over
 
 
 def _names(entry: Any) -> tuple[str, ...]:

@@ -79,16 +79,7 @@ class Interpretation(Protocol[Value]):
 def interpret(
     interpretation: Interpretation[Value], eqn: Any, inputs: Sequence[Value]
 ) -> list[Value]:
-    """Interpret one equation.
-
-    Args:
-      interpretation: The interpretation.
-      eqn: The equation.
-      inputs: A value per operand.
-
-    Returns:
-      A value per output.
-    """
+    """Interpret one equation: a value per operand gives a value per output."""
     if not interpretation.concerns(inputs):
         return interpretation.plain(eqn, inputs)
     rule = RULES.get(eqn.primitive.name, Rule())
@@ -108,89 +99,73 @@ def walk(
     consts: Sequence[Any],
     inputs: Sequence[Value],
 ) -> list[Value]:
-    """Interpret a jaxpr.
+    """Interpret an open jaxpr, given the arrays of its constants and a value per input."""
+    env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+    env.update(zip(jaxpr.constvars, map(interpretation.constant, consts), strict=True))
+    groups = interpretation.groups(
+        jaxpr, {var for var, value in env.items() if interpretation.concerns([value])}
+    )
+    steps = _Steps(interpretation, jaxpr.eqns, env)
+    last_use = _last_uses(jaxpr)
+    for index in range(len(jaxpr.eqns)):
+        if index in groups:
+            steps.visit_group(groups[index])
+        steps.visit(index)
+        for var in last_use.get(index, ()):
+            env.pop(var, None)  # free arrays as early as an eager run of the model does
+    return steps.read(jaxpr.outvars)
 
-    Args:
-      interpretation: The interpretation.
-      jaxpr: The open jaxpr.
-      consts: The arrays of its constants.
-      inputs: A value per input.
 
-    Returns:
-      A value per output.
-    """
-    return _Walk(interpretation, jaxpr, consts, inputs).outputs()
+@dataclasses.dataclass
+class _Steps(Generic[Value]):
+    """The equations of a jaxpr, and the environment that they read and write."""
 
+    interpretation: Interpretation[Value]
+    eqns: Sequence[Any]
+    env: dict[Any, Value]
+    done: set[int] = dataclasses.field(default_factory=set)
 
-class _Walk(Generic[Value]):
-    """The environment of one jaxpr during its interpretation."""
-
-    def __init__(
-        self,
-        interpretation: Interpretation[Value],
-        jaxpr: Any,
-        consts: Sequence[Any],
-        inputs: Sequence[Value],
-    ):
-        self._interpretation = interpretation
-        self._jaxpr = jaxpr
-        constants = map(interpretation.constant, consts)
-        self._env: dict[Any, Value] = dict(zip(jaxpr.constvars, constants, strict=True))
-        self._env.update(zip(jaxpr.invars, inputs, strict=True))
-        self._done: set[int] = set()
-
-    def outputs(self) -> list[Value]:
-        """Interpret every equation, and return the outputs."""
-        concerns = self._interpretation.concerns
-        weights = {var for var, value in self._env.items() if concerns([value])}
-        groups = self._interpretation.groups(self._jaxpr, weights)
-        last_use = _last_uses(self._jaxpr)
-        for index in range(len(self._jaxpr.eqns)):
-            if index in groups:
-                self._visit_group(groups[index])
-            self._visit(index)
-            for var in last_use.get(index, ()):
-                self._env.pop(var, None)  # free arrays as early as an eager run of the model does
-        return self._read(self._jaxpr.outvars)
-
-    def _read(self, variables: Sequence[Any]) -> list[Value]:
-        constant = self._interpretation.constant
-        return [constant(var.val) if is_literal(var) else self._env[var] for var in variables]
+    def read(self, variables: Sequence[Any]) -> list[Value]:
+        constant = self.interpretation.constant
+        return [constant(var.val) if is_literal(var) else self.env[var] for var in variables]
 
     def _write(self, index: int, outputs: Sequence[Value]) -> None:
-        self._env.update(zip(self._jaxpr.eqns[index].outvars, outputs, strict=True))
-        self._done.add(index)
+        self.env.update(zip(self.eqns[index].outvars, outputs, strict=True))
+        self.done.add(index)
 
-    def _visit(self, index: int) -> None:
-        if index not in self._done:
-            eqn = self._jaxpr.eqns[index]
-            self._write(index, interpret(self._interpretation, eqn, self._read(eqn.invars)))
+    def visit(self, index: int) -> None:
+        if index not in self.done:
+            eqn = self.eqns[index]
+            self._write(index, interpret(self.interpretation, eqn, self.read(eqn.invars)))
 
-    def _visit_group(self, group: Group) -> None:
+    def visit_group(self, group: Group) -> None:
         for index in group.early:
-            self._visit(index)
-        eqns = [self._jaxpr.eqns[index] for index in group.members]
-        (x,) = self._read([eqns[0].invars[group.data[0]]])
+            self.visit(index)
+        eqns = [self.eqns[index] for index in group.members]
+        (x,) = self.read([eqns[0].invars[group.data[0]]])
         inputs = []
         for eqn, data in zip(eqns, group.data, strict=True):
-            (kernel,) = self._read([eqn.invars[1 - data]])  # another cast of x may follow later
+            (kernel,) = self.read([eqn.invars[1 - data]])  # another cast of x may follow later
             inputs.append([x, kernel] if data == 0 else [kernel, x])
         rule = RULES[eqns[0].primitive.name]
-        results = self._interpretation.consume(eqns, rule, inputs)
+        results = self.interpretation.consume(eqns, rule, inputs)
         for index, eqn, each, outputs in zip(group.members, eqns, inputs, results, strict=True):
             if outputs is None:
-                outputs = self._interpretation.without_rule(eqn, each)
+                outputs = self.interpretation.without_rule(eqn, each)
             self._write(index, outputs)
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
     """Map the index of each equation to the variables that it is the last to read."""
-    kept = {var for var in jaxpr.outvars if not is_literal(var)}
-    last: dict[Any, int] = {}
-    for index, eqn in enumerate(jaxpr.eqns):
-        for var in (*eqn.invars, *eqn.outvars):
-            if not is_literal(var) and var not in kept:
-                last[var] = index
+    last = {
+        var: index
+        for index, eqn in enumerate(jaxpr.eqns)
+        for var in (*eqn.invars, *eqn.outvars)
+        if not is_literal(var)
+    }
+    for var in jaxpr.outvars:
+        if not is_literal(var):
+            last.pop(var, None)
     uses: dict[int, list[Any]] = {}
     for var, index in last.items():
         uses.setdefault(index, []).append(var)

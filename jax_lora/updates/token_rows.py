@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.algebra.base_weight import Base, made
+from jax_lora.algebra.base_weight import Base, as_array
 from jax_lora.algebra.low_rank import static
 from jax_lora.storage import flax_state
 
@@ -104,7 +104,7 @@ class TokenRows:
 
     def applied(self, base: Base, path: str, key: Any, rate: float) -> jax.Array:
         """Return the table with the trained rows."""
-        return self.put(made(base))
+        return self.put(as_array(base))
 
     def merged(self, base: jax.Array, sign: int) -> tuple[jax.Array, jax.Array]:
         """Return the table with the trained rows."""

@@ -12,7 +12,7 @@ from jax import lax
 from jax_lora.algebra import low_rank as low_rank_values
 from jax_lora.algebra import moves, named_axes
 from jax_lora.algebra.low_rank import LowRank
-from jax_lora.algebra.moves import Move, along, drop, multiply, regroup
+from jax_lora.algebra.moves import Move, along_axis, drop, multiply, regroup
 from jax_lora.algebra.named_array import NamedArray
 from jax_lora.algebra.named_axes import RANK
 from tests.lora_cases import random_tree
@@ -45,7 +45,7 @@ def dense(value: LowRank) -> np.ndarray:
 
 def after(value: LowRank, move: Move, base) -> LowRank | None:
     """A value after a move, with W0 as the operation left it."""
-    changed = moves.moved(value, move)
+    changed = moves.apply_move(value, move)
     return None if changed is None else changed.replace(base=base)
 
 
@@ -75,12 +75,12 @@ def _apply(draw, kind, value, array):
     if kind == "slice":
         start = draw(st.integers(0, array.shape[axis] - 1))
         cut = lambda x, axis: lax.slice_in_dim(x, start, x.shape[axis], 1, axis)  # noqa: E731
-        return moved(value.axes, along(value.axes[axis], cut))(cut(value.base, axis)), np.take(
+        return moved(value.axes, along_axis(value.axes[axis], cut))(cut(value.base, axis)), np.take(
             array, range(start, array.shape[axis]), axis
         )
     if kind == "reverse":
         flip = lambda x, axis: lax.rev(x, [axis])  # noqa: E731
-        step = along(value.axes[axis], flip)
+        step = along_axis(value.axes[axis], flip)
         return moved(value.axes, step)(flip(value.base, axis)), np.flip(array, axis)
     if kind == "expand":
         axes = (*value.axes[:axis], None, *value.axes[axis:])
@@ -154,7 +154,7 @@ def test_a_sum_of_bfloat16_products_is_rounded_once():
 def test_a_row_is_no_matrix():
     value = low_rank("io")
     first = lambda x, axis: lax.slice_in_dim(x, 0, 1, 1, axis)  # noqa: E731
-    steps = (along(0, first), drop((0,)))
+    steps = (along_axis(0, first), drop((0,)))
     row = after(value, Move((1,), steps), value.base[0])
     assert row is not None
     assert value.is_matrix and not row.is_matrix

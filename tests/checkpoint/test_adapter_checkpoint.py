@@ -17,6 +17,7 @@ from jax_lora.checkpoint import load_adapter, manifest, save_adapter
 from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning
 from jax_lora.storage import array_store, json_files
 from jax_lora.storage import array_store as array_files
+from jax_lora.storage.limits import raise_hint
 
 
 def toy(seed=0):
@@ -381,20 +382,26 @@ def set_leaf(**changes):
 NONSENSE = {
     "another format": (lambda v: v.update(format="x"), "format 'x'"),
     "a newer version": (lambda v: v.update(version=4), "format version 4[\\s\\S]*version 3"),
-    "no config": (lambda v: v.pop("config"), "KeyError"),
+    "no config": (lambda v: v.pop("config"), "config = None: expected an object"),
     "an unknown setting": (lambda v: v["config"].update(auto_map="x.py"), "'auto_map'"),
     "a bad rank": (lambda v: v["config"].update(rank=0), "rank"),
     "a huge shape": (set_leaf(shape=[2**39, 2]), "factors of shapes|arrays of more than"),
-    "a shape beyond all": (set_leaf(shape=[2**80, 2]), "sizes or axes"),
-    "a negative shape": (set_leaf(shape=[-16, 2]), "sizes or axes"),
+    "a shape beyond all": (set_leaf(shape=[2**80, 2]), "a.shape.0 = 1208925819614629174706176"),
+    "a negative shape": (set_leaf(shape=[-16, 2]), "a.shape.0 = -16: expected an integer from 0"),
     "an object type": (set_leaf(dtype="O"), "the type object"),
     "an unknown type": (set_leaf(dtype="float12"), "float12"),
     "axes that repeat": (set_pair(in_axes=[0], out_axes=[0]), "axes"),
     "factors that do not fit": (set_pair(in_axes=[0, 1], out_axes=[2]), "factors of shapes"),
-    "a scale of text": (set_pair(scale="2"), "a scale of '2'"),
+    "a scale of text": (set_pair(scale="2"), "scale = '2': expected a finite number"),
     "scales for no layers": (set_pair(scale=[1.0, 2.0]), "scales of shape"),
-    "pairs of the wrong kind": (lambda v: v.update(pairs=[1]), "AttributeError"),
-    "a base of the wrong kind": (lambda v: v.update(base={"x": 1}), "TypeError"),
+    "pairs of the wrong kind": (
+        lambda v: v.update(pairs=[1]),
+        r"pairs = \[1\]: expected an object",
+    ),
+    "a base of the wrong kind": (
+        lambda v: v.update(base={"x": 1}),
+        "base.x = 1: expected an object",
+    ),
 }
 
 
@@ -414,6 +421,20 @@ def test_too_many_bytes_are_refused_before_anything_is_allocated(copied):
     reseal(copied, enlarge)
     with pytest.raises(CheckpointError, match="arrays of more than"):
         load_adapter(copied)
+
+
+def test_arrays_far_larger_than_their_files_are_refused(copied, monkeypatch):
+    monkeypatch.setenv("JAX_LORA_LIMITS", "expanded_bytes=1,expansion=1")
+    load_adapter(copied)
+
+    def enlarge(values):
+        pair = values["pairs"]["up/kernel"]
+        pair["a"]["shape"], pair["b"]["shape"] = [2**20, 2], [2, 2**20]
+
+    reseal(copied, enlarge)
+    with pytest.raises(CheckpointError, match=r"arrays of .* bytes in .* bytes of files") as caught:
+        load_adapter(copied)
+    assert raise_hint("expanded_bytes") in str(caught.value)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What people get wrong: one message each, which says where, what, and what to do; exit code 2."""
+"""Common mistakes: each gives one message with the place, the cause and the fix, and code 2."""
 
 import json
 import shutil
@@ -47,7 +47,6 @@ ROWS = {
         (),
         "train.csv:2: 3 cells where the first line names 2",
     ),
-    "TSV with commas": ("train.tsv", text("prompt,completion\na,b\n"), (), "no known format"),
     "Parquet that is none": ("train.parquet", raw(b"no"), (), "no Parquet file"),
     "gzip that is none": ("train.jsonl.gz", raw(b"no"), (), "a damaged gzip file"),
     "rows of which nothing is learned": (
@@ -153,18 +152,18 @@ def test_a_disk_that_is_full(train, capsys, tmp_path, monkeypatch):
     assert not list((tmp_path / "adapters").glob("step-??????"))
 
 
-def test_an_adapter_that_is_none(model_folder, tmp_path, capsys):
+def test_a_folder_that_is_not_an_adapter(model_folder, tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     words = ["generate", str(model_folder), "--adapter-path", str(tmp_path / "adapter")]
     assert main([*words, "--prompt", "a"]) == 2
     assert "adapter" in capsys.readouterr().err
 
 
-def test_a_misspelt_target(refused, rows):
+def test_a_misspelled_target(refused, rows):
     message = refused("--data", rows, "--targets", "q_prj")
     assert "q_prj" in message and "q_proj" in message
 
 
-def test_a_misspelt_key_of_a_config_file(refused, rows, tmp_path):
+def test_a_misspelled_key_of_a_config_file(refused, rows, tmp_path):
     (tmp_path / "lora.yaml").write_text("learning_rat: 1e-3\n")
     assert "Did you mean learning_rate?" in refused("--data", rows, "-c", "lora.yaml")

@@ -26,27 +26,27 @@ def data(model_folder, capsys):
     return run
 
 
-def test_check_counts_rows_tokens_and_lengths(data, rows):
+def test_check_counts_examples_tokens_and_lengths(data, rows):
     out = data("check", rows)
     assert "train: " in out and "valid: " in out and "test: " in out
-    assert "36 rows + 1 blank lines: 36 completions" in out
-    assert "are learned (" in out and "% padding in a few lengths" in out
-    assert "All rows can be used." in out
+    assert "36 examples + 1 blank lines: 36 completions" in out
+    assert "are targets (" in out and "% padding" in out
+    assert "No errors found." in out
 
 
-def test_check_says_what_is_cut_and_what_is_left_out(data, rows):
+def test_check_counts_truncated_and_dropped_examples(data, rows):
     rows.write_text(json.dumps({"prompt": "x" * 50, "completion": "y"}) + "\n" + rows.read_text())
     out = data("check", rows, "--max-seq-length", "13")
-    assert "are cut at 13 tokens" in out and "1 have nothing to learn and are left out" in out
+    assert "truncated at 13 tokens" in out and "1 dropped, without a target token" in out
 
 
-def test_a_bad_row_ends_the_check_with_its_line(data, rows):
+def test_check_reports_the_line_of_an_invalid_example(data, rows):
     rows.write_text(rows.read_text() + '{"prompt": "a"}\n')
     message = data("check", rows, code=2)
     assert "rows.jsonl:42: no known format" in message
 
 
-def test_show_marks_what_is_learned_and_steers_no_terminal(data, tmp_path):
+def test_show_marks_targets_and_escapes_control_characters(data, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "red \x1b[31m", "completion": " two"}) + "\n")
     out = data("show", path)
@@ -55,7 +55,7 @@ def test_show_marks_what_is_learned_and_steers_no_terminal(data, tmp_path):
     assert "|<|end|>]]" in data("show", path, "--tokens")
 
 
-def test_show_uses_colour_on_a_terminal(data, rows, monkeypatch):
+def test_show_uses_color_on_a_terminal(data, rows, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "\x1b[1;32m" in data("show", rows, "-n", "1")
     monkeypatch.setenv("NO_COLOR", "1")
@@ -88,24 +88,24 @@ def test_convert_writes_jsonl_of_one_format(data, rows, tmp_path, form, first):
     assert (len(lines), lines[0]) == (40, first)
 
 
-def test_convert_brings_a_chat_of_one_turn_back_to_a_completion(data, rows, tmp_path):
+def test_convert_from_completions_to_chat_and_back_changes_nothing(data, rows, tmp_path):
     data("convert", rows, "-o", tmp_path / "chat.jsonl", "--to", "chat", model=False)
     back = tmp_path / "back.jsonl"
     data("convert", tmp_path / "chat.jsonl", "-o", back, "--to", "completions", model=False)
     assert [json.loads(line) for line in back.read_text().splitlines()] == ROWS
 
 
-def test_convert_loses_nothing_and_overwrites_nothing(data, rows, tmp_path):
+def test_convert_refuses_to_overwrite_a_file_or_to_lose_data(data, rows, tmp_path):
     message = data("convert", rows, "-o", rows, code=2, model=False)
-    assert "something of that name" in message
+    assert "an existing path" in message
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "a"}\n')
     message = data("convert", path, "-o", tmp_path / "x.jsonl", "--to", "chat", code=2, model=False)
-    assert "text.jsonl:1" in message and "a row of the form text" in message
+    assert "text.jsonl:1" in message and "an example in the format text" in message
     assert not (tmp_path / "x.jsonl").exists()
 
 
-def test_split_is_always_alike_and_shares_no_row(data, rows, tmp_path):
+def test_split_is_reproducible_and_its_splits_are_disjoint(data, rows, tmp_path):
     for name in ("one", "same"):
         data("split", rows, "-o", tmp_path / name, "--valid", "0.1", "--seed", "3", model=False)
     texts = {}
@@ -116,7 +116,7 @@ def test_split_is_always_alike_and_shares_no_row(data, rows, tmp_path):
     assert len(set("".join(texts.values()).splitlines())) == 40
 
 
-def test_split_refuses_shares_that_leave_nothing(data, rows, tmp_path):
+def test_split_refuses_fractions_that_leave_no_training_examples(data, rows, tmp_path):
     options = ("--valid", "0.6", "--test", "0.4", "-o", tmp_path / "x")
     message = data("split", rows, *options, code=2, model=False)
-    assert "leave some for training" in message
+    assert "to leave examples for train" in message

@@ -1,4 +1,4 @@
-"""`jax-lora doctor` on this machine, and on one that is not in order."""
+"""`jax-lora doctor` on this machine, and on a machine with problems."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def look(monkeypatch):
     return of
 
 
-def test_a_machine_in_order_is_ready(look, capsys, tmp_path):
+def test_a_machine_without_problems_is_ready(look, capsys, tmp_path):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.endswith("Ready to train.\n")

@@ -1,4 +1,4 @@
-"""export, import and fuse: what was trained, in the files of others and back."""
+"""export, import and fuse: adapters in the formats of other tools."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def load_both(model_folder, run_folder):
     return model, {"params": params}, jl.load_adapter(checkpoint, base={"params": params})
 
 
-def test_an_adapter_comes_back_from_every_format_as_it_was(
+def test_an_adapter_survives_a_round_trip_through_every_format(
     run_folder, model_folder, data_folder, capsys
 ):
     def answers(run):
@@ -73,7 +73,7 @@ def test_an_adapter_comes_back_from_every_format_as_it_was(
         assert Path("again", name).read_bytes() == Path("peft", name).read_bytes()
 
 
-def test_an_export_names_the_base_and_may_be_for_vllm(run_folder, model_folder, tmp_path):
+def test_an_export_names_the_base_model_and_can_target_vllm(run_folder, model_folder, tmp_path):
     ok("export", "--adapter-path", run_folder, "--to", "peft", "served", "--for", "vllm")
     config = json.loads((tmp_path / "served/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(model_folder)
@@ -83,18 +83,20 @@ def test_an_export_names_the_base_and_may_be_for_vllm(run_folder, model_folder, 
     assert config["base_model_name_or_path"] == "some/model"
 
 
-def test_what_is_imported_is_a_run_that_another_import_moves_aside(
+def test_an_import_creates_a_run_and_moves_an_earlier_run(
     run_folder, model_folder, tmp_path, capsys
 ):
     ok("export", "--adapter-path", run_folder, "served")
     ok("import", "served", "--model", model_folder)
     config = (tmp_path / "adapters/config.yaml").read_text()
-    assert f"model: {model_folder}\n" in config and "# Made of the adapter in served." in config
+    assert (
+        f"model: {model_folder}\n" in config and "# Imported from the adapter in served." in config
+    )
     ok("import", "served", "--model", model_folder)
     assert "is now in adapters.1" in capsys.readouterr().out
 
 
-def test_a_fused_folder_is_base_and_adapter(run_folder, model_folder, tmp_path, capsys):
+def test_a_fused_folder_equals_base_and_adapter(run_folder, model_folder, tmp_path, capsys):
     ok("fuse", "--adapter-path", run_folder, "--save-path", "fused", "--check")
     report = capsys.readouterr().out.splitlines()[-1]
     difference, largest = (float(part.split()[-1]) for part in report.split(","))
@@ -114,24 +116,24 @@ def test_a_fused_folder_is_base_and_adapter(run_folder, model_folder, tmp_path, 
     assert fused == beside
 
 
-def test_the_check_finds_a_folder_that_is_not_base_and_adapter(run_folder, model_folder):
+def test_the_check_detects_a_folder_that_differs_from_base_and_adapter(run_folder, model_folder):
     _, _, adapter = load_both(model_folder, run_folder)
     trained = Trained(load_base(str(model_folder)), adapter, run_folder)
     difference, _ = logit_difference(trained, model_folder)
     assert difference > 0.01
 
 
-def test_a_fused_folder_may_have_a_smaller_type(run_folder, tmp_path):
+def test_a_fused_folder_can_have_a_smaller_dtype(run_folder, tmp_path):
     ok("fuse", "--adapter-path", run_folder, "--save-path", "fused", "--dtype", "bfloat16")
     dtypes = {str(t.dtype) for t in load_file(tmp_path / "fused/model.safetensors").values()}
     assert dtypes == {"bfloat16"}
 
 
-def test_fuse_never_writes_over_something_else(run_folder, model_folder, tmp_path, capsys):
+def test_fuse_never_overwrites_other_files(run_folder, model_folder, tmp_path, capsys):
     command = ["fuse", "--adapter-path", run_folder, "--save-path"]
-    assert "something in it" in refused(capsys, *command, model_folder)
+    assert "a folder that is not empty" in refused(capsys, *command, model_folder)
     error = refused(capsys, *command, model_folder, "--overwrite")
-    assert "the folder of the base itself" in error
+    assert "the folder of the base model" in error
     (tmp_path / "file").write_text("")
     assert "a file" in refused(capsys, *command, "file", "--overwrite")
     ok(*command, "fused")
@@ -146,17 +148,17 @@ def test_fuse_never_writes_over_something_else(run_folder, model_folder, tmp_pat
         (["export", "--adapter-path", "absent", "out"], "no such folder"),
         (["fuse", "--adapter-path", "absent"], "no such folder"),
         (["import", "absent", "--model", "bundled"], "no such folder"),
-        (["import", ".", "--model", "bundled"], "a folder that holds notes.txt"),
+        (["import", ".", "--model", "bundled"], "a folder with notes.txt"),
         (["import", ".", "--model", "bundled", "--from", "peft"], "adapter_"),
     ],
 )
-def test_bad_input_ends_with_code_2_and_a_message(command, message, tmp_path, capsys):
+def test_bad_input_exits_with_code_2_and_a_message(command, message, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("")
     assert message in refused(capsys, *command)
     assert not (tmp_path / "out").exists() and not (tmp_path / "adapters").exists()
 
 
-def test_an_adapter_of_another_shape_of_model_makes_no_run(
+def test_an_adapter_of_another_model_shape_creates_no_run(
     run_folder, model_folder, tmp_path, capsys
 ):
     ok("export", "--adapter-path", run_folder, "served")
@@ -169,7 +171,7 @@ def test_an_adapter_of_another_shape_of_model_makes_no_run(
     assert not (tmp_path / "made").exists()
 
 
-def test_the_bundled_model_goes_out_and_back(tmp_path, capsys):
+def test_the_bundled_model_survives_export_and_import(tmp_path, capsys):
     options = ["--iters", "4", "--batch-size", "2", "--max-seq-length", "64", "--rank", "2"]
     ok("train", "--adapter-path", "run", "--progress", "none", "--val-batches", "1", *options)
     ok("export", "--adapter-path", "run", "--to", "peft", "served")
@@ -185,7 +187,7 @@ def test_the_bundled_model_goes_out_and_back(tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, first.pairs, back.pairs)
 
 
-def test_an_adapter_of_a_changed_model_brings_that_model_along(model_folder, tmp_path, capsys):
+def test_an_import_includes_a_changed_base_model(model_folder, tmp_path, capsys):
     model, params = jl.models.load(model_folder, dtype=jnp.float32)
     deeper, params = jl.models.replicate_layers(model, params, [[0, 2], [0, 1]])
     config = jl.LoraConfig(rank=2, targets=["q_proj"])

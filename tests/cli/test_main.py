@@ -1,6 +1,8 @@
 """The command, run in this process on a model and data of a few kilobytes."""
 
+import argparse
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -8,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from jax_lora.cli import main
+from jax_lora.cli.machine import OF_THE_COMMAND
+from jax_lora.cli.main import CLI_MODULES, make_parser
 from jax_lora.models import Llama, LlamaConfig, save
 from tests.tiny_model import TINY, random_params, write_tokenizer
 
-VERBS = ("train", "generate", "chat", "eval", "fuse", "export", "import", "plot")
 
-
-def test_train_eval_and_generate_follow_one_another(train, tmp_path, capsys):
+def test_train_eval_and_generate_work_in_sequence(train, tmp_path, capsys):
     assert train() == 0
     out = capsys.readouterr().out
     assert "Iter 2: Train loss" in out and "Iter 2: Val loss" in out
@@ -47,11 +49,11 @@ def test_train_eval_and_generate_follow_one_another(train, tmp_path, capsys):
 
 def test_training_twice_keeps_the_first_run(train, tmp_path, capsys):
     assert train() == train() == 0
-    assert "the run that was in adapters is now in adapters.1" in capsys.readouterr().out
+    assert "the earlier run in adapters is now in adapters.1" in capsys.readouterr().out
     assert (tmp_path / "adapters.1" / "step-000002").is_dir()
 
 
-def test_the_config_of_a_run_repeats_it(train, tmp_path, capsys):
+def test_the_config_of_a_run_reproduces_it(train, tmp_path, capsys):
     assert train("--learning-rate", "0.02") == 0
     shutil.copy(tmp_path / "adapters/config.yaml", tmp_path / "again.yaml")
     assert main(["train", "-c", "again.yaml", "--adapter-path", "again"]) == 0
@@ -62,7 +64,7 @@ def test_the_config_of_a_run_repeats_it(train, tmp_path, capsys):
     assert first == again
 
 
-def test_the_command_line_beats_the_config_file_which_beats_the_defaults(train, tmp_path):
+def test_flags_override_the_config_file_which_overrides_the_defaults(train, tmp_path):
     (tmp_path / "lora.yaml").write_text("learning-rate: 2e-3\nseed: 5\nrank: 8\n")
     assert train("-c", "lora.yaml", "--seed", "6", "--progress", "none") == 0
     config = (tmp_path / "adapters/config.yaml").read_text()
@@ -70,18 +72,16 @@ def test_the_command_line_beats_the_config_file_which_beats_the_defaults(train, 
         assert f"{line}\n" in config
 
 
-def test_an_unknown_key_of_a_config_file_is_refused_with_the_nearest(train, tmp_path, capsys):
+def test_an_unknown_key_of_a_config_file_is_refused_with_a_suggestion(train, tmp_path, capsys):
     (tmp_path / "lora.yaml").write_text("learning_rat: 1\n")
     assert train("-c", "lora.yaml") == 2
     assert "Did you mean learning_rate?" in capsys.readouterr().err
     (tmp_path / "lora.yaml").write_text("- 1\n")
     assert train("-c", "lora.yaml") == 2
-    assert "options by name" in capsys.readouterr().err
+    assert "a list instead of a mapping" in capsys.readouterr().err
 
 
-def test_a_broken_row_is_one_message_without_a_traceback_before_anything_is_made(
-    train, tmp_path, capsys
-):
+def test_an_invalid_example_is_reported_before_a_run_folder_is_created(train, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
     assert train(data=tmp_path / "rows.jsonl") == 2
     error = capsys.readouterr().err
@@ -89,11 +89,25 @@ def test_a_broken_row_is_one_message_without_a_traceback_before_anything_is_made
     assert not (tmp_path / "adapters").exists()
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(train, capsys, monkeypatch):
+def test_the_message_for_a_missing_package_names_the_extra(train, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert train() == 2
     error = capsys.readouterr().err
     assert "the package tokenizers" in error and "pip install 'jax-lora[cli]'" in error
+
+
+def test_another_missing_module_is_raised(monkeypatch):
+    def run(options):
+        raise ModuleNotFoundError("No module named 'absent'", name="absent")
+
+    monkeypatch.setattr("jax_lora.cli.doctor.run", run)
+    with pytest.raises(ModuleNotFoundError, match="absent"):
+        main(["doctor"])
+
+
+def test_every_package_of_the_extra_is_recognized():
+    modules = {"PyYAML": "yaml"}
+    assert {modules.get(name, name) for name in OF_THE_COMMAND} == CLI_MODULES
 
 
 def test_a_traceback_is_shown_on_demand(train, capsys):
@@ -111,18 +125,18 @@ def test_a_traceback_is_shown_on_demand(train, capsys):
         (["--model", "absent", "--data", "absent"], "absent"),
     ],
 )
-def test_bad_input_ends_with_code_2_and_a_message(train, options, message, capsys):
+def test_bad_input_exits_with_code_2_and_a_message(train, options, message, capsys):
     assert train(*options) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_ends_with_code_4(train, capsys):
+def test_a_nan_loss_exits_with_code_4(train, capsys):
     # Large enough that the second step overflows.
     assert train("--learning-rate", "1e38", "--max-grad-norm", "0", "--warmup", "0") == 4
     assert "step 2" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_ends_with_code_130_and_names_what_was_saved(train, capsys, monkeypatch):
+def test_an_interrupted_run_exits_with_code_130_and_its_step(train, capsys, monkeypatch):
     from jax_lora.finetune import interrupts
 
     enter = interrupts.Interrupts.__enter__
@@ -147,12 +161,13 @@ def test_an_adapter_of_another_base_is_refused(train, model_folder, tmp_path, ca
     assert "base" in capsys.readouterr().err
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, data_folder, capsys):
+def test_a_token_without_an_embedding_is_refused_with_its_line(tmp_path, data_folder, capsys):
     folder = write_tokenizer(tmp_path / "model")
     model = Llama(LlamaConfig(**{**vars(TINY), "vocab_size": 20}))
     save(folder, model, random_params(model))
     assert main(["train", str(folder), "--data", str(data_folder)]) == 2
-    assert "at most the model's vocabulary of 20" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "train.jsonl:1: " in message and "with an embedding, from 0 to 19" in message
 
 
 @pytest.mark.parametrize("family", ["bert/masked_lm", "roberta/classifier"])
@@ -164,12 +179,45 @@ def test_an_encoder_is_refused_before_it_is_loaded(family, capsys, monkeypatch):
     assert "expected: a model for causal-lm or seq2seq" in error and str(folder) in error
 
 
-@pytest.mark.parametrize("verb", [[], *([v] for v in VERBS)])
-def test_every_verb_has_help(verb, capsys):
+def subcommands(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield inner
+                yield from subcommands(inner)
+
+
+@pytest.mark.parametrize("parser", list(subcommands(make_parser())), ids=lambda parser: parser.prog)
+def test_the_help_of_a_subcommand_ends_with_an_example_that_parses(parser):
+    _, found, examples = parser.format_help().rpartition("example:\n")
+    assert found and examples.strip()
+    for line in examples.strip().splitlines():
+        words, program = shlex.split(line), parser.prog.split()
+        assert words[: len(program)] == program
+        parser.parse_args(words[len(program) :])
+
+
+def test_help_of_the_command_lists_the_subcommands(capsys):
     with pytest.raises(SystemExit) as ended:
-        main([*verb, "--help"])
+        main(["--help"])
     assert ended.value.code == 0
     assert "usage: jax-lora" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train"], ["eval"], ["chat"], ["generate", "--prompt", "a"], ["predict", "--text", "a"]],
+    ids=lambda command: command[0],
+)
+def test_two_different_models_are_refused(train, command, tmp_path, capsys):
+    run = ["--adapter-path", "adapters"] if command[0] == "eval" and train() == 0 else []
+    assert main([*command, "one", "--model", "two", *run]) == 2
+    error = capsys.readouterr().err
+    assert "error: MODEL and --model" in error and "got:      one and two" in error
+
+
+def test_the_same_model_given_twice_is_accepted(train, model_folder):
+    assert train("--model", str(model_folder), "--dry-run") == 0
 
 
 def test_help_shows_the_defaults(capsys):

@@ -64,7 +64,7 @@ def test_fit_shows_the_command_to_run(capsys, data_folder):
     typed = capsys.readouterr().out.split("Run:\n")[1]
     assert " ".join(typed.replace("\\", "").split()) == (
         f"jax-lora train MODEL --data {data_folder} --rank 8 --targets q_proj,v_proj"
-        " --batch-size 2 --grad-accumulation-steps 4 --grad-checkpoint"
+        " --batch-size 2 --grad-accumulation-steps 4 --remat full"
     )
 
 
@@ -117,7 +117,7 @@ def test_json_can_replace_the_tables(capsys):
     [
         (("--fit", "40x"), "--fit\n  got:      '40x'"),
         (("--shape", "no-such"), "--shape no-such\n  got:      neither a known name"),
-        (("model", "--shape", "gpt2"), "--shape gpt2\n  got:      the model model as well"),
+        (("model", "--shape", "gpt2"), "--shape gpt2\n  got:      also the model model"),
         (("no/such/folder",), "no/such/folder"),
         (("--shape", "gpt2", "--targets", "q_proj"), "targets='q_proj'"),
         (("--shape", "gpt2", "--rank", "0"), "rank"),

@@ -121,6 +121,29 @@ def test_pairs_of_texts_are_classified(tmp_path, capsys):
     assert {line["label"] for line in lines} <= {"0", "1"}
 
 
+def test_masked_tokens_of_pairs_are_predicted_in_batches(tmp_path, capsys):
+    model = model_folder(tmp_path / "model", "bert", "masked_lm")
+    rows = [
+        {"text_a": "the plot was [MASK]", "text_b": "the [MASK] is very [MASK]"},
+        {"text_a": "good", "text_b": "[MASK]"},
+        {"text": "the film [MASK] good"},
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def predict(*options):
+        assert main(["predict", str(model), "--data", str(file), *options]) == 0
+        return [json.loads(line)["masks"] for line in capsys.readouterr().out.splitlines()]
+
+    together, alone = predict("--top", "2"), predict("--top", "2", "--batch-size", "1")
+    assert [[len(mask) for mask in masks] for masks in together] == [[2, 2, 2], [2], [2]]
+    assert [[mask[0]["text"] for mask in masks] for masks in together] == [
+        [mask[0]["text"] for mask in masks] for masks in alone
+    ]
+    file.write_text(json.dumps({"text_a": "good", "text_b": "film"}))
+    assert "a text without a mask token" in refusal(capsys, "predict", model, "--data", file)
+
+
 @pytest.mark.parametrize("architecture", ["roberta", pytest.param("bert", marks=pytest.mark.slow)])
 def test_a_masked_language_model_learns_texts(tmp_path, capsys, architecture):
     model = model_folder(tmp_path / "model", architecture, "masked_lm")
@@ -185,17 +208,20 @@ def refusal(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_what_a_model_cannot_do_is_refused_by_name(tmp_path, capsys):
+def test_options_that_a_model_does_not_support_are_refused_by_name(tmp_path, capsys):
     bert = model_folder(tmp_path / "bert", "bert", "masked_lm")
     t5 = model_folder(tmp_path / "t5", "t5", "relu")
     data = write_splits(tmp_path / "data", labeled())
     train = ["train", bert, "--data", data, "--adapter-path", tmp_path / "run", *FAST]
     assert "one of classification, masked-lm" in refusal(capsys, *train, "--task", "seq2seq")
-    assert "task causal-lm, of decoders" in refusal(capsys, *train, "--pack")
+    assert "expected: the task causal-lm" in refusal(capsys, *train, "--pack")
     assert "Use jax-lora predict" in refusal(capsys, "generate", bert, "--prompt", "good")
     assert "Use jax-lora generate" in refusal(capsys, "predict", t5, "--text", "good")
     assert "Use jax-lora predict" in refusal(capsys, "chat", bert)
     assert "without a mask token" in refusal(capsys, "predict", bert, "--text", "good film")
+    classifier = model_folder(tmp_path / "classifier", "bert", "classifier")
+    top = refusal(capsys, "predict", classifier, "--text", "good film", "--top", "3")
+    assert "--top 3" in top and "a model for masked-lm" in top
 
 
 def test_labels_that_do_not_fit_are_refused_with_their_line(tmp_path, capsys):
@@ -211,4 +237,4 @@ def test_labels_that_do_not_fit_are_refused_with_their_line(tmp_path, capsys):
     assert "at least two classes" in refusal(capsys, *train[:3], one, *train[4:])
     texts = [{"prompt": "good", "completion": "film"} for _ in range(10)]
     other = write_splits(tmp_path / "other", texts)
-    assert 'a row with "text"' in refusal(capsys, *train[:3], other, *train[4:])
+    assert 'an example with "text"' in refusal(capsys, *train[:3], other, *train[4:])

@@ -1,4 +1,4 @@
-"""The options of train, and how runs go on."""
+"""The options of train, and resuming runs."""
 
 import json
 
@@ -18,11 +18,11 @@ def config(folder):
 
 def test_a_dry_run_compiles_and_leaves_nothing(train, tmp_path, capsys):
     assert train("--dry-run") == 0
-    assert "Dry run: the first step compiles, and needs" in capsys.readouterr().out
+    assert "Dry run: the first step compiles; its peak memory is" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
 
 
-def test_a_run_of_more_steps_goes_on_where_it_ended(train, tmp_path, capsys):
+def test_a_resumed_run_with_more_steps_continues_at_its_last_step(train, tmp_path, capsys):
     options = ("--lr-schedule", "constant", "--warmup", "0", "--adapter-path")
     assert train(*options, "whole", "--iters", "4") == 0
     assert train(*options, "part") == 0
@@ -30,7 +30,7 @@ def test_a_run_of_more_steps_goes_on_where_it_ended(train, tmp_path, capsys):
     assert train(*options, "part", "--iters", "4", "--resume") == 0
     shown = capsys.readouterr().out
     assert "resumed from part/step-000002: 2 of 4 steps are done" in shown
-    assert "another length than before" in shown
+    assert "the number of steps has changed" in shown
     one, other = (load_adapter(tmp_path / name / "step-000004") for name in ("whole", "part"))
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
@@ -46,7 +46,7 @@ def test_resuming_needs_no_options_again(train, tmp_path, capsys):
     ]
 
 
-def test_resume_alone_begins_a_run_that_is_not_there(train, tmp_path):
+def test_resume_without_a_path_starts_a_run_if_there_is_none(train, tmp_path):
     assert train("--resume") == 0
     assert (tmp_path / "adapters" / "step-000002").is_dir()
 
@@ -64,13 +64,13 @@ def test_resuming_with_other_settings_or_rows_is_refused(train, data_folder, tmp
     assert "the train examples have changed" in capsys.readouterr().err
 
 
-def test_a_path_that_holds_no_run_cannot_be_resumed(train, capsys):
+def test_a_path_without_a_run_cannot_be_resumed(train, capsys):
     assert train("--resume", "nowhere") == 2
     assert "no run with a checkpoint there" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_makes_a_model_that_every_verb_reads(train, tmp_path, capsys):
+def test_full_fine_tuning_saves_a_model_that_every_subcommand_reads(train, tmp_path, capsys):
     assert train("--fine-tune-type", "full", "--optimizer", "lion", "--learning-rate", "1e-3") == 0
     model = "adapters/step-000002"
     assert f"Next: jax-lora generate {model}" in capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_full_fine_tuning_makes_a_model_that_every_verb_reads(train, tmp_path, c
     assert "a whole model, from full fine-tuning" in capsys.readouterr().err
 
 
-def test_presets_stand_below_what_is_typed(train, tmp_path):
+def test_flags_override_presets(train, tmp_path):
     assert train("--preset", "mlx", "--batch-size", "2") == 0
     chosen = config(tmp_path / "adapters")
     assert (chosen["optimizer"], chosen["scale"], chosen["batch_size"]) == ("adam", 20.0, 2)
@@ -90,7 +90,7 @@ def test_presets_stand_below_what_is_typed(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_typed_takes_the_place_of_its_rival(train, tmp_path):
+def test_a_flag_replaces_its_alternative(train, tmp_path):
     assert train("--preset", "mlx", "--alpha", "8") == 0
     assert (config(tmp_path / "adapters")["alpha"], config(tmp_path / "adapters")["scale"]) == (
         8.0,
@@ -103,7 +103,7 @@ def test_alpha_and_scale_together_are_refused(train, capsys):
     assert "--alpha and --scale in the command line" in capsys.readouterr().err
 
 
-def test_memory_that_runs_out_ends_with_code_3(train, capsys, monkeypatch):
+def test_out_of_memory_exits_with_code_3(train, capsys, monkeypatch):
     def run_out(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
@@ -111,10 +111,10 @@ def test_memory_that_runs_out_ends_with_code_3(train, capsys, monkeypatch):
     assert train() == 3
     shown = capsys.readouterr().err
     assert "Out of memory allocating 9 bytes" in shown and "--grad-checkpoint" in shown
-    assert "held so far" in shown and "float32 (" in shown
+    assert "live arrays, the largest:" in shown and "float32 (" in shown
 
 
-def test_other_errors_of_jax_are_not_called_out_of_memory(train, monkeypatch):
+def test_other_errors_of_jax_are_not_reported_as_out_of_memory(train, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: no")
 
@@ -123,7 +123,7 @@ def test_other_errors_of_jax_are_not_called_out_of_memory(train, monkeypatch):
         train()
 
 
-def test_the_state_of_the_run_is_beside_its_checkpoint(train, tmp_path):
+def test_the_training_state_is_in_the_checkpoint_folder(train, tmp_path):
     train()
     record = json.loads((tmp_path / "adapters/step-000002/training.json").read_text())
     assert record["ledger"]["step"] == 2 and set(record["data"]) == {"train", "valid"}

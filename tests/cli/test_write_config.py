@@ -1,17 +1,17 @@
-"""`jax-lora init` writes what `train -c` reads."""
+"""`jax-lora init` writes a file that `train -c` reads."""
 
 import pytest
 import yaml
 
-from jax_lora.cli import main, train_flags
+from jax_lora.cli import main
 from jax_lora.cli import write_config as init
-from jax_lora.cli.options import DEFAULTS, make_settings, read_config_file
+from jax_lora.cli.options import DEFAULTS, PLACES, make_settings, read_config_file
 from jax_lora.finetune.settings import TrainSettings
 
-NAMES = [*DEFAULTS, *train_flags.PLACES]
+NAMES = [*DEFAULTS, *PLACES]
 
 
-def test_every_option_of_train_is_there_once(tmp_path):
+def test_every_option_of_train_occurs_once(tmp_path):
     text = init.make_text()
     for name in NAMES:
         lines = [line for line in text.splitlines() if line.lstrip("# ").startswith(f"{name}:")]
@@ -20,7 +20,7 @@ def test_every_option_of_train_is_there_once(tmp_path):
     assert all(init.train_options().values())
 
 
-def test_switched_on_as_they_stand_all_lines_give_the_defaults(tmp_path):
+def test_all_lines_without_comment_signs_give_the_defaults(tmp_path):
     lines = init.make_text().splitlines()
     settings = [line.removeprefix("# ") for line in lines if _is_setting(line)]
     values = yaml.safe_load("\n".join(settings))
@@ -36,7 +36,7 @@ def _is_setting(line):
 
 
 @pytest.mark.slow
-def test_train_takes_the_file_as_it_is(model_folder, data_folder, tmp_path, monkeypatch, capsys):
+def test_train_accepts_the_unchanged_file(model_folder, data_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init"]) == 0
     assert "Next: jax-lora train -c lora.yaml" in capsys.readouterr().out
@@ -46,20 +46,20 @@ def test_train_takes_the_file_as_it_is(model_folder, data_folder, tmp_path, monk
     assert (saved["rank"], saved["learning_rate"]) == (2, TrainSettings().learning_rate)
 
 
-def test_the_file_as_it_stands_changes_nothing(tmp_path):
+def test_the_unchanged_file_has_no_effect(tmp_path):
     (tmp_path / "lora.yaml").write_text(init.make_text())
     assert read_config_file(tmp_path / "lora.yaml", NAMES) == init._PLACES
 
 
-def test_a_file_that_is_there_stays(tmp_path, capsys):
+def test_an_existing_file_is_not_overwritten(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("rank: 3\n")
     assert main(["init", str(file)]) == 2
-    assert "got:      a file of that name, which is left as it is" in capsys.readouterr().err
+    assert "got:      an existing file, which is unchanged" in capsys.readouterr().err
     assert file.read_text() == "rank: 3\n"
 
 
-def test_a_folder_that_is_not_there_is_one_message(tmp_path, capsys):
+def test_a_missing_folder_is_one_message(tmp_path, capsys):
     assert main(["init", str(tmp_path / "no" / "lora.yaml")]) == 2
     assert "No such file or directory" in capsys.readouterr().err
 
@@ -75,7 +75,7 @@ def test_the_preset_has_mlx_lms_defaults(tmp_path):
     assert (settings.mask_prompt, settings.max_grad_norm, settings.warmup) == (False, 0.0, 0.0)
 
 
-def test_text_that_yaml_would_read_as_something_else_is_quoted():
+def test_strings_that_yaml_would_read_as_another_type_are_quoted():
     assert init._value("all-linear") == "all-linear"
     assert [init._value(text) for text in ("no", "12", "null")] == ['"no"', '"12"', '"null"']
     assert init._value(("q_proj", "v_proj")) == '["q_proj", "v_proj"]'

@@ -1,4 +1,4 @@
-"""What is learned of a chat, under templates written as those of well-known models are."""
+"""The target tokens of a chat, with templates like those of well-known models."""
 
 import pytest
 
@@ -6,6 +6,7 @@ from jax_lora.data.encoding import encode_row
 from jax_lora.data.formats import check_fields
 from jax_lora.data.rows import Row
 from jax_lora.data.tokenizer import Tokenizer
+from jax_lora.errors import DataError
 from tests.tiny_model import write_tokenizer
 
 CHATML = (
@@ -73,7 +74,7 @@ def learned(result, tokenizer):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_every_answer_and_what_closes_it_is_learned_and_nothing_else(load, name):
+def test_only_responses_with_their_end_of_turn_text_are_targets(load, name):
     template, expected = LEARNED[name]
     tokenizer = load(template)
     result = encoded(tokenizer)
@@ -87,19 +88,19 @@ def test_every_answer_and_what_closes_it_is_learned_and_nothing_else(load, name)
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_the_last_answer_alone_is_learned_on_demand(load, name):
+def test_turns_last_limits_the_loss_to_the_last_response(load, name):
     template, expected = LEARNED[name]
     tokenizer = load(template)
     last = expected[expected.index("three") :]
     assert learned(encoded(tokenizer, which="last"), tokenizer).strip(" ") == last
 
 
-def test_a_turn_that_its_template_closes_is_not_closed_again(load):
+def test_eos_is_not_added_after_the_end_token_of_the_template(load):
     tokenizer = load(CHATML)
     assert tokenizer.eos_id not in encoded(tokenizer).ids
 
 
-def test_earlier_thoughts_that_a_template_leaves_out_are_not_learned_but_their_answers_are(load):
+def test_removed_reasoning_is_not_a_target_but_its_response_is(load):
     tokenizer = load(THINKING)
     turns = [dict(turn) for turn in TURNS]
     turns[1]["content"] = "<think>hm</think>\ntwo"
@@ -108,7 +109,7 @@ def test_earlier_thoughts_that_a_template_leaves_out_are_not_learned_but_their_a
     assert learned(result, tokenizer) == ("two<|im_end|>\n<think>well</think>\nthree<|im_end|>\n")
 
 
-def test_an_answer_that_is_written_as_another_text_is_counted_and_not_learned(load):
+def test_a_rewritten_response_is_counted_and_has_no_loss(load):
     template = CHATML.replace(
         "m.content", "(m.content if loop.last or m.role == 'user' else m.content | upper)"
     )
@@ -117,16 +118,63 @@ def test_an_answer_that_is_written_as_another_text_is_counted_and_not_learned(lo
     assert (learned(result, tokenizer), result.unlocated) == ("three<|im_end|>\n", 1)
 
 
-def test_of_a_completion_of_turns_only_the_completion_is_learned(load):
+def test_only_the_completion_of_a_completion_of_turns_is_a_target(load):
     tokenizer = load(CHATML)
     result = encoded(tokenizer, prompt=TURNS[:3], completion=TURNS[3:])
     assert learned(result, tokenizer) == "three<|im_end|>\n"
 
 
-def test_tools_are_written_into_the_prompt(load):
+def test_tools_are_in_the_prompt(load):
     template = "{% if tools %}{{ tools | tojson + '\n' }}{% endif %}" + CHATML
     tokenizer = load(template)
     tools = [{"type": "function", "function": {"name": "count"}}]
     result = encoded(tokenizer, messages=TURNS, tools=tools)
     assert '"name": "count"' in tokenizer._backend.decode(result.ids)
     assert learned(result, tokenizer) == LEARNED["chatml"][1]
+
+
+EMPTY_THOUGHT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("said", ["", "I look."])
+def test_a_tool_call_is_a_target_to_its_end(load, said):
+    tokenizer = load(EMPTY_THOUGHT)
+    call = {"role": "assistant", "content": said, "tool_calls": [{"function": {"name": "count"}}]}
+    told = {"role": "tool", "content": "two"}
+    result = encoded(tokenizer, [TURNS[0], call, told, call, told, TURNS[1]])
+    called = said + '{"name": "count", "arguments": {}}<|im_end|>\n'
+    last = "<think>\n\n</think>\n\ntwo<|im_end|>\n"
+    assert learned(result, tokenizer) == called * 2 + last
+    assert result.unlocated == 0
+
+
+def test_a_response_with_a_weight_of_0_is_not_a_target(load):
+    tokenizer = load(CHATML)
+    turns = [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]
+    assert learned(encoded(tokenizer, turns), tokenizer) == "three<|im_end|>\n"
+
+
+@pytest.mark.parametrize("template", [CHATML, EMPTY_THOUGHT])
+def test_the_number_of_renderings_does_not_grow_with_the_conversation(load, template):
+    tokenizer = load(template)
+    rendered = []
+
+    def render(messages, **options):
+        rendered.append(len(messages))
+        return Tokenizer.render(tokenizer, messages, **options)
+
+    tokenizer.render = render
+    encoded(tokenizer, TURNS * 10)
+    assert len(rendered) < 8
+
+
+def test_tools_that_the_template_does_not_show_are_an_error(load):
+    tool = {"type": "function", "function": {"name": "count"}}
+    with pytest.raises(DataError, match="does not show the tool 'count'"):
+        encoded(load(CHATML), messages=TURNS, tools=[tool])

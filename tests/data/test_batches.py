@@ -32,7 +32,7 @@ def test_the_first_token_is_never_a_label():
 
 
 @pytest.mark.parametrize("seed", [0, 7])
-def test_an_epoch_shows_every_row_once(seed):
+def test_an_epoch_has_every_example_once(seed):
     batches = Batches.of(EXAMPLES, 3, seed=seed)
     for epoch in range(2):
         steps = range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch)
@@ -40,7 +40,7 @@ def test_an_epoch_shows_every_row_once(seed):
         assert sorted(lines) == sorted(each.line for each in EXAMPLES)
 
 
-def test_order_is_a_function_of_seed_and_step_alone():
+def test_the_order_depends_only_on_the_seed_and_the_step():
     one, same = Batches.of(EXAMPLES, 3, seed=1), Batches.of(EXAMPLES, 3, seed=1)
     for step in (9, 3, 0, 3):
         np.testing.assert_array_equal(one.at(step).ids, same.at(step).ids)
@@ -51,7 +51,7 @@ def test_order_is_a_function_of_seed_and_step_alone():
     assert epoch(one, 0) != epoch(Batches.of(EXAMPLES, 3, seed=2), 0)
 
 
-def test_shapes_are_few_and_pad_as_little_as_can_be():
+def test_few_shapes_have_the_least_padding():
     def padded(lengths):
         return sum(min(n for n in lengths if n >= len(each.ids)) for each in EXAMPLES)
 
@@ -62,13 +62,13 @@ def test_shapes_are_few_and_pad_as_little_as_can_be():
     assert len(shapes) == 3
 
 
-def test_many_lengths_still_give_buckets_that_hold_every_row():
+def test_buckets_of_many_lengths_have_every_example():
     many = [example(n) for n in range(3, 4000, 3)]
     buckets = choose_buckets(many, 3)
     assert len(buckets) == 3 and buckets[-1].length >= 3999
 
 
-def test_validation_goes_through_every_row_once_in_order():
+def test_validation_has_every_example_once_in_order():
     batches = Batches.of(EXAMPLES, 3)
     assert sum(batch.weights.sum() for batch in batches.once()) == 2 * len(EXAMPLES)
 
@@ -84,7 +84,7 @@ class TestPacking:
     def batches(self):
         return Batches.of(EXAMPLES, 2, seed=3, pack=48)
 
-    def test_every_document_is_in_a_row_once_an_epoch(self, batches):
+    def test_every_example_is_packed_once_per_epoch(self, batches):
         for epoch in range(2):
             steps = range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch)
             lines = [line for step in steps for line in batches.lines(step)]
@@ -95,7 +95,7 @@ class TestPacking:
         assert shapes == {(2, 48)}
         assert batches.padding < 0.1 < Batches.of(EXAMPLES, 2, buckets=1).padding
 
-    def test_positions_begin_anew_and_segments_count_in_every_document(self, batches):
+    def test_positions_restart_and_segments_count_at_every_example(self, batches):
         for batch in batches.once():
             for ids, positions, segments in zip(
                 batch.ids, batch.positions, batch.segments, strict=True
@@ -106,7 +106,7 @@ class TestPacking:
                 assert (np.diff(segments[real]) == (positions[real][1:] == 0)).all()
                 assert not ids[~real].any()
 
-    def test_no_label_is_a_document_s_first_token(self, batches):
+    def test_the_first_token_of_an_example_is_never_a_label(self, batches):
         for batch in batches.once():
             for row in range(2):
                 at = batch.at[row][batch.weights[row] > 0]
@@ -115,15 +115,15 @@ class TestPacking:
                     batch.labels[row][batch.weights[row] > 0], batch.ids[row][at + 1]
                 )
 
-    def test_labels_are_as_many_as_unpacked(self, batches):
+    def test_packing_keeps_the_number_of_labels(self, batches):
         learned = sum(batch.weights.sum() for batch in batches.once())
         assert learned == sum(batch.weights.sum() for batch in Batches.of(EXAMPLES, 2).once())
 
-    def test_order_is_a_function_of_seed_and_step_alone(self, batches):
+    def test_the_order_depends_only_on_the_seed_and_the_step(self, batches):
         same = Batches.of(EXAMPLES, 2, seed=3, pack=48)
         for step in (3, 0, 7):
             for one, other in zip(batches.at(step), same.at(step), strict=True):
                 np.testing.assert_array_equal(one, other)
 
-    def test_a_row_is_never_shorter_than_the_longest_document(self):
+    def test_a_row_is_never_shorter_than_the_longest_example(self):
         assert Batches.of(EXAMPLES, 2, pack=10).at(0).ids.shape == (2, 48)

@@ -1,15 +1,13 @@
 import json
-import time
 
 import pytest
 
-from jax_lora.data import chat_template
-from jax_lora.data.bounds import time_limit
-from jax_lora.data.chat_template import ChatTemplate
+from jax_lora.data.chat_template import ChatTemplate, Rendering
 from jax_lora.errors import DataError, ModelError
 from tests.tiny_model import write_tokenizer
 
 TURNS = [{"role": "user", "content": "hi"}]
+MEGABYTES = f"template_memory_bytes={2**28}"
 
 
 def rendered(tmp_path, template, turns=TURNS):
@@ -22,19 +20,42 @@ def test_a_template_in_a_file_of_its_own_is_used(tmp_path):
     assert ChatTemplate(folder).render(TURNS) == "hi!"
 
 
-def test_a_template_that_does_not_end_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
-    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    began = time.monotonic()
-    with pytest.raises(DataError, match=r"time limit of 0\.3 seconds"):
-        rendered(tmp_path, endless)
-    assert time.monotonic() - began < 5
+@pytest.mark.parametrize(
+    ("template", "limits", "name"),
+    [
+        ("{{ 10 ** (10 ** 9) }}", "template_seconds=1", "template_seconds"),
+        ("{{ 'a' * 3000000000 }}", "", "template_memory_bytes"),
+        ("{{ ([1] * 100000000) | tojson | length }}", MEGABYTES, "template_memory_bytes"),
+        ("{{ 'a' * 101 }}", "template_output_bytes=100", "template_output_bytes"),
+        ("{{ '\u00fc' * 60 }}", "template_output_bytes=100", "template_output_bytes"),
+        ("{% for i in range(200) %}x{% endfor %}", "template_output_bytes=100", "output_bytes"),
+    ],
+)
+def test_a_template_that_exceeds_a_limit_is_stopped(tmp_path, monkeypatch, template, limits, name):
+    monkeypatch.setenv("JAX_LORA_LIMITS", limits)
+    chat = ChatTemplate(write_tokenizer(tmp_path / "model", template=template))
+    with pytest.raises(DataError, match=name) as error:
+        chat.render(TURNS)
+    assert "tokenizer_config.json" in str(error.value)
+    assert f"{name}=N" in str(error.value)
 
 
-def test_a_template_that_writes_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_template, "LONGEST", 100)
-    with pytest.raises(DataError, match="200 characters"):
-        rendered(tmp_path, "{% for i in range(200) %}x{% endfor %}")
+def test_deep_recursion_in_a_template_is_an_error(tmp_path):
+    template = "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}"
+    with pytest.raises(DataError, match="the chat template of"):
+        rendered(tmp_path, template)
+
+
+def test_conversations_rendered_ahead_are_those_rendered_one_by_one(tmp_path):
+    template = "{{ raise_exception('no') if tools }}{{ messages[0].content * messages[0].n }}"
+    folder = write_tokenizer(tmp_path / "model", template=template)
+    plain, ahead = ChatTemplate(folder), ChatTemplate(folder)
+    turns = [[{"role": "user", "content": "hi", "n": n}] for n in (1, 2, 2, 9)]
+    ahead.render_ahead([Rendering([]), *(Rendering(each) for each in turns)])
+    ahead.render_ahead([Rendering(each) for each in turns] + [Rendering(TURNS, tools=[{}])])
+    assert [ahead.render(each) for each in turns] == [plain.render(each) for each in turns]
+    with pytest.raises(DataError, match="no"):
+        ahead.render(TURNS, tools=[{}])
 
 
 @pytest.mark.parametrize(
@@ -76,14 +97,11 @@ def test_code_of_the_folder_is_never_run(tmp_path):
 def test_no_template_and_a_huge_one_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="a tokenizer without a chat template"):
         ChatTemplate(write_tokenizer(tmp_path / "base"))
-    monkeypatch.setattr(chat_template, "LARGEST_TEMPLATE", 3)
+    monkeypatch.setenv("JAX_LORA_LIMITS", "template_bytes=3")
     folder = write_tokenizer(tmp_path / "huge")
     (folder / "chat_template.jinja").write_text("long")
-    with pytest.raises(ModelError, match="chat_template.jinja of more than 3 bytes"):
+    with pytest.raises(ModelError, match="template_bytes=N"):
         ChatTemplate(folder)
-
-
-def test_a_limit_is_lifted_behind_its_block():
-    with time_limit(0.2):
-        pass
-    time.sleep(0.3)
+    inline = ChatTemplate(write_tokenizer(tmp_path / "inline", template="long"))
+    with pytest.raises(ModelError, match="template_bytes=N"):
+        inline.render(TURNS)

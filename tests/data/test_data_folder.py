@@ -9,7 +9,7 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("name", ["valid", "val", "validation"])
-def test_a_folder_holds_a_file_per_split_under_any_usual_name(tmp_path, name):
+def test_a_folder_has_a_file_per_split_with_any_common_name(tmp_path, name):
     write(tmp_path / "train.jsonl", 3)
     write(tmp_path / f"{name}.jsonl", 2)
     data = read_data(tmp_path)
@@ -19,7 +19,7 @@ def test_a_folder_holds_a_file_per_split_under_any_usual_name(tmp_path, name):
     }
 
 
-def test_one_file_is_cut_into_splits_that_share_no_row_and_never_change(tmp_path):
+def test_one_file_is_split_reproducibly_into_disjoint_splits(tmp_path):
     write(tmp_path / "rows.jsonl", 100)
     data = read_data(tmp_path / "rows.jsonl")
     lines = {name: {row.line for row in file.rows} for name, file in data.splits.items()}
@@ -32,12 +32,12 @@ def test_one_file_is_cut_into_splits_that_share_no_row_and_never_change(tmp_path
     assert read_data(tmp_path / "rows.jsonl") == data
 
 
-def test_a_small_file_is_all_training(tmp_path):
+def test_a_small_file_has_only_training_examples(tmp_path):
     write(tmp_path / "rows.jsonl", 10)
     assert list(read_data(tmp_path / "rows.jsonl").splits) == ["train"]
 
 
-def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+def test_a_missing_split_is_refused_with_a_list_of_the_splits(tmp_path):
     write(tmp_path / "train.jsonl", 3)
     with pytest.raises(
         DataError, match=r'got:      the splits: train\n.*a "test" split: test.jsonl'
@@ -50,3 +50,13 @@ def test_a_folder_without_data_and_a_missing_path_are_refused(tmp_path):
         read_data(tmp_path)
     with pytest.raises(DataError, match="no such folder or file"):
         read_data(tmp_path / "absent")
+
+
+def test_parts_of_a_few_long_texts_are_held_out(tmp_path):
+    (tmp_path / "long.txt").write_text("a word " * 2000, encoding="utf-8")
+    (tmp_path / "short.txt").write_text("short", encoding="utf-8")
+    splits = read_data(tmp_path).splits
+    texts = {name: "".join(row.fields["text"] for row in splits[name].rows) for name in splits}
+    assert texts["train"].endswith("short") and len(texts["valid"]) in range(650, 750)
+    joined = texts["train"].removesuffix("short") + texts["valid"] + texts["test"]
+    assert joined == "a word " * 2000

@@ -29,19 +29,19 @@ def learned_text(example, tokenizer):
     return tokenizer._backend.decode(example.ids[example.loss_mask].tolist(), False)
 
 
-def test_the_answer_and_its_end_are_learned_and_the_prompt_is_not(tokenizer):
+def test_the_completion_and_its_end_token_are_targets_and_the_prompt_is_not(tokenizer):
     example = only(rows_of({"prompt": "how many rows?", "completion": " count(*)"}), tokenizer)
     assert learned_text(example, tokenizer) == " count(*)<|end|>"
     assert tokenizer.decode(example.ids.tolist()) == "how many rows? count(*)"
 
 
-def test_an_end_token_that_is_there_is_not_doubled(tokenizer):
+def test_an_existing_end_token_is_not_doubled(tokenizer):
     example = only(rows_of({"prompt": "a", "completion": " b<|end|>"}), tokenizer)
     assert example.ids.tolist().count(tokenizer.eos_id) == 1
     assert learned_text(example, tokenizer) == " b<|end|>"
 
 
-def test_a_prompt_is_encoded_as_generation_will_encode_it(tokenizer):
+def test_a_prompt_has_the_same_ids_in_training_and_generation(tokenizer):
     # "select" is one token; the prompt "sel" alone is not a part of it.
     fields = {"prompt": "sel", "completion": "ect"}
     example = only(rows_of(fields), tokenizer)
@@ -50,20 +50,20 @@ def test_a_prompt_is_encoded_as_generation_will_encode_it(tokenizer):
     assert learned_text(example, tokenizer) == "ect<|end|>"
 
 
-def test_there_is_one_start_token_whether_or_not_the_seam_merges(tokenizer_with_bos):
+def test_there_is_one_start_token_even_if_prompt_and_completion_merge(tokenizer_with_bos):
     for fields in ({"prompt": "sel", "completion": "ect"}, {"prompt": "a", "completion": " b"}):
         example = only(rows_of(fields), tokenizer_with_bos)
         assert example.ids.tolist().count(tokenizer_with_bos.bos_id) == 1
         assert not example.loss_mask[0]
 
 
-def test_text_is_learned_whole_and_prompts_only_if_asked(tokenizer):
+def test_mask_prompt_decides_whether_prompts_are_targets(tokenizer):
     assert only(rows_of({"text": "count"}, kind="text"), tokenizer).loss_mask.all()
     row = rows_of({"prompt": "a", "completion": "b"})
     assert only(row, tokenizer, mask_prompt=False).loss_mask.all()
 
 
-def test_long_rows_are_cut_dropped_or_refused_as_asked(tokenizer):
+def test_long_examples_are_truncated_dropped_or_refused(tokenizer):
     rows = rows_of({"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": "x" * 99})
     cut = make_examples(rows, tokenizer, max_length=20)
     assert [len(example.ids) for example in cut.rows][1] == 20 and cut.cut == 1
@@ -73,12 +73,12 @@ def test_long_rows_are_cut_dropped_or_refused_as_asked(tokenizer):
         make_examples(rows, tokenizer, max_length=20, truncate="error")
 
 
-def test_a_row_whose_answer_is_cut_away_is_left_out_and_named(tokenizer):
+def test_an_example_without_targets_is_dropped_and_its_line_reported(tokenizer):
     rows = rows_of({"prompt": "a", "completion": " b"}, {"prompt": "x" * 50, "completion": " b"})
     assert make_examples(rows, tokenizer, max_length=20).dropped == (2,)
 
 
-def test_nothing_left_to_learn_is_an_error(tokenizer):
+def test_examples_without_any_target_are_an_error(tokenizer):
     rows = rows_of({"prompt": "x" * 50, "completion": " b"})
     with pytest.raises(DataError, match="1 examples without a target token in the first 20"):
         make_examples(rows, tokenizer, max_length=20)
@@ -92,27 +92,27 @@ TURNS = [
 ]
 
 
-def test_every_answer_of_a_chat_and_its_end_is_learned(tmp_path):
+def test_every_response_of_a_chat_with_its_end_is_a_target(tmp_path):
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=CHATML))
     example = only(rows_of({"messages": TURNS}, kind="chat"), tokenizer)
     assert learned_text(example, tokenizer) == "two<|end|>three<|end|>"
 
 
-def test_a_template_that_never_ends_answers_has_the_end_added(tmp_path):
+def test_eos_is_added_if_the_template_does_not_end_responses(tmp_path):
     template = CHATML.replace("<|end|>", "\n")
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=template))
     example = only(rows_of({"messages": TURNS[:2]}, kind="chat"), tokenizer)
     assert learned_text(example, tokenizer) == "two\n<|end|>"
 
 
-def test_a_chat_template_that_writes_the_start_token_yields_one(tmp_path):
+def test_a_start_token_from_the_chat_template_is_not_doubled(tmp_path):
     folder = write_tokenizer(tmp_path, bos="<|start|>", template="<|start|>" + CHATML)
     tokenizer = Tokenizer.load(folder)
     example = only(rows_of({"messages": TURNS}, kind="chat"), tokenizer)
     assert example.ids.tolist().count(tokenizer.bos_id) == 1
 
 
-def test_answers_that_the_template_rewrites_are_not_learned(tmp_path):
+def test_responses_that_the_template_rewrites_have_no_loss(tmp_path):
     # As some templates do: what an earlier turn thought is left out once a later one follows.
     template = (
         "{% for m in messages %}<|{{ m.role }}|>"
@@ -124,7 +124,7 @@ def test_answers_that_the_template_rewrites_are_not_learned(tmp_path):
     assert learned_text(example, tokenizer) == "three<|end|>"
 
 
-def test_the_prompt_of_a_chat_is_all_before_its_last_answer(tmp_path):
+def test_the_prompt_of_a_chat_is_everything_before_the_last_response(tmp_path):
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=CHATML))
     ids = encode_prompt({"messages": TURNS}, tokenizer)
     assert tokenizer._backend.decode(ids, skip_special_tokens=False).endswith(

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from jax_lora.data import row_files
 from jax_lora.data.data_folder import read_data
 from jax_lora.data.rows import read_rows
 from jax_lora.errors import DataError
+from jax_lora.storage.limits import raise_hint
 
 ROWS = [{"prompt": "a, b", "completion": "c\nd"}, {"prompt": "é", "completion": "f"}]
 
@@ -69,8 +69,9 @@ def test_json_lines_under_the_name_json_are_read(tmp_path):
         ("train.csv", b"", "no row in 0 lines"),
         ("train.csv", b"prompt,completion\na,b,c\n", "3 cells where the first line names 2"),
         ("train.csv", b'prompt,completion\n"a"x,b\n', "line 2: "),
-        ("train.csv", b"prompt,completion\ncaf\xe9,b\n", "byte 0xe9 on line 2 is not UTF-8"),
-        ("train.csv", b"a;b\nc;d\n", 'no known format; the fields are "a;b"'),
+        ("train.csv", b"prompt,completion\ncaf\x8d,b\n", "byte 0x8d on line 2 is not UTF-8"),
+        ("train.csv", b"prompt,completion\n\xc4\xe3,\xe3\xba\xc3\xc4\xe3\xba\n", "is not UTF-8"),
+        ("train.csv", b"a;b\nc;d\n", 'no known format; the fields are "a", "b"'),
         ("train.jsonl", '{"text": "a"}'.encode("utf-16"), "text in UTF-16"),
         ("train.jsonl.gz", b"no gzip", "a damaged gzip file"),
         ("train.jsonl.gz", CUT_OFF, "a damaged gzip file"),
@@ -87,10 +88,11 @@ def test_a_broken_file_is_one_message_with_a_fix(tmp_path, name, content, messag
 
 
 def test_a_gzip_that_unpacks_to_far_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(row_files, "FREE_BYTES", 2**10)
+    monkeypatch.setenv("JAX_LORA_LIMITS", "expanded_bytes=1024")
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b" " * 2**20))
-    with pytest.raises(DataError, match="more than .* bytes of text"):
+    with pytest.raises(DataError, match="more than .* bytes of text") as caught:
         read_rows(tmp_path / "train.jsonl.gz")
+    assert str(caught.value).endswith(raise_hint("expansion"))
 
 
 def test_a_missing_pyarrow_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
@@ -133,3 +135,34 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
     with pytest.raises(DataError, match="a file that ends in '.xlsx'"):
         read_data(tmp_path / "rows.xlsx")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"sep=;\nprompt;completion\na,b;c\n",
+        "prompt;completion\r\na,b;c\r\n".encode("utf-16"),
+        b"prompt|completion\na,b|c\n",
+    ],
+)
+def test_separators_and_encodings_of_spreadsheets_are_detected(tmp_path, content):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    (row,) = read_rows(path).rows
+    assert row.fields == {"prompt": "a,b", "completion": "c"}
+
+
+def test_windows_1252_is_read(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt,completion\nin the caf\xe9,yes\n")
+    assert read_rows(path).rows[0].fields["prompt"] == "in the caf\u00e9"
+
+
+def test_nulls_inside_parquet_are_removed(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{"text": "a", "extra": {"x": 1}}, {"text": "b", "extra": {"y": [None, 2]}}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = read_rows(tmp_path / "rows.parquet").rows
+    assert [row.fields for row in read] == rows

@@ -12,7 +12,7 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("pack", [None, 24])
 @pytest.mark.parametrize("start", [0, 5])
-def test_a_loader_gives_what_belongs_to_each_step_wherever_it_begins(pack, start):
+def test_prefetching_gives_the_batch_of_each_step_from_any_start(pack, start):
     batches = Batches.of(EXAMPLES, 2, seed=1, pack=pack)
     loaded = list(load_ahead(batches, start, 11))
     assert len(loaded) == 11 - start
@@ -22,11 +22,11 @@ def test_a_loader_gives_what_belongs_to_each_step_wherever_it_begins(pack, start
             np.testing.assert_array_equal(one, other)
 
 
-def test_nothing_is_left_behind_the_last_step():
+def test_prefetching_ends_after_the_last_step():
     assert list(load_ahead(Batches.of(EXAMPLES, 2), 4, 4)) == []
 
 
-def test_a_fault_in_making_a_batch_reaches_whoever_asks_for_it(monkeypatch):
+def test_an_error_while_creating_a_batch_is_raised(monkeypatch):
     def broken(self, step):
         raise ValueError(f"no batch {step}")
 

@@ -1,4 +1,4 @@
-"""The cache of compiled programs: where it is, when it is off, and that it changes nothing."""
+"""The compilation cache: its folder, when it is disabled, and that results do not change."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def environment(monkeypatch, tmp_path):
     return monkeypatch
 
 
-def test_it_is_among_the_users_caches_and_of_this_processor(environment, tmp_path):
+def test_the_default_folder_is_in_the_users_cache_and_per_processor(environment, tmp_path):
     found = find_compile_cache()
     assert found.folder.parent == tmp_path / "xdg" / "jax_lora"
     assert found.folder.is_dir() and not found.why_off
@@ -49,24 +49,24 @@ def test_another_processor_has_another_folder(environment):
     assert find_compile_cache().folder != here
 
 
-def test_jaxs_own_variable_is_obeyed(environment, tmp_path):
+def test_the_environment_variable_of_jax_selects_the_folder(environment, tmp_path):
     environment.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
     assert find_compile_cache().folder == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("value", ["1", "true"])
-def test_it_can_be_switched_off(environment, tmp_path, value):
+def test_an_environment_variable_disables_the_cache(environment, tmp_path, value):
     environment.setenv("JAX_LORA_NO_CACHE", value)
     assert use_compile_cache().why_off == "JAX_LORA_NO_CACHE is set"
     assert not (tmp_path / "xdg").exists()
 
 
-def test_a_folder_that_cannot_be_made_switches_it_off_in_silence(environment, tmp_path):
+def test_a_folder_that_cannot_be_created_disables_the_cache(environment, tmp_path):
     (tmp_path / "xdg").write_text("a file")
     assert "cannot be made" in use_compile_cache().why_off
 
 
-def test_a_folder_that_cannot_be_written_to_switches_it_off(environment):
+def test_a_folder_that_is_not_writable_disables_the_cache(environment):
     environment.setattr(compile_cache.os, "access", lambda *_: False)
     assert "cannot be written to" in use_compile_cache().why_off
 
@@ -78,7 +78,7 @@ def test_its_size_is_that_of_its_files(environment):
     assert found.size == 100
 
 
-def test_a_second_process_takes_the_program_from_it_and_computes_the_same_bits(tmp_path):
+def test_a_second_process_uses_the_cache_and_computes_the_same_bits(tmp_path):
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "XLA_FLAGS": ""}
     environment.pop("JAX_LORA_NO_CACHE", None)
     said = []

@@ -9,23 +9,23 @@ SMALL = {"kernel": jnp.ones((2, 2))}
 
 
 @pytest.mark.parametrize(("rows", "count"), [(16, 8), (8, 8), (6, 6), (12, 6), (7, 7), (1, 1)])
-def test_the_devices_chosen_share_the_rows_evenly(rows, count):
+def test_the_number_of_devices_divides_the_rows(rows, count):
     assert devices.data_mesh(rows, SMALL).size == count
 
 
-def test_a_large_base_is_not_copied_to_every_device_of_a_cpu(monkeypatch):
+def test_a_large_base_is_not_replicated_on_cpu_devices(monkeypatch):
     monkeypatch.setattr(devices, "MOST_CPU_COPIES", 3 * SMALL["kernel"].nbytes)
     assert devices.data_mesh(8, SMALL).size == 2
 
 
-def test_rows_are_split_and_parameters_copied():
+def test_rows_are_sharded_and_parameters_replicated():
     mesh = devices.data_mesh(4, SMALL)
     batch = devices.split_rows({"ids": np.arange(8).reshape(4, 2)}, mesh)["ids"]
     assert [shard.data.shape for shard in batch.addressable_shards] == [(1, 2)] * 4
     assert devices.replicate(SMALL, mesh)["kernel"].is_fully_replicated
 
 
-def test_the_choice_of_the_user_stands(monkeypatch):
+def test_a_number_of_devices_set_by_the_user_is_kept(monkeypatch):
     asked = []
     monkeypatch.setattr(jax.config, "update", lambda name, value: asked.append(name))
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
@@ -39,7 +39,7 @@ def test_the_choice_of_the_user_stands(monkeypatch):
     assert asked == ["jax_num_cpu_devices"]
 
 
-def test_devices_that_are_there_already_are_left_as_they_are(monkeypatch):
+def test_initialized_devices_are_unchanged(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
     before = jax.device_count()

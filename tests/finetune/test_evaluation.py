@@ -30,7 +30,7 @@ def answers(monkeypatch):
     return given
 
 
-def test_groups_are_scored_apart_and_together(tmp_path, tiny, tokenizer, answers):
+def test_groups_are_scored_separately_and_together(tmp_path, tiny, tokenizer, answers):
     # Right; right in what it finds; wrong; no SQL at all.
     answers += [QUERIES[0], "select b as x from t", "select a from t", "what?"]
     evaluation = Evaluation(write_rows(tmp_path, database="letters"), tokenizer, rows=3)
@@ -40,9 +40,7 @@ def test_groups_are_scored_apart_and_together(tmp_path, tiny, tokenizer, answers
     assert shares == [(4, 0.25, 0.5), (2, 0.5, 1.0), (2, 0.0, 0.0)]
 
 
-def test_the_loss_of_all_is_the_mean_over_the_tokens_of_the_groups(
-    tmp_path, tiny, tokenizer, answers
-):
+def test_the_total_loss_is_the_token_mean_of_the_groups(tmp_path, tiny, tokenizer, answers):
     answers += QUERIES
     file = write_rows(tmp_path)
     scores = list(Evaluation(file, tokenizer).score(*tiny).values())
@@ -54,13 +52,13 @@ def test_the_loss_of_all_is_the_mean_over_the_tokens_of_the_groups(
     assert scores[0].loss == pytest.approx(mean, rel=1e-5)
 
 
-def test_rows_without_a_database_have_no_execution_match(tmp_path, tiny, tokenizer, answers):
+def test_examples_without_a_database_have_no_execution_match(tmp_path, tiny, tokenizer, answers):
     answers += QUERIES
     score = Evaluation(write_rows(tmp_path), tokenizer).score(*tiny)["all"]
     assert (score.exact, score.execution) == (1.0, None)
 
 
-def test_text_has_a_loss_and_nothing_else(tmp_path, tiny, tokenizer):
+def test_plain_text_has_only_a_loss(tmp_path, tiny, tokenizer):
     file = tmp_path / "test.jsonl"
     file.write_text('{"text": "count the rows"}\n')
     scores = Evaluation(read_rows(file), tokenizer).score(*tiny)

@@ -34,7 +34,7 @@ def generator(tiny, tokenizer):
     return Generator(*tiny, tokenizer, max_tokens=6, rows=4)
 
 
-def test_unequal_prompts_together_are_answered_as_each_alone(tiny, tokenizer, generator):
+def test_prompts_of_different_lengths_are_completed_as_if_alone(tiny, tokenizer, generator):
     model, variables = tiny
     expected = [
         tokenizer.decode(slowly(model, variables, prompt, {tokenizer.eos_id}, 6))
@@ -44,12 +44,12 @@ def test_unequal_prompts_together_are_answered_as_each_alone(tiny, tokenizer, ge
     assert len(set(expected)) == 3
 
 
-def test_more_prompts_than_rows_come_back_in_their_order(generator):
+def test_completions_of_several_batches_keep_the_order_of_the_prompts(generator):
     alone = [generator.answer([prompt])[0] for prompt in PROMPTS]
     assert generator.answer(PROMPTS * 3) == alone * 3
 
 
-def test_an_answer_ends_at_any_end_token_of_the_model(tiny, tokenizer, generator):
+def test_a_completion_ends_at_any_end_token_of_the_model(tiny, tokenizer, generator):
     model, variables = tiny
     answer = slowly(model, variables, PROMPTS[0], {tokenizer.eos_id}, 6)
     assert len(answer) > 2
@@ -59,7 +59,7 @@ def test_an_answer_ends_at_any_end_token_of_the_model(tiny, tokenizer, generator
     assert stopped.answer(PROMPTS[:1]) == [tokenizer.decode(answer[:first])]
 
 
-def test_an_answer_is_cut_before_a_stop_text_that_spans_tokens(tiny, tokenizer, generator):
+def test_a_completion_ends_before_a_stop_string_that_spans_tokens(tiny, tokenizer, generator):
     longer = dataclasses.replace(generator, max_tokens=40)
     whole = longer.answer(PROMPTS)
     for place in (1, 5, 17):  # in the first piece that is looked at, and in a later one
@@ -69,7 +69,7 @@ def test_an_answer_is_cut_before_a_stop_text_that_spans_tokens(tiny, tokenizer, 
         assert dataclasses.replace(longer, stop=stops).answer(PROMPTS) == expected
 
 
-def test_text_before_a_stop_text_in_the_same_token_stays(tokenizer, generator):
+def test_text_before_a_stop_string_in_the_same_token_is_kept(tokenizer, generator):
     prompts = [[number] for number in range(1, 25)]
     pieces = [tokenizer.decode([index]) for index in range(256, tokenizer.size)]
     prompt, text, piece = next(
@@ -83,7 +83,7 @@ def test_text_before_a_stop_text_in_the_same_token_stays(tokenizer, generator):
     assert stopped[0].endswith(piece[0])
 
 
-def test_a_stop_text_ends_the_work_early(generator, monkeypatch):
+def test_a_stop_string_ends_decoding_early(generator, monkeypatch):
     calls = []
 
     def counted(*arguments):
@@ -99,7 +99,7 @@ def test_a_stop_text_ends_the_work_early(generator, monkeypatch):
     assert len(calls) == 2, "one segment of five"
 
 
-def test_all_lengths_of_a_bucket_and_all_segments_share_one_program(generator):
+def test_all_lengths_of_a_bucket_and_all_segments_share_a_compiled_function(generator):
     longer = dataclasses.replace(generator, max_tokens=40, stop=("never",))
     longer.answer(PROMPTS)
     before = advance._cache_size()
@@ -113,7 +113,7 @@ def test_all_lengths_of_a_bucket_and_all_segments_share_one_program(generator):
     assert advance._cache_size() == before + 2
 
 
-def test_what_is_drawn_depends_on_the_seed_and_the_place_alone(generator):
+def test_samples_depend_only_on_the_seed_and_the_index_of_the_prompt(generator):
     drawn = dataclasses.replace(generator, temperature=2.0)
     answers = drawn.answer(PROMPTS)
     assert drawn.answer(PROMPTS) == answers
@@ -134,19 +134,19 @@ def test_what_is_drawn_depends_on_the_seed_and_the_place_alone(generator):
         ({"stop": "end"}, "a tuple of non-empty strings"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(generator, changes, message):
+def test_invalid_settings_are_refused(generator, changes, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(generator, **changes)
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * 123])
-def test_a_prompt_that_leaves_no_room_is_refused(generator, prompt):
-    with pytest.raises(ConfigError, match="no more than the model's 128 together"):
+def test_a_prompt_that_is_too_long_is_refused(generator, prompt):
+    with pytest.raises(ConfigError, match="at most 128 in total"):
         generator.answer([prompt])
 
 
 @pytest.mark.parametrize("place", ["one device", "every device", "merged"])
-def test_weights_tied_to_devices_need_no_second_program(tiny, tokenizer, place):
+def test_weights_committed_to_devices_cause_no_recompilation(tiny, tokenizer, place):
     model, variables = tiny
     devices = jax.devices()
     everywhere = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec())

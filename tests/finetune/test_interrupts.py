@@ -6,14 +6,14 @@ from jax_lora.finetune.interrupts import Interrupts
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_noted_and_ends_nothing(number):
+def test_a_signal_is_recorded_and_does_not_end_the_process(number):
     with Interrupts() as interrupts:
         assert interrupts.requested is None
         signal.raise_signal(number)
         assert interrupts.requested == signal.Signals(number).name
 
 
-def test_a_second_terminate_changes_nothing_and_a_second_ctrl_c_ends_at_once():
+def test_only_a_second_ctrl_c_ends_the_process_immediately():
     with Interrupts() as interrupts:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
@@ -22,7 +22,7 @@ def test_a_second_terminate_changes_nothing_and_a_second_ctrl_c_ends_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_the_signals_are_given_back():
+def test_the_signal_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with Interrupts():
         assert signal.getsignal(signal.SIGTERM) is not before

@@ -19,7 +19,7 @@ def example(ids, learned):
 ROWS = [example([5, 9, 7, 3], [0, 0, 1, 1]), example([8, 2, 6, 4, 1, 0], [0, 1, 1, 1, 1, 1])]
 
 
-def test_it_is_the_cross_entropy_of_the_learned_tokens(tiny):
+def test_the_loss_is_the_cross_entropy_of_the_target_tokens(tiny):
     model, variables = tiny
     total, tokens = causal_lm_loss(model, variables, Batches.of(ROWS, 2).at(0))
     expected = 0.0
@@ -31,7 +31,7 @@ def test_it_is_the_cross_entropy_of_the_learned_tokens(tiny):
     np.testing.assert_allclose(float(total), expected, rtol=1e-5)
 
 
-def test_a_batch_with_nothing_to_learn_has_loss_zero_and_zero_gradient(tiny):
+def test_a_batch_without_targets_has_zero_loss_and_gradient(tiny):
     model, variables = tiny
     batch = Batches.of(ROWS, 2).at(0)
     nothing = batch._replace(weights=np.zeros_like(batch.weights))
@@ -42,7 +42,7 @@ def test_a_batch_with_nothing_to_learn_has_loss_zero_and_zero_gradient(tiny):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
-def test_padding_is_told_by_place_not_by_id(tiny):
+def test_padding_is_recognized_by_position_and_not_by_id(tiny):
     # The end token has id 0, as padding does; it is learned all the same.
     model, variables = tiny
     batch = Batches.of([ROWS[1]], 1).at(0)
@@ -52,7 +52,7 @@ def test_padding_is_told_by_place_not_by_id(tiny):
     assert same[0] == same[1]
 
 
-def test_parts_of_a_batch_add_up_whatever_their_lengths(tiny):
+def test_the_losses_of_parts_add_up_for_any_lengths(tiny):
     model, variables = tiny
     whole = causal_lm_loss(model, variables, Batches.of(ROWS, 2).at(0))
     parts = [causal_lm_loss(model, variables, Batches.of([row], 1).at(0)) for row in ROWS]
@@ -69,7 +69,7 @@ def test_a_bfloat16_base_has_a_float32_loss(tiny):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
-def test_a_few_logits_at_a_time_give_the_same_loss_and_gradient(tiny, chunk):
+def test_chunked_logits_give_the_same_loss_and_gradient(tiny, chunk):
     model, variables = tiny
     batch = Batches.of(ROWS, 2).at(0)
     of = lambda chunk: jax.value_and_grad(  # noqa: E731
@@ -81,7 +81,7 @@ def test_a_few_logits_at_a_time_give_the_same_loss_and_gradient(tiny, chunk):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
 
 
-def test_the_whole_logits_are_never_in_memory_where_they_are_too_many(tiny, monkeypatch):
+def test_large_logits_are_never_in_memory_as_a_whole(tiny, monkeypatch):
     model, variables = tiny
     batch = Batches.of([example(range(64), np.ones(64))] * 2, 2).at(0)
 
@@ -98,7 +98,7 @@ def test_the_whole_logits_are_never_in_memory_where_they_are_too_many(tiny, monk
     assert largest() == 16
 
 
-def test_packed_documents_do_not_see_each_other(tiny):
+def test_packed_examples_do_not_attend_to_each_other(tiny):
     model, variables = tiny
     apart, _ = causal_lm_loss(model, variables, Batches.of(ROWS, 2).at(0))
     ids = np.concatenate([row.ids for row in ROWS])[None]

@@ -29,24 +29,24 @@ def updated(adapter, **options):
     return updates.pairs["kernel"]
 
 
-def test_an_unknown_optimizer_is_refused_with_the_nearest_names():
+def test_an_unknown_optimizer_is_refused_with_suggestions():
     with pytest.raises(ConfigError, match=r"(?s)optimizer.*'adamv'.*Did you mean adam"):
         make_optimizer(optax.constant_schedule(0.1), name="adamv")
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "scale_by_adam", "chain", "__name__"])
-def test_what_is_no_optimizer_by_itself_is_refused(name):
+def test_functions_that_are_not_optimizers_are_refused(name):
     with pytest.raises(ConfigError, match="an optimizer of Optax"):
         make_optimizer(optax.constant_schedule(0.1), name=name)
 
 
-def test_the_usual_optimizers_are_there():
+def test_the_common_optimizers_are_listed():
     assert {"adam", "adamw", "sgd", "lion", "adafactor", "lamb", "muon"} <= set(optimizer_names())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", optimizer_names())
-def test_every_optimizer_moves_an_adapter(adapter, name):
+def test_every_optimizer_updates_an_adapter(adapter, name):
     optimizer = make_optimizer(optax.constant_schedule(0.1), name=name)
     state = optimizer.init(adapter)
     moved = adapter
@@ -58,17 +58,17 @@ def test_every_optimizer_moves_an_adapter(adapter, name):
     assert np.any(moved.pairs["kernel"].b != adapter.pairs["kernel"].b)
 
 
-def test_weight_decay_goes_to_an_optimizer_that_has_one(adapter):
+def test_weight_decay_is_passed_to_an_optimizer_that_supports_it(adapter):
     plain, decayed = (updated(adapter, name="adamw", weight_decay=decay) for decay in (0.0, 1.0))
     np.testing.assert_allclose(decayed.b - plain.b, -0.1 * adapter.pairs["kernel"].b, rtol=1e-5)
 
 
-def test_weight_decay_is_refused_where_there_is_none():
-    with pytest.raises(ConfigError, match=r"(?s)weight_decay.*adam, which has none.*adamw"):
+def test_weight_decay_is_refused_for_an_optimizer_without_it():
+    with pytest.raises(ConfigError, match=r"(?s)weight_decay.*which has no weight decay.*adamw"):
         make_optimizer(optax.constant_schedule(0.1), name="adam", weight_decay=0.1)
 
 
-def test_lora_plus_lets_b_learn_faster(adapter):
+def test_lora_plus_raises_the_learning_rate_of_b(adapter):
     pair = updated(adapter, name="sgd", max_grad_norm=0.0, lora_plus_ratio=16.0)
     np.testing.assert_allclose(pair.a, np.full((3, 2), -0.1), rtol=1e-6)
     np.testing.assert_allclose(pair.b, np.full((2, 4), -1.6), rtol=1e-6)

@@ -4,7 +4,7 @@ from jax_lora.errors import ConfigError
 from jax_lora.finetune.samples import Sampler
 
 
-def test_every_prompt_comes_with_its_answer(tiny, tokenizer):
+def test_every_prompt_is_returned_with_its_completion(tiny, tokenizer):
     model, variables = tiny
     answers = Sampler(model, tokenizer, ("count", "how many")).answers(variables)
     assert [prompt for prompt, _ in answers] == ["count", "how many"]
@@ -13,7 +13,7 @@ def test_every_prompt_comes_with_its_answer(tiny, tokenizer):
 
 
 @pytest.mark.parametrize("prompt", ["x" * 70, ""])
-def test_a_prompt_without_room_is_refused_before_the_run(tiny, tokenizer, prompt):
+def test_a_prompt_that_is_too_long_is_refused_before_training(tiny, tokenizer, prompt):
     model, _ = tiny
     with pytest.raises(ConfigError, match=r"(?s)sample prompt.*expected: from 1 to 64"):
         Sampler(model, tokenizer, (prompt,))

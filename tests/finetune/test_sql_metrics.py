@@ -1,4 +1,4 @@
-"""The judge is right about queries, and a hostile query can neither harm nor stop it."""
+"""The metrics are correct, and an untrusted query can neither do harm nor run forever."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCRIPT += f"INSERT INTO numbers VALUES {', '.join(f'({n})' for n in range(200))}
     "answer",
     ["select title from books", "  select title\n\tfrom books  ", "select title from books ;\n"],
 )
-def test_exact_match_ignores_white_space_and_a_closing_semicolon(answer: str):
+def test_exact_match_ignores_white_space_and_a_final_semicolon(answer: str):
     assert judge.exact_match(answer, " select title from books")
 
 
@@ -68,7 +68,7 @@ def test_exact_match_ignores_nothing_else(answer: str):
         ),
     ],
 )
-def test_execution_match_compares_what_is_found(answer: str, reference: str, same: bool):
+def test_execution_match_compares_results(answer: str, reference: str, same: bool):
     assert judge.execution_match(answer, reference, SCRIPT) is same
 
 
@@ -85,7 +85,7 @@ def test_execution_match_compares_what_is_found(answer: str, reference: str, sam
         "\ud800",
     ],
 )
-def test_an_answer_that_is_no_query_never_matches(answer: str):
+def test_an_invalid_query_never_matches(answer: str):
     # A reference that finds nothing: finding nothing by failing must not equal it.
     assert not judge.execution_match(answer, "select title from books where price > 99", SCRIPT)
 
@@ -111,7 +111,7 @@ def test_an_answer_that_is_no_query_never_matches(answer: str):
         "with recursive c(n) as (select 1 union all select n + 1 from c) select n from c",
     ],
 )
-def test_an_answer_that_does_more_than_select_is_refused(answer: str):
+def test_a_query_that_does_more_than_select_is_a_mismatch(answer: str):
     reference = "select title from books"
     with closing(judge._build(SCRIPT)) as connection:
         if not answer.startswith("explain"):  # harmless: it lists SQLite's own instructions
@@ -121,10 +121,10 @@ def test_an_answer_that_does_more_than_select_is_refused(answer: str):
     assert not judge.execution_match(answer, reference, SCRIPT)
 
 
-@pytest.mark.parametrize("verb", ["attach '{}' as other", "vacuum into '{}'"])
-def test_neither_an_answer_nor_a_script_can_make_a_file(verb: str, tmp_path: Path):
+@pytest.mark.parametrize("command", ["attach '{}' as other", "vacuum into '{}'"])
+def test_neither_a_query_nor_a_script_can_create_a_file(command: str, tmp_path: Path):
     target = tmp_path / "made.db"
-    statement = verb.format(target)
+    statement = command.format(target)
     assert not judge.execution_match(statement, "select title from books", SCRIPT)
     with pytest.raises(DataError, match="the database script"):
         judge.execution_match("select 1", "select 1", f"{SCRIPT}; {statement};")
@@ -141,13 +141,13 @@ def test_neither_an_answer_nor_a_script_can_make_a_file(verb: str, tmp_path: Pat
         "select '" + "x" * 20_000 + "'",
     ],
 )
-def test_an_answer_without_end_is_cut_short(answer: str):
+def test_an_endless_query_is_interrupted(answer: str):
     start = time.perf_counter()
     assert not judge.execution_match(answer, "select 2", SCRIPT)
     assert time.perf_counter() - start < 5
 
 
-def test_a_long_answer_uses_up_nothing_of_the_next_one():
+def test_every_query_has_its_full_limit_of_instructions():
     with closing(judge._build(SCRIPT)) as connection:
         for _ in range(3):
             with pytest.raises(judge._FAILURES):
@@ -157,7 +157,7 @@ def test_a_long_answer_uses_up_nothing_of_the_next_one():
             ]
 
 
-def test_an_answer_of_slow_instructions_runs_out_of_time(monkeypatch: pytest.MonkeyPatch):
+def test_a_query_with_slow_instructions_exceeds_the_time_limit(monkeypatch: pytest.MonkeyPatch):
     with closing(judge._build(SCRIPT)) as connection:
         query = "select count(*) from numbers a, numbers b"
         assert judge._run(connection, query) == [(40_000,)]
@@ -166,14 +166,14 @@ def test_an_answer_of_slow_instructions_runs_out_of_time(monkeypatch: pytest.Mon
             judge._run(connection, query)
 
 
-def test_a_reference_that_fails_is_an_error_of_the_data():
+def test_a_failing_reference_query_is_a_data_error():
     with pytest.raises(
         DataError, match=r"reference query\n.*no such column: pages.*\n.*\n.*Correct"
     ):
         judge.execution_match("select 1", "select pages from books", SCRIPT)
 
 
-def test_a_script_that_fails_is_an_error_of_the_data():
+def test_a_failing_script_is_a_data_error():
     with pytest.raises(DataError, match=r"database script\n.*syntax error.*\n.*CREATE TABLE"):
         judge.execution_match("select 1", "select 1", "create tabel books")
 
@@ -194,14 +194,14 @@ def test_a_database_is_read_by_its_name(tmp_path: Path):
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "a/b", "a.b", "", ".", "a\n", "a\x00", 7, None]
 )
-def test_a_database_name_cannot_leave_the_folder(name: str, tmp_path: Path):
+def test_a_database_name_gives_no_access_outside_the_folder(name: str, tmp_path: Path):
     (tmp_path / "databases").mkdir()
     (tmp_path / "x.sql").write_text("secret")
     with pytest.raises(DataError, match="letters, digits and underscores"):
         judge.load_database(tmp_path, name)
 
 
-def test_a_link_cannot_leave_the_folder(tmp_path: Path):
+def test_a_link_gives_no_access_outside_the_folder(tmp_path: Path):
     (tmp_path / "databases").mkdir()
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "databases" / "link.sql").symlink_to(tmp_path / "secret")

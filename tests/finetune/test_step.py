@@ -54,7 +54,7 @@ def one_update(tiny, adapter, accumulation, wrap=None):
 
 
 @pytest.mark.slow
-def test_eight_parts_of_one_row_make_the_update_of_one_part_of_eight(tiny, adapter):
+def test_gradient_accumulation_gives_the_update_of_the_whole_batch(tiny, adapter):
     whole, report = one_update(tiny, adapter, 1)
     for parts in (2, 8):
         same, reported = one_update(tiny, adapter, parts)
@@ -65,7 +65,7 @@ def test_eight_parts_of_one_row_make_the_update_of_one_part_of_eight(tiny, adapt
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_adapter_changes_and_the_state_counts_the_steps(tiny, adapter):
+def test_only_the_adapter_changes_and_the_step_counter_rises(tiny, adapter):
     _, variables = tiny
     before = jax.tree.map(np.asarray, variables)
     state, _ = one_update(tiny, adapter, 1)
@@ -76,7 +76,7 @@ def test_only_the_adapter_changes_and_the_state_counts_the_steps(tiny, adapter):
 
 
 @pytest.mark.slow
-def test_dropout_changes_the_step_and_the_step_number_the_dropout(tiny, adapter):
+def test_dropout_changes_the_update_and_depends_on_the_step(tiny, adapter):
     key = jax.random.key(1)
     wrap = lambda combined, step: dropout(combined, jax.random.fold_in(key, step))  # noqa: E731
     plain = one_update(tiny, adapter, 1)[1].loss
@@ -85,7 +85,7 @@ def test_dropout_changes_the_step_and_the_step_number_the_dropout(tiny, adapter)
     assert float(dropped) == float(one_update(tiny, adapter, 1, wrap)[1].loss)
 
 
-def test_training_lowers_the_loss_of_the_rows_it_sees(tiny, adapter):
+def test_training_lowers_the_training_loss(tiny, adapter):
     model, variables = tiny
     optimizer = make_optimizer(optax.constant_schedule(0.03))
     step, measure = (

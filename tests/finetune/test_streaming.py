@@ -26,17 +26,17 @@ def pieces(*args, **kwargs):
     return [piece for piece, _ in stream(Writer(*args, **kwargs), [1])]
 
 
-def test_half_a_character_is_held_back():
+def test_an_incomplete_character_is_held_back():
     assert pieces("aé東b")[:7] == ["a", "", "é", "", "", "東", "b"]
 
 
-def test_the_beginning_of_a_stop_text_is_held_back_until_it_is_another_text():
+def test_the_beginning_of_a_stop_string_is_held_back():
     assert pieces("a\nb\n\nc", stop=("\n\n",)) == ["a", "", "\nb", "", ""]
     assert "".join(pieces("a\n", stop=("\n\n",))) == "a\n"
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve — 東京 \U0001f600", "half \ufffd", "a\n"])
-def test_the_pieces_are_the_text(text):
+def test_the_pieces_add_up_to_the_text(text):
     assert "".join(pieces(text, stop=("\n\n", "<end>"))) == text
 
 

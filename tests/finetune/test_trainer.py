@@ -95,10 +95,10 @@ def without_times(rows):
     return [{k: v for k, v in row.items() if not any(t in k for t in times)} for row in rows]
 
 
-def test_a_run_compiles_once_a_shape_and_reports_validates_and_saves_when_asked(make_trainer, log):
+def test_a_run_compiles_once_per_shape_and_reports_validates_and_saves(make_trainer, log):
     recorder = Recorder()
     result = make_trainer(recorder).train()
-    assert recorder.of("compiling") == [("rows of up to 8 tokens", 1)]
+    assert recorder.of("compiling") == [("sequences of up to 8 tokens", 1)]
     assert [row["iter"] for row in log if "train_loss" in row] == [2, 4, 6]
     assert [step for step, _ in recorder.of("validated")] == [3, 6]
     assert recorder.events[-1] == ("saved", 6)
@@ -106,7 +106,7 @@ def test_a_run_compiles_once_a_shape_and_reports_validates_and_saves_when_asked(
     assert [row["val_loss"] for row in log if "val_loss" in row][-1] == result.val_loss
 
 
-def test_the_checkpoint_holds_the_adapter_alone_and_fits_the_base(make_trainer, tiny):
+def test_the_checkpoint_has_only_the_adapter_and_fits_the_base(make_trainer, tiny):
     _, variables = tiny
     result = make_trainer().train()
     adapter = load_adapter(result.checkpoint, base=variables)
@@ -115,7 +115,7 @@ def test_the_checkpoint_holds_the_adapter_alone_and_fits_the_base(make_trainer, 
 
 @pytest.mark.slow  # that a resumed run ends in the same bits is a fast test of the command
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(make_trainer, log, kind):
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_run(make_trainer, log, kind):
     options = {"fine_tune_type": kind, "learning_rate": 3e-3, "save_every": 2}
     options |= {} if kind == "full" else {"dropout": 0.1}
     whole = Recorder()
@@ -159,7 +159,7 @@ def test_full_fine_tuning_changes_every_kernel_and_saves_a_model(make_trainer, t
     assert all(jax.tree.leaves(changed))
 
 
-def test_patience_ends_a_run_that_does_not_get_better(make_trainer):
+def test_early_stopping_ends_a_run_without_improvement(make_trainer):
     # Without a learning rate worth the name no validation is better than the first.
     trainer = make_trainer(
         iters=40, steps_per_eval=2, early_stop=3, learning_rate=1e-30, optimizer="sgd"
@@ -169,7 +169,7 @@ def test_patience_ends_a_run_that_does_not_get_better(make_trainer):
     assert result.checkpoint.name == "step-000008"
 
 
-def test_the_best_checkpoint_is_saved_unless_that_is_not_wanted(make_trainer, tmp_path):
+def test_the_best_checkpoint_is_saved_unless_disabled(make_trainer, tmp_path):
     names = lambda folder: sorted(each.name for each in (tmp_path / folder).glob("step-*"))  # noqa: E731
     make_trainer(folder="yes", iters=5).train()
     make_trainer(folder="no", iters=5, save_best=False).train()
@@ -177,7 +177,7 @@ def test_the_best_checkpoint_is_saved_unless_that_is_not_wanted(make_trainer, tm
 
 
 @pytest.mark.slow
-def test_one_layer_out_of_two_is_adapted_on_demand(make_trainer, tiny):
+def test_num_layers_limits_the_adapted_layers(make_trainer, tiny):
     _, variables = tiny
     result = make_trainer(num_layers=1, iters=2).train()
     for pair in load_adapter(result.checkpoint, base=variables).pairs.values():
@@ -193,15 +193,37 @@ def test_the_same_seed_trains_the_same_adapter(make_trainer, tiny):
     jax.tree.map(np.testing.assert_array_equal, one, same)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(make_trainer, tiny, tmp_path):
+def test_a_nan_loss_stops_the_run_and_saves_nothing(make_trainer, tiny, tmp_path):
     _, variables = tiny
     broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), variables)
-    with pytest.raises(NonFiniteLossError, match=r"step 1, rows at lines \d, \d") as caught:
+    with pytest.raises(NonFiniteLossError, match=r"step 1, examples at lines \d, \d") as caught:
         make_trainer(variables=broken).train()
     assert "Lower the learning rate" in str(caught.value)
     assert not list((tmp_path / "run").glob("step-*"))
 
 
-def test_an_epoch_with_nothing_to_learn_is_an_error(make_trainer):
-    with pytest.raises(DataError, match="not one target token"):
+def test_an_epoch_without_targets_is_an_error(make_trainer):
+    with pytest.raises(DataError, match="no target token"):
         make_trainer(rows=examples(learned=False)).train()
+
+
+def test_the_next_step_starts_before_the_numbers_of_this_one_are_read(make_trainer, monkeypatch):
+    order = []
+    start, finish = Trainer._start, Trainer._finish
+
+    def note_start(self, number, *rest):
+        order.append(f"start {number}")
+        return start(self, number, *rest)
+
+    def note_finish(self, running):
+        order.append(f"read {running.number}")
+        finish(self, running)
+
+    monkeypatch.setattr(Trainer, "_start", note_start)
+    monkeypatch.setattr(Trainer, "_finish", note_finish)
+    make_trainer(iters=5, steps_per_eval=3, save_every=100).train()
+    # Nothing starts behind step 2 until the validation after it, nor behind the last step.
+    assert order == [
+        *("start 0", "start 1", "read 0", "start 2", "read 1", "read 2"),
+        *("start 3", "start 4", "read 3", "read 4"),
+    ]

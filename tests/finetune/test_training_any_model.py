@@ -1,4 +1,4 @@
-"""`Trainer` on a model, a loss, and batches that the library knows nothing about."""
+"""`Trainer` with a custom model, loss, and batches."""
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +169,7 @@ def test_another_batch_shape_is_compiled_once_more():
     assert one.train().programs == 2
 
 
-def test_a_step_of_ones_own_does_what_the_trainer_does():
+def test_a_custom_training_loop_gives_the_result_of_the_trainer():
     variables, batches = make_variables(), make_batches()
     optimizer = optax.adam(0.02)
     step = jl.finetune.make_step(loss_fn, optimizer)
@@ -203,25 +203,25 @@ def test_batches_without_a_length_need_a_number_of_steps():
 
 
 @pytest.mark.parametrize("batches", [[], 3, None])
-def test_what_is_no_batches_is_refused(batches):
+def test_other_types_of_batches_are_refused(batches):
     with pytest.raises(StructureError, match="a sequence of batches, a function"):
         trainer(batches, steps=3)
 
 
-def test_a_stream_that_ends_says_after_how_many_batches():
+def test_the_error_for_a_short_stream_has_the_number_of_batches():
     with pytest.raises(DataError, match="ended after 4 batches"):
         trainer(iter(make_batches()), steps=6).train()
 
 
-def test_validation_batches_must_be_there_more_than_once():
+def test_an_iterator_of_validation_batches_is_refused():
     with pytest.raises(StructureError, match=r"Pass list\(batches\)"):
         Validate(iter(make_batches()))
 
 
-def test_a_combined_tree_in_the_place_of_an_adapter_is_refused():
+def test_a_combined_tree_instead_of_an_adapter_is_refused():
     variables = make_variables()
     combined = jl.combine(variables, make_adapter(variables))
-    with pytest.raises(StructureError, match=r"split by jl\.partition"):
+    with pytest.raises(StructureError, match=r"jl\.partition splits"):
         trainer(make_batches(), adapter=combined)
 
 

@@ -1,4 +1,4 @@
-"""Adapters of GPT-2, BERT, RoBERTa and T5 that are written here serve in PyTorch.
+"""PEFT loads the saved adapters of GPT-2, BERT, RoBERTa and T5, with equal logits.
 
 Runs where torch, transformers and peft are installed beside the package.
 """

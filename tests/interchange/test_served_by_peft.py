@@ -1,4 +1,4 @@
-"""What is trained here serves in PyTorch: train, export, load with PEFT, compare.
+"""Train an adapter, export it, load it with PEFT, and compare the outputs.
 
 Runs where torch, transformers and peft are installed beside the package:
 
@@ -18,7 +18,7 @@ import jax_lora as jl
 from jax_lora.bundled import model_path
 from jax_lora.cli import main
 
-# The imports bring warnings of their own, from extensions of theirs.
+# The imported extensions emit warnings.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 torch = pytest.importorskip("torch")
@@ -73,7 +73,7 @@ def make_folder(family, folder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_torch_with_peft_gives_the_logits_and_the_text_of_what_was_trained_here(
+def test_peft_computes_the_logits_and_the_text_of_the_exported_adapter(
     family, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)

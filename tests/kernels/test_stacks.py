@@ -235,11 +235,18 @@ def test_a_checkpoint_brings_ranks_and_scales_back(tmp_path):
     assert again.pairs[Q].ranks == (2, 0, 2, 5)
 
 
-@pytest.mark.parametrize("ranks", [[1, 2], [1, 2, 3, 99], [1, 2, 3, -1], [1, 2, 3, 0.5], 3])
+@pytest.mark.parametrize("ranks", [[1, 2], [1, 2, 3, 99], [1, 2, 3, -1], [1, 2, 3, 0.5]])
 def test_a_manifest_whose_ranks_fit_no_factors_is_refused(tmp_path, ranks):
     jl.save_adapter(tmp_path / "adapter", init(rank_pattern={"layers/3": 5}))
     reseal(tmp_path / "adapter", lambda values: values["pairs"][Q].update(ranks=ranks))
     with pytest.raises(CheckpointError, match="values that do not describe an adapter"):
+        jl.load_adapter(tmp_path / "adapter")
+
+
+def test_a_manifest_whose_ranks_are_not_a_list_is_refused(tmp_path):
+    jl.save_adapter(tmp_path / "adapter", init(rank_pattern={"layers/3": 5}))
+    reseal(tmp_path / "adapter", lambda values: values["pairs"][Q].update(ranks=3))
+    with pytest.raises(CheckpointError, match=r"\.ranks = 3: expected a list"):
         jl.load_adapter(tmp_path / "adapter")
 
 

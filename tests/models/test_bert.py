@@ -1,5 +1,6 @@
-"""What BERT alone has: positions by place, and the names of its first files."""
+"""Features of BERT only: positions, and the names in its first files."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_lora.errors import ModelError
-from jax_lora.models import load
+from jax_lora.models import load, save
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "bert" / "masked_lm"
 
@@ -45,7 +46,7 @@ def test_other_leftovers_are_refused(older):
         load(older)
 
 
-def test_padding_takes_positions():
+def test_padding_counts_as_positions():
     model, params = load(FIXTURE)
     positions = model.apply({"params": params}, jnp.zeros((2, 3), jnp.int32), method="positions")
     np.testing.assert_array_equal(positions, [[0, 1, 2], [0, 1, 2]])
@@ -60,3 +61,26 @@ def test_kernels_have_hugging_faces_names():
     assert names["layers/mlp/output/kernel"] == "bert.encoder.layer.{layer}.output.dense"
     assert names["lm_head/dense/kernel"] == "cls.predictions.transform.dense"
     assert load(FIXTURE.parent / "classifier")[0].hf_names["pooler/kernel"] == "bert.pooler.dense"
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_a_model_without_a_head_keeps_its_names_and_its_pooler(tmp_path, prefix):
+    tensors = load_file(FIXTURE / "model.safetensors")
+    tensors = {
+        prefix + name.removeprefix("bert."): each
+        for name, each in tensors.items()
+        if name.startswith("bert.")
+    }
+    width = tensors[f"{prefix}embeddings.LayerNorm.bias"].shape[0]
+    tensors[f"{prefix}pooler.dense.weight"] = np.eye(width, dtype=np.float32)
+    tensors[f"{prefix}pooler.dense.bias"] = np.ones(width, np.float32)
+    config = json.loads((FIXTURE / "config.json").read_text()) | {"architectures": ["BertModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    model, params = load(tmp_path, dtype="float32")
+    query = model.hf_names["layers/attention/query/kernel"]
+    assert query == f"{prefix}encoder.layer.{{layer}}.attention.self.query"
+    save(tmp_path / "again", model, params)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all((again[name] == tensors[name]).all() for name in tensors)

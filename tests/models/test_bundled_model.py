@@ -1,4 +1,4 @@
-"""The bundled model: small, whole, readable by others, and able to copy."""
+"""The bundled model is small, complete and readable by transformers, and can copy text."""
 
 import json
 
@@ -71,10 +71,10 @@ def test_transformers_reads_the_same_tokenizer(tokenizer):
     assert (theirs.eos_token_id, theirs.pad_token_id) == (0, 1)
 
 
-def test_model_knows_its_language(answers):
+def test_the_model_predicts_its_language(answers):
     text = '    def __init__(self, name, value=None):\n        """Return the number of items."""\n'
     _, given = answers(text)
-    assert -np.log(given).mean() < 2.5  # a model that knows nothing: log(4096) = 8.3
+    assert -np.log(given).mean() < 2.5  # uniform predictions: log(4096) = 8.3
 
 
 def test_model_copies_a_sentence_it_has_just_read(answers):
@@ -85,7 +85,7 @@ def test_model_copies_a_sentence_it_has_just_read(answers):
     assert again > 0.8
 
 
-def test_paths_lead_to_what_is_bundled():
+def test_paths_lead_to_the_bundled_files():
     assert (model_path() / "config.json").is_file()
     assert (data_path() / "train.jsonl").is_file()
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders: round trips, and one clear refusal for each way they can be wrong."""
+"""Hugging Face folders: round trips, and a clear error for each kind of invalid folder."""
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_lora.errors import ModelError, StructureError
 from jax_lora.models import load, save
+from jax_lora.models.ignored_fields import ignoring
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "llama"
 
@@ -43,7 +44,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize("variant", ["untied", "tied", "biased", "llama3"])
-def test_saving_what_was_loaded_keeps_every_tensor(variant, tmp_path):
+def test_saving_a_loaded_model_keeps_every_tensor(variant, tmp_path):
     model, params = load(FIXTURES / variant)
     save(tmp_path, model, params)
     stored = {}
@@ -109,6 +110,16 @@ def test_an_unknown_field_is_refused_by_name_unless_it_is_known_to_change_nothin
     assert "surprise = {'factor': 3}, which is not known here" in message
     assert "load with ignore=('surprise',)" in message
     load(folder, ignore=["surprise"])
+    with ignoring(["surprise"]):
+        load(folder)
+
+
+def test_a_field_that_changes_the_numbers_cannot_be_ignored(folder):
+    change_json(folder / "config.json", quantization_config={"bits": 4})
+    with pytest.raises(ModelError) as caught:
+        load(folder, ignore=["quantization_config"])
+    assert "it cannot be ignored" in str(caught.value)
+    assert "the weights are stored quantized" in str(caught.value)
 
 
 def test_another_head_is_refused_by_name(folder):
@@ -174,7 +185,7 @@ def test_redundant_tensors_are_let_pass(tmp_path):
     load(folder)
 
 
-def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path):
+def test_a_separate_head_in_a_tied_model_is_refused(tmp_path):
     folder = Path(shutil.copytree(FIXTURES / "tied", tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     head = tensors["model.embed_tokens.weight"] * 2
@@ -195,11 +206,11 @@ def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path):
         ({"hidden_act": "xielu"}, "hidden_act"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
-        ({"rope_parameters": [1]}, "rope settings [1]"),
+        ({"rope_parameters": [1]}, "rope_parameters = [1]"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(folder, changes, message):
+def test_an_unimplemented_setting_raises_an_error_that_names_it(folder, changes, message):
     change_json(folder / "config.json", **changes)
     text = refusal(folder)
     assert message in text
@@ -260,12 +271,12 @@ def test_pickle_files_are_refused_unopened(folder):
     assert "safetensors format" in message
 
 
-def test_folder_without_weights_says_so(folder):
+def test_a_folder_without_weights_raises_a_clear_error(folder):
     (folder / "model.safetensors").unlink()
     assert "neither" in refusal(folder)
 
 
-def test_absent_folder_says_so(tmp_path):
+def test_an_absent_folder_raises_a_clear_error(tmp_path):
     assert "no such folder" in refusal(tmp_path / "nowhere")
     assert "no such file" in refusal(tmp_path)
 
@@ -274,12 +285,12 @@ def test_absent_folder_says_so(tmp_path):
     ("text", "message"),
     [
         ("{", "broken JSON"),
-        ('{"vocab_size": NaN}', "the number NaN"),
-        ('{"a": 1, "a": 2}', "key 'a' occurs twice"),
+        ('{"vocab_size": NaN}', "the value NaN"),
+        ('{"a": 1, "a": 2}', "a duplicate key 'a'"),
         ("[" * 100_000, "broken JSON"),
         ('{"vocab_size": ' + "1" * 5000 + "}", "broken JSON"),
         ("[]", "list"),
-        ('{"a": "' + "x" * (1 << 20) + '"}', "at most 1048576"),
+        ('{"a": "' + "x" * (1 << 20) + '"}', "more than 1,048,576 bytes"),
     ],
 )
 def test_hostile_config_is_one_clear_error(folder, text, message):
@@ -301,7 +312,7 @@ def test_hostile_safetensors_header_is_one_clear_error(folder, header):
     assert "a broken file" in refusal(folder)
 
 
-def test_saving_parameters_of_another_model_lists_what_is_wrong(tmp_path):
+def test_saving_parameters_of_another_model_lists_the_differences(tmp_path):
     model, params = load(FIXTURES / "tied")
     wrong = {**params, "norm": {"scale": np.zeros(3)}, "extra": np.zeros(2)}
     wrong["embed_tokens"] = {"embedding": "words"}

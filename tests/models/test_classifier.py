@@ -1,4 +1,4 @@
-"""Putting a head for classes onto an encoder that has another."""
+"""Replace the head of an encoder by a classification head."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What holds for every decoder family: PyTorch's logits, files, cache, adapters, refusals."""
+"""Tests of all decoder families: PyTorch's logits, files, cache, adapters, errors."""
 
 import dataclasses
 import functools
@@ -76,7 +76,7 @@ def test_logits_equal_pytorch_on_full_left_and_right_padded_rows(family, variant
 
 
 @pytest.mark.parametrize(("family", "variant"), EVERY)
-def test_saving_what_was_loaded_writes_the_same_bytes(family, variant, tmp_path):
+def test_saving_a_loaded_model_reproduces_its_files(family, variant, tmp_path):
     folder = FIXTURES / family / variant
     save(tmp_path, *loaded(family, variant))
     assert (tmp_path / "config.json").read_bytes() == (folder / "config.json").read_bytes()
@@ -143,7 +143,7 @@ def test_every_kernel_is_found_named_and_adapted_and_merging_changes_nothing(fam
 
 
 @pytest.mark.parametrize(("family", "variant"), RICHEST)
-def test_init_makes_the_parameters_that_files_hold(family, variant):
+def test_init_makes_the_parameters_of_the_checkpoint(family, variant):
     model, params = loaded(family, variant)
     ids = jnp.zeros((1, 4), jnp.int32)
     made = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), ids)["params"], sep="/")
@@ -207,7 +207,7 @@ def test_models_are_equal_and_hash_alike_when_their_configurations_are(family, v
         (
             "phi3",
             {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4}},
-            "rope_scaling: long_factor\n  got:      None\n  expected: 4 numbers above 0",
+            "rope_scaling: long_factor\n  got:      None\n  expected: 4 positive numbers",
         ),
         (
             "phi3",
@@ -221,7 +221,7 @@ def test_models_are_equal_and_hash_alike_when_their_configurations_are(family, v
         ("qwen3_moe", {"num_experts_per_tok": 5}, "at most the 4 experts"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(family, changes, message, tmp_path):
+def test_an_unimplemented_setting_raises_an_error_that_names_it(family, changes, message, tmp_path):
     text = (FIXTURES / family / FAMILIES[family][0] / "config.json").read_text()
     if "partial_rotary_factor" in changes:
         changes = {**changes, "head_dim": 6, "rope_parameters": None}

@@ -78,7 +78,7 @@ def sample(llama, ids, mask, **settings):
     return np.asarray(ids)[:, -8:]
 
 
-def test_what_a_row_draws_depends_on_its_key_alone(llama):
+def test_samples_of_a_sequence_depend_only_on_its_key(llama):
     keys = jax.random.split(jax.random.key(3), 4)
     together = sample(llama, IDS, MASK, key=keys)
     others = np.roll(IDS, 7) % 32
@@ -99,7 +99,7 @@ def test_equal_prompts_get_different_answers_and_a_seed_repeats_them(llama):
     assert (sample(llama, ids, mask, key=jax.random.key(1)) != drawn).any()
 
 
-def test_the_likeliest_of_one_is_the_likeliest_of_all(llama):
+def test_top_1_sampling_equals_greedy_decoding(llama):
     greedy = sample(llama, IDS, MASK, temperature=0.0)
     key = jax.random.key(0)
     np.testing.assert_array_equal(sample(llama, IDS, MASK, top_k=1, key=key), greedy)
@@ -125,7 +125,7 @@ def test_the_likeliest_of_one_is_the_likeliest_of_all(llama):
         ({"attention_mask": MASK[:, ::-1]}, "pad prompts on the left"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(llama, changes, message):
+def test_invalid_settings_are_refused(llama, changes, message):
     given = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 2, **changes}
     with pytest.raises(ConfigError, match=message):
         generate(*llama, **given)

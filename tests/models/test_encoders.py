@@ -1,4 +1,4 @@
-"""What holds for BERT and RoBERTa alike: PyTorch's logits, files, adapters, refusals."""
+"""Tests of both encoder families: PyTorch's logits, files, adapters, errors."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ def test_without_a_mask_every_token_is_real_and_without_types_of_the_first_text(
 
 
 @EACH
-def test_saving_what_was_loaded_writes_the_same_bytes(family, kind, tmp_path):
+def test_saving_a_loaded_model_reproduces_its_files(family, kind, tmp_path):
     folder = FIXTURES / family / kind
     save(tmp_path, *loaded(family, kind)[:2])
     assert (tmp_path / "config.json").read_bytes() == (folder / "config.json").read_bytes()
@@ -184,7 +184,7 @@ def refused(folder: Path, family: str, kind: str, changes: dict) -> str:
         ({"id2label": {"0": "a", "2": "b"}}, "labels\n  got:      {'0': 'a', '2': 'b'}"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(family, changes, message, tmp_path):
+def test_an_unimplemented_setting_raises_an_error_that_names_it(family, changes, message, tmp_path):
     assert message in refused(tmp_path, family, "masked_lm", changes)
 
 

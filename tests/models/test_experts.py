@@ -1,4 +1,4 @@
-"""Experts: each token's own few, whatever the load; frozen and adapted expert by expert."""
+"""Mixtures of experts: routing, loads, and adapters on each expert."""
 
 from pathlib import Path
 
@@ -75,13 +75,13 @@ def test_an_expert_that_no_token_visits_gets_no_gradient(params):
         assert set(np.flatnonzero(jnp.abs(grad).sum((1, 2))).tolist()) == visited
 
 
-def test_routing_is_float32_whatever_the_logits_are():
+def test_routing_is_float32_for_every_dtype_of_the_logits():
     weights, indices = route(jnp.array([[1.0, 3.0, 2.0]], jnp.bfloat16), 2, False)
     assert (weights.dtype, indices.tolist()) == (jnp.float32, [[1, 2]])
     np.testing.assert_allclose(weights, jax.nn.softmax(jnp.array([[1.0, 3.0, 2.0]]))[:, 1:], 1e-6)
 
 
-def test_each_expert_has_factors_of_its_own_and_the_router_can_be_left_alone(params):
+def test_each_expert_has_separate_factors_and_the_router_can_be_excluded(params):
     variables = {"params": params}
     kernels = jl.find_kernels(PART.apply, variables, TOKENS)
     assert kernels["params/experts/down_proj"].stack_axes == (0,)

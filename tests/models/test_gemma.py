@@ -1,4 +1,4 @@
-"""Gemma: where it rounds, and what its scales and embeddings are multiplied by."""
+"""Gemma: rounding, scales of norms, and the factor on embeddings."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def test_embeddings_are_multiplied_by_the_root_of_their_width_as_bfloat16_has_it
     np.testing.assert_array_equal(x.astype(jnp.float32), np.full((4, 3072), 55.5))  # not 55.43
 
 
-def test_the_activation_is_the_tanh_form_by_whatever_name():
+def test_the_activation_is_the_tanh_form_under_every_name():
     for name in ("gelu", "gelu_pytorch_tanh"):
         config = dataclasses.replace(CONFIG, hidden_act=name)
         assert config == CONFIG

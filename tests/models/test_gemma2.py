@@ -1,4 +1,4 @@
-"""Gemma 2: soft caps are felt, and can be left out."""
+"""Gemma 2: soft caps change the logits, and are optional."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ def test_each_cap_changes_the_logits(field):
     assert np.abs(capped - free).max() > 0.05
 
 
-def test_a_cap_too_high_to_be_felt_leaves_attention_as_it_is():
+def test_a_very_high_soft_cap_does_not_change_attention():
     draw = np.random.default_rng(0).standard_normal
     shapes = ((2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8))
     q, k, v = (jnp.asarray(draw(shape), jnp.float32) for shape in shapes)

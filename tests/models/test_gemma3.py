@@ -1,4 +1,4 @@
-"""Gemma 3: two rotary settings in one configuration, in new words and in old."""
+"""Gemma 3: two rotary settings in one configuration, in old and new formats."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_both_rotary_settings_are_written_and_read_again(scaling, local):
     assert arguments_to_config(written, FAMILY) == config
 
 
-def test_layers_with_a_window_may_have_a_scaling_of_their_own():
+def test_layers_with_a_window_may_have_a_separate_scaling():
     config = Gemma3Config(rope_local_scaling=LINEAR)
     first, last = config.layer_kinds[0].rope, config.layer_kinds[5].rope
     assert (first.rope_type, last.rope_type) == ("linear", "default")

@@ -1,4 +1,4 @@
-"""What GPT-2 alone has: files without a head, learned positions, scores divided by the layer."""
+"""Features of GPT-2 only: files without a head, learned positions, scores divided by layer."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_files_without_a_head_and_a_prefix_load(headless, tmp_path):
     assert "transformer.h.1.attn.c_attn.weight" in load_file(tmp_path / "model.safetensors")
 
 
-def test_masks_that_older_files_hold_are_left_aside(headless, tmp_path):
+def test_the_attention_masks_in_older_files_are_ignored(headless, tmp_path):
     model, params = headless
     save(tmp_path, model, params)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -65,7 +65,7 @@ def test_rows_longer_than_the_positions_are_refused(headless):
     assert "at most n_positions = 16" in str(caught.value)
 
 
-def test_padding_takes_no_positions_and_tokens_past_them_are_no_numbers(headless):
+def test_padding_has_no_positions_and_logits_beyond_the_table_are_nan(headless):
     model, params = headless
     ids, apply = jnp.ones((1, 20), jnp.int32), jax.jit(model.apply)
     for real, finite in ((16, True), (17, False)):
@@ -94,7 +94,7 @@ def test_the_other_forms_of_the_model_fit_too(headless):
 
 
 @pytest.mark.parametrize("field", ["n_layer", "n_positions", "n_inner", "layer_norm_epsilon"])
-def test_sizes_that_are_none_are_refused(field):
+def test_invalid_sizes_are_refused(field):
     with pytest.raises(ConfigError, match=f"GPT2Config: {field}"):
         GPT2Config(**{field: -1})
 

@@ -1,4 +1,4 @@
-"""The decoder against PyTorch's logits, padding, cache, remat, dtypes."""
+"""Llama: PyTorch's logits, padding, cache, remat, dtypes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every refusal of `LlamaConfig` names the field, what was got and what would do."""
+"""Every error of `LlamaConfig` names the field, the value and the expected values."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from jax_lora.models import LlamaConfig
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size\n  got:      0\n  expected: a whole number above 0"),
+        ({"hidden_size": 0}, "hidden_size\n  got:      0\n  expected: a positive integer"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers\n  got:      2.5"),
         ({"vocab_size": True}, "vocab_size\n  got:      True"),
         ({"num_attention_heads": "8"}, "num_attention_heads\n  got:      '8'"),

@@ -1,4 +1,4 @@
-"""Loading holds the model and one layer of it, never the model twice."""
+"""The peak memory of loading is the model and one of its layers."""
 
 import os
 import subprocess

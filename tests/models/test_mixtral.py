@@ -1,4 +1,4 @@
-"""Mixtral and Qwen3-MoE: where the parameters of all experts stand."""
+"""Mixtral and Qwen3-MoE: the parameters of all experts in the files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Phi-3: longrope by its older names, and the settings that its files keep apart."""
+"""Phi-3: the older names of longrope, and the settings that its files have as fields."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_every_name_of_longrope_means_longrope(name, field):
     assert config.rope_type == "longrope"
 
 
-def test_the_trained_length_is_the_field_of_its_own():
+def test_the_trained_length_is_a_separate_field():
     scaling = {"rope_type": "longrope", "original_max_position_embeddings": 9, **FACTORS}
     config = Phi3Config(**SIZES, rope_scaling=scaling, original_max_position_embeddings=16)
     assert config.rope_scaling["original_max_position_embeddings"] == 16

@@ -1,4 +1,4 @@
-"""Configurations as published models have them are read, with every field known."""
+"""The configurations of published models are read, and all their fields are known."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Qwen3: queries and keys are normed, so their kernels' sizes mean nothing."""
+"""Qwen3: queries and keys are normalized, so the scale of their kernels has no effect."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What RoBERTa alone has: positions counted from the padding token."""
+"""Features of RoBERTa only: positions are counted from the padding token."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_positions_count_from_behind_the_padding_token():
 
 
 @pytest.mark.parametrize("token", [None, -1, 32, True])
-def test_a_padding_token_that_is_none_is_refused(token):
+def test_an_invalid_padding_token_is_refused(token):
     with pytest.raises(ConfigError, match="RobertaConfig: pad_token_id") as caught:
         RobertaConfig(vocab_size=32, pad_token_id=token)
     assert "a token, from 0 to 31" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Rotary embedding: it turns, keeps lengths, and sees distances only."""
+"""Rotary embedding rotates, keeps norms, and makes scores depend on distances only."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +67,7 @@ LONG = {
 LONGROPE = LlamaConfig(**{**CONFIG.__dict__, "rope_scaling": LONG})
 
 
-def test_longrope_takes_its_long_factors_once_a_position_passes_the_trained_length():
+def test_longrope_uses_its_long_factors_once_a_position_passes_the_trained_length():
     factor = np.sqrt(1 + np.log(32 / 8) / np.log(8))  # on both cosines and sines
     np.testing.assert_allclose(turned(8, LONGROPE), turned(2) * factor, rtol=1e-5)
     (short, _), (plain, _) = (rotary_angles(c, jnp.array([[7]])) for c in (LONGROPE, CONFIG))

@@ -51,7 +51,7 @@ def test_draws_follow_the_distribution():
     np.testing.assert_allclose(shares, [0, 2 / 9, 3 / 9, 4 / 9], atol=0.03)
 
 
-def test_a_row_draws_the_same_whatever_is_beside_it():
+def test_samples_of_a_sequence_do_not_depend_on_the_rest_of_the_batch():
     keys = jax.random.split(jax.random.key(1), 6)
     together = draw(jnp.asarray(LOGITS), choice(keys), jnp.int32(3))
     for row in range(6):

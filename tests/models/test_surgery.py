@@ -1,4 +1,4 @@
-"""Untied models, models of repeated layers and of another vocabulary."""
+"""Untied models, models with repeated layers, and models with another vocabulary."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def logits(model, params):
     return jax.jit(model.apply)({"params": params}, IDS)
 
 
-def test_an_untied_model_computes_the_same_and_has_a_head_of_its_own(tied, tmp_path):
+def test_an_untied_model_computes_the_same_with_a_separate_head(tied, tmp_path):
     model, params = untie(*tied)
     np.testing.assert_allclose(logits(model, params), logits(*tied), atol=1e-6)
     np.testing.assert_array_equal(
@@ -31,7 +31,7 @@ def test_an_untied_model_computes_the_same_and_has_a_head_of_its_own(tied, tmp_p
     )
     save(tmp_path, model, params)
     assert load(tmp_path)[0] == model
-    assert "lm_head" not in tied[1]  # what came in is as it was
+    assert "lm_head" not in tied[1]  # the arguments are unchanged
 
 
 def test_untying_an_untied_model_is_refused(tied):
@@ -55,7 +55,7 @@ def test_ranges_outside_the_model_are_refused(tied, ranges):
         replicate_layers(*tied, ranges)
 
 
-def test_a_larger_vocabulary_leaves_the_logits_of_old_tokens_alone(tied):
+def test_a_larger_vocabulary_does_not_change_the_logits_of_old_tokens(tied):
     for model, params in (tied, untie(*tied)):
         larger = logits(*resize_vocab(model, params, 35))
         assert larger.shape == (2, 6, 35)
@@ -69,5 +69,5 @@ def test_a_smaller_vocabulary_leaves_the_last_tokens_off(tied):
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True])
 def test_a_vocabulary_of_no_size_is_refused(tied, size):
-    with pytest.raises(ModelError, match="a whole number above 0"):
+    with pytest.raises(ModelError, match="a positive integer"):
         resize_vocab(*tied, size)

@@ -1,4 +1,4 @@
-"""Windows: how far a query sees, in packed rows and beside layers that see all."""
+"""Sliding windows: visible tokens, packed sequences, and layers of both kinds."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def changed_by_the_first_token(model, params):
     return (np.abs(one - other).max(-1) > 1e-6).tolist()
 
 
-def test_a_token_is_seen_by_so_many_tokens_itself_included():
+def test_a_window_includes_the_token_itself():
     assert changed_by_the_first_token(*of_mistral(3)) == [True] * 3 + [False] * 5
 
 
@@ -81,7 +81,7 @@ def test_usual_patterns_of_layers(config, fields, types):
     assert made.layer_types == tuple({"f": FULL, "s": SLIDING}[t] for t in types)
 
 
-def test_layers_of_gemma_3_with_a_window_have_a_rotary_base_of_their_own():
+def test_layers_of_gemma_3_with_a_window_have_a_separate_rotary_base():
     scaling = {"rope_type": "linear", "factor": 8.0}
     config = Gemma3Config(num_hidden_layers=6, rope_local_base_freq=5.0, rope_scaling=scaling)
     first, last = config.layer_kinds[0], config.layer_kinds[-1]
@@ -89,6 +89,6 @@ def test_layers_of_gemma_3_with_a_window_have_a_rotary_base_of_their_own():
     assert (last.window, last.rope.rope_theta, last.rope.rope_type) == (None, 1e6, "linear")
 
 
-def test_layers_with_a_window_need_one():
-    with pytest.raises(ConfigError, match="a whole number, for sliding_attention layers"):
+def test_layers_with_a_window_need_its_size():
+    with pytest.raises(ConfigError, match="a positive integer, for sliding_attention layers"):
         Gemma2Config(sliding_window=None)

@@ -17,7 +17,7 @@ VARIANTS = (
 @pytest.mark.parametrize(
     "case", [pytest.param(each, marks=[pytest.mark.slow] * (each in VARIANTS)) for each in CASES]
 )
-def test_logits_equal_pytorchs_with_the_adapter_beside_the_base_and_merged_into_it(case):
+def test_logits_equal_pytorchs_with_the_adapter_combined_and_merged(case):
     model, variables, adapter = load_case(case)
     ids, expected = expected_of(case)
     base = logits_of(model, variables, ids)

@@ -71,7 +71,7 @@ def test_the_model_is_changed_as_the_adapter_asks(case):
 
 
 @pytest.mark.parametrize("case", CHANGED)
-def test_the_adapter_is_saved_as_it_was_read(case, tmp_path):
+def test_the_adapter_is_saved_unchanged(case, tmp_path):
     model, params, adapter = jl.peft.load_model(FOLDERS / case, *base_of(case), dtype=None)
     jl.peft.save(tmp_path, adapter, names=model.hf_names, base=params)
     assert (tmp_path / WEIGHTS).read_bytes() == (FOLDERS / case / WEIGHTS).read_bytes()
@@ -87,7 +87,7 @@ def test_the_adapter_is_saved_as_it_was_read(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", FITTING)
-def test_a_model_that_the_adapter_fits_comes_back_itself(case):
+def test_a_model_that_the_adapter_fits_is_returned_unchanged(case):
     model, params = base_of(case)
     same_model, same_params, adapter = jl.peft.load_model(FOLDERS / case, model, params)
     assert same_model is model and same_params is params
@@ -144,7 +144,7 @@ def test_an_adapter_that_does_not_fit_the_changed_model_is_refused(folder):
         jl.peft.load_model(folder, *base_of("head"))
 
 
-def test_what_cannot_be_changed_is_refused(tmp_path):
+def test_an_impossible_change_is_refused(tmp_path):
     folder = shutil.copytree(FOLDERS / "plain", tmp_path / "adapter")
     with pytest.raises(ModelError, match="a module of jax_lora.models"):
         jl.peft.load_model(folder, nn.Dense(3), {"kernel": jnp.ones((2, 3))})

@@ -23,7 +23,7 @@ def with_sorted_names(text: str) -> dict:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_was_read_is_written_byte_for_byte(case, tmp_path):
+def test_saving_a_loaded_adapter_reproduces_its_files(case, tmp_path):
     model, variables, adapter = load_case(case, dtype=None)
     jl.peft.save(tmp_path / "one", adapter, names=model.hf_names, base=variables)
     config, weights = ((FOLDERS / case / name).read_bytes() for name in FILES)

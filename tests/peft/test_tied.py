@@ -82,7 +82,7 @@ def test_an_embedding_without_a_head_is_of_both_ends_unless_it_was_trained(
             jl.peft.load(folder, params, names=model.hf_names)
 
 
-def test_copies_that_peft_writes_beside_a_trained_embedding_are_left_out(tied, folder):
+def test_the_copies_that_peft_writes_of_a_trained_embedding_are_ignored(tied, folder):
     def add_copies(tensors):
         for module in ("lm_head", "model.embed_tokens"):
             for copy in ("modules_to_save", "original_module"):
@@ -110,7 +110,7 @@ def test_a_head_without_an_embedding_is_compared_with_the_bases(tied, folder):
         jl.peft.load(folder, params, names=model.hf_names)
 
 
-def test_the_base_beside_trained_rows_is_compared_and_left_out(tied, tmp_path):
+def test_the_base_weight_in_a_file_with_trained_rows_is_compared_and_ignored(tied, tmp_path):
     model, params = tied
     folder = shutil.copytree(FOLDERS / "tokens_tied", tmp_path / "adapter")
     rows, table = (f".token_adapter.{x}" for x in ("trainable_tokens_delta", "base_layer.weight"))

@@ -1,4 +1,4 @@
-"""The planned step is the step that trains."""
+"""The planned step is equal to the step of a training run."""
 
 import dataclasses
 

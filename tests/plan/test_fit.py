@@ -37,16 +37,16 @@ def test_gradient_accumulation_comes_first(total):
 
 def test_gradient_checkpointing_comes_next(total):
     found = find(total, 24e9)
-    assert flags(found)[-1] == "--grad-checkpoint"
+    assert flags(found)[-1] == "--remat full"
     settings = found.choices.settings
-    assert settings.grad_checkpoint
+    assert settings.remat == "full"
     assert settings.batch_size * settings.grad_accumulation_steps == 8
 
 
 def test_quantization_comes_last_and_is_marked_as_unsupported(total):
     found = find(total, 10e9)
     assert flags(found)[-1] in ("int8 base", "NF4 base")
-    assert found.changes[-1].says == NOT_YET
+    assert found.changes[-1].effect == NOT_YET
     costs = [change.cost for change in found.changes]
     assert costs == sorted(costs)
 

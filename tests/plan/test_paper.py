@@ -29,7 +29,7 @@ def test_rank_4_on_queries_and_values_needs_36_mebibytes(gpt3):
     assert checkpoint_size(gpt3) * HALF / 2**20 == 36.0
 
 
-def test_the_weights_alone_need_350_gigabytes(gpt3):
+def test_the_weights_need_350_gigabytes(gpt3):
     assert NOMINAL * HALF == 350 * 10**9
     assert weight_bytes(gpt3, HALF) == pytest.approx(350e9, rel=0.003)
 
@@ -44,7 +44,7 @@ def test_full_training_needs_more_than_the_paper_reports(gpt3):
     assert full_training_bytes(gpt3) == pytest.approx(1.4e12, rel=0.01)
 
 
-def test_the_text_says_that_35_gigabytes_are_impossible(gpt3):
+def test_the_text_explains_that_35_gigabytes_are_impossible(gpt3):
     text = " ".join(paper_lines(gpt3))
     assert "is impossible" in text
     assert "349 GB" in text

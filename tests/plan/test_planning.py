@@ -64,7 +64,7 @@ def test_dora_magnitudes_are_counted(planned, choices):
         ("gpt2", {"quantize": "int8"}, "does not support a quantized base"),
     ],
 )
-def test_the_plan_says_why_a_step_is_not_compiled(name, choice, why):
+def test_the_plan_has_the_reason_why_a_step_is_not_compiled(name, choice, why):
     plan = make_plan(plan_shape(name, None), NO_DATA, Choices(TrainSettings(), **choice))
     assert plan.compiled is None
     assert why in plan.why

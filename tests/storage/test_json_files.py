@@ -4,9 +4,10 @@ import pytest
 
 from jax_lora.errors import CheckpointError
 from jax_lora.storage.json_files import digest, read_json
+from jax_lora.storage.limits import raise_hint
 
 HOSTILE = {
-    "nested too deep": ("[" * 100_000, "RecursionError|JSONDecodeError"),
+    "nested too deep": ("[" * 100_000, "TooDeepError: nested more than 100 levels"),
     "a number of 5000 digits": ('{"a": ' + "9" * 5000 + "}", "ValueError"),
     "NaN": ('{"a": NaN}', "the value NaN"),
     "a key twice": ('{"a": 1, "a": 2}', "a duplicate key"),
@@ -25,12 +26,14 @@ def test_hostile_json_is_one_typed_error(name, tmp_path):
         read_json(file, CheckpointError)
 
 
-def test_a_file_beyond_the_limit_is_not_parsed(tmp_path):
+def test_a_file_beyond_the_limit_is_not_parsed(tmp_path, monkeypatch):
     file = tmp_path / "adapter.json"
     file.write_text(json.dumps({"a": "x" * 2000}))
     assert read_json(file, CheckpointError)["a"]
-    with pytest.raises(CheckpointError, match="more than 1000 bytes"):
-        read_json(file, CheckpointError, max_bytes=1000)
+    monkeypatch.setenv("JAX_LORA_LIMITS", "json_bytes=1000")
+    with pytest.raises(CheckpointError, match="more than 1,000 bytes") as caught:
+        read_json(file, CheckpointError)
+    assert str(caught.value).endswith(raise_hint("json_bytes"))
 
 
 def test_bad_utf8_and_a_missing_file_are_typed_errors(tmp_path):

@@ -186,7 +186,7 @@ def test_vary_sees_the_data_that_a_weight_meets(name):
     closed = jax.make_jaxpr(lambda w, x: jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, w, x))(
         weight_of(name), X
     )
-    met, other = vary.axes_met(
+    met, other = vary.axes_of_data(
         closed.jaxpr, [vary.NO_AXES, frozenset({"d"})], [True, False], closed.consts
     )
     assert (met, other) == (frozenset({"d"}), vary.NO_AXES)

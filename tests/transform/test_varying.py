@@ -80,7 +80,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_axes_met(name):
+def test_axes_of_data(name):
     fn, x_spec, w_spec, expected = PROGRAMS[name]
     mapped = jax.shard_map(
         fn, mesh=MESH, in_specs=(x_spec, w_spec), out_specs=P("d"), check_vma=False,
@@ -89,7 +89,7 @@ def test_axes_met(name):
     (eqn,) = jax.make_jaxpr(mapped)(jnp.ones((8, 8)), jnp.ones((8, 8))).jaxpr.eqns
     jaxpr, specs = eqn.params["jaxpr"], eqn.params["in_specs"]  # constants, x, w
     asked = [index == len(specs) - 1 for index in range(len(specs))]
-    *others, met = vary.axes_met(
+    *others, met = vary.axes_of_data(
         getattr(jaxpr, "jaxpr", jaxpr), [vary.axes_of(spec) for spec in specs], asked
     )
     assert met == frozenset(expected.split())

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from jax_lora.cli.options import add_columns_option, add_subcommand
 from jax_lora.cli.rows import check, convert, show, split
 
 HELP = "check, show, convert or split data"
-VERBS = {
+EXAMPLE = """\
+jax-lora data check path/to/data
+jax-lora data show path/to/data --rows 2
+"""
+SUBCOMMANDS = {
     "check": check,
     "show": show,
     "convert": convert,
@@ -16,14 +21,14 @@ VERBS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verbs, each with its own options."""
-    verbs = parser.add_subparsers(title="actions", metavar="WHAT", required=True)
-    for name, verb in VERBS.items():
-        of_verb = verbs.add_parser(name, help=verb.HELP, description=verb.__doc__)
-        verb.add_options(of_verb)
-        of_verb.set_defaults(act=verb.run)
+    """Add the subcommands with their options."""
+    subparsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+    for name, module in SUBCOMMANDS.items():
+        subparser = add_subcommand(subparsers, name, module)
+        add_columns_option(subparser)
+        subparser.set_defaults(run_on_data=module.run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it, and return the exit code."""
-    return options.act(options)
+    """Run the subcommand, and return the exit code."""
+    return options.run_on_data(options)

@@ -13,16 +13,19 @@ from jax_lora.cli.base_model import data_folder, model_folder
 from jax_lora.data.batches import Batches
 from jax_lora.data.data_folder import read_data
 from jax_lora.data.examples import Examples, make_examples
+from jax_lora.data.formats import unused_fields
 from jax_lora.data.packing import speedup
 from jax_lora.data.rows import RowFile
 from jax_lora.data.tokenizer import Tokenizer
+from jax_lora.errors import ConfigError, format_error
 
 HELP = "check all examples; count tokens, targets and lengths"
+EXAMPLE = "jax-lora data check path/to/data --model path/to/model"
 BARS, WIDEST = 10, 40
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which rows, and how a model reads them."""
+    """Add the options for the data and for its encoding."""
     add = parser.add_argument
     add("data", metavar="PATH", nargs="?", help="data folder or file [bundled]")
     add("--model", metavar="PATH", help="folder with the tokenizer [bundled]")
@@ -31,7 +34,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=2048,
         metavar="N",
-        help="tokens of an example [2048]",
+        help="most tokens of an example [2048]",
     )
     text = "assistant messages in the loss [all]"
     add("--turns", default="all", choices=("all", "last"), help=text)
@@ -41,7 +44,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
     add_data_options(parser)
 
 
@@ -50,15 +53,15 @@ def run(options: argparse.Namespace) -> int:
     data = read_data(data_folder(options.data))
     tokenizer = Tokenizer.load(model_folder(options.model))
     for name, file in data.splits.items():
-        print("\n".join([f"{name}: {file.path}", *_of_file(file)]))
-        print("\n".join(_of_tokens(examples_of(file, tokenizer, options), options.max_seq_length)))
-        print()
-    print("All rows can be used.")
+        examples = examples_of(file, tokenizer, options)
+        lines = [*_file_lines(file), *_token_lines(examples, options.max_seq_length)]
+        print("\n".join([f"{name}: {file.path}", *lines, ""]))
+    print("No errors found.")
     return 0
 
 
 def examples_of(file: RowFile, tokenizer: Tokenizer, options: argparse.Namespace) -> Examples:
-    """Encode rows as training would."""
+    """Tokenize the examples of a file as `train` does."""
     return make_examples(
         file,
         tokenizer,
@@ -68,31 +71,33 @@ def examples_of(file: RowFile, tokenizer: Tokenizer, options: argparse.Namespace
     )
 
 
-def _of_file(file: RowFile) -> list[str]:
+def _file_lines(file: RowFile) -> list[str]:
     kinds = collections.Counter(row.kind for row in file.rows)
-    counts = f"{len(file.rows):,} rows"
+    counts = f"{len(file.rows):,} examples"
+    unused = sorted({name for row in file.rows for name in unused_fields(row.fields)})
     counts += f" + {file.blank} blank lines" if file.blank else ""
     counts += f" + {file.skipped} files skipped" if file.skipped else ""
-    return [f"  {counts}: {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())}"]
+    lines = [f"  {counts}: {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())}"]
+    return [*lines, f"  fields not used: {', '.join(unused)}"] if unused else lines
 
 
-def _of_tokens(examples: Examples, longest: int) -> list[str]:
+def _token_lines(examples: Examples, longest: int) -> list[str]:
     lengths = [len(example.ids) for example in examples.rows]
     tokens = sum(lengths)
-    learned = sum(int(example.loss_mask[1:].sum()) for example in examples.rows)
+    targets = sum(example.targets for example in examples.rows)
     padding = Batches.of(examples.rows, 1).padding
     lines = [
         f"  {tokens:,} tokens, {sum(example.raw for example in examples.rows):,} of them text; "
-        f"{learned:,} are learned ({learned / tokens:.0%})",
-        f"  {padding:.0%} padding in a few lengths{_gain(lengths, padding, longest)}",
+        f"{targets:,} are targets ({targets / tokens:.0%})",
+        f"  {padding:.0%} padding{_gain(lengths, padding, longest)}",
     ]
-    lost = [
-        (examples.cut, f"are cut at {longest} tokens"),
+    notes = [
+        (examples.cut, f"truncated at {longest} tokens"),
         (examples.pieces, "are pieces of longer documents"),
-        (len(examples.dropped), "have nothing to learn and are left out"),
-        (examples.unlocated, "answers are written differently by the template and not learned"),
+        (len(examples.dropped), "dropped, without a target token"),
+        (examples.unlocated, "responses without loss: the chat template changes their text"),
     ]
-    lines += [f"  {count:,} {what}" for count, what in lost if count]
+    lines += [f"  {count:,} {note}" for count, note in notes if count]
     return [*lines, *histogram(lengths)]
 
 
@@ -102,42 +107,40 @@ def _gain(lengths: Sequence[int], padding: float, longest: int) -> str:
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:
-    r"""Draw how many rows have which length.
+    r"""Draw a histogram of sequence lengths.
 
     Args:
-      lengths: Tokens of each row.
+      lengths: Tokens of each example.
 
     Returns:
-      A line a bar.
+      The lines, one per bar.
 
     Example:
       >>> print("\n".join(histogram([3, 4, 9])))
-             tokens   rows
-                3-3      1 ########################################
-                4-4      1 ########################################
-                9-9      1 ########################################
+             tokens  examples
+                3-3         1 ########################################
+                4-4         1 ########################################
+                9-9         1 ########################################
     """
     low, high = min(lengths), max(lengths)
     edges = np.unique(np.linspace(low, high + 1, BARS + 1).round().astype(int))
     counts, _ = np.histogram(lengths, edges)
     bars = [
-        f"  {f'{a}-{b - 1}':>11} {count:>6,} {'#' * max(1, round(WIDEST * count / counts.max()))}"
+        f"  {f'{a}-{b - 1}':>11} {count:>9,} {'#' * max(1, round(WIDEST * count / counts.max()))}"
         for a, b, count in zip(edges[:-1], edges[1:], counts, strict=True)
         if count
     ]
-    return [f"  {'tokens':>11} {'rows':>6}", *bars]
+    return [f"  {'tokens':>11} {'examples':>9}", *bars]
 
 
 def check_new(path: Path, option: str) -> None:
-    """Refuse to write over a file or into a folder that is there."""
-    from jax_lora.errors import ConfigError, format_error
-
+    """Refuse to overwrite a file or a folder."""
     if path.exists():
         raise ConfigError(
             format_error(
                 f"{option} {path}",
-                got="something of that name",
+                got="an existing path",
                 expected="a new name",
-                fix="Give another, or move it away.",
+                fix="Choose another name, or move the existing file.",
             )
         )

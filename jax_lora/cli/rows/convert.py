@@ -1,76 +1,83 @@
-"""Convert a data file of any kind to JSON Lines of one format."""
+"""Convert a data file to one format."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from jax_lora.cli.rows.check import check_new
-from jax_lora.data.rows import Row, read_rows
+from jax_lora.cli.rows.write_rows import writer
+from jax_lora.data.data_folder import read_whole
+from jax_lora.data.rows import Row
 from jax_lora.errors import DataError, format_error
+from jax_lora.storage.atomic_writes import write_file
 
-HELP = "convert a data file to JSON Lines of one format"
-FORMS = ("chat", "completions", "text")
+HELP = "convert a data file to one format"
+EXAMPLE = "jax-lora data convert rows.csv --output rows.jsonl --to chat"
+FORMATS = ("chat", "completions", "text")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
     add = parser.add_argument
-    add("data", metavar="FILE", help="data file of any format")
-    add("-o", "--output", metavar="FILE", required=True, help="the new .jsonl file")
-    add("--to", choices=FORMS, help="format of the new file [unchanged]")
+    add("data", metavar="PATH", help="data file of any format, or folder of texts")
+    add(
+        "-o",
+        "--output",
+        metavar="FILE",
+        required=True,
+        help=".jsonl, .json, .csv or .tsv file to write",
+    )
+    add("--to", choices=FORMATS, help="format of the output [unchanged]")
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the file, and return the exit code."""
     target = Path(options.output)
     check_new(target, "--output")
-    file = read_rows(options.data)
+    write = writer(target)
+    file = read_whole(options.data)
     rows = []
     for row in file.rows:
-        form = _in_form(row, options.to or row.kind)
-        if form is None:
+        converted = _convert(row, options.to or row.kind)
+        if converted is None:
             raise DataError(
                 format_error(
                     f"{file.path}:{row.line}",
-                    got=f"a row of the form {row.kind}",
-                    expected=f"one that can be written as {options.to}",
-                    fix="Leave --to out, or convert such rows by themselves.",
+                    got=f"an example in the format {row.kind}",
+                    expected=f"an example that can be converted to {options.to}",
+                    fix="Remove --to, or move such examples to another file.",
                 )
             )
-        rows.append(form)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    target.write_text("".join(lines), encoding="utf-8")
-    print(f"{target}: {len(rows):,} rows")
+        rows.append(converted)
+    write_file(target, write(target, rows), DataError)
+    print(f"{target}: {len(rows):,} examples")
     return 0
 
 
-def _in_form(row: Row, form: str) -> dict[str, Any] | None:
-    """A row in another form, where nothing of it is lost that way."""
+def _convert(row: Row, to: str) -> dict[str, Any] | None:
+    """Convert an example; None if the other format cannot represent it."""
     fields = row.fields
-    if form == row.kind:
-        return _only_own(row)
-    if form == "chat" and row.kind == "completions":
-        return {
-            "messages": [
-                {"role": "user", "content": fields["prompt"]},
-                {"role": "assistant", "content": fields["completion"]},
-            ]
-        }
-    if form == "text" and row.kind == "completions":
+    if to == row.kind or (to, row.kind) == ("text", "document"):
+        return written(row)
+    if to == "chat" and row.kind == "completions":
+        question = {"role": "user", "content": fields["prompt"]}
+        answer = {"role": "assistant", "content": fields["completion"]}
+        return {"messages": fields.get("turns") or [question, answer]}
+    if to == "text" and row.kind == "completions":
         return {"text": fields["prompt"] + fields["completion"]}
-    if form == "completions" and row.kind == "chat":
-        roles = [turn["role"] for turn in fields["messages"]]
-        if roles == ["user", "assistant"] and not fields.get("tools"):
-            prompt, completion = (turn["content"] for turn in fields["messages"])
+    if to == "completions" and row.kind == "chat":
+        turns = fields["messages"]
+        plain = all({*turn} == {"role", "content"} for turn in turns) and not fields.get("tools")
+        if [turn["role"] for turn in turns] == ["user", "assistant"] and plain:
+            prompt, completion = (turn["content"] for turn in turns)
             return {"prompt": prompt, "completion": completion}
     return None
 
 
-def _only_own(row: Row) -> dict[str, Any]:
-    """The fields of the row's form; a completion of turns stays one."""
+def written(row: Row) -> dict[str, Any]:
+    """Return the fields of the example's format; a completion of turns stays one."""
     fields = row.fields
     if row.kind == "completions":
         return {"prompt": fields["prompt"], "completion": fields["completion"]}

@@ -12,65 +12,68 @@ from jax_lora.cli.rows.check import add_data_options, examples_of
 from jax_lora.data.data_folder import read_data
 from jax_lora.data.examples import Example
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.report.printable import printable
+from jax_lora.printable import PROSE, printable
+from jax_lora.report.screen import unscreened
 
 HELP = "show examples as the model reads them, with their targets"
+EXAMPLE = "jax-lora data show path/to/data --model path/to/model --rows 5 --tokens"
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options."""
+    """Add the options of the subcommand."""
     add_data_options(parser)
     add = parser.add_argument
-    add("-n", "--rows", type=at_least_one, default=3, metavar="N", help="how many examples [3]")
-    add("--split", default="train", choices=("train", "valid", "test"), help="which split [train]")
+    add("-n", "--rows", type=at_least_one, default=3, metavar="N", help="number of examples [3]")
+    add("--split", default="train", choices=("train", "valid", "test"), help="the split [train]")
     add("--tokens", action="store_true", help="mark the end of every token")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the rows, and return the exit code."""
+    """Print the examples, and return the exit code."""
     file = read_data(data_folder(options.data)).split(options.split)
     tokenizer = Tokenizer.load(model_folder(options.model))
     examples = examples_of(file, tokenizer, options)
     colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(f"{'green' if colored else '[[ ]]'}: target tokens; the rest is context")
     for example in examples.rows[: options.rows]:
-        learned = int(example.loss_mask[1:].sum())
-        print(f"\n{file.path}:{example.line}: {len(example.ids)} tokens, {learned} targets")
-        print(shown(example, tokenizer, colored=colored, tokens=options.tokens))
+        counts = f"{example.tokens} tokens, {example.targets} targets"
+        print(f"\n{file.path}:{example.line}: {counts}")
+        text = shown(example, tokenizer, colored=colored, tokens=options.tokens)
+        print(text, file=unscreened(sys.stdout))
     return 0
 
 
 def shown(example: Example, tokenizer: Tokenizer, *, colored: bool, tokens: bool = False) -> str:
-    """Write an example out with its marks.
+    """Return the text of an example with its targets marked.
 
     Args:
       example: The example.
       tokenizer: The model's tokenizer.
-      colored: Mark target tokens by color, not by brackets.
-      tokens: Mark where every token ends.
+      colored: Mark targets by color, not by brackets.
+      tokens: Mark the end of every token.
 
     Returns:
-      The text, special tokens and all, in which nothing steers the terminal.
+      The text with special tokens; control characters are escaped.
     """
     text = []
-    for learned, ids in _runs(example):
+    for is_target, ids in _runs(example):
         pieces = [[index] for index in ids] if tokens else [ids]
-        words = "|".join(printable(tokenizer.decode_all(piece)) for piece in pieces)
+        words = "|".join(printable(tokenizer.decode_all(piece), keep=PROSE) for piece in pieces)
         if colored:
-            text.append(f"{GREEN if learned else DIM}{words}{PLAIN}")
+            text.append(f"{GREEN if is_target else DIM}{words}{PLAIN}")
         else:
-            text.append(f"[[{words}]]" if learned else words)
+            text.append(f"[[{words}]]" if is_target else words)
     return ("|" if tokens else "").join(text)
 
 
 def _runs(example: Example) -> list[tuple[bool, list[int]]]:
-    """Neighbouring tokens of one kind together; the first token is never learned."""
+    """Group neighboring tokens by whether they are targets; the first token never is."""
     runs: list[tuple[bool, list[int]]] = []
     marks = [False, *example.loss_mask[1:].tolist()]
-    for index, learned in zip(example.ids.tolist(), marks, strict=True):
-        if runs and runs[-1][0] == learned:
+    for index, is_target in zip(example.ids.tolist(), marks, strict=True):
+        if runs and runs[-1][0] == is_target:
             runs[-1][1].append(index)
         else:
-            runs.append((learned, [index]))
+            runs.append((is_target, [index]))
     return runs

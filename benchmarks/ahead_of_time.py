@@ -1,0 +1,142 @@
+"""Compile training steps for accelerators that are not here, and check their traffic and memory.
+
+The exit status is 1 if a limit is exceeded. Requires the compilers: `jax-lora[aot-cuda]` and, with
+`--tpu`, `jax-lora[aot-tpu]`. A GPU takes about two minutes in total, a TPU several minutes.
+
+    python -m benchmarks.ahead_of_time
+    python -m benchmarks.ahead_of_time --tpu --markdown docs/performance.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from benchmarks import report
+from benchmarks.bars import Bar
+from jax_lora.finetune.settings import TrainSettings
+from jax_lora.plan.accelerators import parse_target
+from jax_lora.plan.planned_model import plan_shape
+from jax_lora.plan.target_plan import TargetPlan, plan_for_target
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A training step: one example of `length` tokens, LoRA of rank 16 on all linear layers.
+
+    Args:
+      model: Name of a published model.
+      length: Sequence length.
+      remat: What layers keep for the backward pass.
+      pack: Whether the example is packed.
+      target: The device.
+    """
+
+    model: str
+    length: int
+    remat: str = "names"
+    pack: bool = False
+    target: str = "h100:1"
+
+    def __str__(self) -> str:
+        """Return the first cell of the table."""
+        packed = ", packed" if self.pack else ""
+        return f"{self.target}, {self.model}, 1 x {self.length:,}, {self.remat}{packed}"
+
+
+LLAMA_8B = Case("llama-3-8b", 4096)
+EVERYTHING, FULL, PACKED = (
+    dataclasses.replace(LLAMA_8B, **change)
+    for change in ({"remat": "none"}, {"remat": "full"}, {"pack": True})
+)
+LLAMA_1B = Case("llama-3.2-1b", 2048)
+TPU = dataclasses.replace(LLAMA_1B, target="v5p:1x1x1")
+GPU_CASES = (EVERYTHING, LLAMA_8B, FULL, PACKED, LLAMA_1B)
+
+
+def main() -> None:
+    """Compile, print the tables and, with --markdown, update a document."""
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--tpu", action="store_true", help="also compile for a TPU v5p")
+    parser.add_argument("--markdown", type=pathlib.Path, help="document to update")
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
+    plans = {case: compile_case(case) for case in (*GPU_CASES, *[TPU] * options.tpu)}
+    bars = limits(plans)
+    text = (
+        f"jax {jax.__version__}; one example, rank 16 on all linear layers, bfloat16.\n\n"
+        f"    {report.command('benchmarks.ahead_of_time')}\n\n{figures(plans)}\n\n{table(bars)}"
+    )
+    print(text)
+    if options.markdown:
+        report.write_section(options.markdown, "ahead_of_time", text)
+    sys.exit(not all(bar.kept for bar in bars))
+
+
+def compile_case(case: Case) -> TargetPlan:
+    """Compile the step of a case."""
+    settings = TrainSettings(
+        batch_size=1, max_seq_length=case.length, remat=case.remat, pack=case.pack
+    )
+    model, target = plan_shape(case.model, None), parse_target(case.target)
+    return plan_for_target(model, settings, target, length=case.length, targets=case.length)
+
+
+def figures(plans: dict[Case, TargetPlan]) -> str:
+    """Return the table of the figures of one device."""
+    header = [
+        "device, model, tokens, remat", "matmul TFLOP", "traffic GB", "temporaries GB", "peak GB",
+        "collectives GB", "bound tokens/s",
+    ]  # fmt: skip
+    return report.table(header, [_row(case, plan) for case, plan in plans.items()])
+
+
+def _row(case: Case, plan: TargetPlan) -> list[str]:
+    collectives = sum(each.bytes for each in plan.collectives.values())
+    return [
+        str(case),
+        f"{plan.matmul_flops / 1e12:.1f}",
+        f"{plan.traffic / 1e9:.1f}",
+        f"{plan.memory.temporary / 1e9:.1f}",
+        f"{plan.memory.peak / 1e9:.1f}",
+        f"{collectives / 1e9:.1f}",
+        f"{plan.tokens_per_second:,.0f}",
+    ]
+
+
+def limits(plans: dict[Case, TargetPlan]) -> list[Bar]:
+    """Compare the figures with their limits."""
+    names, full, packed, small = (plans[each] for each in (LLAMA_8B, FULL, PACKED, LLAMA_1B))
+    bars = [
+        Bar("8B, names: traffic GB", 345, names.traffic / 1e9),
+        Bar("8B, names: temporaries GB", 20, names.memory.temporary / 1e9),
+        Bar("8B, names: matmul TFLOP", 128.5, names.matmul_flops / 1e12),
+        Bar("8B, full: traffic GB", 345, full.traffic / 1e9),
+        Bar("8B, full: peak GB", 19.3, full.memory.peak / 1e9),
+        Bar("8B, names: traffic, packed / not packed", 1.05, packed.traffic / names.traffic),
+        Bar("1B, names: traffic GB", 95, small.traffic / 1e9),
+    ]
+    if TPU in plans:
+        bars += [
+            Bar("1B on v5p, names: traffic GB", 38, plans[TPU].traffic / 1e9),
+            Bar("1B on v5p, names: temporaries GB", 5, plans[TPU].memory.temporary / 1e9),
+        ]
+    return bars
+
+
+def table(bars: list[Bar]) -> str:
+    """Return the table of limits."""
+    body: list[list[Any]] = [
+        [bar.what, f"{bar.most:g}", f"{bar.value:.3f}", "yes" if bar.kept else "NO"] for bar in bars
+    ]
+    return report.table(["limit", "at most", "measured", "kept"], body)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Check the metadata of an Orbax checkpoint against the expected arrays, before reading them.
+
+Orbax allocates what the checkpoint states: the shape of an array, the shape of its chunks, and the
+size of each compressed chunk. A few kilobytes can state gigabytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_lora.storage.json_files import parse_json
+from jax_lora.storage.limits import limit
+
+_TREE = "_METADATA"  # Orbax's description of the tree, as JSON
+_ARRAY = ".zarray"  # zarr's description of an array, as JSON
+_ZSTD = b"\x28\xb5\x2f\xfd"
+
+
+def check_stored(folder: Path, template: Mapping[str, Any]) -> None:
+    """Compare the sizes of arrays and chunks on the disk with those expected.
+
+    Args:
+      folder: The folder of the checkpoint.
+      template: The expected tree of `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: An array or a chunk is larger than expected, or the checkpoint does not have the
+        format that `array_store` writes.
+    """
+    import tensorstore  # imported on use, with Orbax
+
+    _check_format(folder)
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{folder.as_uri()}/"}).result()
+    stored = {key.decode("utf-8", "replace") for key in store.list().result()}
+    for name, want in _named(template):
+        if f"{name}/{_ARRAY}" in stored:  # Orbax reports the others
+            _check_array(store, f"{name}/", want)
+
+
+def _named(template: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Name the leaves as Orbax does."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(template)[0]:
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def _check_format(folder: Path) -> None:
+    with (folder / _TREE).open("rb") as file:
+        data = file.read(limit("json_bytes") + 1)
+    if len(data) > limit("json_bytes"):
+        raise ValueError(f"{_TREE} has more than {limit('json_bytes'):,} bytes")
+    tree = parse_json(data.decode("utf-8"))
+    if not isinstance(tree, dict) or tree.get("use_ocdbt") is not True or tree.get("use_zarr3"):
+        raise ValueError(f"{_TREE} describes another format of checkpoints")
+
+
+def _check_array(store: Any, prefix: str, want: Any) -> None:
+    """Refuse an array that is larger than expected; others can be read, and then compared."""
+    stored = parse_json(_value(store, prefix + _ARRAY).decode("utf-8"))
+    shape, dtype = _field(stored, "shape"), _dtype(_field(stored, "dtype"))
+    most = math.prod(want.shape) * np.dtype(want.dtype).itemsize
+    if dtype is None or not _are_sizes(shape) or math.prod(shape) * dtype.itemsize > most:
+        got = f"shape {str(shape)[:80]} and type {_field(stored, 'dtype')!r:.80}"
+        raise ValueError(f"{prefix}{_ARRAY}: {got}, more than {most} bytes")
+    chunks = _field(stored, "chunks")
+    if (
+        not _are_sizes(chunks)
+        or len(chunks) != len(shape)
+        or math.prod(chunks) > max(1, math.prod(shape))
+    ):
+        raise ValueError(f"{prefix}{_ARRAY}: chunks {str(chunks)[:80]} for shape {shape}")
+    compressor = _field(stored, "compressor")
+    if _field(compressor, "id") != "zstd" or _field(stored, "filters") is not None:
+        raise ValueError(f"{prefix}{_ARRAY}: compression {str(compressor)[:80]}")
+    size = math.prod(chunks) * dtype.itemsize
+    for key in store.list(_range(prefix)).result():
+        if key.decode("utf-8", "replace") == prefix + _ARRAY:
+            continue
+        if (found := _expanded_size(_value(store, key))) != size:
+            got = "an unknown number of" if found is None else found
+            raise ValueError(f"{prefix}: a chunk of {got} bytes instead of {size}")
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+
+
+def _range(prefix: str) -> Any:
+    import tensorstore
+
+    return tensorstore.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord("/") + 1))
+
+
+def _value(store: Any, key: str | bytes) -> bytes:
+    found = store.read(key).result()
+    if found.state != "value":
+        raise ValueError(f"{key!r} is missing")
+    return found.value
+
+
+def _dtype(name: Any) -> np.dtype | None:
+    """Read the name of a type, as zarr or as TensorStore writes it."""
+    try:
+        return np.dtype(name) if isinstance(name, str) else None
+    except TypeError:
+        return None
+
+
+def _expanded_size(frame: bytes) -> int | None:
+    """Read the size that a Zstandard frame expands to; None if its header does not state it.
+
+    Reference:
+      RFC 8878, section 3.1.1.1.
+    """
+    if frame[:4] != _ZSTD or len(frame) < 5:
+        return None
+    descriptor = frame[4]
+    single = bool(descriptor & 32)
+    start = 5 + (not single) + (0, 1, 2, 4)[descriptor & 3]
+    length = (int(single), 2, 4, 8)[descriptor >> 6]
+    if not length or len(frame) < start + length:
+        return None
+    return int.from_bytes(frame[start : start + length], "little") + 256 * (length == 2)

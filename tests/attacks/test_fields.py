@@ -1,0 +1,78 @@
+"""Every field of every document, replaced by values of every type."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.attacks.fuzz import attack
+from tests.attacks.mutations import VALUES
+from tests.attacks.readers import READERS
+
+# A document is known by its reader and its file; tokenizer.json has thousands of fields.
+MOST_FIELDS = 150
+DOCUMENTS = [
+    (name, file)
+    for name, reader in READERS.items()
+    for file in reader.files
+    if file.endswith(".json")
+]
+
+
+def replaced(value: Any, new: Any) -> Iterator[tuple[str, Any]]:
+    """Yield copies of a document, with one field after another replaced; and the field."""
+    yield "", new
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    for key in keys[:8] if isinstance(value, list) else keys:
+        inner = value[key]
+        nested = replaced(inner, new) if isinstance(inner, (dict, list)) else iter([("", new)])
+        for field, changed in nested:
+            copy = dict(value) if isinstance(value, dict) else list(value)
+            copy[key] = changed
+            yield f"{key}.{field}".rstrip("."), copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "file"), DOCUMENTS)
+def test_a_value_of_the_wrong_type_is_an_error_of_this_library(tmp_path, name, file):
+    reader = READERS[name]
+    folder = tmp_path / "files"
+    reader.make(folder)
+    reader.read(folder)  # compiles functions, so that the time of the first value is fair
+    whole = json.loads((folder / file).read_text())
+    found = []
+    for new in VALUES:
+        for number, (field, document) in enumerate(replaced(whole, new)):
+            if number == MOST_FIELDS:
+                break
+            try:
+                data = json.dumps(document).encode()
+            except ValueError:  # an integer of too many digits
+                continue
+            (folder / file).write_bytes(reader.repair(data))
+            if problem := attack(reader, folder):
+                found.append(f"{field} = {str(new)[:40]}: {problem}")
+    assert not found
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+FAMILIES = {file.parent.parent.name: file for file in sorted(FIXTURES.rglob("config.json"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_refuses_wrong_types(tmp_path, family):
+    whole = json.loads(FAMILIES[family].read_text())
+    reader = READERS["config"]
+    found = []
+    for new in VALUES:
+        for field, document in replaced(whole, new):
+            try:
+                (tmp_path / "config.json").write_text(json.dumps(document))
+            except ValueError:  # an integer of too many digits
+                continue
+            if problem := attack(reader, tmp_path):
+                found.append(f"{field} = {str(new)[:40]}: {problem}")
+    assert not found

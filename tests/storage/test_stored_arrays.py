@@ -1,0 +1,102 @@
+"""Arrays on the disk are compared with the expected ones before they are read."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jax_lora.storage import array_store
+from jax_lora.storage.stored_arrays import check_stored
+
+ARRAYS = {
+    "0000": {"a": np.ones((40, 3), np.float32), "b": np.zeros((3, 2), np.float32)},
+    "0001": {"value": np.ones(2, jax.numpy.bfloat16), "n": np.int32(3)},
+}
+
+
+def template(**changed):
+    leaves = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), ARRAYS)
+    leaves["0000"] |= changed
+    return leaves
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("arrays") / "saved"
+    array_store.write_arrays(folder, ARRAYS)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "arrays")
+
+
+def store(folder):
+    import tensorstore
+
+    return tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{folder.as_uri()}/"}).result()
+
+
+def rewrite(folder, name, **changed):
+    values = store(folder)
+    key = f"{name}/.zarray"
+    stored = json.loads(values.read(key).result().value) | changed
+    values.write(key, json.dumps(stored).encode()).result()
+
+
+def test_arrays_that_were_written_are_read(saved):
+    again = array_store.read_arrays(saved, template())
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, ARRAYS))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"shape": [2**20, 2**10]}, "shape"),
+        ({"shape": "x"}, "shape"),
+        ({"dtype": "<f8"}, "more than 480 bytes"),
+        ({"dtype": [["x", "<f4"]]}, "type"),
+        ({"chunks": [2**20, 2**10]}, "chunks"),
+        ({"chunks": [-1, 3]}, "chunks"),
+        ({"chunks": [40]}, "chunks"),
+        ({"chunks": [40, 2]}, "a chunk of 480 bytes instead of 320"),
+        ({"compressor": {"id": "blosc"}}, "compression"),
+        ({"filters": [{"id": "delta"}]}, "compression"),
+    ],
+    ids=str,
+)
+def test_other_metadata_is_refused_before_anything_is_read(folder, changed, message):
+    rewrite(folder, "0000.a", **changed)
+    with pytest.raises(ValueError, match=message):
+        check_stored(folder, template())
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"plain bytes",
+        b"\x28\xb5\x2f\xfd",
+        b"\x28\xb5\x2f\xfd\x00\x58",  # no size
+        b"\x28\xb5\x2f\xfd\xe0" + (2**31).to_bytes(8, "little"),
+    ],
+)
+def test_a_chunk_must_state_the_size_of_the_array(folder, frame):
+    store(folder).write("0000.a/0.0", frame).result()
+    with pytest.raises(ValueError, match="instead of 480"):
+        check_stored(folder, template())
+
+
+def test_an_absent_array_is_reported_by_orbax(saved):
+    with pytest.raises(ValueError, match="structures do not match"):
+        array_store.read_arrays(saved, template(c=jax.ShapeDtypeStruct((2,), np.float32)))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"use_ocdbt": false}', '{"use_ocdbt": 1}', "x"])
+def test_another_format_is_refused(folder, text):
+    (folder / "_METADATA").write_text(text)
+    with pytest.raises(ValueError):
+        check_stored(folder, template())
