@@ -13,7 +13,7 @@ from jax_lora.errors import LoraError, format_error
 from jax_lora.report.screen import screened
 
 DONE, BAD_INPUT, OUT_OF_MEMORY, NON_FINITE, INTERRUPTED = 0, 2, 3, 4, 130
-# The verbs that read a model.
+# The subcommands that read a model.
 PINNED = ("train", "generate", "chat", "eval", "predict", "fuse", "export", "import", "plan")
 
 # The modules that the extra `cli` installs.

@@ -1,4 +1,4 @@
-"""Check the model of a verb against the file of `--pin`, where its folder is first named."""
+"""Check the model of a subcommand against the file of `--pin`, where its folder is first named."""
 
 from __future__ import annotations
 

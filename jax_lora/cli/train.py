@@ -212,8 +212,7 @@ def _read(choice: Choice) -> Inputs:
 def _with_fitting_remat(inputs: Inputs) -> Inputs:
     """Recompute whole layers if the step does not fit into the memory of an accelerator."""
     settings, base, memory = inputs.settings, inputs.base, device_memory()
-    automatic = settings.remat == "auto" and not settings.grad_checkpoint
-    if not automatic or memory is None or base.task != CAUSAL:
+    if not settings.fits_remat or memory is None or base.task != CAUSAL:
         return inputs
     examples = inputs.train.rows
     length = settings.max_seq_length

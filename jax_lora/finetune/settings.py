@@ -217,6 +217,11 @@ class TrainSettings:
                 )
             )
 
+    @property
+    def fits_remat(self) -> bool:
+        """Whether `"full"` is chosen where the step does not fit otherwise."""
+        return self.remat == "auto" and not self.grad_checkpoint
+
     def remat_on(self, platform: str) -> str:
         """Return what layers keep for the backward pass on a platform, if it fits there."""
         if self.grad_checkpoint:

@@ -89,12 +89,12 @@ def choose_kernel(
     if cached or attention == DENSE or (platform == "cpu" and not flash):
         return DENSE
     half = jnp.dtype(dtype).itemsize == 2
-    # Head sizes above 128 need a Hopper GPU for cuDNN.
-    if platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128 and not soft_cap:
-        if windows == 1:
+    if windows == 1:
+        # Head sizes above 128 need a Hopper GPU for cuDNN.
+        if platform == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128 and not soft_cap:
             return CUDNN
-    elif platform == "tpu" and windows == 1 and head_dim % 64 == 0 and tokens >= 128:
-        return SPLASH
+        if platform == "tpu" and head_dim % 64 == 0 and tokens >= 128:
+            return SPLASH
     return BLOCKS if flash or tokens >= _SHORT else DENSE
 
 

@@ -13,8 +13,7 @@ from jax_lora.plan.hlo_traffic import Collective, hlo_traffic
 from jax_lora.plan.matmul_flops import matmul_flops
 from jax_lora.plan.planned_model import PlannedModel
 from jax_lora.plan.topology import abstract_devices, compiler_options
-
-_PLATFORMS = {"cuda": "gpu", "tpu": "tpu"}
+from jax_lora.transform.strategies import ALIASES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +107,11 @@ def plan_for_target(
     Raises:
       ConfigError: The compiler is not installed, or does not support the target.
     """
-    platform = _PLATFORMS[target.device.platform]
+    platform = ALIASES.get(target.device.platform, target.device.platform)
     devices = TargetDevices(abstract_devices(target), platform, compiler_options(target))
     remat = settings.remat_on(platform)
     found = _compile(model, settings, target, devices, length, targets, remat)
-    automatic = settings.remat == "auto" and not settings.grad_checkpoint
-    if automatic and not found.fits:
+    if settings.fits_remat and not found.fits:
         return _compile(model, settings, target, devices, length, targets, "full")
     return found
 
@@ -133,7 +131,8 @@ def _compile(
     )
     compiled = traced.lower().compile(compiler_options=dict(devices.options))
     seconds = time.perf_counter() - began
-    traffic = hlo_traffic(compiled.as_text())
+    text = compiled.as_text()
+    traffic = hlo_traffic(text)
     memory = memory_of(compiled, shared, seconds)
     if memory is None:
         raise RuntimeError(f"XLA for {target.name} reports no memory")
@@ -147,7 +146,7 @@ def _compile(
         collectives=traffic.collectives,
         matmul_flops=flops / shared,
         attention_flops=attention_flops(model, tokens // shared, length, remat)
-        if "fmha" in compiled.as_text() or "splash" in compiled.as_text()
+        if "fmha" in text or "splash" in text
         else 0.0,
         tokens=tokens,
         seconds=seconds,

@@ -1,9 +1,7 @@
 """A file system that refuses: our own error, nothing lost, nothing left behind."""
 
-import contextlib
 import functools
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from jax_lora.finetune.run_folder import RunFolder
 from jax_lora.finetune.training_state import save_state
 from jax_lora.models import Llama
 from jax_lora.report.metrics import MetricsLog
+from tests.file_limits import largest_file
 from tests.tiny_model import TINY, random_params
 
 ROOT = Path(__file__).parents[2]
@@ -64,16 +63,6 @@ WRITERS = {
     "run": save_run,
     "metrics": save_metrics,
 }
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def contents(folder):

@@ -1,6 +1,4 @@
-import contextlib
 import os
-import resource
 from pathlib import Path
 
 import pytest
@@ -14,21 +12,11 @@ from jax_lora.storage.atomic_writes import (
     write_error,
     write_file,
 )
+from tests.file_limits import largest_file
 
 
 def names(folder):
     return sorted(each.name for each in folder.iterdir())
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """Let the system refuse larger files, as it refuses any on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_file_is_replaced_and_keeps_its_mode(tmp_path):
