@@ -35,7 +35,7 @@ SECONDS = 460.0
 MODELS = ("llama-3.2-1b", "llama-3-8b")
 # Parts of the remaining time.
 SHARES = {"checks": 0.2, "llama-3.2-1b": 0.3, "llama-3-8b": 0.4, "peers": 0.3}
-_HAND, _OURS = catalogue.FACTORED, "ours (auto)"
+_HAND, _OURS = catalogue.FACTORED, "jax_lora (auto)"
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def _device() -> dict[str, Any]:
 
 
 def _time_peers(recorder: Recorder, rehearse: bool) -> None:
-    """Time one plain decoder: with `lora_apply`, with LoRA by hand, and with torch and PEFT."""
+    """Time one plain decoder: `lora_apply`, hand-written LoRA, and PEFT with torch."""
     case = forms.Case(SIZES["tiny" if rehearse else "1b"], rank=16, dtype=jnp.bfloat16, fused=True)
     weights = functools.cache(lambda: forms.make_weights(case))  # its errors are those of a row
     for row in (_OURS, _HAND):
@@ -183,7 +183,7 @@ _COLUMNS = {
 }  # fmt: skip
 _TITLES = {
     "step": "Training steps",
-    "peers": "One decoder, by `lora_apply`, by hand, and with PEFT",
+    "peers": "One decoder: `lora_apply`, hand-written LoRA, PEFT",
     "attention": "Relative errors of attention kernels in bfloat16",
     "lora_apply": "Relative errors of low-rank updates in bfloat16",
 }

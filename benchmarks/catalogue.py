@@ -45,18 +45,18 @@ def _with_nnx(case: Case, weights: Weights) -> Form:
     return nnx_form(case, weights)
 
 
-FACTORED = "factored, hand-written"
+FACTORED = "hand-written LoRA"
 
 ROWS: Mapping[str, Builder] = {
     "full fine-tuning": full,
     "full, tokens flattened": full_flat,
     "materialized": functools.partial(hand_written, products.materialized),
     FACTORED: functools.partial(hand_written, products.factored),
-    "factored, scale on x@A": functools.partial(hand_written, products.scale_inside),
-    "factored, tokens flattened": functools.partial(hand_written, products.flattened),
-    "ours (auto)": functools.partial(ours, "auto"),
-    "ours (factored)": functools.partial(ours, "factored"),
-    "ours (merged)": functools.partial(ours, "merged"),
+    "hand-written, scale on x@A": functools.partial(hand_written, products.scale_inside),
+    "hand-written, tokens flattened": functools.partial(hand_written, products.flattened),
+    "jax_lora (auto)": functools.partial(ours, "auto"),
+    "jax_lora (factored)": functools.partial(ours, "factored"),
+    "jax_lora (merged)": functools.partial(ours, "merged"),
     "qwix": _with_qwix,
     "nnx.LoRALinear": _with_nnx,
 }

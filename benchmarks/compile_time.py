@@ -1,9 +1,9 @@
-"""Measure the time to trace, lower and compile a training step, relative to LoRA by hand.
+"""Measure the time to trace, lower and compile a training step, relative to hand-written LoRA.
 
 Usage:
 
     python -m benchmarks.compile_time
-    python -m benchmarks.compile_time --layers 16 --layouts unrolled --rows "ours (auto)" --rounds 3
+    python -m benchmarks.compile_time --layers 16 --layouts unrolled --rows "jax_lora (auto)"
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--layouts", nargs="+", choices=("scanned", "unrolled"), default=["scanned", "unrolled"]
     )
-    parser.add_argument("--rows", nargs="+", choices=list(catalogue.ROWS), default=["ours (auto)"])
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(catalogue.ROWS), default=["jax_lora (auto)"]
+    )
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
@@ -61,8 +63,8 @@ def main() -> None:
             case = forms.Case(size, scan=layout == "scanned")
             name = f"{layers} layers, {layout}"
             body += compare(name, case, rows, options.rounds, CLOCKS[options.clock])
-    header = ["model", "form", *(f"{stage} s" for stage in STAGES)]
-    header += [f"{stage} / by hand" for stage in STAGES]
+    header = ["model", "implementation", *(f"{stage} s" for stage in STAGES)]
+    header += [f"{stage} / hand-written" for stage in STAGES]
     about = (
         f"Width {SIZES[options.size].width}, a complete training step from shapes; "
         f"{report.machine()}; {options.clock} time, medians of {options.rounds} interleaved rounds."

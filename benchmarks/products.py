@@ -1,4 +1,4 @@
-"""Dense layers with LoRA by hand, as users write them without a library.
+"""Dense layers with hand-written LoRA, as users write them without a library.
 
 The arguments of each product are x (..., in), kernel (in, out), a (in, rank), b (rank, out) and the
 scale.
@@ -17,7 +17,7 @@ Product = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, float], jax.Arra
 
 
 def factored(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """Compute the usual form."""
+    """Compute the usual implementation."""
     return x @ w + scale * ((x @ a) @ b)
 
 

@@ -1,6 +1,6 @@
 """Profile a training step by kind of operation.
 
-    python -m benchmarks.profile_step --rows "factored, hand-written" "ours (auto)"
+    python -m benchmarks.profile_step --rows "hand-written LoRA" "jax_lora (auto)"
 
 Operations run concurrently on several cores, so the sum of their times exceeds the step time.
 """
@@ -43,7 +43,7 @@ def main() -> None:
         "--rows",
         nargs="+",
         choices=list(catalogue.ROWS),
-        default=[catalogue.FACTORED, "ours (auto)"],
+        default=[catalogue.FACTORED, "jax_lora (auto)"],
     )
     parser.add_argument("--top", type=int, default=0, help="also list this many single operations")
     parser.add_argument("--markdown", type=pathlib.Path, help="document to update")
@@ -192,7 +192,7 @@ def describe(case: forms.Case, profiles: dict[str, Profile], steps: int, top: in
     """Return a table of groups, and with --top of single operations."""
     header = ["operations"]
     for row in profiles:
-        header += [f"{row}: ms", "share", "matrix GF", "GF/s"]
+        header += [f"{row}: ms", "share", "matmul GFLOP", "GFLOP/s"]
     body = [[group] for group in GROUPS]
     for each in profiles.values():
         total = sum(cost.milliseconds for cost in each.groups.values())

@@ -3,7 +3,7 @@
 Usage:
 
     python -m benchmarks.train_step --size 384x6 --rounds 9
-    python -m benchmarks.train_step --rows "factored, hand-written" "ours*" --rounds 0
+    python -m benchmarks.train_step --rows "hand-written LoRA" "jax_lora*" --rounds 0
     python -m benchmarks.train_step --scan --remat dots-no-batch
     python -m benchmarks.train_step --remat dots-no-batch --order least-memory
     python -m benchmarks.train_step --platform gpu --size 1b --dtype bfloat16 --scan
@@ -161,11 +161,14 @@ def describe(
         + (f"; medians of {rounds} interleaved rounds." if rounds else ".")
     )
     header = [
-        "form", "dot GF", "XLA GF", "GB accessed", "temp MB", "residual MB", "argument MB",
+        "implementation", "matmul GFLOP", "XLA GFLOP",
+        "GB accessed", "temp MB", "residual MB", "argument MB",
     ]  # fmt: skip
     if seconds:
         header += ["trace s", "lower s", "compile s"]
-    header += ["step s", "/full", "/factored"] * bool(seconds) + ["MFU"] * bool(seconds and peak)
+    header += ["step s", "/full", "/hand-written"] * bool(seconds) + ["MFU"] * bool(
+        seconds and peak
+    )
     body = []
     for row, each in figures.items():
         cells = [

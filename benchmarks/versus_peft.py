@@ -28,7 +28,7 @@ PEFT_ROWS = {
     "PEFT, eager, fused attention": (False, True),
     "PEFT, compiled, fused attention": (True, True),
 }
-JAX_ROWS = (catalogue.FACTORED, "factored, tokens flattened", "ours (auto)")
+JAX_ROWS = (catalogue.FACTORED, "hand-written, tokens flattened", "jax_lora (auto)")
 REFERENCE = "PEFT, eager"
 
 
@@ -82,11 +82,11 @@ def compare(case: forms.Case, rounds: int, device: str) -> str:
         runs[row] = measure.Run(compiled_step, form, tx, weights.tokens).step
     _check(losses, 1e-4 if case.dtype == jnp.float32 else 2e-2)
     seconds = measure.interleave(runs, rounds)
-    header = ["step", "matrix GF", "step s", "/PEFT, eager", "first step s", "loss"]
+    header = ["step", "matmul GFLOP", "step s", "/PEFT, eager", "first step s", "loss"]
     of = functools.partial(measure.ratio, reference=seconds[REFERENCE])
     body = [
         [
-            row, f"{flops[row] / 1e9:.2f}" if row in flops else "",
+            row, f"{flops[row] / 1e9:.2f}" if row in flops else "-",
             f"{statistics.median(seconds[row]):.3f}", f"{of(seconds[row]):.2f}",
             f"{first[row]:.1f}", f"{losses[row]:.4f}",
         ]

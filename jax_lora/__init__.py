@@ -21,6 +21,7 @@ from jax_lora.kernels.kernel import Kernel
 from jax_lora.merge import merge, unmerge
 from jax_lora.optimizers import lora_plus, masked_optimizer, trainable_mask
 from jax_lora.quantize import QuantizedWeight, dequantize, quantize
+from jax_lora.sharding import adapter_shardings
 from jax_lora.summary import summary
 from jax_lora.transform import explain, find_kernels, lora_apply
 from jax_lora.updates import LoraPair, TokenRows
@@ -39,6 +40,7 @@ __all__ = (
     "QuantizedWeight",
     "Recipe",
     "TokenRows",
+    "adapter_shardings",
     "combine",
     "dequantize",
     "dropout",

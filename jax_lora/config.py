@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_lora import paths
 from jax_lora.errors import ConfigError, format_error
+from jax_lora.storage.json_files import parse_json
 
 INITIALIZERS = ("gaussian",)
 
@@ -231,7 +232,7 @@ class LoraConfig:
           ConfigError: The text is not a JSON object of known settings.
         """
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 format_error(
@@ -305,8 +306,8 @@ def _init(value: Any) -> str:
 
 def _dtype(value: Any) -> np.dtype:
     try:
-        dtype = jnp.dtype(value)
-    except TypeError:
+        dtype = None if value is None else jnp.dtype(value)
+    except (TypeError, ValueError):
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise _refuse("dtype", value, "a floating-point type", 'Use "float32" or "bfloat16".')

@@ -65,6 +65,10 @@ class AdapterFileError(LoraError, ValueError):
     """An adapter file of another library is damaged, or needs an unimplemented feature."""
 
 
+class HubError(LoraError, RuntimeError):
+    """A name cannot be resolved on the Hugging Face Hub, or a transfer fails."""
+
+
 class DataError(LoraError, ValueError):
     """An example of a data file is invalid; the message has its `file:line`."""
 
@@ -119,6 +123,24 @@ def format_error(where: str, *, got: str | Sequence[str], expected: str, fix: st
     found = got if isinstance(got, str) else "".join(f"\n    {problem}" for problem in got)
     message = f"{where}\n  got:      {found}\n  expected: {expected}\n  fix:      {fix}"
     return printable(message)
+
+
+def install_command(extra: str = "") -> str:
+    """Return how to install this package with an extra, for the `fix` of a message.
+
+    Args:
+      extra: Name of the extra in `pyproject.toml`; empty: no extra.
+
+    Returns:
+      The commands for the published package and for a clone of the repository.
+
+    Example:
+      >>> print(install_command("cli"))
+      Run: pip install 'jax-lora[cli]' (in a clone of the repository: pip install '.[cli]')
+    """
+    extras = f"[{extra}]" if extra else ""
+    clone = f"in a clone of the repository: pip install '.{extras}'"
+    return f"Run: pip install 'jax-lora{extras}' ({clone})"
 
 
 def _printable(value: object) -> object:

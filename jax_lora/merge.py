@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,23 +17,25 @@ from jax_lora import paths
 from jax_lora.adapter import Adapter, combine, is_adapted, is_weight
 from jax_lora.algebra.base_weight import as_array
 from jax_lora.errors import MergeError, MergeWarning, format_error
-from jax_lora.folded_bias import fold_biases
+from jax_lora.merge_biases import merge_biases
 
 # A typical update, of 1% of W0, loses a quarter of its elements in bfloat16: the smallest ones.
 _LOST_SHARE_TO_WARN = 0.5
 
 
-def merge(variables: Any, adapter: Adapter) -> Any:
+def merge(variables: Any, adapter: Adapter, *, donate: bool = False) -> Any:
     """Merge an adapter into its base model: W0 + scale * a @ b, with DoRA magnitudes applied.
 
     Use it to run or export a trained model without `lora_apply`, at the speed of the base model.
-    `variables` are not changed. Each weight is computed in float32 (float64 if W0 is float64),
-    rounded once to the type of W0, and keeps the sharding of W0. Works under `jax.jit`, without
-    the checks of values.
+    `variables` are not changed, unless `donate` is set. Each weight is computed in float32 (float64
+    if W0 is float64), rounded once to the type of W0, and keeps the sharding of W0. Works under
+    `jax.jit`, without the checks of values.
 
     Args:
       variables: The parameters that the adapter was created for.
       adapter: The adapter.
+      donate: Free each base weight when its merged weight is computed, so that the memory of one
+        model suffices. `variables` cannot be used afterwards, also if an error is raised.
 
     Returns:
       The merged parameters, with the same treedef, shapes and types.
@@ -57,7 +60,7 @@ def merge(variables: Any, adapter: Adapter) -> Any:
       >>> float(merge(params, adapter)["kernel"][0, 0])
       1.0
     """
-    return _with_update(variables, adapter, sign=1)
+    return _with_update(variables, adapter, sign=1, donate=donate)
 
 
 def unmerge(merged: Any, adapter: Adapter) -> Any:
@@ -148,27 +151,38 @@ def _like(array: jax.Array, base: Any) -> jax.Array:
 # -----------------------------------------------------------------------------------------------
 
 
-def _with_update(tree: Any, adapter: Adapter, sign: int) -> Any:
+def _with_update(tree: Any, adapter: Adapter, sign: int, *, donate: bool = False) -> Any:
     nodes, treedef = paths.flatten_with_paths(combine(tree, adapter), is_leaf=is_weight)
     leaves, reports = {}, {}
+    used = collections.Counter(id(array) for array in jax.tree.leaves(tree)) if donate else {}
     for path, node in nodes:
         if is_adapted(node):
             base = as_array(node.base)
             merged, reports[path] = _merged_leaf(base, node.update, sign)
+            if donate:
+                _free(node.base, jax.block_until_ready(merged), used)
             node = _like(merged, base)
         leaves[path] = node
-    verb = "merge" if sign > 0 else "unmerge"
-    leaves |= fold_biases(verb, leaves, adapter.pairs, sign)
+    function_name = "merge" if sign > 0 else "unmerge"
+    leaves |= merge_biases(function_name, leaves, adapter.pairs, sign)
     concrete = {path: report for path, report in reports.items() if _is_concrete(report)}
-    _check(verb, concrete, adapter)
+    _check(function_name, concrete, adapter)
     return jax.tree.unflatten(treedef, list(leaves.values()))
+
+
+def _free(base: Any, merged: Any, used: Mapping[int, int]) -> None:
+    """Free the arrays of a base weight that no other leaf of the tree has."""
+    for array in jax.tree.leaves(base):
+        if _is_concrete(array) and isinstance(array, jax.Array) and array is not merged:
+            if used[id(array)] == 1:
+                array.delete()
 
 
 def _is_concrete(tree: Any) -> bool:
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def _check(verb: str, reports: dict[str, _Report], adapter: Adapter) -> None:
+def _check(function_name: str, reports: dict[str, _Report], adapter: Adapter) -> None:
     problems, lost, updates = [], [], adapter.updates
     for path, report in reports.items():
         called = updates[path].called
@@ -183,16 +197,16 @@ def _check(verb: str, reports: dict[str, _Report], adapter: Adapter) -> None:
         share = float(report.lost) / max(float(report.changed), 1e-30)
         if share >= _LOST_SHARE_TO_WARN:
             lost.append((share, path))
-    _refuse(verb, problems)
+    _refuse(function_name, problems)
     if lost:
-        _warn(verb, sorted(lost, reverse=True))
+        _warn(function_name, sorted(lost, reverse=True))
 
 
-def _refuse(verb: str, problems: Sequence[str]) -> None:
+def _refuse(function_name: str, problems: Sequence[str]) -> None:
     if problems:
         raise MergeError(
             format_error(
-                f"{verb}: {len(problems)} arrays are not finite",
+                f"{function_name}: {len(problems)} arrays are not finite",
                 got=problems,
                 expected="finite adapter weights and results; the base model is unchanged",
                 fix="Use an earlier checkpoint, or merge into a base model of a wider type.",
@@ -200,12 +214,12 @@ def _refuse(verb: str, problems: Sequence[str]) -> None:
         )
 
 
-def _warn(verb: str, lost: Sequence[tuple[float, str]]) -> None:
+def _warn(function_name: str, lost: Sequence[tuple[float, str]]) -> None:
     worst, path = lost[0]
     others = f" and {len(lost) - 1} other leaves" if len(lost) > 1 else ""
     warnings.warn(
         format_error(
-            f"{verb}: {path}{others}",
+            f"{function_name}: {path}{others}",
             got=f"{worst:.1%} of the changed elements rounded back to the value of the base",
             expected=f"under {_LOST_SHARE_TO_WARN:.0%}; the update is smaller than the rounding "
             "error of the base's type",

@@ -28,7 +28,7 @@ from jax_lora.errors import ConfigError, format_error
 def trainable_mask(lora_tree: Any) -> Any:
     """Return a mask that is True at the adapter weights of a tree and False elsewhere.
 
-    Use it with `optax.masked`, `optax.multi_transform`, or to count and clip by hand.
+    Use it with `optax.masked`, `optax.multi_transform`, or in your own code that counts or clips.
     `masked_optimizer` covers the common case.
 
     Args:

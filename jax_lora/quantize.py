@@ -9,76 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jax_lora import paths
-from jax_lora.adapter import is_weight
-from jax_lora.algebra import nf4
+from jax_lora.adapter import base_of, is_weight
 from jax_lora.algebra.base_weight import Recipe
+from jax_lora.algebra.weight_formats import METHODS, NF4, WeightFormat, is_finite, weight_format
 from jax_lora.config import LoraConfig
 from jax_lora.errors import ConfigError, StructureError, format_error
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.kernels.targets import select
 from jax_lora.storage import flax_state
-
-Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class _Code:
-    """A quantized format: the type of the codes and the largest code."""
-
-    dtype: Any
-    largest: float
-
-
-BYTES = {
-    "float8": _Code(jnp.float8_e4m3fn, 448.0),
-    "int8": _Code(jnp.int8, 127.0),
-}
-NF4 = "nf4"
-METHODS = (*BYTES, NF4)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dequantize:
-    """Compute a weight from its codes and scales, with any number of leading stack axes."""
-
-    method: str
-    dtype: Any
-
-    def __call__(self, arrays: Mapping[str, Array]) -> Array:
-        wide = arrays["codes"].astype(jnp.float32) * arrays["scale"]
-        return wide.astype(self.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _DequantizeNF4:
-    """Compute a weight from its NF4 codes, with any number of leading stack axes.
-
-    Args:
-      dtype: Type of the weight.
-      shape: Sizes of the outputs, then of the inputs.
-      order: Axes that put these in the order of the weight, counted from the end.
-    """
-
-    dtype: Any
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-
-    @property
-    def method(self) -> str:
-        """The name of the format."""
-        return NF4
-
-    def __call__(self, arrays: Mapping[str, Array]) -> Array:
-        matrix = nf4.decode(arrays)  # (*stack, rows, columns)
-        lead = matrix.shape[:-2]
-        flat = matrix.reshape(*lead, -1)[..., : math.prod(self.shape)]
-        w = flat.reshape(*lead, *self.shape).astype(self.dtype)
-        stack = tuple(range(len(lead)))
-        return w.transpose(*stack, *(axis + w.ndim for axis in self.order))
 
 
 @flax_state.node
@@ -93,7 +35,7 @@ class QuantizedWeight(Recipe):
     @property
     def method(self) -> str:
         """`"nf4"`, `"int8"` or `"float8"`."""
-        return self.make.method  # type: ignore[attr-defined] # always one of the two above
+        return self.make.method  # type: ignore[attr-defined] # always a WeightFormat
 
 
 def quantize(
@@ -115,7 +57,8 @@ def quantize(
     backward pass, so that no residual holds it.
 
     Args:
-      variables: Parameters of any model, as arrays.
+      variables: Parameters of any model, as arrays, or as `jax.ShapeDtypeStruct`s to learn the
+        sizes of the quantized model.
       method: `"nf4"` (16 values, close for a normal distribution), `"int8"` (255 equal steps) or
         `"float8"` (e4m3: about 2 significant digits at any magnitude).
       targets: Kernels to quantize, as in `LoraConfig`.
@@ -145,15 +88,7 @@ def quantize(
       >>> bool((y == model(dequantize(stored), jnp.ones((4, 64)))).all())
       True
     """
-    if method not in METHODS:
-        raise ConfigError(
-            format_error(
-                "quantize: method",
-                got=repr(method),
-                expected=f"one of {', '.join(METHODS)}",
-                fix='Use "nf4" for the least memory, or "int8" for the highest accuracy.',
-            )
-        )
+    check_method(method)
     leaves, treedef = paths.flatten_with_paths(variables, is_leaf=is_weight)
     config = LoraConfig(targets=targets, exclude=exclude)
     chosen = select(dict(leaves), config, kernels)
@@ -181,6 +116,12 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
     )
 
 
+def is_quantized(tree: Any) -> bool:
+    """Tell whether a tree has a `QuantizedWeight`."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_weight)
+    return any(isinstance(base_of(leaf), QuantizedWeight) for leaf in leaves)
+
+
 def _quantized(path: str, leaf: Any, kernel: Kernel, method: str) -> QuantizedWeight:
     if is_weight(leaf):
         raise StructureError(
@@ -191,34 +132,7 @@ def _quantized(path: str, leaf: Any, kernel: Kernel, method: str) -> QuantizedWe
                 fix="Call jl.quantize on the unquantized parameters, before jl.combine.",
             )
         )
-    if method == NF4:
-        return _nf4(path, leaf, kernel)
-    codes, scale, finite = _encoded(jnp.asarray(leaf), kernel.in_axes, method)
-    if not isinstance(finite, Tracer) and not bool(finite):
-        raise _not_finite(path)
-    return QuantizedWeight(
-        arrays={"codes": codes, "scale": scale},
-        make=_Dequantize(method, jnp.dtype(leaf.dtype)),
-        shape=tuple(leaf.shape),
-        dtype=jnp.dtype(leaf.dtype),
-        # The scales have size 1 along input axes and cannot be sliced along them.
-        sliceable=0 not in kernel.in_axes,
-    )
-
-
-def _not_finite(path: str) -> StructureError:
-    return StructureError(
-        format_error(
-            f"quantize: {path}",
-            got="elements that are NaN or Inf",
-            expected="finite weights",
-            fix="Load the model again, or pass exclude to leave out this kernel.",
-        )
-    )
-
-
-def _nf4(path: str, leaf: Any, kernel: Kernel) -> QuantizedWeight:
-    if isinstance(leaf, Tracer):
+    if method == NF4 and isinstance(leaf, Tracer):
         raise StructureError(
             format_error(
                 f"quantize: {path}",
@@ -227,42 +141,157 @@ def _nf4(path: str, leaf: Any, kernel: Kernel) -> QuantizedWeight:
                 fix="Call jl.quantize outside of jit.",
             )
         )
-    stack, rest = kernel.stack_axes, (*kernel.out_axes, *kernel.in_axes)
-    leading = stack == tuple(range(len(stack)))
-    # If the stack axes are not the first, they are part of one matrix, which no scan can slice.
-    stack, rest = (stack, rest) if leading else ((), (*stack, *rest))
-    w = np.asarray(leaf).transpose(*stack, *rest)
-    lead, shape = w.shape[: len(stack)], w.shape[len(stack) :]
-    columns = math.prod(kernel.in_shape)
-    if columns % nf4.BLOCK:  # blocks then run on into the next output
-        columns = math.prod(shape)
-    parts = []
-    for part in w.reshape(-1, math.prod(shape) // columns, columns):
-        wide = np.asarray(part, np.float32)
-        if not np.isfinite(wide).all():
-            raise _not_finite(path)
-        parts.append(nf4.encode(np.pad(wide, [(0, 0), (0, -columns % nf4.BLOCK)])))
-    arrays = {
-        name: jnp.asarray(np.stack([part[name] for part in parts]).reshape((*lead, *first.shape)))
-        for name, first in parts[0].items()
-    }
-    order = np.argsort(rest) - len(rest)
-    return QuantizedWeight(
-        arrays=arrays,
-        make=_DequantizeNF4(jnp.dtype(leaf.dtype), shape, tuple(map(int, order))),
-        shape=tuple(leaf.shape),
-        dtype=jnp.dtype(leaf.dtype),
-        sliceable=bool(stack),
+    made = format_of(kernel, leaf.dtype, method)
+    return quantized_weight(kernel, made, encode(path, made, leaf))
+
+
+def check_method(method: str) -> None:
+    """Check the name of a method.
+
+    Args:
+      method: The name.
+
+    Raises:
+      ConfigError: The method is unknown.
+    """
+    if method not in METHODS:
+        raise ConfigError(
+            format_error(
+                "quantize: method",
+                got=repr(method),
+                expected=f"one of {', '.join(METHODS)}",
+                fix='Use "nf4" for the least memory, or "int8" for the highest accuracy.',
+            )
+        )
+
+
+def format_of(kernel: Kernel, dtype: Any, method: str) -> WeightFormat:
+    """Choose the format of a kernel.
+
+    A scale belongs to an output of a dense kernel, and to a row of an embedding table, so that a
+    lookup selects rows of codes.
+
+    Args:
+      kernel: The kernel.
+      dtype: Type of the weight.
+      method: One of `METHODS`.
+
+    Returns:
+      The format.
+    """
+    rows, columns = kernel.out_axes, kernel.in_axes
+    if kernel.kind == "embedding":
+        rows, columns = columns, rows
+    return weight_format(
+        method, kernel.shape, dtype, rows=rows, columns=columns, stack=kernel.stack_axes
     )
 
 
-def _encoded(w: Array, in_axes: tuple[int, ...], method: str) -> tuple[Array, Array, Array]:
-    """Return codes of W0's shape, scales of size 1 along the inputs, and whether W0 is finite."""
-    code = BYTES[method]
-    wide = w.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=in_axes, keepdims=True)  # 1 along the inputs
-    scale = jnp.where(largest > 0, largest / code.largest, jnp.ones_like(largest))
-    steps = wide / scale
-    if jnp.issubdtype(code.dtype, jnp.integer):
-        steps = jnp.round(steps)
-    return steps.astype(code.dtype), scale, jnp.all(jnp.isfinite(wide))
+def encode(path: str, made: WeightFormat, w: Any) -> dict[str, Any]:
+    """Encode a weight, or one entry of its stack.
+
+    Args:
+      path: Path of the leaf, for messages.
+      made: The format.
+      w: The weight: (*stack, *rest) or (*rest).
+
+    Returns:
+      The arrays that represent it.
+
+    Raises:
+      StructureError: The weight has NaN or Inf.
+    """
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return dict(made.shapes(w.shape))
+    arrays = made.encode(w)
+    finite = is_finite(arrays)
+    if not isinstance(finite, Tracer) and not bool(finite):
+        raise StructureError(
+            format_error(
+                f"quantize: {path}",
+                got="elements that are NaN or Inf",
+                expected="finite weights",
+                fix="Load the model again, or pass exclude to leave out this kernel.",
+            )
+        )
+    return arrays
+
+
+def quantized_weight(
+    kernel: Kernel, made: WeightFormat, arrays: Mapping[str, Any]
+) -> QuantizedWeight:
+    """Return the leaf that stands for a kernel.
+
+    Args:
+      kernel: The kernel.
+      made: Its format.
+      arrays: The arrays that represent it, with all axes of its stack.
+
+    Returns:
+      The leaf.
+    """
+    return QuantizedWeight(
+        arrays={
+            name: array if isinstance(array, jax.ShapeDtypeStruct) else jnp.asarray(array)
+            for name, array in arrays.items()
+        },
+        make=made,
+        shape=tuple(kernel.shape),
+        dtype=jnp.dtype(made.dtype),
+        sliceable=bool(kernel.stack_axes) and kernel.stack_axes[0] == 0,
+    )
+
+
+def array_shardings(weight: QuantizedWeight, sharding: Sharding) -> dict[str, Sharding]:
+    """Choose the shardings of the arrays of a quantized kernel from that of the kernel.
+
+    Args:
+      weight: The quantized kernel, or its shapes.
+      sharding: The sharding of the kernel. Axes that do not divide an array are not sharded.
+
+    Returns:
+      Name of an array -> its sharding.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return dict.fromkeys(weight.arrays, sharding)
+    missing = weight.ndim - len(sharding.spec)
+    specs = weight.make.array_specs((*sharding.spec, *(None,) * missing))  # type: ignore[attr-defined]
+    return {
+        name: NamedSharding(sharding.mesh, _dividing(sharding, array.shape, specs[name]))
+        for name, array in weight.arrays.items()
+    }
+
+
+def gathered_as(weight: QuantizedWeight, sharding: NamedSharding) -> QuantizedWeight:
+    """Choose where the arrays of a quantized kernel are when the weight is computed.
+
+    On a mesh, codes that are sharded are then moved as codes, and not as the larger weight.
+
+    Args:
+      weight: The quantized kernel, or its shapes.
+      sharding: The sharding of the kernel where it is used: without the axes of the mesh over which
+        it is only stored.
+
+    Returns:
+      The same kernel, which is computed from gathered arrays.
+    """
+    used = tuple(sorted(array_shardings(weight, sharding).items()))
+    make = dataclasses.replace(weight.make, used=used)  # type: ignore[type-var]
+    return dataclasses.replace(weight, make=make)
+
+
+def _dividing(
+    sharding: NamedSharding, shape: tuple[int, ...], spec: tuple[Any, ...]
+) -> PartitionSpec:
+    """Leave out the axes of the mesh that do not divide an axis of the array."""
+
+    def fits(size: int, names: Any) -> bool:
+        names = names if isinstance(names, tuple) else (names,)
+        return size % math.prod(sharding.mesh.shape[name] for name in names) == 0
+
+    return PartitionSpec(
+        *(
+            names if names is not None and fits(size, names) else None
+            for size, names in zip(shape, spec, strict=True)
+        )
+    )

@@ -4,8 +4,9 @@
 # With the argument `setup`, it only creates the environment.
 #
 # It runs the tests that depend most on JAX, and those that use many parts of the library: transform,
-# models, PEFT files and commands. It skips the benchmarks, examples, notebooks and documents, the data
-# and report tests, which do not use JAX, and tests that the commands or `make test-matrix` cover.
+# models, PEFT files and commands. It skips the benchmarks, examples, notebooks and documents, the data,
+# storage, Hub and report tests, which do not use JAX, and tests that the commands or `make test-matrix`
+# cover: single architectures, among others, as all of them are in tests/models/test_decoders.py.
 # Most XLA optimizations are disabled, as in `make test-matrix`: a new JAX mainly changes its API.
 set -eu
 VENV=.venv-newest
@@ -42,4 +43,8 @@ exec "$VENV/bin/python" -m pytest -q -n auto --dist worksteal -m "not slow" \
   --ignore=tests/test_benchmarks.py --ignore=tests/examples --ignore=tests/notebooks \
   --ignore=tests/test_explorer.py --ignore=tests/test_docs.py --ignore=tests/test_text_to_sql.py \
   --ignore=tests/data --ignore=tests/report --ignore=tests/plan --ignore=tests/finetune \
-  --ignore=tests/foreign --ignore=tests/properties --ignore=tests/attacks --ignore=tests/interchange "$@"
+  --ignore=tests/foreign --ignore=tests/properties --ignore=tests/attacks --ignore=tests/interchange \
+  --ignore=tests/hub --ignore=tests/storage --ignore-glob='tests/models/test_gemma*.py' \
+  --ignore=tests/models/test_llama.py --ignore=tests/models/test_gpt2.py \
+  --ignore=tests/models/test_encoders.py --ignore=tests/models/test_experts.py \
+  --ignore=tests/models/test_decoding.py --ignore=tests/models/test_rematerialization.py "$@"

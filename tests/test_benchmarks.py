@@ -43,7 +43,7 @@ def test_all_rows_have_the_same_loss_and_gradients() -> None:
 
 @pytest.mark.slow
 def test_scanned_rows_have_the_same_loss_and_gradients() -> None:
-    catalogue.check(dataclasses.replace(TINY, scan=True), [catalogue.FACTORED, "ours (auto)"])
+    catalogue.check(dataclasses.replace(TINY, scan=True), [catalogue.FACTORED, "jax_lora (auto)"])
 
 
 @pytest.mark.slow
@@ -223,8 +223,8 @@ def test_a_plan_above_a_limit_is_not_kept() -> None:
 
     cases = (*ahead_of_time.GPU_CASES, ahead_of_time.TPU)
     low, high = ({case: plan(case, traffic) for case in cases} for traffic in (30e9, 346e9))
-    assert all(bar.kept for bar in ahead_of_time.limits(low))
-    missed = [bar.what for bar in ahead_of_time.limits(high) if not bar.kept]
+    assert all(limit.passed for limit in ahead_of_time.limits(low))
+    missed = [limit.what for limit in ahead_of_time.limits(high) if not limit.passed]
     assert missed == [
         "8B, names: traffic GB",
         "8B, full: traffic GB",

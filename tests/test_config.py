@@ -60,6 +60,8 @@ def test_the_order_of_patterns_counts():
         ({"init": "pissa"}, "init", "gaussian"),
         ({"dtype": "int8"}, "dtype", "floating"),
         ({"dtype": "float33"}, "dtype", "floating"),
+        ({"dtype": None}, "dtype", "floating"),
+        ({"dtype": {"type": "x"}}, "dtype", "floating"),
         ({"targets": []}, "targets", "at least one"),
         ({"targets": [3]}, "targets", "names or globs"),
         ({"targets": ""}, "targets", "names or globs"),
@@ -83,7 +85,9 @@ def test_an_unknown_setting_asks_what_was_meant():
         LoraConfig.from_dict({"rnak": 8})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 5000, '{"rank": NaN}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "3", "[" * 5000, '{"rank": NaN}', '{"rank": 1, "rank": 2}']
+)
 def test_json_that_is_no_config_is_refused(text):
     with pytest.raises(ConfigError):
         LoraConfig.from_json(text)

@@ -175,3 +175,25 @@ def test_merged_weights_stay_sharded_as_the_base_was():
     assert merged.sharding == sharding
     want = double(params["up"]["kernel"]) + expected_delta(adapter.pairs["up/kernel"])
     np.testing.assert_allclose(double(merged), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_donated_base_is_freed_leaf_by_leaf_and_shared_leaves_stay():
+    params, adapter = toy()
+    expected = merge(params, adapter)
+    shared = {**params, "copy": params["up"]["kernel"]}
+    merged = merge(shared, adapter, donate=True)
+    for got, want in zip(
+        jax.tree.leaves({k: merged[k] for k in expected}), jax.tree.leaves(expected), strict=True
+    ):
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+    assert params["layers"]["kernel"].is_deleted()
+    assert not params["up"]["kernel"].is_deleted() and not params["up"]["bias"].is_deleted()
+
+
+def test_a_donated_quantized_base_is_freed():
+    params, adapter = toy()
+    stored = jl.quantize(params, "int8", targets="up/kernel")
+    expected = merge(stored, adapter)["up"]["kernel"]
+    merged = merge(stored, adapter, donate=True)
+    assert np.asarray(merged["up"]["kernel"]).tobytes() == np.asarray(expected).tobytes()
+    assert stored["up"]["kernel"].arrays["codes"].is_deleted()

@@ -12,7 +12,10 @@ import jax_lora
 
 PACKAGE = Path(jax_lora.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = {"transformers", "tokenizers", "rich", "yaml", "matplotlib", "tensorboardX", "torch"}
+HEAVY = {
+    *("transformers", "tokenizers", "rich", "yaml", "matplotlib", "tensorboardX", "torch"),
+    "huggingface_hub",
+}
 
 
 def test_importing_brings_no_heavy_or_optional_package_along():

@@ -21,7 +21,7 @@ def model(p, x):
     """A scanned stack with a cast, a transposed kernel, a table that is looked up, and a head."""
 
     def layer(h, w):
-        return jnp.tanh(h @ w.astype(jnp.float32)), None
+        return jnp.tanh(h @ w.astype(h.dtype)), None
 
     h = lax.scan(layer, x, p["stack"])[0]
     h = jnp.tanh(h @ p["one"].T) + p["embed"][jnp.array([1, 5, 1])]
@@ -45,7 +45,9 @@ def test_codes_are_within_half_a_step(method):
     stored = quantized(method)
     for name, leaf in jl.dequantize(stored).items():
         w = np.float64(PARAMS[name])
-        largest = np.abs(w).max(axis=KERNELS[name].in_axes, keepdims=True)
+        kernel = KERNELS[name]  # an embedding has a scale per row
+        shared = kernel.out_axes if kernel.kind == "embedding" else kernel.in_axes
+        largest = np.abs(w).max(axis=shared, keepdims=True)
         # int8: half of 1/127 of the largest. float8 e4m3: 3 bits after the point, or a subnormal.
         smallest = largest / 448 / 512  # float8's
         step = largest / 254 if method == "int8" else np.maximum(np.abs(w) / 16, smallest)
@@ -60,23 +62,64 @@ def test_it_takes_a_byte_per_element_and_a_scale_per_output(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_an_adapter_it_is_the_dequantized_model_bit_by_bit(method):
+def test_without_an_adapter_the_weights_are_the_dequantized_ones_bit_by_bit(method):
+    """Rows of the identity select rows of a weight, in whatever order a backend adds."""
+
+    def rows(p, x):
+        stack = lax.scan(lambda h, w: (h, h @ w.astype(jnp.float32)), x, p["stack"])[1]
+        return stack, x @ p["one"].T, p["embed"][jnp.arange(7)], x @ p["head"]
+
     stored = quantized(method)
-    got = jl.lora_apply(model, on_materialize="error")(stored, X)
-    assert_bitwise(got, model(jl.dequantize(stored), X))
+    got = jl.lora_apply(rows, on_materialize="error")(stored, jnp.eye(8))
+    w = jl.dequantize(stored)
+    assert_bitwise(got, (w["stack"], w["one"].T, w["embed"], w["head"]))
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_values_and_gradients_are_those_on_the_dequantized_base(method, use_dora):
-    stored, factors = quantized(method), adapter(use_dora=use_dora)
-    run = jl.lora_apply(model, on_materialize="error", form="factored")
-    loss = lambda base: lambda a, x: (run(jl.combine(base, a), x) ** 2).sum()  # noqa: E731
-    both = [
-        jax.jit(jax.value_and_grad(loss(base), argnums=(0, 1)))(factors, X)
-        for base in (stored, jl.dequantize(stored))
-    ]
-    assert_close(*both, 1e-5)
+    """In float64, where the order of a sum does not show; the weights are made in float32."""
+    with jax.enable_x64(True):
+        params, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (PARAMS, X))
+        stored = jl.quantize(params, method, targets=list(KERNELS), kernels=KERNELS)
+        settings = jl.LoraConfig(rank=2, targets=list(KERNELS), use_dora=use_dora)
+        factors = randomized(jl.lora_init(jax.random.key(0), params, settings, kernels=KERNELS))
+        factors = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), factors)
+        run = jl.lora_apply(model, on_materialize="error", form="factored")
+        loss = lambda base: lambda a, x: (run(jl.combine(base, a), x) ** 2).sum()  # noqa: E731
+        both = [
+            jax.jit(jax.value_and_grad(loss(base), argnums=(0, 1)))(factors, x)
+            for base in (stored, jl.dequantize(stored))
+        ]
+        assert both[0][0].dtype == jnp.float64
+        assert_close(*both, 1e-10)
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lookup_decodes_only_the_rows_that_it_selects(method, mode):
+    table = random_tree((300, 64), 3).astype(jnp.bfloat16)
+    ids = jnp.array([[1, 299, 0], [300, 7, 4000]])  # two are out of range
+
+    def look_up(p, ids):
+        return jnp.take(p["table"].astype(jnp.float32), ids, axis=0, mode=mode)
+
+    kernels = jl.find_kernels(look_up, {"table": table}, ids)
+    stored = jl.quantize({"table": table}, method, targets="table", kernels=kernels)
+    run = jl.lora_apply(look_up, on_materialize="error")
+    got = run(stored, ids)
+    np.testing.assert_array_equal(got, look_up(jl.dequantize(stored), ids))
+    jaxpr = jax.make_jaxpr(run)(stored, ids).jaxpr
+    wide = {v.aval.size for e in equations(jaxpr) for v in e.outvars if v.aval.dtype == jnp.float32}
+    assert max(wide) < table.size
+    factors = randomized(
+        jl.lora_init(
+            jax.random.key(0), {"table": table}, jl.LoraConfig(targets="table"), kernels=kernels
+        )
+    )
+    got = run(jl.combine(stored, factors), ids)
+    both = jl.lora_apply(look_up)(jl.combine(jl.dequantize(stored), factors), ids)
+    np.testing.assert_array_equal(got, both)
 
 
 def test_no_residual_holds_a_weight_that_was_made():
@@ -86,6 +129,15 @@ def test_no_residual_holds_a_weight_that_was_made():
     residuals = jax.tree.leaves(jax.vjp(loss, factors)[1])
     sizes = {leaf.shape for leaf in residuals if leaf.dtype == jnp.float32}
     assert not sizes & {(4, 8, 8), (8, 8), (7, 8)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_step_holds_the_weights_of_one_layer(method):
+    stored, factors = quantized(method), adapter()
+    run = jl.lora_apply(model)
+    loss = lambda a, stored: run(jl.combine(stored, a), X).sum()  # noqa: E731
+    text = jax.jit(jax.grad(loss)).lower(factors, stored).compile().as_text()
+    assert "f32[8,8]" in text and "f32[4,8,8]" not in text
 
 
 def test_a_scan_slices_the_codes():

@@ -64,10 +64,23 @@ class Recipe:
         independent of the shape, so that slices of the arrays still give slices of the weight.
         """
         arrays = (self.arrays, others)
-        make = _Then(self.make, key, operation)
+        make = _Then(self.make, key, operation, elementwise and not others)
         made = jax.eval_shape(make, arrays)
         sliceable = self.sliceable and elementwise and not others
         return Recipe(arrays, make, made.shape, made.dtype, sliceable)
+
+    def entries(self, take: Callable[[Array], Array]) -> Array | None:
+        """Compute entries along the first axis of the weight, without the others.
+
+        Args:
+          take: Selects entries along the first axis of an array: (n, *rest) -> (*ids, *rest).
+
+        Returns:
+          The entries, (*ids, *rest), or None if `make` has no method `entries(arrays, take)` or
+          returns None.
+        """
+        select = getattr(self.make, "entries", None)
+        return None if select is None else select(self.arrays, take)
 
     def at(self, arrays: Any) -> Recipe:
         """Return the recipe of a slice of the weight, given slices of the arrays."""
@@ -81,10 +94,18 @@ class _Then:
     first: Callable[[Any], Array]
     key: Hashable
     second: Callable[..., Array] = dataclasses.field(compare=False)
+    elementwise: bool
 
     def __call__(self, arrays: Any) -> Array:
         inner, others = arrays
         return self.second(self.first(inner), *others)
+
+    def entries(self, arrays: Any, take: Callable[[Array], Array]) -> Array | None:
+        select = getattr(self.first, "entries", None)
+        if select is None or not self.elementwise:
+            return None
+        found = select(arrays[0], take)
+        return None if found is None else self.second(found)
 
 
 Base = Array | Recipe

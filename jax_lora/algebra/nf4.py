@@ -16,7 +16,7 @@ Reference:
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -107,15 +107,39 @@ def decode(arrays: Mapping[str, Any]) -> jax.Array:
       The matrix.
     """
     codes, scales = arrays["codes"], arrays["scales"]
+    return _values(codes, scales, _factors(arrays), arrays["offset"][..., None, None])
+
+
+def decode_rows(arrays: Mapping[str, Any], take: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Compute rows of one matrix: (*ids, columns) float32.
+
+    Args:
+      arrays: From `encode`.
+      take: Selects entries along the first axis of an array: (rows, *rest) -> (*ids, *rest).
+
+    Returns:
+      The rows.
+    """
+    codes, scales, factors = take(arrays["codes"]), take(arrays["scales"]), take(_factors(arrays))
+    return _values(codes, scales, factors, arrays["offset"])
+
+
+def _factors(arrays: Mapping[str, Any]) -> jax.Array:
+    """Return the factor of each scale: (..., rows, blocks)."""
+    scales = arrays["scales"]
     *lead, rows, blocks = scales.shape
-    spans = jnp.repeat(arrays["spans"], SPAN, axis=-1)[..., : rows * blocks]
-    table = jnp.asarray(scale_table())
-    product = table[scales.astype(jnp.int32)].reshape(*lead, rows * blocks) * spans
+    each = jnp.repeat(arrays["spans"], SPAN, axis=-1)[..., : rows * blocks]
+    return each.reshape(*lead, rows, blocks)
+
+
+def _values(codes: jax.Array, scales: jax.Array, factors: jax.Array, offset: jax.Array) -> Any:
+    """Compute elements: (..., columns / 2), (..., blocks), (..., blocks) -> (..., columns)."""
+    product = jnp.asarray(scale_table())[scales.astype(jnp.int32)] * factors
     # Compilers fuse a product into a sum, with one rounding; bitsandbytes rounds twice. They do not
     # fuse across a selection, and remove barriers.
     product = jnp.where(jnp.isfinite(product), product, jnp.zeros_like(product))
-    largest = product + jnp.broadcast_to(arrays["offset"][..., None], product.shape)
+    largest = product + jnp.broadcast_to(offset, product.shape)
     both = jnp.stack([codes >> jnp.uint8(4), codes & jnp.uint8(15)], axis=-1)  # (..., c / 2, 2)
-    values = jnp.asarray(CODES)[both.astype(jnp.int32)].reshape(*lead, rows, blocks, BLOCK)
-    values = values * largest.reshape(*lead, rows, blocks, 1)
-    return values.reshape(*lead, rows, blocks * BLOCK)
+    values = jnp.asarray(CODES)[both.astype(jnp.int32)].reshape(*largest.shape, BLOCK)
+    values = values * largest[..., None]
+    return values.reshape(*largest.shape[:-1], -1)

@@ -26,7 +26,7 @@ from jax.core import Tracer
 from jax_lora import paths
 from jax_lora.adapter import Adapter, base_of, is_weight, misfit
 from jax_lora.checkpoint import manifest
-from jax_lora.checkpoint.fingerprint import LeafPrint, differences, fingerprint
+from jax_lora.checkpoint.fingerprint import LeafFingerprint, differences, fingerprint
 from jax_lora.checkpoint.manifest import Manifest
 from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning, format_error
 from jax_lora.storage import array_store, multihost
@@ -88,7 +88,7 @@ def save_adapter(
 
 
 def _write(
-    folder: Path, arrays: Adapter, base: Mapping[str, LeafPrint] | None, overwrite: bool
+    folder: Path, arrays: Adapter, base: Mapping[str, LeafFingerprint] | None, overwrite: bool
 ) -> None:
     with explained(folder, CheckpointError):
         _check_free(folder, overwrite)
@@ -151,14 +151,14 @@ def _has_values(leaf: Any) -> bool:
 def _why_not(leaf: Any) -> str | None:
     if not isinstance(leaf, np.ndarray):
         return f"is a {type(leaf).__name__} without values"
-    bad = manifest.count_not_finite(leaf)
+    bad = manifest.count_non_finite(leaf)
     return f"has {bad} elements that are NaN or Inf" if bad else None
 
 
 def _describe(
-    folder: Path, name: str, arrays: Adapter, base: Mapping[str, LeafPrint] | None
+    folder: Path, name: str, arrays: Adapter, base: Mapping[str, LeafFingerprint] | None
 ) -> Manifest:
-    records = jax.tree.map(manifest.record, arrays)
+    records = jax.tree.map(manifest.make_record, arrays)
     return Manifest(arrays.config, records, name, array_store.checksums(folder / name), base)
 
 
@@ -200,7 +200,7 @@ def load_adapter(
     Args:
       path: The folder.
       base: The base model. Arrays must be those that the adapter was trained on; for
-        `jax.ShapeDtypeStruct`s, only paths, shapes and types are compared. None skips the check.
+        `jax.ShapeDtypeStruct`s, only paths, shapes and dtypes are compared. None skips the check.
       target: An adapter of arrays or `jax.ShapeDtypeStruct`s with the expected shapes, types and
         shardings. None loads to the default device. The adapter may have been saved from any
         devices.
@@ -219,9 +219,10 @@ def load_adapter(
     """
     folder = Path(path).absolute()
     what = _read_manifest(folder)
+    declared = sum(leaf.nbytes for leaf in manifest.named_leaves(what.adapter).values())
     damage = [
-        *array_store.file_problems(folder / what.arrays, what.files),
-        *_size_problems(folder / what.arrays, what),
+        *array_store.file_problems(folder / what.arrays, what.files, declared),
+        *_size_problems(folder / what.arrays, declared),
         *_target_problems(what, target),
     ]
     arrays, more = (None, []) if damage else _read_arrays(folder, what)
@@ -250,10 +251,9 @@ def _read_manifest(folder: Path) -> Manifest:
     )
 
 
-def _size_problems(folder: Path, what: Manifest) -> list[str]:
+def _size_problems(folder: Path, declared: int) -> list[str]:
     """Refuse arrays that are far larger than their files, as compressed zeros can be."""
     stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    declared = sum(leaf.nbytes for leaf in manifest.named_leaves(what.adapter).values())
     if declared <= expanded_limit(stored):
         return []
     hint = raise_hint("expanded_bytes")
@@ -262,7 +262,7 @@ def _size_problems(folder: Path, what: Manifest) -> list[str]:
 
 def _read_arrays(folder: Path, what: Manifest) -> tuple[Any, list[str]]:
     """Read the arrays as NumPy; return them with a list of problems."""
-    template = manifest.array_tree(manifest.abstract(what.adapter))
+    template = manifest.array_tree(manifest.to_shape_dtype_structs(what.adapter))
     try:
         arrays = array_store.read_arrays(folder / what.arrays, template)
     except Exception as cause:  # Orbax raises many types for untrusted files
@@ -281,7 +281,7 @@ def _target_problems(what: Manifest, target: Adapter | None) -> list[str]:
             problems.append(f"{name} is in the target, but was not saved")
         elif (tuple(leaf.shape), str(leaf.dtype)) != (saved[name].shape, saved[name].dtype):
             problems.append(
-                f"{name} was saved with shape {saved[name].shape} and type {saved[name].dtype}, "
+                f"{name} was saved with shape {saved[name].shape} and dtype {saved[name].dtype}, "
                 f"the target has {tuple(leaf.shape)} and {leaf.dtype}"
             )
     return problems

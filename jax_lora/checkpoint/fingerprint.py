@@ -1,7 +1,7 @@
 """The fingerprint of a base model, which identifies the model at low cost.
 
-It has the path, shape and type of each leaf, and a hash of a few hundred of its elements. Models of
-one architecture have equal paths, shapes and types, but different values.
+It has the path, shape and dtype of each leaf, and a hash of a few hundred of its elements. Models
+of one architecture have equal paths, shapes and dtypes, but different values.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _STEP = 0x9E3779B97F4A7C15
 
 
 @dataclasses.dataclass(frozen=True)
-class LeafPrint:
+class LeafFingerprint:
     """The fingerprint of one leaf.
 
     Args:
       shape: Shape of the leaf.
-      dtype: Name of its type.
+      dtype: Name of its dtype.
       sample: Hash of sampled elements; None for a `jax.ShapeDtypeStruct`, or an array that is
         partly on devices of other processes.
     """
@@ -41,7 +41,7 @@ class LeafPrint:
     sample: str | None
 
 
-def fingerprint(tree: Any) -> dict[str, LeafPrint]:
+def fingerprint(tree: Any) -> dict[str, LeafFingerprint]:
     """Compute the fingerprint of a base model.
 
     A few hundred elements of every leaf are read, shard by shard, so that the cost does not depend
@@ -52,7 +52,7 @@ def fingerprint(tree: Any) -> dict[str, LeafPrint]:
         ignored.
 
     Returns:
-      A `LeafPrint` by path.
+      A `LeafFingerprint` by path.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,15 +60,15 @@ def fingerprint(tree: Any) -> dict[str, LeafPrint]:
       (2, 3)
     """
     leaves, _ = paths.flatten_with_paths(tree, is_leaf=is_weight)
-    return {path: _leaf_print(base_of(leaf)) for path, leaf in leaves}
+    return {path: _leaf_fingerprint(base_of(leaf)) for path, leaf in leaves}
 
 
-def differences(saved: Mapping[str, LeafPrint], tree: Any) -> dict[str, str]:
+def differences(saved: Mapping[str, LeafFingerprint], tree: Any) -> dict[str, str]:
     """Compare a base model with a saved fingerprint.
 
     Args:
       saved: The fingerprint.
-      tree: The base model. For `jax.ShapeDtypeStruct`s, only paths, shapes and types are compared.
+      tree: The base model. For `jax.ShapeDtypeStruct`s, only paths, shapes and dtypes are compared.
 
     Returns:
       The differences by path; empty if the models are equal.
@@ -81,23 +81,23 @@ def differences(saved: Mapping[str, LeafPrint], tree: Any) -> dict[str, str]:
         if then.shape != now.shape:
             problems[path] = f"has shape {now.shape}, was saved with {then.shape}"
         elif then.dtype != now.dtype:
-            problems[path] = f"has type {now.dtype}, was saved with {then.dtype}"
+            problems[path] = f"has dtype {now.dtype}, was saved with {then.dtype}"
         elif then.sample and now.sample and then.sample != now.sample:
             problems[path] = "has different values"
     return dict(sorted(problems.items()))
 
 
-def _leaf_print(leaf: Any) -> LeafPrint:
+def _leaf_fingerprint(leaf: Any) -> LeafFingerprint:
     if isinstance(leaf, Recipe):
-        prints = [_leaf_print(array).sample for array in jax.tree.leaves(leaf.arrays)]
+        prints = [_leaf_fingerprint(array).sample for array in jax.tree.leaves(leaf.arrays)]
         sample = None if None in prints else "".join(map(str, prints))
-        return LeafPrint(tuple(leaf.shape), str(leaf.dtype), sample)
+        return LeafFingerprint(tuple(leaf.shape), str(leaf.dtype), sample)
     if isinstance(leaf, jax.ShapeDtypeStruct) or not _within_reach(leaf):
-        return LeafPrint(tuple(leaf.shape), str(leaf.dtype), None)
+        return LeafFingerprint(tuple(leaf.shape), str(leaf.dtype), None)
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
     values = jax.random.key_data(leaf) if _is_key(leaf) else leaf
     sample = hashlib.blake2b(_sampled(values).tobytes(), digest_size=8).hexdigest()
-    return LeafPrint(tuple(leaf.shape), str(leaf.dtype), sample)
+    return LeafFingerprint(tuple(leaf.shape), str(leaf.dtype), sample)
 
 
 def _within_reach(leaf: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.adapter import Adapter
-from jax_lora.checkpoint.fingerprint import LeafPrint
+from jax_lora.checkpoint.fingerprint import LeafFingerprint
 from jax_lora.config import LoraConfig
 from jax_lora.errors import CheckpointError, ConfigError, format_error
 from jax_lora.storage import schema
-from jax_lora.storage.json_files import digest, read_json
+from jax_lora.storage.json_files import json_checksum, read_json
 from jax_lora.updates import LoraPair, TokenRows
 from jax_lora.updates.pair import VECTORS
 
@@ -30,11 +30,11 @@ FORMAT = "jax_lora adapter"
 VERSION = 3
 # Version 1 has no ranks per layer and only LoRA factors. Up to version 2, a config has the field
 # `peft_config` instead of `metadata`.
-_READABLE = (1, 2, 3)
+_READABLE_VERSIONS = (1, 2, 3)
 
 _ARRAYS_NAME = re.compile(r"arrays-[0-9a-f]{12}")
-_MOST_BYTES = 2**38  # a manifest that declares more than 256 GiB is damaged or malicious
-_SHOWN_PROBLEMS = 10
+_MAX_BYTES = 2**38  # a manifest that declares more than 256 GiB is damaged or malicious
+_MAX_SHOWN_PROBLEMS = 10
 
 _SIZES = schema.list_of(schema.integer(0, 2**40 - 1))
 _LEAF = schema.fields(
@@ -52,7 +52,7 @@ _PAIR = schema.fields(
     required=("a", "b", *_AXES, "scale"),
 )
 _ROWS = schema.fields({"values": _LEAF, "indices": _SIZES}, required=("values", "indices"))
-_PRINT = schema.fields(
+_FINGERPRINT = schema.fields(
     {"shape": _SIZES, "dtype": schema.TEXT, "sample": schema.optional(schema.TEXT)},
     required=("shape", "dtype", "sample"),
 )
@@ -64,7 +64,7 @@ _FIELDS = schema.fields(
         "rows": schema.object_of(_ROWS),
         "arrays": schema.TEXT,
         "files": schema.object_of(schema.TEXT),
-        "base": schema.optional(schema.object_of(_PRINT)),
+        "base": schema.optional(schema.object_of(_FINGERPRINT)),
     },
     required=("config", "pairs", "whole", "arrays", "files", "base"),
 )
@@ -72,11 +72,11 @@ _FIELDS = schema.fields(
 
 @dataclasses.dataclass(frozen=True)
 class LeafRecord:
-    """Shape, type and checksum of one array.
+    """Shape, dtype and checksum of one array.
 
     Args:
       shape: Shape of the array.
-      dtype: Name of its type.
+      dtype: Name of its dtype.
       checksum: Hash of its bytes.
     """
 
@@ -94,6 +94,9 @@ class LeafRecord:
 class Manifest:
     """The contents of adapter.json.
 
+    In the file, `whole` are the fully trained leaves (`modules_to_save`), `rows` the trained rows
+    of token embeddings, and `seal` is a checksum of all other fields.
+
     Args:
       config: The configuration of the adapter.
       adapter: The adapter, with a `LeafRecord` instead of each array.
@@ -106,7 +109,7 @@ class Manifest:
     adapter: Adapter
     arrays: str
     files: Mapping[str, str]
-    base: Mapping[str, LeafPrint] | None
+    base: Mapping[str, LeafFingerprint] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values with a checksum of these values."""
@@ -119,36 +122,44 @@ class Manifest:
             "rows": {path: _rows_to_dict(rows) for path, rows in self.adapter.rows.items()},
             "arrays": self.arrays,
             "files": dict(self.files),
-            "base": self.base
-            and {path: dataclasses.asdict(leaf) for path, leaf in self.base.items()},
+            "base": None
+            if self.base is None
+            else {path: dataclasses.asdict(leaf) for path, leaf in self.base.items()},
         }
-        return values | {"seal": digest(values)}
+        return values | {"seal": json_checksum(values)}
 
 
 def array_tree(adapter: Adapter) -> dict[str, dict[str, Any]]:
     """Return the arrays of an adapter by their generated names."""
-    pairs = [pair.arrays for _, pair in sorted(adapter.pairs.items())]
-    whole = [{"value": leaf} for _, leaf in sorted(adapter.whole.items())]
-    rows = [{"values": rows.values} for _, rows in sorted(adapter.rows.items())]
-    return {f"{index:04d}": leaves for index, leaves in enumerate([*pairs, *whole, *rows])}
+    return {
+        f"{index:04d}": update.arrays
+        if isinstance(update, (LoraPair, TokenRows))
+        else {"value": update}
+        for index, (_, update) in enumerate(_updates(adapter))
+    }
 
 
 def from_array_tree(adapter: Adapter, arrays: Mapping[str, Mapping[str, Any]]) -> Adapter:
     """Replace the leaves of an adapter: the inverse of `array_tree`."""
-    items = iter([arrays[name] for name in sorted(arrays, key=int)])
-    pairs = {
-        path: dataclasses.replace(pair, **next(items))
-        for path, pair in sorted(adapter.pairs.items())
-    }
-    whole = {path: next(items)["value"] for path in sorted(adapter.whole)}
-    rows = {
-        path: dataclasses.replace(rows, **next(items))
-        for path, rows in sorted(adapter.rows.items())
-    }
+    pairs, whole, rows = {}, {}, {}
+    names = sorted(arrays, key=int)
+    for name, (path, update) in zip(names, _updates(adapter), strict=True):
+        if isinstance(update, LoraPair):
+            pairs[path] = dataclasses.replace(update, **arrays[name])
+        elif isinstance(update, TokenRows):
+            rows[path] = dataclasses.replace(update, **arrays[name])
+        else:
+            whole[path] = arrays[name]["value"]
     return Adapter(pairs, whole, adapter.config, rows)
 
 
-def record(array: np.ndarray) -> LeafRecord:
+def _updates(adapter: Adapter) -> list[tuple[str, Any]]:
+    """Return paths and updates, in the order of the generated names."""
+    groups = (adapter.pairs, adapter.whole, adapter.rows)
+    return [item for group in groups for item in sorted(group.items())]
+
+
+def make_record(array: np.ndarray) -> LeafRecord:
     """Return the record of an array."""
     data = np.ascontiguousarray(array).tobytes()
     checksum = hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -184,27 +195,42 @@ def read_manifest(path: Path) -> Manifest:
     """
     values = read_json(path, CheckpointError)
     if values.get("format") != FORMAT:
-        raise _broken(path, f"format {values.get('format')!r}", repr(FORMAT))
-    if values.get("version") not in _READABLE:
-        expected = f"version {VERSION} or earlier"
-        raise _broken(path, f"format version {values.get('version')!r}", expected)
-    sealed = {key: value for key, value in values.items() if key != "seal"}
-    if digest(sealed) != values.get("seal"):
-        raise _broken(path, "contents that do not match their checksum", "an unchanged file")
+        raise _invalid_manifest(
+            path,
+            got=f"format {values.get('format')!r}",
+            expected=repr(FORMAT),
+            fix="Pass the folder of an adapter saved with jl.save_adapter.",
+        )
+    if values.get("version") not in _READABLE_VERSIONS:
+        raise _invalid_manifest(
+            path,
+            got=f"format version {values.get('version')!r}",
+            expected=f"version {VERSION} or earlier",
+            fix="Upgrade jax_lora to the version that saved it.",
+        )
+    content = {key: value for key, value in values.items() if key != "seal"}
+    if json_checksum(content) != values.get("seal"):
+        raise _invalid_manifest(
+            path,
+            got="contents that do not match their checksum",
+            expected="an unchanged file",
+            fix="Copy the folder again.",
+        )
+    fix = "Save the adapter again with jl.save_adapter."
+    expected = "a valid adapter manifest"
     if wrong := list(schema.problems(values, _FIELDS)):
-        raise _broken(path, wrong[:_SHOWN_PROBLEMS], "the description of an adapter")
+        raise _invalid_manifest(path, wrong[:_MAX_SHOWN_PROBLEMS], expected, fix)
     try:
         return _from_dict(values)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
-        reason = (
-            str(cause) if isinstance(cause, ConfigError) else f"{type(cause).__name__}: {cause}"
-        )
-        got = f"values that do not describe an adapter ({reason})"
-        raise _broken(path, got, "an unchanged file") from cause
+    except (_InvalidManifestError, ConfigError) as cause:
+        raise _invalid_manifest(path, str(cause), expected, fix) from cause
 
 
-def _broken(path: Path, got: str | list[str], expected: str) -> CheckpointError:
-    fix = "Copy the folder again, or load it with the version of jax_lora that saved it."
+class _InvalidManifestError(ValueError):
+    """A value of the manifest contradicts another one, or has no meaning."""
+
+
+def _invalid_manifest(path: Path, got: str | list[str], expected: str, fix: str) -> CheckpointError:
     return CheckpointError(format_error(str(path), got=got, expected=expected, fix=fix))
 
 
@@ -214,16 +240,25 @@ def _from_dict(values: dict[str, Any]) -> Manifest:
     whole = {path: _leaf_from_dict(item) for path, item in values["whole"].items()}
     rows = {path: _rows_from_dict(item) for path, item in values.get("rows", {}).items()}
     adapter = Adapter(pairs, whole, config, rows)
-    if sum(leaf.nbytes for leaf in named_leaves(adapter).values()) > _MOST_BYTES:
-        raise ValueError(f"arrays of more than {_MOST_BYTES} bytes")
+    size = sum(leaf.nbytes for leaf in named_leaves(adapter).values())
+    if size > _MAX_BYTES:
+        raise _InvalidManifestError(f"the arrays have {size} bytes, more than {_MAX_BYTES}")
     if not _ARRAYS_NAME.fullmatch(values["arrays"]):
-        raise ValueError(f"a folder named {values['arrays']!r}")
-    files = {_inside(name): checksum for name, checksum in values["files"].items()}
-    base = values["base"] and {
-        path: LeafPrint(tuple(item["shape"]), item["dtype"], item["sample"])
-        for path, item in values["base"].items()
+        name = schema.shown(values["arrays"])
+        raise _InvalidManifestError(
+            f"the arrays folder must be named arrays-<12 hex digits>, got {name}"
+        )
+    for name in values["files"]:
+        _check_relative_path(name)
+    base = None if values["base"] is None else _base_from_dict(values["base"])
+    return Manifest(config, adapter, values["arrays"], values["files"], base)
+
+
+def _base_from_dict(leaves: dict[str, Any]) -> dict[str, LeafFingerprint]:
+    return {
+        path: LeafFingerprint(tuple(item["shape"]), item["dtype"], item["sample"])
+        for path, item in leaves.items()
     }
-    return Manifest(config, adapter, values["arrays"], files, base)
 
 
 def _current_config(settings: Mapping[str, Any], version: int) -> dict[str, Any]:
@@ -233,11 +268,12 @@ def _current_config(settings: Mapping[str, Any], version: int) -> dict[str, Any]
     return {**settings, "metadata": {"peft": text}} if text else settings
 
 
-def _inside(name: str) -> str:
+def _check_relative_path(name: str) -> None:
     parts = name.split("/")
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"a file named {name!r}")
-    return name
+        raise _InvalidManifestError(
+            f"file names must be relative paths inside the arrays folder, got {schema.shown(name)}"
+        )
 
 
 def _pair_to_dict(pair: LoraPair) -> dict[str, Any]:
@@ -252,24 +288,39 @@ def _pair_to_dict(pair: LoraPair) -> dict[str, Any]:
 
 
 def _pair_from_dict(item: dict[str, Any]) -> LoraPair:
-    axes = [tuple(item[name]) for name in _AXES]
-    pair = LoraPair(_leaf_from_dict(item["a"]), _leaf_from_dict(item["b"]), *axes)
-    inputs, outputs, stack = map(len, axes)
-    if sorted(sum(axes, ())) != list(range(inputs + outputs + stack)):
-        raise ValueError(f"axes {axes}")
-    a, b = pair.a.shape, pair.b.shape
-    fits = len(a) == stack + inputs + 1 and len(b) == stack + 1 + outputs
-    if not fits or a[:stack] != b[:stack] or a[-1] != b[stack]:
-        raise ValueError(f"factors of shapes {a} and {b}")
-    scale, ranks = _nested(item["scale"], a[:stack], "scale"), item.get("ranks")
-    if ranks is not None:
-        ranks = _ranks(ranks, a[:stack], a[-1])
-    pair = dataclasses.replace(pair, scale=scale, ranks=ranks)
+    a, b = _leaf_from_dict(item["a"]), _leaf_from_dict(item["b"])
     vectors = {name: _leaf_from_dict(item[name]) for name in VECTORS if name in item}
+    in_axes, out_axes, stack_axes = axes = tuple(tuple(item[name]) for name in _AXES)
+    _check_pair_shapes(axes, a.shape, b.shape, vectors)
+    stack_shape, rank = a.shape[: len(stack_axes)], a.shape[-1]
+    scale = _parse_per_layer(item["scale"], stack_shape, "scale")
+    ranks = item.get("ranks")
+    if ranks is not None:
+        ranks = _parse_ranks(ranks, stack_shape, rank)
+    return LoraPair(a, b, in_axes, out_axes, stack_axes, scale=scale, ranks=ranks, **vectors)
+
+
+def _check_pair_shapes(
+    axes: Sequence[tuple[int, ...]],
+    a: tuple[int, ...],
+    b: tuple[int, ...],
+    vectors: Mapping[str, LeafRecord],
+) -> None:
+    """Check the axes of a pair, and the shapes of its arrays, against each other."""
+    num_in, num_out, num_stack = (len(group) for group in axes)
+    in_axes, out_axes, stack_axes = axes
+    if sorted((*in_axes, *out_axes, *stack_axes)) != list(range(num_in + num_out + num_stack)):
+        raise _InvalidManifestError(
+            f"in_axes {in_axes}, out_axes {out_axes} and stack_axes {stack_axes} must name every "
+            "axis of the kernel once"
+        )
+    has_dims = len(a) == num_stack + num_in + 1 and len(b) == num_stack + 1 + num_out
+    if not has_dims or a[:num_stack] != b[:num_stack] or a[-1] != b[num_stack]:
+        raise _InvalidManifestError(f"a and b have incompatible shapes {a} and {b}")
+    expected = (*a[:num_stack], *b[num_stack + 1 :])
     for name, leaf in vectors.items():
-        if leaf.shape != (*a[:stack], *b[stack + 1 :]):
-            raise ValueError(f"a {name} of shape {leaf.shape} for factors of shapes {a} and {b}")
-    return dataclasses.replace(pair, **vectors)
+        if leaf.shape != expected:
+            raise _InvalidManifestError(f"{name} must have shape {expected}, got {leaf.shape}")
 
 
 def _rows_to_dict(rows: TokenRows) -> dict[str, Any]:
@@ -278,37 +329,58 @@ def _rows_to_dict(rows: TokenRows) -> dict[str, Any]:
 
 def _rows_from_dict(item: dict[str, Any]) -> TokenRows:
     rows = TokenRows(_leaf_from_dict(item["values"]), tuple(item["indices"]))
-    vocab = max(rows.indices, default=-1) + 1  # the size of the table is checked with the base
-    if (why := rows.problem((vocab, *rows.values.shape[1:]))) is not None:
-        raise ValueError(why)
+    # The table size is checked when the base model is available.
+    vocab_size = max(rows.indices, default=-1) + 1
+    if (reason := rows.problem((vocab_size, *rows.values.shape[1:]))) is not None:
+        raise _InvalidManifestError(reason)
     return rows
 
 
-def _nested(value: Any, stack: tuple[int, ...], what: str) -> Any:
-    """Read a number, or nested lists of numbers of the shape of the stack."""
-    if isinstance(value, list):
-        if np.shape(value) != stack:
-            raise ValueError(f"{what}s of shape {np.shape(value)} for a stack of shape {stack}")
-        return tuple(_nested(each, stack[1:], what) for each in value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"a {what} of {value!r}")
-    return value
+def _parse_per_layer(value: Any, stack_shape: tuple[int, ...], name: str) -> Any:
+    """Parse a number, or nested lists of numbers with the shape of the layer stack."""
+    try:
+        return _nested_tuples(value, stack_shape if isinstance(value, list) else ())
+    except ValueError as cause:
+        raise _InvalidManifestError(
+            f"{name} must be a number, or nested lists of numbers of shape {stack_shape}, "
+            f"got {schema.shown(value)}"
+        ) from cause
 
 
-def _ranks(value: Any, stack: tuple[int, ...], rank: int) -> tuple[Any, ...]:
-    ranks = _nested(value, stack, "rank")
+def _nested_tuples(value: Any, shape: tuple[int, ...]) -> Any:
+    if not shape:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError("not a number")
+        return value
+    if not isinstance(value, list) or len(value) != shape[0]:
+        raise ValueError("another shape")
+    return tuple(_nested_tuples(each, shape[1:]) for each in value)
+
+
+def _parse_ranks(value: Any, stack_shape: tuple[int, ...], rank: int) -> tuple[Any, ...]:
+    ranks = _parse_per_layer(value, stack_shape, "ranks")
     each = np.asarray(ranks)
     if not isinstance(ranks, tuple) or each.dtype.kind != "i" or not (0 <= each).all():
-        raise TypeError(f"{value!r} for the ranks of layers")
+        raise _InvalidManifestError(
+            f"ranks must be non-negative integers, one per layer, got {schema.shown(value)}"
+        )
     if each.max() > rank:
-        raise ValueError(f"a rank of {each.max()} in factors of rank {rank}")
+        raise _InvalidManifestError(
+            f"ranks must be at most {rank}, the rank of a, got {each.max()}"
+        )
     return ranks
 
 
 def _leaf_from_dict(item: dict[str, Any]) -> LeafRecord:
-    dtype = jnp.dtype(item["dtype"])
-    if not jnp.issubdtype(dtype, np.number) and dtype != np.bool_:
-        raise TypeError(f"the type {dtype}")
+    name = item["dtype"]
+    try:
+        dtype = jnp.dtype(name) if name.isidentifier() else None
+    except TypeError:  # not the name of a dtype
+        dtype = None
+    if dtype is None or (not jnp.issubdtype(dtype, np.number) and dtype != np.bool_):
+        raise _InvalidManifestError(
+            f"dtype must be the name of a numeric dtype or bool, got {schema.shown(name)}"
+        )
     return LeafRecord(tuple(item["shape"]), dtype.name, item["checksum"])
 
 
@@ -320,31 +392,32 @@ def leaf_problems(adapter: Adapter, arrays: Adapter) -> list[str]:
       arrays: The adapter of arrays, or of `jax.ShapeDtypeStruct`s.
 
     Returns:
-      A line for every leaf with another shape, type or checksum, or with NaN or Inf.
+      A line for every leaf with another shape, dtype or checksum, or with NaN or Inf.
     """
     problems = []
-    have = named_leaves(arrays)
-    for name, want in named_leaves(adapter).items():
-        leaf = have[name]
-        if tuple(leaf.shape) != want.shape or str(leaf.dtype) != want.dtype:
+    actual_leaves = named_leaves(arrays)
+    for name, expected in named_leaves(adapter).items():
+        actual = actual_leaves[name]
+        has_values = isinstance(actual, np.ndarray)  # a ShapeDtypeStruct has none to check
+        if tuple(actual.shape) != expected.shape or str(actual.dtype) != expected.dtype:
             problems.append(
-                f"{name} has shape {tuple(leaf.shape)} and type {leaf.dtype}, "
-                f"was saved with {want.shape} and {want.dtype}"
+                f"{name} has shape {tuple(actual.shape)} and dtype {actual.dtype}, "
+                f"expected {expected.shape} and {expected.dtype}"
             )
-        elif isinstance(leaf, np.ndarray) and record(leaf).checksum != want.checksum:
+        elif has_values and make_record(actual).checksum != expected.checksum:
             problems.append(f"{name} does not match its checksum")
-        elif isinstance(leaf, np.ndarray) and (bad := count_not_finite(leaf)):
+        elif has_values and (bad := count_non_finite(actual)):
             problems.append(f"{name} has {bad} elements that are NaN or Inf")
     return problems
 
 
-def count_not_finite(array: Any) -> int:
-    """Count NaN and Inf in an array of any type."""
+def count_non_finite(array: Any) -> int:
+    """Count NaN and Inf in an array of any dtype."""
     if not jnp.issubdtype(array.dtype, np.inexact):
         return 0
     return int(np.sum(~np.isfinite(np.asarray(array))))
 
 
-def abstract(adapter: Adapter) -> Adapter:
+def to_shape_dtype_structs(adapter: Adapter) -> Adapter:
     """Convert `LeafRecord`s to `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), adapter)

@@ -4,96 +4,210 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_lora.adapter import Adapter
+import jax
+
+from jax_lora import peft
+from jax_lora.adapter import Adapter, combine, is_weight
 from jax_lora.checkpoint import load_adapter
-from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base_of_run
-from jax_lora.cli.options import model_argument
+from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base_of_run, model_folder
+from jax_lora.cli.downloads import find_folder
+from jax_lora.cli.options import ADAPTER_HELP, model_argument
+from jax_lora.data.prompt_template import prompt_template_text
+from jax_lora.data.template_files import choose_template
 from jax_lora.data.tokenizer_identity import identity_changes
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.commit_mark import check_mark
+from jax_lora.finetune.memory import available_memory
 from jax_lora.finetune.run_folder import find_checkpoint, read_run_config
+from jax_lora.finetune.run_template import read_run_template
 from jax_lora.finetune.training_state import has_state, read_record
+from jax_lora.hub.hub_name import parse_hub_name
+from jax_lora.hub.repository_files import is_peft
 from jax_lora.merge import merge
 from jax_lora.models import load
+from jax_lora.models.mesh_sharding import sharding_like
+from jax_lora.peft.adapter_config import read_config
+from jax_lora.quantize import dequantize, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """An adapter and the model that it was trained on.
+class LoadedAdapter:
+    """An adapter and the base model that it was trained on.
 
     Args:
-      base: The model.
+      base: The base model.
       adapter: The adapter.
       checkpoint: The folder that the adapter was read from.
+      settings: The settings of its run; they may be empty.
     """
 
     base: BaseModel
     adapter: Adapter
     checkpoint: Path
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def find_run(path: str) -> tuple[Path, dict[str, Any]]:
-    """Find a checkpoint and the settings of its run.
+def find_checkpoint_and_config(path: str) -> tuple[Path, dict[str, Any]]:
+    """Find an adapter and the settings of its run.
 
     Args:
-      path: `--adapter-path`.
+      path: `--adapter-path`: a run, a checkpoint, or an adapter of PEFT, which may be a Hub name.
 
     Returns:
-      The checkpoint's folder, and the settings, which may be empty.
+      The folder of the checkpoint or adapter, and the settings, which may be empty.
     """
-    checkpoint = find_checkpoint(path)
+    folder = find_folder(path)
+    if is_peft(folder):
+        return folder, _settings_of_peft(folder)
+    checkpoint = find_checkpoint(folder)
     check_mark(checkpoint)
     return checkpoint, read_run_config(checkpoint)
 
 
-def warn_of_changes(base: BaseModel, checkpoint: Path) -> None:
+def _settings_of_peft(folder: Path) -> dict[str, Any]:
+    """Return the base model that PEFT recorded, at its revision if it is a Hub name."""
+    config = read_config(folder)
+    name = parse_hub_name(config["base_model_name_or_path"] or "")
+    if name is not None:
+        return {"model": str(dataclasses.replace(name, revision=config["revision"]))}
+    local = config["base_model_name_or_path"]
+    return {} if local is None else {"model": local}
+
+
+def warn_if_tokenizer_changed(base: BaseModel, checkpoint: Path) -> None:
     """Say on standard error if the checkpoint was trained with another tokenizer or template."""
     if not has_state(checkpoint):
         return
     for change in identity_changes(read_record(checkpoint).get("text"), base.identity):
-        print(f"warning: since {checkpoint} was trained, {change}", file=sys.stderr)
+        fix = "Outputs may differ; restore the original tokenizer files."
+        print(f"warning: since {checkpoint} was trained, {change}. {fix}", file=sys.stderr)
+
+
+def templates_of_run(settings: Mapping[str, Any], checkpoint: Path | None) -> dict[str, str | None]:
+    """Return the chat template and the prompt template of a run.
+
+    Args:
+      settings: From the run's config.yaml; they may be empty.
+      checkpoint: A checkpoint of the run, or None.
+
+    Returns:
+      The arguments of `Tokenizer.load`.
+    """
+    chat = None if checkpoint is None else read_run_template(checkpoint.parent)
+    return {"chat_template": chat, "prompt_template": settings.get("prompt_template")}
+
+
+def templates_of(
+    options: argparse.Namespace,
+    name: str | None,
+    settings: Mapping[str, Any],
+    checkpoint: Path | None,
+) -> dict[str, str | None]:
+    """Return the template of `add_template_options`, or those of a run.
+
+    Args:
+      options: The options; a subcommand may have none of them.
+      name: The model's folder.
+      settings: From the run's config.yaml; they may be empty.
+      checkpoint: A checkpoint of the run, or None.
+
+    Returns:
+      The arguments of `Tokenizer.load`.
+
+    Raises:
+      ConfigError: Both options are given, or there is no such template.
+    """
+    chat = getattr(options, "chat_template", None)
+    prompt = getattr(options, "prompt_template", None)
+    if chat is not None and prompt is not None:
+        raise ConfigError(
+            format_error(
+                "--chat-template and --prompt-template",
+                got="both",
+                expected="one of them",
+                fix="Remove one of them.",
+            )
+        )
+    if chat is not None:
+        return {"chat_template": choose_template(model_folder(name), chat)}
+    if prompt is not None:
+        return {"prompt_template": prompt_template_text(prompt)}
+    return templates_of_run(settings, checkpoint)
 
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `load_trained` reads."""
+    """Add the options that `load_adapter_with_base` reads."""
     add = parser.add_argument
     add(
         "--adapter-path",
         default="adapters",
         metavar="DIR",
-        help="run folder or checkpoint [adapters]",
+        help=f"{ADAPTER_HELP} [adapters]",
     )
-    add("--model", metavar="PATH", help="folder of the base model [from the run]")
+    text = "folder or Hub name of the base model [from the run]"
+    add("--model", metavar="PATH", help=text)
 
 
-def load_trained(options: argparse.Namespace) -> Trained:
+def load_adapter_with_base(options: argparse.Namespace) -> LoadedAdapter:
     """Load an adapter and its base model.
 
     Args:
       options: The values of `add_adapter_options`.
 
     Returns:
-      Both, the base model in the dtype of the training run.
+      The adapter and its base model, in the dtype of the training run.
     """
-    checkpoint, settings = find_run(options.adapter_path)
-    if is_model(checkpoint):
+    checkpoint, settings = find_checkpoint_and_config(options.adapter_path)
+    if is_full_model(checkpoint):
         raise ConfigError(
             format_error(
                 f"--adapter-path {checkpoint}",
-                got="a whole model, from full fine-tuning",
+                got="a full fine-tuning checkpoint",
                 expected="an adapter",
-                fix="The checkpoint is a Hugging Face folder already: use it as a MODEL.",
+                fix="A full fine-tuning checkpoint is already a Hugging Face folder. Use it "
+                "directly; no export or fusing is needed.",
             )
         )
     name = options.model or settings.get("model", BUNDLED)
-    base = load_base_of_run(name, settings)
-    warn_of_changes(base, checkpoint)
-    return Trained(base, load_adapter(checkpoint, base=base.variables), checkpoint)
+    base = load_base_of_run(name, settings, templates=templates_of_run(settings, checkpoint))
+    warn_if_tokenizer_changed(base, checkpoint)
+    return LoadedAdapter(base, read_adapter(base, checkpoint), checkpoint, settings)
+
+
+def read_adapter(base: BaseModel, folder: Path) -> Adapter:
+    """Read an adapter, in the format of a checkpoint or of PEFT.
+
+    Args:
+      base: The model that it was trained on.
+      folder: The checkpoint, or the folder of PEFT's files.
+
+    Returns:
+      The adapter.
+
+    Raises:
+      ConfigError: PEFT changed the base model before training.
+    """
+    if not is_peft(folder):
+        return load_adapter(folder, base=base.variables)
+    model, _, adapter = peft.load_model(folder, base.model, base.variables)
+    if model is not base.model:
+        command = ["jax-lora", "import", str(folder), "--model", base.name, "--adapter-path", "RUN"]
+        raise ConfigError(
+            format_error(
+                f"--adapter-path {folder}",
+                got="an adapter for a base model that PEFT changed before training",
+                expected="an adapter for the base model itself, or a run",
+                fix=f"Change the base model as PEFT did: {shlex.join(command)}",
+            )
+        )
+    return adapter
 
 
 def load_for_inference(
@@ -105,17 +219,18 @@ def load_for_inference(
       options: The values of `add_model_options` and `--adapter-path`.
       command: The subcommand, for messages.
       tasks: The tasks that the subcommand is for.
-      default: The model if neither the options nor the run name one; None: there is no default.
+      default: The model if neither the options nor the run name one, or None if a model is
+        required.
 
     Returns:
-      The base model, the variables to run, and the checkpoint, or None.
+      The base model, the variables, with the adapter merged, and the checkpoint, or None.
 
     Raises:
-      ConfigError: There is no model.
+      ConfigError: No model was given.
     """
     checkpoint, settings = None, {}
     if options.adapter_path is not None:
-        checkpoint, settings = find_run(options.adapter_path)
+        checkpoint, settings = find_checkpoint_and_config(options.adapter_path)
     name = model_argument(options) or settings.get("model", default)
     if name is None:
         raise ConfigError(
@@ -126,26 +241,54 @@ def load_for_inference(
                 fix="Add MODEL, or --adapter-path with the folder of a run.",
             )
         )
-    base = load_base_of_run(name, settings, command, tasks)
-    return base, base.variables if checkpoint is None else merged(base, checkpoint), checkpoint
+    templates = templates_of(options, name, settings, checkpoint)
+    base = load_base_of_run(name, settings, command, tasks, templates)
+    variables = (
+        faster(base.variables)
+        if checkpoint is None
+        else merge_checkpoint(base, checkpoint, donate=True)
+    )
+    return base, variables, checkpoint
 
 
-def is_model(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is a whole model, from full fine-tuning."""
+def is_full_model(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is from full fine-tuning, and has all parameters."""
     return (checkpoint / "model.safetensors").is_file()
 
 
-def merged(base: BaseModel, checkpoint: Path) -> Any:
+def merge_checkpoint(base: BaseModel, checkpoint: Path, *, donate: bool = False) -> Any:
     """Merge a saved adapter into its base model.
 
     Args:
       base: The model that the adapter was trained on.
-      checkpoint: The adapter, or a whole model from full fine-tuning.
+      checkpoint: The adapter, or a full fine-tuning checkpoint.
+      donate: Free the weights of `base`, which then cannot be used.
 
     Returns:
-      `{"params": params}` after training.
+      `{"params": params}` after training. An adapter of a quantized base is not merged if the
+      merged weights, which are not quantized, take too much memory.
     """
-    warn_of_changes(base, checkpoint)
-    if is_model(checkpoint):
-        return {"params": load(checkpoint, dtype=base.dtype)[1]}
-    return merge(base.variables, load_adapter(checkpoint, base=base.variables))
+    warn_if_tokenizer_changed(base, checkpoint)
+    if is_full_model(checkpoint):
+        place = sharding_like(base.variables["params"])
+        return {"params": load(checkpoint, dtype=base.dtype, sharding=place)[1]}
+    adapter = read_adapter(base, checkpoint)
+    if is_quantized(base.variables) and not _fits_as_arrays(base.variables):
+        return combine(base.variables, adapter)
+    return dequantize(merge(base.variables, adapter, donate=donate))
+
+
+def faster(variables: Any) -> Any:
+    """Dequantize the variables of a quantized model, if they fit into memory as arrays.
+
+    Quantized weights are computed anew for each generated token.
+    """
+    return dequantize(variables) if _fits_as_arrays(variables) else variables
+
+
+def _fits_as_arrays(variables: Any) -> bool:
+    """Tell whether the weights of a quantized model take a quarter of the memory or less."""
+    leaves = jax.tree.leaves(variables, is_leaf=is_weight)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    available = available_memory()
+    return available is not None and size <= available / 4

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jax_lora import bundled
+from jax_lora.adapter import is_weight
+from jax_lora.cli.downloads import find_folder
 from jax_lora.cli.model_pin import check_model
 from jax_lora.data.tokenizer_identity import tokenizer_identity
 from jax_lora.errors import ModelError, StructureError, format_error
@@ -24,7 +28,9 @@ from jax_lora.finetune.tasks import (
     prepare_model,
     tokenizer_for,
 )
-from jax_lora.models import load
+from jax_lora.hub.hub_name import HubName, find_hub_name, parse_hub_name
+from jax_lora.models import load, mesh_sharding
+from jax_lora.models.mesh_sharding import gather_codes
 from jax_lora.models.read_config import read_config
 
 BUNDLED = "bundled"
@@ -35,7 +41,8 @@ class BaseModel:
     """A frozen model with its tokenizer, prepared for a task.
 
     Args:
-      name: `"bundled"` or its folder.
+      name: `"bundled"`, its folder, or its Hub name at a commit.
+      folder: The folder with its files.
       task: One of `jax_lora.finetune.tasks.TASKS`.
       model: The module.
       variables: `{"params": params}`, in which a new classification head is zero.
@@ -44,6 +51,7 @@ class BaseModel:
     """
 
     name: str
+    folder: Path
     task: str
     model: Any
     variables: Any
@@ -53,32 +61,49 @@ class BaseModel:
     @property
     def dtype(self) -> str:
         """Return the name of the parameters' dtype."""
-        return str(jax.tree.leaves(self.variables)[0].dtype)
+        return str(jax.tree.leaves(self.variables, is_leaf=is_weight)[0].dtype)
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """Return hashes of the tokenizer, the chat template and the end tokens."""
-        return tokenizer_identity(model_folder(self.name), self.model.config.eos_token_id)
+        chosen = getattr(self.tokenizer, "chosen_template", None)
+        ends = self.model.config.eos_token_id
+        return tokenizer_identity(self.folder, ends, chat_template=chosen)
+
+    @property
+    def hub_name(self) -> HubName | None:
+        """Return the Hub name at the commit that was loaded, or None for a local folder."""
+        return None if self.name in (BUNDLED, str(self.folder)) else parse_hub_name(self.name)
+
+    @property
+    def place(self) -> str:
+        """Return the name for a configuration: an absolute path, unless it is no path."""
+        return str(self.folder.resolve()) if self.name == str(self.folder) else self.name
 
     @property
     def size(self) -> int:
         """Count the parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.variables))
+        leaves = jax.tree.leaves(self.variables, is_leaf=is_weight)
+        return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def model_folder(name: str | None) -> Path:
+def model_folder(name: str | None, *, weights: bool = True) -> Path:
     """Find the folder of a model, and check it against `--pin`.
 
     Args:
-      name: The folder; None or `"bundled"` means the one in the package.
+      name: The folder or the Hub name; None or `"bundled"` means the one in the package.
+      weights: Whether the weights are needed; without them, only a local folder has them.
 
     Returns:
       The folder.
 
     Raises:
       ModelError: It differs from what is pinned.
+      HubError: The name cannot be found or downloaded.
     """
-    folder = bundled.model_path() if name in (None, BUNDLED) else Path(str(name))
+    folder = (
+        bundled.model_path() if name in (None, BUNDLED) else find_folder(str(name), weights=weights)
+    )
     check_model(folder)
     return folder
 
@@ -94,26 +119,33 @@ def load_base(
     *,
     remat: bool | str = "none",
     attention: str = "auto",
+    quantize: str = "none",
     task: str = "auto",
     labels: Sequence[str] = (),
     seed: int = 0,
+    templates: Mapping[str, str | None] | None = None,
+    mesh: Mesh | None = None,
 ) -> BaseModel:
     """Load a model and its tokenizer, and prepare both for a task.
 
     Args:
-      name: A Hugging Face folder, or None for the bundled model.
+      name: A Hugging Face folder, a Hub name, or None for the bundled model.
       dtype: A dtype, such as `"bfloat16"`, or `"auto"`: float32 on a CPU, where other dtypes are
         slow, and the dtype of the files on other devices.
       remat: What layers keep for the backward pass.
       attention: The attention kernel.
+      quantize: `"nf4"`, `"int8"` or `"float8"`; `"none"`: as the folder stores the kernels.
       task: The task; `"auto"`: the default task of the architecture for data without labels.
       labels: Names of the classes, for classification.
       seed: Random seed of a new head.
+      templates: `chat_template` and `prompt_template`, as for `Tokenizer.load`.
+      mesh: The mesh over which the parameters are sharded; None: one device.
 
     Returns:
       The model.
 
     Raises:
+      ConfigError: A template is given for another task than causal-lm.
       ModelError: The folder cannot be read.
       StructureError: A special token has no embedding in the model.
     """
@@ -124,8 +156,17 @@ def load_base(
     else:
         chosen = jnp.dtype(dtype)
     task = choose_task(task, read_config(folder))
-    tokenizer = tokenizer_for(task, folder)
-    model, params = load(folder, dtype=chosen, remat=remat, attention=attention)
+    tokenizer = tokenizer_for(task, folder, templates or {})
+    model, params = load(
+        folder,
+        dtype=chosen,
+        remat=remat,
+        attention=attention,
+        sharding=None if mesh is None else mesh_sharding(mesh),
+        quantize=None if quantize == "none" else quantize,
+    )
+    if mesh is not None:
+        params = gather_codes(params, mesh)
     roles = ("bos_id", "eos_id", "mask_id")
     special = {role: getattr(tokenizer, role, None) or 0 for role in roles}
     role, index = max(special.items(), key=lambda item: item[1])
@@ -139,20 +180,33 @@ def load_base(
             )
         )
     ready, frozen, start = prepare_model(task, model, params, tuple(labels), seed=seed)
-    shown = BUNDLED if name in (None, BUNDLED) else str(folder)
-    return BaseModel(shown, task, ready, {"params": frozen}, {"params": start}, tokenizer)
+    shown = BUNDLED if name in (None, BUNDLED) else _resolved(str(name), folder)
+    return BaseModel(shown, folder, task, ready, {"params": frozen}, {"params": start}, tokenizer)
+
+
+def _resolved(name: str, folder: Path) -> str:
+    """Return the folder, or for a Hub name the name with the commit, after which it is named."""
+    found = find_hub_name(name)
+    return str(folder) if found is None else f"{found.repo}@{folder.name}"
 
 
 def load_base_of_run(
-    name: str, settings: Mapping[str, Any], command: str = "", tasks: Sequence[str] = TASKS
+    name: str,
+    settings: Mapping[str, Any],
+    command: str = "",
+    tasks: Sequence[str] = TASKS,
+    templates: Mapping[str, str | None] | None = None,
+    mesh: Mesh | None = None,
 ) -> BaseModel:
     """Load the base model of a run, in the task and dtype of that run.
 
     Args:
-      name: The model's folder.
+      name: The model's folder, or its Hub name.
       settings: From the run's config.yaml; they may be empty.
       command: The subcommand, for messages.
       tasks: The tasks that the subcommand supports.
+      templates: As for `load_base`.
+      mesh: As in `load_base`.
 
     Returns:
       The model.
@@ -174,7 +228,10 @@ def load_base_of_run(
     return load_base(
         name,
         settings.get("dtype", "auto"),
+        quantize=settings.get("quantize", "none"),
         task=task,
         labels=settings.get("labels", ()),
         seed=settings.get("seed", 0),
+        templates=templates,
+        mesh=mesh,
     )

@@ -8,7 +8,7 @@ import time
 
 from jax_lora.cli.adapters import load_for_inference
 from jax_lora.cli.generate import add_inference_options, add_sampling_options, sampling
-from jax_lora.cli.options import at_least_one
+from jax_lora.cli.options import add_template_options, at_least_one
 from jax_lora.errors import ConfigError, DataError, format_error
 from jax_lora.finetune.conversation import Conversation
 from jax_lora.finetune.generation import Generator
@@ -22,6 +22,7 @@ HELP = "chat with a model in the terminal"
 EXAMPLE = """\
 jax-lora chat path/to/model
 jax-lora chat --adapter-path adapters --system "Answer in one sentence."
+jax-lora chat path/to/model --chat-template my_template.jinja
 """
 COMMANDS = "q quits, r starts a new conversation, h shows this help; Ctrl-C stops a response"
 
@@ -36,21 +37,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=at_least_one,
         default=256,
         metavar="N",
-        help="most tokens of a response [256]",
+        help="maximum number of response tokens [256]",
     )
+    add_template_options(parser)
     add_sampling_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Chat until the user quits, and return the exit code."""
     base, variables, checkpoint = load_for_inference(options, "chat", [CAUSAL])
-    most = base.model.config.max_position_embeddings
+    context_length = base.model.config.max_position_embeddings
+    # A response has at most half of the context, so that the other half is left for the prompt.
+    max_tokens = min(options.max_tokens, context_length // 2)
+    if max_tokens < options.max_tokens:
+        print(f"Responses have at most {max_tokens} tokens, half of the context length.")
     generator = Generator(
         base.model,
         variables,
         base.tokenizer,
-        max_tokens=min(options.max_tokens, most // 2),
-        doubling=True,
+        max_tokens=max_tokens,
+        pad_to_powers_of_two=True,
         **sampling(options),
     )
     conversation = Conversation(base.tokenizer, options.system)
@@ -59,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{base.name}{'' if checkpoint is None else f' with {checkpoint}'}. {COMMANDS}.")
     if not conversation.has_template:
         print("This model has no chat template: it continues the text that you type.")
-    return _chat(generator, conversation, most - generator.max_tokens)
+    return _chat(generator, conversation, context_length - max_tokens)
 
 
 def _no_template(name: str) -> ConfigError:
@@ -67,13 +73,13 @@ def _no_template(name: str) -> ConfigError:
         format_error(
             "--system",
             got=f"{name}, which has no chat template",
-            expected="a model whose chat template has system messages",
+            expected="a model whose chat template supports system messages",
             fix="Remove --system, or use an instruction-tuned model.",
         )
     )
 
 
-def _chat(generator: Generator, conversation: Conversation, room: int) -> int:
+def _chat(generator: Generator, conversation: Conversation, max_prompt_tokens: int) -> int:
     while True:
         try:
             text = input("> ")
@@ -91,39 +97,47 @@ def _chat(generator: Generator, conversation: Conversation, room: int) -> int:
             case "h":
                 print(COMMANDS)
             case _:
-                _turn(generator, conversation, text, room)
+                _answer_message(generator, conversation, text, max_prompt_tokens)
 
 
-def _turn(generator: Generator, conversation: Conversation, text: str, room: int) -> None:
+def _answer_message(
+    generator: Generator, conversation: Conversation, text: str, max_prompt_tokens: int
+) -> None:
     """Respond to one message, and add both to the conversation."""
     conversation.ask(text)
     try:
-        prompt, removed = conversation.prompt(room)
+        prompt, removed = conversation.prompt(max_prompt_tokens)
     except DataError as error:  # the template rejects the conversation
         conversation.undo()
         print(f"error: {error}")
         return
-    if len(prompt) > room:
+    if len(prompt) > max_prompt_tokens:
         conversation.undo()
-        print(f"(too long: {len(prompt)} tokens; the limit is {room})")
+        print(
+            f"(The prompt has {len(prompt)} tokens; the maximum is {max_prompt_tokens}. "
+            "Shorten the message, or enter r for a new conversation.)"
+        )
         return
     if removed:
-        print(f"(the first {removed} turns were removed: the limit is {room} tokens)")
+        print(
+            f"(The first {removed} turns were removed: the maximum is {max_prompt_tokens} tokens.)"
+        )
     response, tokens, seconds = _respond(generator, prompt)
     conversation.respond(response)
     # The time to the first token includes the prompt and compilation.
     speed = f", {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 and seconds > 0 else ""
-    print(f"\n[{len(prompt)} + {tokens} tokens{speed}, {peak_memory():.2f} GB]")
+    counts = f"prompt {len(prompt)} tokens, response {tokens} tokens"
+    print(f"\n[{counts}{speed}, peak memory {peak_memory():.2f} GB]")
 
 
 def _respond(generator: Generator, prompt: list[int]) -> tuple[str, int, float]:
-    """Stream a response; return it, its number of tokens, and the seconds after the first."""
+    """Stream a response; return it, its number of tokens, and the seconds since the first token."""
     pieces: list[str] = []
-    tokens, first = 0, 0.0
-    # Checked between tokens, because an exception during a compilation can crash XLA.
+    tokens, first_token_time = 0, 0.0
+    # Interrupts are checked between tokens: an exception during a compilation can crash XLA.
     with Interrupts() as interrupts:
         for piece, count in stream(generator, prompt):
-            tokens, first = count, first or time.perf_counter()
+            tokens, first_token_time = count, first_token_time or time.perf_counter()
             pieces.append(piece)
             print(printable(piece, keep=PROSE), end="", flush=True)
             if interrupts.requested:
@@ -131,4 +145,4 @@ def _respond(generator: Generator, prompt: list[int]) -> tuple[str, int, float]:
                 break
     if interrupts.requested == "SIGTERM":
         signal.raise_signal(signal.SIGTERM)  # ends the process, not only the response
-    return "".join(pieces), tokens, time.perf_counter() - first
+    return "".join(pieces), tokens, time.perf_counter() - first_token_time

@@ -1,4 +1,4 @@
-"""Problems of a machine, each with a fix."""
+"""Problems of a system, each with a fix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from jax_lora.cli.machine import OF_THE_COMMAND, OPTIONAL, REQUIRED, Machine
+from jax_lora.cli.system_info import CLI_PACKAGES, OPTIONAL, REQUIRED, SystemInfo
+from jax_lora.errors import install_command
 from jax_lora.finetune.compile_cache import CompileCache
 from jax_lora.plan.units import show_bytes
 
@@ -33,21 +34,21 @@ class Finding:
     fix: str
 
 
-def check(machine: Machine, cache: CompileCache) -> list[Finding]:
-    """Find the problems of a machine.
+def check(info: SystemInfo, cache: CompileCache) -> list[Finding]:
+    """Find the problems of a system.
 
     Args:
-      machine: Facts about the machine.
+      info: System information.
       cache: The cache of compiled functions.
 
     Returns:
       The findings, with those that stop a run first.
     """
     found = [
-        *_packages(machine.versions),
-        *_devices(machine),
-        *_resources(machine),
-        *_environment(machine),
+        *_packages(info.versions),
+        *_devices(info),
+        *_resources(info),
+        *_environment(info),
         *_cache(cache),
     ]
     return sorted(found, key=lambda finding: not finding.stops)
@@ -55,9 +56,9 @@ def check(machine: Machine, cache: CompileCache) -> list[Finding]:
 
 def _packages(versions: dict[str, str | None]) -> Iterator[Finding]:
     for packages, stops, fix in (
-        (REQUIRED, True, "pip install jax-lora"),
-        (OF_THE_COMMAND, True, "pip install 'jax-lora[cli]'"),
-        (OPTIONAL, False, "pip install 'jax-lora[parquet]', if you need it"),
+        (dict.fromkeys(REQUIRED, ""), True, install_command()),
+        (CLI_PACKAGES, True, install_command("cli")),
+        (OPTIONAL, False, f"If you need it: {install_command('parquet,hub')}"),
     ):
         for name, use in packages.items():
             if versions.get(name) is None:
@@ -75,15 +76,15 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
 
 
-def _devices(machine: Machine) -> Iterator[Finding]:
-    if machine.devices_error:
+def _devices(info: SystemInfo) -> Iterator[Finding]:
+    if info.devices_error:
         fix = "unset JAX_PLATFORMS, or install the platform that it names"
-        yield Finding(True, f"JAX found no device: {machine.devices_error}", fix)
+        yield Finding(True, f"JAX found no device: {info.devices_error}", fix)
         return
-    seen = {device.platform for device in machine.devices}
-    platforms = machine.environment.get("JAX_PLATFORMS")
-    hidden = machine.environment.get("CUDA_VISIBLE_DEVICES")
-    for driver in dict.fromkeys(machine.drivers):
+    seen = {device.platform for device in info.devices}
+    platforms = info.environment.get("JAX_PLATFORMS")
+    hidden = info.environment.get("CUDA_VISIBLE_DEVICES")
+    for driver in info.drivers:
         if _PLATFORMS[driver] in seen:
             continue
         if platforms:
@@ -95,21 +96,21 @@ def _devices(machine: Machine) -> Iterator[Finding]:
         yield Finding(True, f"{driver} listed by the driver, but not used by JAX", fix)
 
 
-def _resources(machine: Machine) -> Iterator[Finding]:
-    if math.ceil(machine.usable) < machine.cores:
-        what = f"this process may use {machine.usable:g} of {machine.cores} cores"
+def _resources(info: SystemInfo) -> Iterator[Finding]:
+    if math.ceil(info.usable) < info.cores:
+        what = f"this process may use {info.usable:g} of {info.cores} cores"
         yield Finding(False, what, "raise the CPU limit of the container or job")
-    if machine.disk_free < LEAST_BYTES:
-        what = f"only {show_bytes(machine.disk_free)} of disk space are free here"
+    if info.disk_free < LEAST_BYTES:
+        what = f"only {show_bytes(info.disk_free)} of disk space are free here"
         yield Finding(True, what, "free disk space, or choose another disk with --adapter-path")
-    if machine.memory_free is not None and machine.memory_free < LEAST_BYTES:
-        what = f"only {show_bytes(machine.memory_free)} of memory are free"
+    if info.memory_free is not None and info.memory_free < LEAST_BYTES:
+        what = f"only {show_bytes(info.memory_free)} of memory are free"
         fix = "end other processes; jax-lora plan shows how much memory a run needs"
         yield Finding(True, what, fix)
 
 
-def _environment(machine: Machine) -> Iterator[Finding]:
-    on = {name for name, value in machine.environment.items() if value.lower() in ("1", "true")}
+def _environment(info: SystemInfo) -> Iterator[Finding]:
+    on = {name for name, value in info.environment.items() if value.lower() in ("1", "true")}
     if "JAX_DISABLE_JIT" in on:
         what = "JAX_DISABLE_JIT is set: nothing is compiled, and training is very slow"
         yield Finding(True, what, "unset JAX_DISABLE_JIT")

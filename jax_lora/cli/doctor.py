@@ -1,4 +1,4 @@
-"""Check this machine: package versions, devices, memory and disk."""
+"""Check this system: package versions, devices, memory and disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import jax_lora
 from jax_lora.cli.checkup import Finding, check
-from jax_lora.cli.machine import OPTIONAL, Device, Machine, look
+from jax_lora.cli.system_info import OPTIONAL, Device, SystemInfo, collect_system_info
 from jax_lora.finetune.compile_cache import CompileCache, find_compile_cache
 from jax_lora.plan.units import show_bytes
 
@@ -24,33 +24,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the facts and findings; return 2 if a finding stops a run, else 0."""
-    machine, cache = look(), find_compile_cache()
-    findings = check(machine, cache)
+    """Print system information and findings; return 2 if a finding stops a run, else 0."""
+    info, cache = collect_system_info(), find_compile_cache()
+    findings = check(info, cache)
     if options.json:
-        print(json.dumps(_as_dict(machine, cache, findings), indent=2))
+        print(json.dumps(_as_dict(info, cache, findings), indent=2))
     else:
-        print("\n".join([*_facts(machine, cache), "", *_finding_lines(findings)]))
+        print("\n".join([*_info_lines(info, cache), "", *_finding_lines(findings)]))
     return 2 if any(finding.stops for finding in findings) else 0
 
 
-def _facts(machine: Machine, cache: CompileCache) -> list[str]:
+def _info_lines(info: SystemInfo, cache: CompileCache) -> list[str]:
     lines = [_line("python", platform.python_version()), _line("jax-lora", jax_lora.__version__)]
-    for name, version in machine.versions.items():
+    for name, version in info.versions.items():
         missing = "not installed (optional)" if name in OPTIONAL else "NOT INSTALLED"
         lines.append(_line(name, version or missing))
     lines.append("")
-    lines += [_line("device", _device(device)) for device in machine.devices]
-    lines += [_line("driver lists", driver) for driver in machine.drivers]
-    lines.append(_line("cores", f"{machine.usable:g} of {machine.cores} usable"))
-    if machine.memory is not None and machine.memory_free is not None:
-        free, total = show_bytes(machine.memory_free), show_bytes(machine.memory)
+    lines += [_line("device", _device(device)) for device in info.devices]
+    lines += [_line("driver lists", driver) for driver in info.drivers]
+    lines.append(_line("cores", f"{info.usable:g} of {info.cores} usable"))
+    if info.memory is not None and info.memory_free is not None:
+        free, total = show_bytes(info.memory_free), show_bytes(info.memory)
         lines.append(_line("memory", f"{free} free of {total}"))
-    lines.append(_line("disk here", f"{show_bytes(machine.disk_free)} free"))
+    lines.append(_line("disk here", f"{show_bytes(info.disk_free)} free"))
     state = cache.why_off or f"{show_bytes(cache.size)} of compiled functions"
     lines.append(_line("cache", state))
     lines.append(_line("", str(cache.folder)))
-    lines += [_line("environment", f"{name}={v}") for name, v in machine.environment.items()]
+    lines += [_line("environment", f"{name}={v}") for name, v in info.environment.items()]
     return lines
 
 
@@ -75,11 +75,11 @@ def _finding_lines(findings: list[Finding]) -> list[str]:
     return lines
 
 
-def _as_dict(machine: Machine, cache: CompileCache, findings: list[Finding]) -> dict[str, Any]:
+def _as_dict(info: SystemInfo, cache: CompileCache, findings: list[Finding]) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "jax_lora": jax_lora.__version__,
-        **dataclasses.asdict(machine),
+        **dataclasses.asdict(info),
         "cache": {"folder": str(cache.folder), "why_off": cache.why_off, "bytes": cache.size},
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }

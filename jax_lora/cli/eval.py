@@ -5,18 +5,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jax_lora.cli.adapters import find_run, merged
+from jax_lora.cli.adapters import (
+    faster,
+    find_checkpoint_and_config,
+    merge_checkpoint,
+    templates_of,
+)
 from jax_lora.cli.base_model import BUNDLED, data_folder, load_base_of_run
-from jax_lora.cli.options import add_model_options, at_least_one, model_argument
+from jax_lora.cli.options import (
+    ADAPTER_HELP,
+    add_model_options,
+    add_template_options,
+    at_least_one,
+    model_argument,
+)
+from jax_lora.data.columns import renaming
 from jax_lora.data.data_folder import read_data
 from jax_lora.errors import DataError
+from jax_lora.finetune.devices import AUTO, make_mesh, mesh_sizes
 from jax_lora.finetune.evaluation import ALL, Evaluation, Score
 from jax_lora.finetune.tasks import CAUSAL, CLASSES, SEQ2SEQ, longest_input
+from jax_lora.models.mesh_sharding import ROW_AXES
 from jax_lora.report.screen import unscreened
 from jax_lora.storage.atomic_writes import write_file
 
@@ -26,6 +41,7 @@ jax-lora eval --compare-base
 jax-lora eval --adapter-path run --split valid --json scores.json
 """
 LONGEST = 4096  # maximum sequence length of a model without a limit
+ROWS = 50  # examples per batch
 
 # Heading -> the cell of a score; a column without any value is left out.
 MEASURES: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
@@ -44,13 +60,14 @@ MEASURES: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the subcommand."""
     add_model_options(parser, "from the run")
+    add_template_options(parser)
     add = parser.add_argument
     add("--data", metavar="PATH", help="data folder, or one file [from the run]")
     add(
         "--adapter-path",
         default="adapters",
         metavar="DIR",
-        help="run folder or checkpoint [adapters]",
+        help=f"{ADAPTER_HELP} [adapters]",
     )
     add("--compare-base", action="store_true", help="evaluate the base model too")
     add("--split", default="test", choices=("train", "valid", "test"), help="the split [test]")
@@ -60,31 +77,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=at_least_one,
         default=64,
         metavar="N",
-        help="most tokens of a completion [64]",
+        help="maximum number of completion tokens [64]",
     )
     add("--json", metavar="FILE", help="also write the scores to this file")
-    add("--batch-size", type=at_least_one, default=50, metavar="N", help="examples per batch [50]")
+    text = "examples per batch [50, or the next multiple for the mesh]"
+    add("--batch-size", type=at_least_one, metavar="N", help=text)
+    text = "shard over devices, as in data=2,fsdp=4,tensor=1,expert=1 [auto]"
+    add("--mesh", default=AUTO, metavar="SIZES", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate, print the table, and return the exit code."""
     began = time.perf_counter()
-    checkpoint, settings = find_run(options.adapter_path)
-    data = read_data(data_folder(options.data or settings.get("data", BUNDLED)))
+    checkpoint, settings = find_checkpoint_and_config(options.adapter_path)
+    with renaming(options.columns or settings.get("columns")):
+        data = read_data(data_folder(options.data or settings.get("data", BUNDLED)))
     file = data.split(options.split)
     file = dataclasses.replace(file, rows=file.rows[: options.limit])
     name = model_argument(options) or settings.get("model", BUNDLED)
-    base = load_base_of_run(name, settings)
+    rows = _rows(options)
+    mesh = make_mesh(options.mesh, rows)
+    templates = templates_of(options, name, settings, checkpoint)
+    base = load_base_of_run(name, settings, templates=templates, mesh=mesh)
     evaluation = Evaluation(
         file,
         base.tokenizer,
         task=base.task,
         max_length=min(longest_input(base.model), LONGEST),
         max_tokens=options.max_tokens,
-        rows=options.batch_size,
+        rows=rows,
+        mesh=mesh,
     )
-    models = {"base": base.variables} if options.compare_base else {}
-    models["adapter"] = merged(base, checkpoint)
+    models = {"base": faster(base.variables)} if options.compare_base else {}
+    models["adapter"] = merge_checkpoint(base, checkpoint, donate=not options.compare_base)
     columns = {
         column: evaluation.score(base.model, variables, answered=_counter(column))
         for column, variables in models.items()
@@ -100,6 +125,15 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         _write(Path(options.json), columns)
     return 0
+
+
+def _rows(options: argparse.Namespace) -> int:
+    """Return the examples per batch; the default is rounded up to a multiple for the mesh."""
+    if options.batch_size is not None or options.mesh == AUTO:
+        return options.batch_size or ROWS
+    sizes = mesh_sizes(options.mesh)
+    split = math.prod(sizes.get(name, 1) for name in ROW_AXES)
+    return -(-ROWS // split) * split
 
 
 def _write(file: Path, columns: Mapping[str, Mapping[str, Score]]) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from jax_lora import peft
 from jax_lora.checkpoint import save_adapter
-from jax_lora.cli.adapters import add_adapter_options, load_trained
-from jax_lora.cli.base_model import model_folder
+from jax_lora.cli.adapters import LoadedAdapter, add_adapter_options, load_adapter_with_base
 from jax_lora.errors import ConfigError, format_error
 
 HELP = "export an adapter for PEFT, vLLM or mlx-lm"
 EXAMPLE = "jax-lora export served --adapter-path run --to peft --for vllm"
-FORMATS = ("peft", "mlx", "orbax")
+FORMATS = {"peft": "PEFT", "mlx": "mlx-lm", "orbax": "jl.load_adapter"}  # format -> its reader
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -20,43 +20,65 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", help="folder to write")
     add_adapter_options(parser)
-    add("--to", default="peft", choices=FORMATS, help="format [peft]")
-    text = "server that will load the files; refuses what it does not support"
-    add("--for", dest="server", choices=("vllm",), help=text)
-    text = "name of the base model in adapter_config.json [its folder]"
-    add("--base-model", metavar="NAME", help=text)
+    add("--to", default="peft", choices=[*FORMATS], help="format [peft]")
+    add(
+        "--for",
+        dest="target",
+        choices=("vllm",),
+        help="server that will load the files; an adapter feature that it does not support is an "
+        "error",
+    )
+    add(
+        "--base-model",
+        metavar="NAME",
+        help="name of the base model in adapter_config.json [its Hub name, or its folder]",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the files, and return the exit code."""
     _check(options)
-    trained = load_trained(options)
-    adapter, base = trained.adapter, trained.base
+    loaded = load_adapter_with_base(options)
+    adapter, base = loaded.adapter, loaded.base
     names = base.model.hf_names
     if options.to == "peft":
-        peft.save(
-            options.folder,
-            adapter,
-            names=names,
-            base_model=options.base_model or str(model_folder(base.name)),
-            base=base.variables,
-            target=options.server,
-        )
+        save_for_peft(options.folder, loaded, options.base_model, target=options.target)
     elif options.to == "mlx":
         peft.save_mlx(options.folder, adapter, names=names)
     else:
         save_adapter(options.folder, adapter, base=base.variables)
-    print(f"{options.folder}: {trained.checkpoint} of {base.name}, for {_reader(options)}")
+    reader = "vLLM" if options.target else FORMATS[options.to]
+    print(f"Exported {loaded.checkpoint} (base model {base.name}) to {options.folder} for {reader}")
     return 0
 
 
-def _reader(options: argparse.Namespace) -> str:
-    readers = {"peft": "PEFT", "mlx": "mlx-lm", "orbax": "jl.load_adapter"}
-    return "vLLM" if options.server else readers[options.to]
+def save_for_peft(
+    folder: str | Path, loaded: LoadedAdapter, base_model: str | None, *, target: str | None = None
+) -> None:
+    """Save an adapter in the format of PEFT.
+
+    Args:
+      folder: The folder to write.
+      loaded: The adapter and its base model.
+      base_model: Name of the base model in the configuration; None: its Hub name and commit, or
+        its folder.
+      target: The server that will load the files; None: PEFT itself.
+    """
+    base = loaded.base
+    hub = base.hub_name if base_model is None else None
+    peft.save(
+        folder,
+        loaded.adapter,
+        names=base.model.hf_names,
+        base_model=base_model or (str(base.folder) if hub is None else hub.repo),
+        revision=None if hub is None else hub.revision,
+        base=base.variables,
+        target=target,
+    )
 
 
 def _check(options: argparse.Namespace) -> None:
-    for flag, value in (("--for", options.server), ("--base-model", options.base_model)):
+    for flag, value in (("--for", options.target), ("--base-model", options.base_model)):
         if value is not None and options.to != "peft":
             raise ConfigError(
                 format_error(

@@ -11,7 +11,12 @@ from typing import Any
 
 from jax_lora.cli.adapters import load_for_inference
 from jax_lora.cli.base_model import BaseModel
-from jax_lora.cli.options import add_model_options, at_least_one
+from jax_lora.cli.options import (
+    ADAPTER_HELP,
+    add_model_options,
+    add_template_options,
+    at_least_one,
+)
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import ConfigError, DataError, format_error
 from jax_lora.finetune.generation import Generator
@@ -24,6 +29,7 @@ HELP = "complete prompts"
 EXAMPLE = """\
 jax-lora generate --prompt "def add(a, b):"
 jax-lora generate --adapter-path adapters --prompts prompts.txt --temperature 0.7
+jax-lora generate path/to/model --prompt "2 + 3?" --prompt-template "Question: {prompt} Answer:"
 """
 MAX_BATCH_SIZE = 8
 
@@ -42,10 +48,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=at_least_one,
         default=256,
         metavar="N",
-        help="most tokens of a completion [256]",
+        help="maximum number of completion tokens [256]",
     )
     add("--chat", action="store_true", help="format prompts with the chat template")
-    add("--system", metavar="TEXT", help="system message, with --chat")
+    add("--system", metavar="TEXT", help="system message, with --chat or a prompt template")
+    add_template_options(parser)
     add_sampling_options(parser)
 
 
@@ -54,7 +61,7 @@ def add_inference_options(
 ) -> None:
     """Add the options that `load_for_inference` reads; `default` is for the help of MODEL."""
     add_model_options(parser, default)
-    text = "run folder or checkpoint; without it, the base model is used"
+    text = f"{ADAPTER_HELP}; without it, the base model is used"
     parser.add_argument("--adapter-path", metavar="DIR", help=text)
 
 
@@ -155,6 +162,8 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, options: argparse.Namespace) -> list[int]:
+    if not options.chat and tokenizer.formats_prompts:
+        return tokenizer.encode(tokenizer.format_prompt(prompt, options.system or ""))
     if options.system is not None and not options.chat:
         raise ConfigError(
             format_error(

@@ -11,7 +11,8 @@ from typing import Any
 from jax_lora import peft
 from jax_lora.adapter import Adapter
 from jax_lora.checkpoint import load_adapter, save_adapter
-from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base, model_folder
+from jax_lora.cli.base_model import BaseModel, load_base
+from jax_lora.cli.downloads import find_folder
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.run_folder import RunFolder, claimed
 from jax_lora.finetune.settings import DTYPES
@@ -33,8 +34,8 @@ MARKS = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the subcommand."""
     add = parser.add_argument
-    add("folder", metavar="DIR", help="folder of the adapter")
-    text = "Hugging Face folder of the base model, or bundled"
+    add("folder", metavar="DIR", help="folder of the adapter, or Hub name")
+    text = "Hugging Face folder or Hub name of the base model, or bundled"
     add("--model", required=True, metavar="PATH", help=text)
     add("--adapter-path", default="adapters", metavar="RUN", help="run folder to create [adapters]")
     text = "format of the adapter [detected by file name]"
@@ -45,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Create the run, and return the exit code."""
-    source = Path(options.folder)
+    source = find_folder(options.folder)
     kind = options.source or _detect_format(source)
     with claimed(options.adapter_path) as lock:
         return _import(options, source, kind, lock)
@@ -57,12 +58,14 @@ def _import(options: argparse.Namespace, source: Path, kind: str, lock: FolderLo
     folder, moved = RunFolder.prepare(options.adapter_path, lock)
     if base.model is not loaded.model:
         base = _keep_base(base, folder.path / "base", source)
-    folder.write_config(_settings(base, adapter), note=f"Imported from the adapter in {source}.")
+    note = f"Imported from the adapter in {options.folder}."
+    folder.write_config(_settings(base, adapter), note=note)
     folder.save(0, lambda path: save_adapter(path, adapter, base=base.variables))
     if moved is not None:
         print(f"the earlier run in {folder.path} is now in {moved}")
     count = len(adapter.pairs) + len(adapter.whole) + len(adapter.rows)
-    print(f"{folder.path}: {count} adapted leaves, {adapter.size:,} parameters, from {source}")
+    found = f"{count} adapted leaves, {adapter.size:,} parameters"
+    print(f"{folder.path}: {found}, from {options.folder}")
     path = shlex.quote(str(folder.path))
     print(f"Next: jax-lora generate --adapter-path {path} --prompt TEXT")
     return 0
@@ -110,19 +113,18 @@ def _keep_base(base: BaseModel, target: Path, adapter: Path) -> BaseModel:
       The base model with its new name.
     """
     save(target, base.model, base.variables["params"])
-    copy_companions(model_folder(base.name), target)
+    copy_companions(base.folder, target)
     copy_companions(adapter, target)
     print(f"{target}: {base.name} with the changes that PEFT made before training")
-    return dataclasses.replace(base, name=str(target))
+    return dataclasses.replace(base, name=str(target), folder=target)
 
 
 def _settings(base: BaseModel, adapter: Adapter) -> dict[str, Any]:
     """Return the settings for the other subcommands, and for training such an adapter again."""
     config = adapter.config
-    name = base.name if base.name == BUNDLED else str(Path(base.name).resolve())
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     return {
-        "model": name,
+        "model": base.place,
         "task": base.task,
         "labels": list(base.model.config.labels) if base.task == CLASSES else [],
         "dtype": base.dtype,

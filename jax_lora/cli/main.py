@@ -9,17 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax_lora.cli.model_pin import pinned
-from jax_lora.errors import LoraError, format_error
+from jax_lora.errors import LoraError, format_error, install_command
 from jax_lora.report.screen import screened
 
 DONE, BAD_INPUT, OUT_OF_MEMORY, NON_FINITE, INTERRUPTED = 0, 2, 3, 4, 130
 # The subcommands that read a model.
-PINNED = ("train", "generate", "chat", "eval", "predict", "fuse", "export", "import", "plan")
+PINNED = frozenset("train generate chat eval predict fuse export import push plan".split())
 
 # The modules that the extra `cli` installs.
-CLI_MODULES = frozenset(
-    "grain jinja2 matplotlib rich tensorboardX tokenizers transformers yaml".split()
-)
+CLI_MODULES = frozenset("grain jinja2 matplotlib rich tensorboardX tokenizers yaml".split())
 
 EXAMPLES = """\
 examples:
@@ -47,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    from jax_lora.data.columns import parse_columns, renaming
+    from jax_lora.data.columns import renaming
     from jax_lora.models.ignored_fields import ignoring
 
     debug = False
@@ -55,8 +53,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         options = make_parser().parse_args(arguments)
         debug = options.debug
         ignored = getattr(options, "ignore", None) or ()
-        named = getattr(options, "columns", None)
-        columns = {} if named is None else parse_columns(named)
+        columns = getattr(options, "columns", None)
         with pinned(getattr(options, "pin", None)), ignoring(ignored), renaming(columns):
             return options.run(options)
     except KeyboardInterrupt:
@@ -70,7 +67,7 @@ def _run(arguments: Sequence[str] | None) -> int:
                 f"the package {error.name}",
                 got="not installed",
                 expected="the packages that the command needs in addition to the library",
-                fix="pip install 'jax-lora[cli]'",
+                fix=install_command("cli"),
             )
         )
         return _report(missing.with_traceback(error.__traceback__), debug)
@@ -114,6 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
         plan,
         plot,
         predict,
+        push,
         rows,
         train,
         write_config,
@@ -130,6 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
         "fuse": fuse,
         "export": export,
         "import": import_adapter,
+        "push": push,
         "data": rows,
         "plan": plan,
         "init": write_config,
@@ -146,7 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
     for name, module in modules.items():
         subparser = add_subcommand(subparsers, name, module)
-        if name in ("train", "eval", "plan", "predict"):
+        if name in ("eval", "predict"):
             add_columns_option(subparser)
         if name in PINNED:
             text = "sha256sum's output: check the model's files before they are read"

@@ -19,6 +19,13 @@ _FIELDS = dataclasses.fields(TrainSettings)
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in _FIELDS}
 # The annotations are strings: "float" or "float | None".
 _FLOATS = frozenset(field.name for field in _FIELDS if str(field.type).startswith("float"))
+ADAPTER_HELP = "run folder, checkpoint, or PEFT adapter: a folder or Hub name"
+COLUMNS_HELP = "names of the data's columns, as in prompt=question,completion=answer"
+CHAT_TEMPLATE_HELP = "one of the model's chat templates by name, or a .jinja file"
+PROMPT_TEMPLATE_HELP = (
+    "format of prompts without a chat template: a text with {prompt}, and {system} for system "
+    r"messages, such as 'Question: {prompt}\nAnswer:', or a file of it"
+)
 _LISTS = ("targets", "labels", "log", "sample_prompt")
 
 
@@ -46,8 +53,14 @@ def add_subcommand(subparsers: Any, name: str, module: ModuleType) -> argparse.A
 
 def add_columns_option(parser: argparse.ArgumentParser) -> None:
     """Add `--columns`, which `main` applies to all data that is read."""
-    text = "names of the data's columns, as in prompt=question,completion=answer"
-    parser.add_argument("--columns", metavar="FIELD=COLUMN,...", help=text)
+    parser.add_argument("--columns", metavar="FIELD=COLUMN,...", help=COLUMNS_HELP)
+
+
+def add_template_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--chat-template` and `--prompt-template`; without them, those of the run are used."""
+    add = parser.add_argument
+    add("--chat-template", metavar="NAME|FILE", help=CHAT_TEMPLATE_HELP)
+    add("--prompt-template", metavar="TEXT|FILE", help=PROMPT_TEMPLATE_HELP)
 
 
 def add_model_options(parser: argparse.ArgumentParser, shown: str, **options: Any) -> None:
@@ -58,7 +71,7 @@ def add_model_options(parser: argparse.ArgumentParser, shown: str, **options: An
       shown: The default in the help text.
       **options: Further arguments of `--model`.
     """
-    text = f"Hugging Face folder [{shown}]"
+    text = f"Hugging Face folder, or Hub name: owner/name[@revision] [{shown}]"
     parser.add_argument("model_folder", metavar="MODEL", nargs="?", help=text)
     parser.add_argument("--model", metavar="PATH", help="same as MODEL", **options)
 

@@ -149,7 +149,7 @@ def _model_and_data(
         folder = None
         data = None if data is None else data_folder(data)
     else:
-        folder = model_folder(places.get("model"))
+        folder = model_folder(places.get("model"), weights=options.pin is not None)
         name = places.get("model") or BUNDLED
         model = plan_folder(folder, training_dtype if dtype == "auto" else dtype, str(name))
         # The bundled data tells nothing about a run of another model.

@@ -20,10 +20,13 @@ from jax_lora.cli.options import (
     refuse_unknown,
 )
 from jax_lora.cli.presets import PRESETS
+from jax_lora.data.prompt_template import prompt_template_text
+from jax_lora.data.template_files import SUFFIX
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune import recipe
 from jax_lora.finetune.resume import refuse_edited_config
 from jax_lora.finetune.run_folder import CONFIG, read_run_config
+from jax_lora.finetune.run_template import read_run_template
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.training_state import find_resumable, read_record
 
@@ -43,6 +46,7 @@ class Choice:
       progress: Progress display.
       settings: Settings of the run.
       checkpoint: Checkpoint to resume from, or None.
+      chat_template: Text of the chat template of the run to resume, or None.
     """
 
     model: str | None
@@ -51,6 +55,7 @@ class Choice:
     progress: str
     settings: TrainSettings
     checkpoint: Path | None = None
+    chat_template: str | None = None
 
 
 def choose(options: argparse.Namespace) -> Choice:
@@ -71,6 +76,8 @@ def choose(options: argparse.Namespace) -> Choice:
     if model is not None:
         typed["model"] = model
     written = read_config_file(options.config, names) if options.config else {}
+    _resolve_templates(typed, escaped=True)  # a shell passes \n as two characters
+    _resolve_templates(written, escaped=False)
     checkpoint = _checkpoint(options.resume, typed, written)
     earlier = {} if checkpoint is None else _unedited(checkpoint, names)
     preset = PRESETS[options.preset] if options.preset else {}
@@ -91,7 +98,19 @@ def choose(options: argparse.Namespace) -> Choice:
         progress=places["progress"] or "auto",
         settings=make_settings(values),
         checkpoint=checkpoint,
+        chat_template=None
+        if checkpoint is None or "chat_template" in typed | written
+        else read_run_template(checkpoint.parent),
     )
+
+
+def _resolve_templates(layer: dict[str, Any], *, escaped: bool) -> None:
+    """Read the file of a prompt template, and make the path of a chat template absolute."""
+    prompt, chat = layer.get("prompt_template"), layer.get("chat_template")
+    if isinstance(prompt, str):
+        layer["prompt_template"] = prompt_template_text(prompt, escaped=escaped)
+    if isinstance(chat, str) and chat.endswith(SUFFIX):
+        layer["chat_template"] = str(Path(chat).resolve())
 
 
 def _checkpoint(

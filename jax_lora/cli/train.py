@@ -12,19 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jax_lora.cli.base_model import BUNDLED, BaseModel, data_folder, load_base, model_folder
 from jax_lora.cli.resolve_config import Choice, choose
 from jax_lora.cli.train_flags import add_options
 from jax_lora.data.batches import Batches
+from jax_lora.data.columns import renaming
 from jax_lora.data.data_folder import DataSet, read_data
 from jax_lora.data.examples import Examples
 from jax_lora.data.packing import speedup
+from jax_lora.data.template_files import choose_template
 from jax_lora.errors import ConfigError, LoraError, format_error
 from jax_lora.finetune.callbacks import Callback, Checkpoint, EarlyStop, Report, Validate
-from jax_lora.finetune.devices import data_mesh, use_all_cores
+from jax_lora.finetune.devices import data_mesh, make_mesh, use_all_cores
 from jax_lora.finetune.memory import device_memory
 from jax_lora.finetune.resume import refuse_changes, stretched
 from jax_lora.finetune.run_folder import RunFolder, claimed
+from jax_lora.finetune.run_template import write_run_template
 from jax_lora.finetune.samples import Sampler
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.tasks import (
@@ -59,6 +64,9 @@ HELP = "fine-tune a model"
 EXAMPLE = """\
 jax-lora train --epochs 3 --rank 8
 jax-lora train path/to/model --data path/to/data --adapter-path run
+jax-lora train path/to/model --data qa.csv --columns prompt=question,completion=answer
+jax-lora train path/to/model --data qa.jsonl --prompt-template 'Question: {prompt}\\nAnswer:'
+jax-lora train path/to/model --data chats.jsonl --chat-template tool_use
 """
 
 
@@ -74,6 +82,7 @@ class Inputs:
       trainable: The frozen and the trainable half of the model.
       settings: The settings, with the sequence length, dtype, task and labels of the model.
       places: Paths of the model and the data, for config.yaml.
+      mesh: The devices.
     """
 
     base: BaseModel
@@ -83,6 +92,7 @@ class Inputs:
     trainable: Trainable
     settings: TrainSettings
     places: dict[str, str]
+    mesh: Mesh
 
     @property
     def digests(self) -> dict[str, str]:
@@ -170,21 +180,32 @@ def _print_next(inputs: Inputs, folder: RunFolder, result: RunResult, progress: 
 
 
 def _read(choice: Choice) -> Inputs:
-    data = read_data(data_folder(choice.data))
-    train = data.split("train")  # before a model is loaded
     settings, folder = choice.settings, model_folder(choice.model)
+    with renaming(settings.columns):
+        data = read_data(data_folder(choice.data))
+    train = data.split("train")  # before a model is loaded
+    chat_template = choice.chat_template
+    if settings.chat_template is not None and chat_template is None:
+        chat_template = choose_template(folder, settings.chat_template)
     config = read_config(folder)
     task = choose_task(settings.task, config, train)
     labels = labels_for(config, settings.labels, train) if task == CLASSES else ()
     _check_task(task, settings)
+    mesh = make_mesh(settings.mesh, settings.batch_size)
     base = load_base(
         choice.model,
         settings.dtype,
         remat=settings.remat_on(target_platform(())),
         attention=settings.attention,
+        quantize=settings.quantize,
         task=task,
         labels=labels,
         seed=settings.seed,
+        templates={
+            "chat_template": chat_template,
+            "prompt_template": settings.prompt_template,
+        },
+        mesh=mesh,
     )
     # The resolved dtype is stored, because the checkpoint is only valid for a base of this dtype.
     settings = dataclasses.replace(
@@ -195,7 +216,14 @@ def _read(choice: Choice) -> Inputs:
         labels=labels,
     )
     trainable = make_trainable(
-        task, base.model, base.variables, settings, start=base.start, folder=folder
+        task,
+        base.model,
+        base.variables,
+        settings,
+        start=base.start,
+        folder=folder,
+        chat_template=chat_template,
+        mesh=mesh,
     )
     inputs = Inputs(
         base=base,
@@ -204,7 +232,8 @@ def _read(choice: Choice) -> Inputs:
         valid=_examples(data, "valid", base, settings) if "valid" in data.splits else None,
         trainable=trainable,
         settings=settings,
-        places={"model": _place(choice.model), "data": _place(choice.data)},
+        places={"model": base.place, "data": _place(choice.data)},
+        mesh=mesh or data_mesh(settings.batch_size, (trainable.frozen, trainable.start)),
     )
     return _with_fitting_remat(inputs)
 
@@ -265,6 +294,9 @@ def _folder(choice: Choice, inputs: Inputs, lock: FolderLock) -> tuple[RunFolder
         folder, moved = RunFolder.prepare(choice.run, lock)
         notes = [f"the earlier run in {folder.path} is now in {moved}"] if moved else []
     folder.write_config(inputs.places | inputs.settings.as_dict())
+    chosen = getattr(inputs.base.tokenizer, "chosen_template", None)
+    if chosen is not None:
+        write_run_template(folder.path, chosen)
     write_versions(folder.path)
     return folder, notes
 
@@ -279,8 +311,7 @@ def _trainer(
     settings, base = inputs.settings, inputs.base
     batches = inputs.batches(inputs.train, settings.seed)
     steps = settings.iterations(batches.per_epoch)
-    halves = inputs.trainable.frozen, inputs.trainable.start
-    mesh = data_mesh(settings.batch_size, halves)
+    mesh = inputs.mesh
     return Trainer(
         loss_for(
             base.task, base.model.clone(mesh=mesh), chunk=settings.loss_chunk, devices=mesh.size

@@ -6,11 +6,17 @@ import argparse
 from typing import Any
 
 from jax_lora.cli.base_model import BUNDLED
-from jax_lora.cli.options import DEFAULTS, add_model_options
+from jax_lora.cli.options import (
+    CHAT_TEMPLATE_HELP,
+    COLUMNS_HELP,
+    DEFAULTS,
+    PROMPT_TEMPLATE_HELP,
+    add_model_options,
+)
 from jax_lora.cli.presets import PRESETS
 from jax_lora.finetune import recipe
 from jax_lora.finetune.schedule import SHAPES
-from jax_lora.finetune.settings import DTYPES, REMATS, TASKS, TRUNCATIONS, TURNS, TYPES
+from jax_lora.finetune.settings import DTYPES, QUANTIZE, REMATS, TASKS, TRUNCATIONS, TURNS, TYPES
 from jax_lora.models.attention_mask import ATTENTION
 from jax_lora.report.reporters import KINDS
 
@@ -28,15 +34,19 @@ GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("targets", str, "NAMES", "all-linear, attention, mlp, or comma-separated names"),
         ("num_layers", int, "N", "adapt only the last N layers; -1: all"),
         ("dtype", str, DTYPES, "dtype of the base model; auto: float32 on a CPU"),
+        ("quantize", str, QUANTIZE, "store the base model's kernels in 4 or 8 bits (QLoRA)"),
     ),
     "data": (
         ("batch_size", int, "N", "examples per micro-batch"),
         ("grad_accumulation_steps", int, "N", "micro-batches per update"),
-        ("max_seq_length", int, "N", "most tokens of an example"),
+        ("max_seq_length", int, "N", "maximum tokens per example"),
         ("truncate", str, TRUNCATIONS, "treatment of longer examples"),
         ("pack", bool, None, "pack several examples into each sequence"),
         ("mask_prompt", bool, None, "exclude prompts from the loss [yes; no for texts]"),
         ("turns", str, TURNS, "assistant messages in the loss"),
+        ("columns", str, "FIELD=COLUMN,...", COLUMNS_HELP),
+        ("chat_template", str, "NAME|FILE", CHAT_TEMPLATE_HELP),
+        ("prompt_template", str, "TEXT|FILE", PROMPT_TEMPLATE_HELP),
         ("seed", int, "N", "random seed: initialization, data order, dropout"),
     ),
     "optimizer": (
@@ -55,6 +65,7 @@ GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("grad_checkpoint", bool, None, "same as --remat full"),
         ("attention", str, ATTENTION, "attention kernel; flash: never dense scores"),
         ("loss_chunk", int, "N", "tokens per chunk of the loss; 0: all"),
+        ("mesh", str, "SIZES", "shard over devices, as in data=2,fsdp=4,tensor=1,expert=1"),
     ),
     "validation, checkpoints and reports": (
         ("steps_per_report", int, "N", "steps between reports"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from jax_lora.data.problem import Problem, check_characters, kind_of
 from jax_lora.data.turns import check_tools
+from jax_lora.storage.json_files import parse_json
 
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
@@ -67,7 +67,7 @@ def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | Problem | None:
         value = row.get(name)
         if isinstance(value, str):
             try:
-                value = json.loads(value) if value.strip() else None
+                value = parse_json(value) if value.strip() else None
             except (ValueError, RecursionError):
                 value = row[name]
         tools = check_tools(value, name)

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax_lora.data.special_tokens import all_special_tokens
+from jax_lora.data.template_files import (
+    DEFAULT,
+    TOOLS,
+    check_template_size,
+    read_templates,
+    source_of,
+)
 from jax_lora.data.template_process import (
     LimitError,
     RenderError,
@@ -19,11 +26,8 @@ from jax_lora.data.template_process import (
     TemplateProcess,
 )
 from jax_lora.data.template_worker import JSON
-from jax_lora.errors import DataError, LoraError, ModelError, format_error
+from jax_lora.errors import DataError, LoraError, ModelError, format_error, install_command
 from jax_lora.storage.limits import limit, raise_hint
-
-# In the order of precedence.
-FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
 
 class Rendering(NamedTuple):
@@ -39,17 +43,21 @@ class ChatTemplate:
 
     Args:
       folder: The model's folder.
+      template: The text of another template than those of the folder, or None.
 
     Raises:
-      ModelError: There is no template, it is too large, or transformers is not installed or refuses
-        the folder.
+      ModelError: There is no template, a file is damaged or too large, or jinja2 is not installed.
     """
 
-    def __init__(self, folder: Path):
-        """Load the template and the special tokens that it uses."""
-        self._file = next((folder / name for name in FILES if (folder / name).is_file()), folder)
-        _check_size(self._file, _size(folder / FILES[0]))
-        self._tokenizer = _load(folder)
+    def __init__(self, folder: Path, template: str | None = None):
+        """Read the templates and the special tokens that they use."""
+        if importlib.util.find_spec("jinja2") is None:
+            raise _not_installed()
+        self._source = str(source_of(folder)) if template is None else "this run"
+        self._templates = read_templates(folder) if template is None else {DEFAULT: template}
+        if not any(self._templates.values()):
+            raise _no_template(folder)
+        self._tokens = all_special_tokens(folder)
         self._processes: dict[str, TemplateProcess] = {}
         self._ahead: dict[str, dict[str, str]] = {}
 
@@ -110,20 +118,30 @@ class ChatTemplate:
 
     def _process(self, tools: Any) -> TemplateProcess:
         """Return the process of a template; some tokenizers have another template for tools."""
-        try:
-            template = self._tokenizer.get_chat_template(tools=tools)
-        except ValueError as error:  # several templates, and none is the default
-            raise self._refused(str(error)) from error
+        name = TOOLS if tools is not None and TOOLS in self._templates else DEFAULT
+        if name not in self._templates:
+            raise self._unnamed()
+        template = self._templates[name]
         if template not in self._processes:
-            _check_size(self._file, len(template.encode("utf-8", "surrogatepass")))
-            tokens = dict(self._tokenizer.special_tokens_map)
+            check_template_size(self._where, template)
             limits = TemplateLimits.configured()
-            self._processes[template] = TemplateProcess(template, tokens, limits)
+            self._processes[template] = TemplateProcess(template, self._tokens, limits)
         return self._processes[template]
 
     @property
     def _where(self) -> str:
-        return f"the chat template of {self._file}"
+        return f"the chat template of {self._source}"
+
+    def _unnamed(self) -> DataError:
+        names = ", ".join(sorted(self._templates))
+        return DataError(
+            format_error(
+                self._where,
+                got=f"several templates, and none is the default: {names}",
+                expected="the name of one of them",
+                fix=f"Choose one as chat_template, such as {min(self._templates)}.",
+            )
+        )
 
     def _over(self, name: str) -> DataError:
         return DataError(
@@ -153,77 +171,24 @@ def _request(rendering: Rendering) -> str:
     return JSON.encode(names | {"add_generation_prompt": answer_next})
 
 
-def _check_size(file: Path, size: int) -> None:
-    if size > limit("template_bytes"):
-        raise ModelError(
-            format_error(
-                f"the chat template of {file}",
-                got=f"{size:,} bytes",
-                expected=f"at most {limit('template_bytes'):,}",
-                fix=raise_hint("template_bytes"),
-            )
-        )
-
-
-def _load(folder: Path) -> Any:
-    try:
-        AutoTokenizer = _auto_tokenizer()
-        if importlib.util.find_spec("jinja2") is None:
-            raise ModuleNotFoundError(name="jinja2")
-    except ImportError as error:
-        raise ModelError(
-            format_error(
-                "chat rows",
-                got=f"the package {error.name or 'transformers'} is not installed",
-                expected="transformers and jinja2, which load and render chat templates",
-                fix="pip install 'jax-lora[cli]'",
-            )
-        ) from error
-    try:
-        # Code in a model folder is never run.
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # untrusted files can cause any exception
-        raise _unusable(folder, f"{type(error).__name__}: {str(error)[:200]}") from error
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError(
-            format_error(
-                str(folder),
-                got="a tokenizer without a chat template (this is a base model)",
-                expected='a template, as the data has "messages"',
-                fix='Take an instruction-tuned model, or write the rows as "prompt" and '
-                '"completion".',
-            )
-        )
-    return tokenizer
-
-
-def _auto_tokenizer() -> Any:
-    """Import transformers without its advice to install a deep learning framework."""
-    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        from transformers import AutoTokenizer
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-    return AutoTokenizer
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0
-
-
-def _unusable(folder: Path, got: str) -> ModelError:
+def _not_installed() -> ModelError:
     return ModelError(
         format_error(
-            f"the tokenizer of {folder}",
-            got=got,
-            expected="a tokenizer that transformers loads without running code from the folder",
-            fix="Copy the tokenizer's files from the model's own folder.",
+            "chat rows",
+            got="the package jinja2 is not installed",
+            expected="jinja2, which renders chat templates",
+            fix=install_command("cli"),
+        )
+    )
+
+
+def _no_template(folder: Path) -> ModelError:
+    return ModelError(
+        format_error(
+            str(folder),
+            got="a tokenizer without a chat template (this is a base model)",
+            expected='a template, as the data has "messages"',
+            fix="Use an instruction-tuned model, set chat_template or prompt_template, or "
+            'write the rows as "prompt" and "completion".',
         )
     )

@@ -38,16 +38,16 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def renaming(columns: Mapping[str, str]) -> Iterator[None]:
+def renaming(columns: str | None) -> Iterator[None]:
     """Rename the columns of all data that is read in a block.
 
     Args:
-      columns: Field -> its name in the file.
+      columns: As for `parse_columns`; None changes nothing.
 
     Yields:
       Nothing.
     """
-    token = _COLUMNS.set(columns)
+    token = _COLUMNS.set(_COLUMNS.get() if columns is None else parse_columns(columns))
     try:
         yield
     finally:
@@ -67,7 +67,8 @@ def rename(value: Any) -> Any:
         if name not in value:
             have = ", ".join(f'"{each}"' for each in list(value)[:10]) or "none"
             return Problem(
-                f'no column "{name}"; the columns are {have}', "Correct the name of the column."
+                f'no column "{name}"; the columns are {have}',
+                "Correct the name of the column in columns.",
             )
     rest = {name: value[name] for name in value if name not in {*columns, *columns.values()}}
     return {field: value[name] for field, name in columns.items()} | rest

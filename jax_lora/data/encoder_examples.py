@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,11 +103,9 @@ def classification_examples(
     numbers = {name: number for number, name in enumerate(labels)}
 
     def encode(row: Row) -> tuple[Any, bool]:
-        text, pair = texts_of(file, row)
-        try:
-            encoded = tokenizer.encode(text, pair, max_length=max_length)
-        except DataError as error:
-            raise DataError(f"{file.path}:{row.line}: {error}") from error
+        texts = texts_of(file, row)
+        with _at(file, row):
+            encoded = tokenizer.encode(*texts, max_length=max_length)
         label = row.fields.get("label")
         if label is not None and label not in numbers:
             raise DataError(
@@ -142,7 +141,9 @@ def masked_lm_examples(
     """
 
     def encode(row: Row) -> tuple[Any, bool]:
-        encoded = tokenizer.encode(*texts_of(file, row), max_length=max_length)
+        texts = texts_of(file, row)
+        with _at(file, row):
+            encoded = tokenizer.encode(*texts, max_length=max_length)
         usable = int((~encoded.special).sum())
         if not usable:
             return None, encoded.cut
@@ -184,10 +185,11 @@ def seq2seq_examples(
     def encode(row: Row) -> tuple[Any, bool]:
         if row.kind != "completions":
             raise _wrong_kind(file, row, 'an example with "prompt" and "completion"')
-        both = [
-            tokenizer.encode(row.fields[name], max_length=max_length)
-            for name in ("prompt", "completion")
-        ]
+        with _at(file, row):
+            both = [
+                tokenizer.encode(row.fields[name], max_length=max_length)
+                for name in ("prompt", "completion")
+            ]
         raw = sum(int((~each.special).sum()) for each in both)
         example = Seq2SeqExample(*map(ended, both), line=row.line, raw=raw)
         return example, any(each.cut for each in both)
@@ -242,6 +244,15 @@ def texts_of(file: RowFile, row: Row) -> tuple[str, str | None]:
     if "text" in row.fields:
         return row.fields["text"], None
     raise _wrong_kind(file, row, 'an example with "text", or "text_a" and "text_b"')
+
+
+@contextlib.contextmanager
+def _at(file: RowFile, row: Row) -> Iterator[None]:
+    """Name the example in the errors of a block."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{file.path}:{row.line}: {error}") from error
 
 
 def _wrong_kind(file: RowFile, row: Row, expected: str) -> DataError:

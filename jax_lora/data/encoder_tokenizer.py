@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jax_lora.data.added_tokens import special_tokens_of
 from jax_lora.data.tokenizer_backend import (
     check_embedded,
     embedded_tokens,
     library_errors,
     read_backend,
-    read_special_tokens,
 )
 from jax_lora.errors import ModelError, format_error
 
@@ -73,8 +73,9 @@ class EncoderTokenizer:
           ModelError: A file is missing or damaged.
         """
         folder = Path(folder)
-        mask = read_special_tokens(folder).get("mask_token")
-        return cls(read_backend(folder), folder, mask=mask, embedded=embedded_tokens(folder))
+        backend = read_backend(folder)
+        mask = special_tokens_of(folder, backend.get_vocab()).get("mask_token")
+        return cls(backend, folder, mask=mask, embedded=embedded_tokens(folder))
 
     @property
     def size(self) -> int:

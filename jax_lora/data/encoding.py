@@ -55,7 +55,7 @@ def encode_row(
 
 def renderings(row: Row) -> list[Rendering]:
     """Return the conversations that `encode_row` renders for an example."""
-    if row.kind != "chat":
+    if row.kind != "chat":  # a prompt template needs no process
         return []
     messages, tools = row.fields["messages"], row.fields.get("tools")
     parts = located_with(messages, tools, row.fields.get("learn_from", 0))
@@ -77,19 +77,31 @@ def encode_prompt(fields: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
         last = target_turns(messages)[-1]
         text = tokenizer.render(messages[:last], answer_next=True, tools=tools)
         return tokenizer.encode(text)
-    return tokenizer.encode(fields["prompt"])
+    return tokenizer.encode(_prompt(fields, tokenizer))
+
+
+def _prompt(fields: dict[str, Any], tokenizer: Tokenizer) -> str:
+    """Return the prompt of an example; a prompt template replaces the layout of Alpaca."""
+    if tokenizer.formats_prompts and "turns" in fields:
+        return tokenizer.render(fields["turns"][:-1], answer_next=True)
+    return tokenizer.format_prompt(fields["prompt"])
 
 
 def _completion(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
-    prompt = tokenizer.encode(row["prompt"])
-    ids = tokenizer.encode(row["prompt"] + row["completion"])
+    text = _prompt(row, tokenizer)
+    prompt = tokenizer.encode(text)
+    ids = tokenizer.encode(text + row["completion"])
     # The tokenizer can merge the end of the prompt with the start of the completion into one token,
     # which never occurs at inference. In that case, the two are tokenized separately.
     if ids[: len(prompt)] != prompt:
         answer = tokenizer.encode(row["completion"])
         ids = prompt + answer[len(answer[:1]) if answer[:1] == [tokenizer.bos_id] else 0 :]
     loss_mask = [False] * len(prompt) + [True] * (len(ids) - len(prompt))
-    return _ended(ids, loss_mask, tokenizer)
+    encoded = _ended(ids, loss_mask, tokenizer)
+    if not tokenizer.formats_prompts:
+        return encoded
+    turns_given = [turn["content"] for turn in row.get("turns", ())]
+    return encoded._replace(raw=_raw(turns_given or [row["prompt"], row["completion"]], tokenizer))
 
 
 def _text(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
@@ -122,6 +134,11 @@ def _own(ids: list[int], tokenizer: Tokenizer) -> int:
     return sum(index not in (tokenizer.bos_id, tokenizer.eos_id) for index in ids)
 
 
+def _raw(texts: list[str], tokenizer: Tokenizer) -> int:
+    """Count the tokens of texts, without those of a template."""
+    return sum(_own(tokenizer.encode(text), tokenizer) for text in texts)
+
+
 def _chat(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
     messages, tools = row["messages"], row.get("tools")
     text = tokenizer.render(messages, tools=tools)
@@ -130,7 +147,7 @@ def _chat(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
     spans, unlocated = answer_spans(messages, text, tokenizer, tools, row.get("learn_from", 0))
     spans = spans[-1:] if turns == "last" else spans
     loss_mask = _between(ends, spans)
-    raw = sum(_own(tokenizer.encode(turn["content"]), tokenizer) for turn in messages)
+    raw = _raw([turn["content"] for turn in messages], tokenizer)
     if messages[-1]["role"] == "assistant" and not _closed(ids, loss_mask, tokenizer):
         ids, loss_mask = [*ids, tokenizer.eos_id], [*loss_mask, True]
     return Encoded(ids, loss_mask, raw, unlocated)

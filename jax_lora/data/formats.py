@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -31,6 +30,7 @@ from jax_lora.data.beside import (
 )
 from jax_lora.data.problem import Problem, check_characters, check_text, kind_of
 from jax_lora.data.turns import check_turns, target_turns
+from jax_lora.storage.json_files import parse_json
 
 Checked = tuple[str, dict[str, Any]] | Problem
 
@@ -251,7 +251,7 @@ def _speaker(entry: dict[str, Any]) -> dict[str, Any] | None:
     if entry["from"] != "function_call":
         return rest | {"role": role, "content": entry["value"]}
     try:
-        call = json.loads(entry["value"]) if isinstance(entry["value"], str) else entry["value"]
+        call = parse_json(entry["value"]) if isinstance(entry["value"], str) else entry["value"]
     except (ValueError, RecursionError):
         call = entry["value"]
     calls = call if isinstance(call, list) else [call]

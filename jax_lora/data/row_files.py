@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jax_lora.data.parquet_rows import BYTES_OF_EXAMPLE, parquet_rows
 from jax_lora.data.problem import Problem, kind_of
 from jax_lora.data.table_text import read_table_text, table_separator
-from jax_lora.errors import DataError, format_error
+from jax_lora.errors import DataError, format_error, install_command
 from jax_lora.storage.json_files import TooDeepError, check_depth
 from jax_lora.storage.limits import expanded_limit, limit, raise_hint
 
@@ -191,7 +191,7 @@ def _parquet(path: Path, content: bytes) -> RawFile:
     try:
         values = parquet_rows(path, content)
     except ImportError as error:
-        fix = "pip install 'jax-lora[parquet]'"
+        fix = install_command("parquet")
         raise _unreadable(path, "the package pyarrow is not installed", fix) from error
     shown = reprlib.Repr()  # without the whole text of a long row
     shown.maxdict, shown.maxlist, shown.maxstring = 20, 10, 300

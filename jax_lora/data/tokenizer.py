@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax_lora.data.chat_template import ChatTemplate, Rendering
+from jax_lora.data.prompt_template import PromptTemplate
+from jax_lora.data.special_tokens import all_special_tokens, read_special_tokens
 from jax_lora.data.tokenizer_backend import (
     check_embedded,
     embedded_tokens,
     eos_of_model,
     library_errors,
     read_backend,
-    read_special_tokens,
 )
 from jax_lora.errors import DataError, ModelError, format_error
 
@@ -29,6 +30,8 @@ class Tokenizer:
       folder: The tokenizer's folder. The chat template is loaded from it on first use.
       eos: Text of the EOS token.
       bos: Text of the BOS token, or None.
+      chat_template: Another chat template than the folder's, or None.
+      prompt_template: The format of prompts, instead of a chat template, or None.
 
     Example:
       >>> import jax_lora.bundled
@@ -37,9 +40,20 @@ class Tokenizer:
       'select name from books'
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, folder: Path, *, eos: str, bos: str | None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        folder: Path,
+        *,
+        eos: str,
+        bos: str | None,
+        chat_template: str | None = None,
+        prompt_template: str | None = None,
+    ):
         """Look up the special tokens."""
         self._backend, self._folder = backend, folder
+        self.chosen_template = chat_template
+        self._prompts = None if prompt_template is None else PromptTemplate(prompt_template)
         self._embedded = embedded_tokens(folder)
         self.eos_text = eos
         self.eos_id = self._id(eos)
@@ -50,11 +64,12 @@ class Tokenizer:
         self.bos_id = starts[0] if uses_bos else None
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
-        """Load `tokenizer.json` and the special tokens of a folder.
+    def load(cls, folder: str | Path, **templates: str | None) -> Tokenizer:
+        """Load the tokenizer and the special tokens of a folder.
 
         Args:
           folder: A Hugging Face folder.
+          **templates: `chat_template` and `prompt_template`, as in the class.
 
         Returns:
           The tokenizer.
@@ -64,17 +79,18 @@ class Tokenizer:
         """
         folder = Path(folder)
         backend, special = read_backend(folder), read_special_tokens(folder)
-        eos = special.get("eos_token") or eos_of_model(folder, backend)
+        usual = all_special_tokens(folder)
+        eos = special.get("eos_token") or eos_of_model(folder, backend) or usual.get("eos_token")
         if eos is None or backend.token_to_id(eos) is None:
             raise ModelError(
                 format_error(
                     str(folder / "tokenizer_config.json"),
                     got=f"eos_token {eos!r}",
-                    expected="an EOS token that is in tokenizer.json, so that generation can stop",
+                    expected="an EOS token that is in the vocabulary, so that generation can stop",
                     fix='Add "eos_token" to tokenizer_config.json.',
                 )
             )
-        return cls(backend, folder, eos=eos, bos=special.get("bos_token"))
+        return cls(backend, folder, eos=eos, bos=usual.get("bos_token"), **templates)
 
     @property
     def size(self) -> int:
@@ -126,6 +142,26 @@ class Tokenizer:
             return ids, ends
         return [self.bos_id, *ids], [0, *ends]
 
+    def format_prompt(self, prompt: str, system: str = "") -> str:
+        """Return a prompt in the format of the prompt template, if there is one.
+
+        Args:
+          prompt: The prompt.
+          system: The system message, for a prompt template.
+
+        Returns:
+          The text that a completion follows.
+
+        Raises:
+          DataError: There is a system message, and no prompt template with `{system}`.
+        """
+        return (self._prompts or PromptTemplate("{prompt}")).format(prompt, system)
+
+    @property
+    def formats_prompts(self) -> bool:
+        """Return whether there is a prompt template."""
+        return self._prompts is not None
+
     def decode(self, ids: list[int]) -> str:
         """Decode ids, without special tokens."""
         with library_errors(self._folder):
@@ -158,7 +194,18 @@ class Tokenizer:
           ModelError: The tokenizer has no chat template.
           DataError: The template rejects the conversation.
         """
-        return self._chat_template.render(messages, answer_next=answer_next, tools=tools)
+        if self._prompts is None:
+            return self._chat_template.render(messages, answer_next=answer_next, tools=tools)
+        if tools:
+            raise DataError(
+                format_error(
+                    '"tools"',
+                    got="a prompt template, which does not show them",
+                    expected="a chat template that writes the descriptions of tools",
+                    fix='Use a chat template, or remove "tools".',
+                )
+            )
+        return self._prompts.render(messages, self.eos_text)
 
     def render_ahead(self, renderings: list[Rendering]) -> None:
         """Render conversations that `render` is about to be called with, in one go.
@@ -169,11 +216,12 @@ class Tokenizer:
         Raises:
           ModelError: The tokenizer has no chat template.
         """
-        self._chat_template.render_ahead(renderings)
+        if self._prompts is None:
+            self._chat_template.render_ahead(renderings)
 
     @functools.cached_property
     def _chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self._folder)
+        return ChatTemplate(self._folder, self.chosen_template)
 
     def is_special(self, index: int) -> bool:
         """Return whether a token is special, such as an end-of-turn token."""

@@ -8,14 +8,19 @@ found before the library reads the file, and every other error is converted.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_lora.data.regex_trial import regex_problem
+from jax_lora.data.sentencepiece_tokenizer import sentencepiece_document
+from jax_lora.data.special_tokens import read_settings
+from jax_lora.data.vocabulary_files import byte_level_document, word_piece_document
 from jax_lora.errors import DataError, LoraError, ModelError, format_error
 from jax_lora.storage import schema
-from jax_lora.storage.json_files import parse_object, read_json, read_limited
+from jax_lora.storage.json_files import parse_object, read_limited
 
 if TYPE_CHECKING:
     import tokenizers
@@ -52,11 +57,6 @@ _DOCUMENT = schema.fields(
     },
     required=("model",),
 )
-_TOKEN = schema.optional(
-    schema.either(schema.TEXT, schema.fields({"content": schema.TEXT}, required=("content",)))
-)
-_TOKEN_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_SPECIAL = schema.fields(dict.fromkeys(_TOKEN_ROLES, _TOKEN))
 _INDEX = schema.integer(0, _LARGEST_ID)
 _MODEL_SIZE = schema.fields({"vocab_size": schema.optional(schema.integer(1, _LARGEST_ID))})
 _MODEL_EOS = schema.fields(
@@ -64,33 +64,65 @@ _MODEL_EOS = schema.fields(
 )
 
 
-def read_backend(folder: Path) -> tokenizers.Tokenizer:
-    """Read a folder's `tokenizer.json`, with truncation and padding switched off.
+def tokenizer_file(folder: Path) -> Path | None:
+    """Return the file of a folder that has its vocabulary, or None."""
+    return next((folder / name for name in _FILES if (folder / name).is_file()), None)
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """Read what a folder's tokenizer is, in the format of tokenizer.json.
 
     Args:
-      folder: The folder.
+      folder: The folder, with one of `tokenizer.json`, `tokenizer.model` or `spiece.model`
+        (SentencePiece), `vocab.json` and `merges.txt`, or `vocab.txt`.
 
     Returns:
       The tokenizer.
 
     Raises:
-      ModelError: The file is missing, damaged, or contradicts itself.
+      ModelError: No such file is there, or it is damaged.
+    """
+    file = tokenizer_file(folder)
+    if file is None:
+        raise _refusal(folder / FILE, "no such file")
+    return _FILES[file.name](file)
+
+
+def read_backend(folder: Path) -> tokenizers.Tokenizer:
+    """Read a folder's tokenizer, with truncation and padding switched off.
+
+    Args:
+      folder: The folder, as for `read_document`.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      ModelError: A file is missing, damaged, or contradicts itself.
     """
     import tokenizers
 
-    file = folder / FILE
-    if not file.is_file():
-        raise _refusal(file, "no such file")
-    data = read_limited(file, ModelError, "tokenizer_bytes")
-    document = parse_object(data, file, ModelError)
+    document, file = read_document(folder), tokenizer_file(folder) or folder
     problems = list(schema.problems(document, _DOCUMENT)) or list(_contradictions(document))
     if problems:
         raise _refusal(file, problems[:_SHOWN_PROBLEMS])
+    if problem := regex_problem(document):
+        raise _refusal(file, problem)
     with library_errors(folder):
-        backend = tokenizers.Tokenizer.from_buffer(data)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(document))
         backend.no_truncation()
         backend.no_padding()
+    if file.name != FILE:
+        _check_ids(file, document, backend)
     return backend
+
+
+def _check_ids(file: Path, document: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
+    """Raise if an added token has another id than its file says: the library counts on."""
+    for token in document["added_tokens"]:
+        text, index = token["content"], backend.token_to_id(token["content"])
+        if index != token["id"]:
+            raise _refusal(file, f"the added token {text[:40]!r} with the id {token['id']}")
 
 
 @contextlib.contextmanager
@@ -112,25 +144,7 @@ def library_errors(folder: Path) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic is a BaseException, of a class that is not public
         got = f"{type(error).__name__}: {str(error)[:200]}"
-        raise _refusal(folder / FILE, got) from error
-
-
-def read_special_tokens(folder: Path) -> dict[str, str]:
-    """Read the texts of the special tokens that a folder names, by role such as `"eos_token"`.
-
-    Args:
-      folder: The folder.
-
-    Returns:
-      The texts by role.
-
-    Raises:
-      ModelError: A file is damaged, or a token is not a text.
-    """
-    settings = _settings(folder / "special_tokens_map.json", _SPECIAL)
-    settings |= _settings(folder / "tokenizer_config.json", _SPECIAL)
-    texts = {name: _text_of(settings.get(name)) for name in _TOKEN_ROLES}
-    return {name: text for name, text in texts.items() if text is not None}
+        raise _refusal(tokenizer_file(folder) or folder, got) from error
 
 
 def eos_of_model(folder: Path, backend: tokenizers.Tokenizer) -> str | None:
@@ -146,7 +160,7 @@ def eos_of_model(folder: Path, backend: tokenizers.Tokenizer) -> str | None:
     Raises:
       ModelError: The file is damaged.
     """
-    index = _settings(folder / "config.json", _MODEL_EOS).get("eos_token_id")
+    index = read_settings(folder / "config.json", _MODEL_EOS).get("eos_token_id")
     index = (index[0] if index else None) if isinstance(index, list) else index
     return None if index is None else backend.id_to_token(index)
 
@@ -163,7 +177,7 @@ def embedded_tokens(folder: Path) -> int | None:
     Raises:
       ModelError: The file is damaged.
     """
-    return _settings(folder / "config.json", _MODEL_SIZE).get("vocab_size")
+    return read_settings(folder / "config.json", _MODEL_SIZE).get("vocab_size")
 
 
 def check_embedded(ids: list[int], embedded: int | None, backend: tokenizers.Tokenizer) -> None:
@@ -191,26 +205,18 @@ def check_embedded(ids: list[int], embedded: int | None, backend: tokenizers.Tok
         )
 
 
-def _settings(file: Path, kind: schema.Kind) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    settings = read_json(file, ModelError)
-    problems = list(schema.problems(settings, kind))
-    if problems:
-        raise ModelError(
-            format_error(
-                str(file),
-                got=problems[:_SHOWN_PROBLEMS],
-                expected="a JSON object of settings",
-                fix="Copy the file from the model's own folder.",
-            )
-        )
-    return settings
+def _tokenizer_json(file: Path) -> dict[str, Any]:
+    return parse_object(read_limited(file, ModelError, "tokenizer_bytes"), file, ModelError)
 
 
-def _text_of(token: Any) -> str | None:
-    """Return a special token's text: settings write it as a string or as an object."""
-    return token["content"] if isinstance(token, dict) else token
+# In the order in which they are looked for.
+_FILES: Mapping[str, Callable[[Path], dict[str, Any]]] = {
+    FILE: _tokenizer_json,
+    "tokenizer.model": sentencepiece_document,
+    "spiece.model": sentencepiece_document,
+    "vocab.json": byte_level_document,
+    "vocab.txt": word_piece_document,
+}
 
 
 def _refusal(file: Path, got: str | list[str]) -> ModelError:
@@ -218,8 +224,9 @@ def _refusal(file: Path, got: str | list[str]) -> ModelError:
         format_error(
             str(file),
             got=got,
-            expected="a tokenizer in the format of the tokenizers library",
-            fix="Copy tokenizer.json from the model's own folder.",
+            expected="a tokenizer in the format of the tokenizers library, a SentencePiece model, "
+            "vocab.json with merges.txt, or vocab.txt",
+            fix="Copy tokenizer.json, or these files, from the model's own folder.",
         )
     )
 

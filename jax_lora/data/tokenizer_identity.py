@@ -1,47 +1,51 @@
-"""Digests of what turns text into ids, by which a checkpoint recognizes its tokenizer."""
+"""Checksums of the tokenizer and chat template, by which a checkpoint recognizes them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import ModelError, format_error
-from jax_lora.storage.json_files import digest
+from jax_lora.data.template_files import DEFAULT, template_files
+from jax_lora.data.tokenizer_backend import read_document, tokenizer_file
+from jax_lora.errors import ModelError
+from jax_lora.storage.json_files import json_checksum, read_json
 
 # Texts are cut and padded by the library itself, whatever these settings of the file are.
 _UNUSED = ("truncation", "padding")
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "mask_token", "add_bos_token", "add_eos_token")
 
 
-def tokenizer_identity(folder: Path, end_ids: Any) -> dict[str, str]:
+def tokenizer_identity(
+    folder: Path, end_ids: Any, *, chat_template: str | None = None
+) -> dict[str, str]:
     """Hash the tokenizer, its special tokens, the chat template and the end tokens of a model.
 
     Args:
       folder: The model's folder.
       end_ids: Token ids at which the model stops: an id, several, or None.
+      chat_template: Another chat template than the folder's, or None.
 
     Returns:
-      Digests by what they are of.
+      Checksums by the part that they identify.
 
     Raises:
       ModelError: A file is damaged.
     """
-    tokenizer = _read(folder / "tokenizer.json") or {}
+    tokenizer = {} if tokenizer_file(folder) is None else read_document(folder)
     special = _read(folder / "special_tokens_map.json") or {}
     settings = special | (_read(folder / "tokenizer_config.json") or {})
     ends = [end_ids] if isinstance(end_ids, int) else sorted(end_ids or ())
     return {
-        "tokenizer": digest({k: v for k, v in tokenizer.items() if k not in _UNUSED}),
-        "special tokens": digest({name: _text(settings.get(name)) for name in _SPECIAL}),
-        "chat template": digest(_chat_template(folder, settings)),
-        "end-of-text token ids": digest([int(each) for each in ends]),
+        "tokenizer": json_checksum({k: v for k, v in tokenizer.items() if k not in _UNUSED}),
+        "special tokens": json_checksum({name: _text(settings.get(name)) for name in _SPECIAL}),
+        "chat template": json_checksum(chat_template or _chat_templates(folder, settings)),
+        "end-of-text token ids": json_checksum([int(each) for each in ends]),
     }
 
 
 def identity_changes(then: Any, now: Mapping[str, str]) -> list[str]:
-    """Compare the digests of a checkpoint with those of a model.
+    """Compare the checksums of a checkpoint with those of a model.
 
     Args:
       then: Those of the checkpoint; earlier versions wrote none, which says nothing.
@@ -52,51 +56,30 @@ def identity_changes(then: Any, now: Mapping[str, str]) -> list[str]:
 
     Example:
       >>> identity_changes({"tokenizer": "aa"}, {"tokenizer": "bb"})
-      ['the tokenizer has changed: its digest was aa, now bb']
+      ['the tokenizer has changed: its checksum was aa, now bb']
     """
     if not isinstance(then, dict):
         return []
     return [
         f"the {name} ha{'ve' if name.endswith('s') else 's'} changed: "
-        f"{'their' if name.endswith('s') else 'its'} digest was {then[name]}, now {value}"
+        f"{'their' if name.endswith('s') else 'its'} checksum was {then[name]}, now {value}"
         for name, value in now.items()
         if name in then and then[name] != value
     ]
 
 
-def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
-    """Return the template that transformers uses: a file of its name comes before the settings."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise _damaged(file, error) from error
-    if settings.get("chat_template") is not None:
-        return settings["chat_template"]
-    return (_read(folder / "chat_template.json") or {}).get("chat_template")
+def _chat_templates(folder: Path, settings: dict[str, Any]) -> Any:
+    """Return the folder's templates; a single one as it is in the settings."""
+    files = template_files(folder)
+    default = files.pop(DEFAULT, None) or settings.get("chat_template")
+    if default is None:
+        default = (_read(folder / "chat_template.json") or {}).get("chat_template")
+    return [default, files] if files else default
 
 
 def _text(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(file, error) from error
-    return value if isinstance(value, dict) else None
-
-
-def _damaged(file: Path, error: Exception) -> ModelError:
-    return ModelError(
-        format_error(
-            str(file),
-            got=str(error)[:200],
-            expected="a file of a tokenizer, in UTF-8",
-            fix="Copy the file from the model's own folder.",
-        )
-    )
+def _read(file: Path, size: str = "json_bytes") -> dict[str, Any] | None:
+    return read_json(file, ModelError, size) if file.is_file() else None

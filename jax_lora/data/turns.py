@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from jax_lora.data.problem import Problem, check_characters, kind_of
+from jax_lora.storage.json_files import parse_json
 
 # OpenAI's and Axolotl's marks of the turns that are learned.
 _UNUSED_MARKS = ("train_detail", "training_detail", "token_weights")
@@ -175,7 +175,7 @@ def _check_calls(calls: Any, where: str) -> list[dict[str, Any]] | Problem:
 def _arguments(value: Any) -> dict[str, Any] | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value or "{}")
+            value = parse_json(value or "{}")
         except (ValueError, RecursionError):
             return None
     return value if isinstance(value, dict) else None

@@ -1,8 +1,8 @@
-"""commit.json: the mark of a complete checkpoint, with its step and digests of its files.
+"""commit.json: the mark of a complete checkpoint, with its step and checksums of its files.
 
 The mark is written last, before the folder gets its name. It binds the files together: the record
 or the adapter of another checkpoint is refused. Files in `arrays-*` and `moments` have their
-checksums in adapter.json and training.json, whose digests are here.
+checksums in adapter.json and training.json, whose checksums are in this file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from jax_lora.errors import CheckpointError, format_error
 from jax_lora.storage import array_store
 from jax_lora.storage.atomic_writes import write_file
-from jax_lora.storage.json_files import digest, read_json
+from jax_lora.storage.json_files import json_checksum, read_json
 from jax_lora.storage.locks import LOCK
 
 MARK, FORMAT, VERSION = "commit.json", "jax_lora checkpoint", 1
@@ -34,7 +34,7 @@ def write_mark(checkpoint: Path, step: int) -> None:
       CheckpointError: Writing fails.
     """
     values = {"format": FORMAT, "version": VERSION, "step": step, "files": _digests(checkpoint)}
-    text = json.dumps(values | {"seal": digest(values)}, indent=1) + "\n"
+    text = json.dumps(values | {"seal": json_checksum(values)}, indent=1) + "\n"
     write_file(checkpoint / MARK, text, CheckpointError)
 
 
@@ -77,7 +77,7 @@ def _seal_problems(values: dict[str, Any]) -> list[str]:
     whole = isinstance(values.get("step"), int) and isinstance(files, dict)
     if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
         return [f"{MARK}: format {values.get('format')!r}, version {values.get('version')!r}"]
-    if values.get("seal") != digest(inside) or not whole:
+    if values.get("seal") != json_checksum(inside) or not whole:
         return [f"{MARK}: does not match its checksum"]
     return []
 

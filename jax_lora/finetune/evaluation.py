@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_lora.data.encoding import encode_prompt
 from jax_lora.data.rows import Row, RowFile, boolean_field
 from jax_lora.finetune.classification_metrics import accuracy, macro_f1
+from jax_lora.finetune.devices import split_rows
 from jax_lora.finetune.generation import Generator
 from jax_lora.finetune.prediction import complete, masked_accuracy, predict_classes
 from jax_lora.finetune.settings import TrainSettings
@@ -71,6 +74,7 @@ class Evaluation:
       max_length: Maximum sequence length in tokens.
       max_tokens: Maximum number of tokens of a completion.
       rows: Examples per batch.
+      mesh: Devices that share the examples of a batch and the model; None: one.
     """
 
     file: RowFile
@@ -79,6 +83,7 @@ class Evaluation:
     max_length: int = 2048
     max_tokens: int = 64
     rows: int = 50
+    mesh: Mesh | None = None
 
     def score(
         self, model: Any, variables: Any, *, answered: Callable[[int], None] | None = None
@@ -93,13 +98,17 @@ class Evaluation:
         Returns:
           Scores by group, `"all"` first.
         """
-        measure = make_validation(loss_for(self.task, model))
+        mesh, place = self.mesh, {}
+        devices = 1 if mesh is None else mesh.size
+        measure = make_validation(loss_for(self.task, model.clone(mesh=mesh), devices=devices))
+        if mesh is not None:
+            place["place"] = functools.partial(split_rows, mesh=mesh)
         answers = self._answers(model, variables, answered)
         scores = {}
         for name, rows in self._groups().items():
             batches = self._batches(model, rows)
-            total, tokens = total_loss(measure, None, variables, batches.once())
-            score = Score(len(rows), round(tokens), total / max(tokens, 1.0))
+            loss, tokens = _mean_loss(measure, variables, batches, **place)
+            score = Score(len(rows), round(tokens), loss)
             if self.task == CLASSES:
                 score = _classified(model, variables, batches, score)
             elif self.task == MASKED:
@@ -107,6 +116,19 @@ class Evaluation:
                 score = dataclasses.replace(score, accuracy=share)
             scores[name] = self._with_matches(rows, answers, score)
         return scores
+
+    def loss(self, model: Any, variables: Any) -> float:
+        """Compute the mean loss of the targets of all examples.
+
+        Args:
+          model: A model of `jax_lora.models`.
+          variables: `{"params": params}`, with or without an adapter.
+
+        Returns:
+          The loss.
+        """
+        measure = make_validation(loss_for(self.task, model))
+        return _mean_loss(measure, variables, self._batches(model, self.file.rows))[0]
 
     def _batches(self, model: Any, rows: Sequence[Row]) -> Any:
         file = dataclasses.replace(self.file, rows=tuple(rows))
@@ -175,6 +197,12 @@ class Evaluation:
     def _executes(self, row: Row, answer: str) -> bool:
         script = load_database(_folder_of(self.file.path), row.fields["database"])
         return execution_match(answer, row.fields["completion"], script)
+
+
+def _mean_loss(measure: Any, variables: Any, batches: Any, **place: Any) -> tuple[float, float]:
+    """Return the mean loss of the targets, and their number."""
+    total, tokens = total_loss(measure, None, variables, batches.once(), **place)
+    return total / max(tokens, 1.0), tokens
 
 
 def _classified(model: Any, variables: Any, batches: Any, score: Score) -> Score:

@@ -38,7 +38,8 @@ class Generator:
       top_k: Sample from the k most likely tokens.
       top_p: Sample from the smallest set of tokens with at least this total probability.
       seed: Random seed of sampling; each prompt of a list has a different key.
-      doubling: Pad prompts to doubling lengths, to limit recompilation in growing conversations.
+      pad_to_powers_of_two: Pad prompts to a power of two, at least 64, to limit recompilation in
+        growing conversations.
 
     Raises:
       ConfigError: A value is out of range, or a stop string is empty.
@@ -54,7 +55,7 @@ class Generator:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
-    doubling: bool = False
+    pad_to_powers_of_two: bool = False
 
     def __post_init__(self):
         """Check the sampling settings and the stop strings."""
@@ -141,7 +142,7 @@ class Generator:
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Pad prompts on the left to one of a few lengths: (rows, length) ids and mask."""
         length = -(-max(map(len, prompts)) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        if self.doubling:
+        if self.pad_to_powers_of_two:
             doubled = PROMPT_MULTIPLE << (length // PROMPT_MULTIPLE - 1).bit_length()
             length = max(length, min(doubled, self._most - self.max_tokens))
         ids = np.zeros((len(prompts), length), np.int32)

@@ -11,6 +11,7 @@ batch. They are written for plain variables: `make_step` applies `lora_apply`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_lora.data.collators import Batch, ClassificationBatch, MaskedBatch, Seq2SeqBatch
+from jax_lora.models.head_sharding import share_head
+from jax_lora.models.mesh_sharding import EXPERT, ROW_AXES
 from jax_lora.transform.strategies import target_platform
 
 # The largest array of logits without an explicit `chunk`: 64 MiB in float32 on a CPU. Every chunk
@@ -45,7 +48,8 @@ def causal_lm_loss(
       batch: Padded or packed sequences.
       chunk: Number of tokens per chunk of logits; the backward pass recomputes them. None: as many
         as `MOST_LOGITS` allows on the model's platform. 0: all.
-      devices: Devices that share the rows of the batch, and so the tokens of a chunk.
+      devices: Devices that share the rows of the batch, and so the tokens of a chunk, if the model
+        has no mesh.
 
     Returns:
       The sum of the losses and the number of target tokens, both float32 scalars.
@@ -54,8 +58,8 @@ def causal_lm_loss(
     given = {name: array for name, array in packed.items() if array is not None}
     hidden = model.apply(variables, batch.ids, **given, return_hidden=True)
     chosen = _gather(hidden, batch.at)  # (rows * targets, hidden)
-    unembed = lambda x: model.apply(variables, x, method="unembed")  # noqa: E731
-    return _cross_entropy(model, unembed, chosen, batch, chunk, devices)
+    unembed = lambda variables, x: model.apply(variables, x, method="unembed")  # noqa: E731
+    return _cross_entropy(model, variables, unembed, chosen, batch, chunk, devices)
 
 
 def masked_lm_loss(
@@ -75,8 +79,10 @@ def masked_lm_loss(
     """
     hidden = model.apply(variables, batch.ids, batch.mask, batch.types, return_hidden=True)
     chosen = _gather(hidden, batch.at)  # (rows * targets, hidden)
-    head = lambda x: model.apply(variables, x[None], method="unembed")[0]  # noqa: E731
-    return _cross_entropy(model, head, chosen, batch, chunk, devices)
+    unembed = lambda variables, x: model.apply(  # noqa: E731
+        variables, x[None], method="unembed"
+    )[0]
+    return _cross_entropy(model, variables, unembed, chosen, batch, chunk, devices)
 
 
 def seq2seq_loss(
@@ -102,8 +108,8 @@ def seq2seq_loss(
         return_hidden=True,
     )  # (rows, targets, hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    unembed = lambda x: model.apply(variables, x, method="unembed")  # noqa: E731
-    return _cross_entropy(model, unembed, flat, batch, chunk, devices)
+    unembed = lambda variables, x: model.apply(variables, x, method="unembed")  # noqa: E731
+    return _cross_entropy(model, variables, unembed, flat, batch, chunk, devices)
 
 
 def classification_loss(
@@ -149,14 +155,15 @@ def chunk_size(
 
 def _gather(hidden: Array, at: Any) -> Array:
     """Select positions: (rows, length, hidden), (rows, targets) -> (rows * targets, hidden)."""
-    rows, length, width = hidden.shape
-    first = jnp.arange(rows, dtype=jnp.int32)[:, None] * jnp.full_like(at, length)
-    return hidden.reshape(rows * length, width)[(first + at).reshape(-1)]
+    # Along the row: indices into all tokens would gather the rows of all devices.
+    chosen = jnp.take_along_axis(hidden, jnp.asarray(at)[..., None], axis=1)
+    return chosen.reshape(-1, hidden.shape[-1])
 
 
 def _cross_entropy(
     model: Any,
-    head: Callable[[Array], Array],
+    variables: Any,
+    unembed: Callable[[Any, Array], Array],
     hidden: Array,
     batch: Any,
     chunk: int | None,
@@ -166,8 +173,17 @@ def _cross_entropy(
     labels = jnp.asarray(batch.labels).reshape(-1)
     weights = jnp.asarray(batch.weights).reshape(-1)
     platform = getattr(model, "platform", None) or target_platform(())
-    size = chunk_size(chunk, model.config.vocab_size, hidden.shape[0], platform, devices)
-    of = lambda x, labels, weights: _summed(head(x), labels, weights)  # noqa: E731
+    sizes = dict(getattr(getattr(model, "mesh", None), "shape", {}))
+    sharing = max(devices, math.prod(sizes.values())) // sizes.get(EXPERT, 1)  # of the logits
+    size = chunk_size(chunk, model.config.vocab_size, hidden.shape[0], platform, sharing)
+    split = math.prod(sizes.get(name, 1) for name in ROW_AXES)
+    size = -(-size // split) * split
+    head = share_head(model, variables, hidden.shape[0])
+
+    def of(x: Array, labels: Array, weights: Array) -> Array:
+        logits = unembed(head.variables, head.pin_hidden(x))
+        return _summed(head.pin_logits(logits), labels, weights)
+
     if size >= labels.shape[0]:
         return of(hidden, labels, weights), weights.sum()
     return _in_chunks(of, size, hidden, labels, weights), weights.sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import jax
 
@@ -15,6 +16,19 @@ def counts_resident_memory() -> bool:
 def device_memory() -> int | None:
     """Return the bytes of a device that arrays may occupy; None where it does not say (CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def available_memory() -> int | None:
+    """Return the bytes that further arrays may occupy; None if neither device nor host says."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def peak_memory() -> float:

@@ -12,7 +12,7 @@ from jax_lora.finetune.run_folder import CONFIG, is_as_written
 from jax_lora.finetune.settings import TrainSettings
 
 # These may change: none of them changes an update, except the length of the run, which stretches
-# the learning rate's schedule.
+# the learning rate's schedule. Another mesh only adds in another order.
 FREE = (
     "iters",
     "epochs",
@@ -25,6 +25,8 @@ FREE = (
     "early_stop",
     "sample_prompt",
     "log",
+    "chat_template",  # its text is compared, not its name
+    "mesh",
 )
 LENGTH = ("iters", "epochs")
 
@@ -38,10 +40,10 @@ def refuse_changes(
     """Refuse to continue a run with other settings or other data.
 
     Args:
-      record: What was written beside the checkpoint.
+      record: The contents of training.json.
       settings: Those of now.
-      data: Digests of the splits, of now.
-      text: Digests of tokenizer and chat template, of now.
+      data: Current checksums of the splits.
+      text: Current checksums of tokenizer and chat template.
 
     Raises:
       ConfigError: They differ; the message names every difference.

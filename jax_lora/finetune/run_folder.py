@@ -27,7 +27,7 @@ from jax_lora.storage.atomic_writes import (
     replacing,
     write_file,
 )
-from jax_lora.storage.json_files import digest, read_json
+from jax_lora.storage.json_files import json_checksum, read_json
 from jax_lora.storage.locks import LOCK, FolderLock, locked
 from jax_lora.storage.yaml_files import read_yaml
 
@@ -38,7 +38,10 @@ HEADER = "# Written by jax-lora train. The same run again: jax-lora train -c THI
 # The fields of config.yaml that are used without making `TrainSettings` of all of them.
 _CONFIG = schema.fields(
     {
-        **dict.fromkeys(("model", "data", "adapter_path"), schema.optional(schema.TEXT)),
+        **dict.fromkeys(
+            ("model", "data", "adapter_path", "columns", "prompt_template"),
+            schema.optional(schema.TEXT),
+        ),
         "task": schema.choice(*TASKS),
         "dtype": schema.choice(*DTYPES),
         "labels": schema.list_of(schema.TEXT),
@@ -51,7 +54,7 @@ class RunFolder:
     """Writes the files of a run.
 
     Each checkpoint is a folder that gets its name when it is complete, with a mark in it. These
-    folders are the truth; run.json only lists them, and is made again from them.
+    folders are the truth; run.json only lists them, and is rebuilt from them.
 
     Args:
       path: The folder, made by `prepare` or found by `resume`.
@@ -214,7 +217,7 @@ class RunFolder:
         if best and chosen and math.isfinite(best[0]):
             state["best_val_loss"] = best[0]
         state["saved"] = self._saved
-        text = json.dumps(state | {"seal": digest(state)}, indent=2) + "\n"
+        text = json.dumps(state | {"seal": json_checksum(state)}, indent=2) + "\n"
         write_file(self.path / STATE, text, CheckpointError)
         for name in gone:  # only now, when nothing names them any more
             _delete(self.path / name)
@@ -284,12 +287,12 @@ def _delete(checkpoint: Path) -> None:
 
 
 def sealed_text(text: str) -> str:
-    """Append the digest of a text as a comment."""
+    """Append the checksum of a text as a comment."""
     return f"{text}{SEAL}{_digest_of(text)}\n"
 
 
 def is_as_written(text: str) -> bool:
-    """Tell whether a text has the digest that `sealed_text` appended, or none."""
+    """Tell whether a text has the checksum that `sealed_text` appended, or none."""
     start, found, last = text.rpartition(SEAL)
     return not found or last.strip() == _digest_of(start)
 
@@ -379,12 +382,12 @@ def _best(run: Path) -> Any:
 
 
 def _is_sound(state: dict[str, Any], complete: list[str]) -> bool:
-    """Tell whether run.json is unchanged and lists the checkpoints; earlier ones have no digest."""
+    """Tell whether run.json is unchanged and complete; earlier versions have no checksum."""
     if "seal" not in state:
         return True
     inside = {key: value for key, value in state.items() if key != "seal"}
     try:
-        return state["seal"] == digest(inside) and state.get("saved") == complete
+        return state["seal"] == json_checksum(inside) and state.get("saved") == complete
     except ValueError:  # a NaN, which is not JSON
         return False
 
@@ -411,7 +414,7 @@ def is_run(path: Path) -> bool:
     if not config.is_file():
         return False
     with config.open(encoding="utf-8", errors="replace") as file:
-        return file.readline() == HEADER
+        return file.readline(len(HEADER) + 1) == HEADER
 
 
 def _free_name(path: Path) -> Path:

@@ -103,7 +103,7 @@ class RunProgress:
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; floats come back from JSON to the bit."""
+        """Return plain values; floats survive JSON bitwise."""
         return dataclasses.asdict(self)
 
     @classmethod

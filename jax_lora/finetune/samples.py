@@ -31,7 +31,7 @@ class Sampler:
         """Refuse prompts that are too long, before training starts."""
         room = self._most - self._max_tokens
         for prompt in self.prompts:
-            size = len(self.tokenizer.encode(prompt))
+            size = len(self._encode(prompt))
             if size > room or size == 0:
                 raise ConfigError(
                     format_error(
@@ -42,6 +42,9 @@ class Sampler:
                         fix="Shorten the prompt.",
                     )
                 )
+
+    def _encode(self, prompt: str) -> list[int]:
+        return self.tokenizer.encode(self.tokenizer.format_prompt(prompt))
 
     @property
     def _most(self) -> int:
@@ -69,5 +72,5 @@ class Sampler:
             max_tokens=self._max_tokens,
             rows=len(self.prompts),
         )
-        ids = [self.tokenizer.encode(prompt) for prompt in self.prompts]
+        ids = [self._encode(prompt) for prompt in self.prompts]
         return tuple(zip(self.prompts, generator.answer(ids), strict=True))

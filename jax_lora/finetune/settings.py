@@ -8,8 +8,12 @@ from typing import Any
 
 import optax
 
+from jax_lora.algebra.weight_formats import METHODS
 from jax_lora.config import LoraConfig
+from jax_lora.data.columns import parse_columns
+from jax_lora.data.prompt_template import PromptTemplate
 from jax_lora.errors import ConfigError, format_error
+from jax_lora.finetune.devices import AUTO, mesh_sizes
 from jax_lora.finetune.optimizer_factory import check_optimizer, make_optimizer
 from jax_lora.finetune.schedule import SHAPES, make_schedule
 from jax_lora.models.attention_mask import ATTENTION
@@ -21,6 +25,7 @@ TYPES = ("lora", "dora", "full")
 TRUNCATIONS = ("right", "drop", "error")
 TURNS = ("all", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE = ("none", *METHODS)
 REMATS = ("auto", *REMAT)
 LOGS = ("jsonl", "csv", "tensorboard")
 
@@ -50,6 +55,11 @@ class TrainSettings:
       truncate: `"right"` truncates longer examples, `"drop"` drops them, `"error"` raises an error.
       pack: Pack several examples into one sequence; none attends to another.
       mask_prompt: Exclude prompts from the loss; None: exclude them, except in plain text.
+      columns: Fields and their names in the data, such as `"prompt=question,completion=answer"`.
+      chat_template: Name of one of the model's chat templates, or a `.jinja` file; None: the
+        default one.
+      prompt_template: Format of prompts for a model without a chat template, with `{prompt}` and
+        optionally `{system}`.
       turns: Assistant turns that are included in the loss: `"all"` or only the `"last"`.
       optimizer: Name of an Optax optimizer.
       learning_rate: Peak learning rate.
@@ -74,7 +84,11 @@ class TrainSettings:
       sample_prompt: Prompts that are completed at every validation.
       log: Formats of the metrics files: `"jsonl"`, `"csv"`, `"tensorboard"`.
       seed: Random seed of initialization, data order, and dropout.
+      mesh: Sizes of the mesh's axes, such as `"data=2,fsdp=4"`; their names are data, fsdp, tensor
+        and expert. `"auto"`: the devices share the examples, and each has a copy of the model.
       dtype: Dtype of the base weights; `"auto"`: float32 on a CPU, else that of the files.
+      quantize: Store the dense kernels of the base, except the output head, in fewer bits:
+        `"nf4"`, `"int8"` or `"float8"`; `"none"`: as they are in the model's folder.
 
     Raises:
       ConfigError: A value is invalid.
@@ -103,6 +117,9 @@ class TrainSettings:
     pack: bool = False
     mask_prompt: bool | None = None
     turns: str = "all"
+    columns: str | None = None
+    chat_template: str | None = None
+    prompt_template: str | None = None
     optimizer: str = "adamw"
     learning_rate: float = 2e-4
     lr_schedule: str = "cosine"
@@ -124,15 +141,21 @@ class TrainSettings:
     sample_prompt: tuple[str, ...] = ()
     log: tuple[str, ...] = ("jsonl", "csv")
     seed: int = 0
+    mesh: str = "auto"
     dtype: str = "auto"
+    quantize: str = "none"
 
     def __post_init__(self) -> None:
         """Check all values; `LoraConfig` checks those of the adapter."""
         self._check_counts()
         self._check_numbers()
         self._check_choices()
+        self._check_texts()
         self._check_full()
         check_optimizer(self.optimizer)
+        self._check("mesh", isinstance(self.mesh, str), "text")
+        if self.mesh != AUTO:
+            mesh_sizes(self.mesh)
         self.lora_config()
 
     def _check_counts(self) -> None:
@@ -176,6 +199,7 @@ class TrainSettings:
             ("truncate", TRUNCATIONS),
             ("turns", TURNS),
             ("dtype", DTYPES),
+            ("quantize", QUANTIZE),
             ("remat", REMATS),
             ("attention", ATTENTION),
         ):
@@ -198,6 +222,17 @@ class TrainSettings:
         )
         self._check("sample_prompt", texts, "texts that are not empty")
 
+    def _check_texts(self) -> None:
+        """Check the names of columns, and the templates."""
+        for name in ("columns", "chat_template", "prompt_template"):
+            value = getattr(self, name)
+            self._check(name, value is None or (isinstance(value, str) and value), "a text")
+        if self.columns is not None:
+            parse_columns(self.columns)
+        if self.prompt_template is not None:
+            PromptTemplate(self.prompt_template)
+            self._check("chat_template", self.chat_template is None, "no prompt_template beside it")
+
     def _check_full(self) -> None:
         """Refuse settings that have no effect without an adapter."""
         if self.fine_tune_type != "full":
@@ -205,8 +240,10 @@ class TrainSettings:
         for name, nothing in (("dropout", 0.0), ("lora_plus_ratio", 1.0), ("num_layers", -1)):
             right = getattr(self, name) == nothing
             self._check(name, right, f"{nothing:g} in full fine-tuning, which has no adapter")
+        right = self.quantize == "none"
+        self._check("quantize", right, '"none" in full fine-tuning, which changes all weights')
 
-    def _check(self, name: str, right: bool, expected: str) -> None:
+    def _check(self, name: str, right: Any, expected: str) -> None:
         if not right:
             raise ConfigError(
                 format_error(

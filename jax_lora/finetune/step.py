@@ -79,6 +79,7 @@ def make_step(
     transform: Callable[[Any, jax.Array], Any] | None = None,
     join: Join = combine,
     platform: str | None = None,
+    state_shardings: Any = None,
 ) -> Any:
     """Create a jitted training step for any model, loss, and batch.
 
@@ -95,6 +96,8 @@ def make_step(
       transform: Changes the combined variables, given the step: dropout, for example.
       join: Combines frozen and trainable parameters: `jl.combine` for an adapter.
       platform: Target platform, as in `lora_apply`, to compile for another one than the default.
+      state_shardings: A `TrainState` of shardings, which the new state has too, so that the next
+        step is not compiled again. None: the compiler chooses them.
 
     Returns:
       `step(state, frozen, batch) -> (TrainState, StepReport)`, jitted; it donates `state`. Create
@@ -149,4 +152,5 @@ def make_step(
         report = StepReport(total / count, weight, optax.tree.norm(gradients))
         return TrainState(trainable, opt_state, state.step + 1), report
 
-    return jax.jit(update, donate_argnums=0)
+    results = None if state_shardings is None else (state_shardings, None)
+    return jax.jit(update, donate_argnums=0, out_shardings=results)

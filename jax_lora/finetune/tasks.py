@@ -9,12 +9,13 @@ classification   BERT, RoBERTa       texts, or pairs of texts, with labels
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jax_lora.data.batches import Batches
 from jax_lora.data.collators import (
@@ -42,13 +43,17 @@ from jax_lora.finetune.losses import (
     seq2seq_loss,
 )
 from jax_lora.finetune.settings import TrainSettings
+from jax_lora.finetune.state_sharding import placed_or_replicated
 from jax_lora.finetune.step import LossFn
 from jax_lora.finetune.trainable import Trainable, saved_model, train_adapter
 from jax_lora.init import lora_init
 from jax_lora.models import T5, add_classifier, load, save
 from jax_lora.models.encoder import CLASSIFICATION, MASKED_LM, Encoder
 from jax_lora.models.families import family_of, family_of_config
+from jax_lora.models.mesh_sharding import sharding_like
 from jax_lora.models.tokenizer_files import copy_companions
+from jax_lora.quantize import is_quantized
+from jax_lora.sharding import adapter_shardings
 from jax_lora.transform import find_kernels
 
 CAUSAL, MASKED, SEQ2SEQ, CLASSES = TASKS = "causal-lm", "masked-lm", "seq2seq", "classification"
@@ -103,10 +108,32 @@ def choose_task(task: str, config: Any, file: RowFile | None = None) -> str:
     return task
 
 
-def tokenizer_for(task: str, folder: Path) -> Any:
-    """Load a `Tokenizer` for causal-lm, or an `EncoderTokenizer` for the other tasks."""
+def tokenizer_for(task: str, folder: Path, templates: Mapping[str, str | None]) -> Any:
+    """Load a `Tokenizer` for causal-lm, or an `EncoderTokenizer` for the other tasks.
+
+    Args:
+      task: One of `TASKS`.
+      folder: The model's folder.
+      templates: `chat_template` and `prompt_template`, as for `Tokenizer.load`.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      ConfigError: A template is given for another task than causal-lm.
+    """
     if task == CAUSAL:
-        return Tokenizer.load(folder)
+        return Tokenizer.load(folder, **templates)
+    for name, text in templates.items():
+        if text is not None:
+            raise ConfigError(
+                format_error(
+                    name,
+                    got=f"the task {task}",
+                    expected=f"the task {CAUSAL}",
+                    fix=f"Remove {name}.",
+                )
+            )
     tokenizer = EncoderTokenizer.load(folder)
     if task == MASKED:
         tokenizer.require_mask(folder)
@@ -270,6 +297,8 @@ def make_trainable(
     *,
     start: Any = None,
     folder: Path | None = None,
+    chat_template: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Trainable:
     """Select the trainable parameters: an adapter, or the whole model.
 
@@ -280,17 +309,36 @@ def make_trainable(
       settings: The settings of the run.
       start: `variables` with the random values of a new head; None: `variables`.
       folder: The model's folder; its tokenizer is copied into every saved model.
+      chat_template: Another chat template than the folder's, for every saved model.
+      mesh: The mesh over which the variables are sharded; None: one device.
 
     Returns:
       The frozen and the trainable half.
     """
     start = variables if start is None else start
+    if mesh is not None:  # a new head is not there yet
+        variables, start = (
+            jax.device_put(tree, placed_or_replicated(tree, mesh)) for tree in (variables, start)
+        )
     if settings.fine_tune_type == "full":
-        return _whole_model(model, start, folder)
+        if is_quantized(variables):
+            raise ConfigError(
+                format_error(
+                    "fine_tune_type",
+                    got="'full' for a model that is stored in NF4",
+                    expected="'lora' or 'dora': codes are not trained",
+                    fix="Use the model's original, or train an adapter.",
+                )
+            )
+        return _whole_model(model, start, folder, chat_template)
     kernels = find_kernels(model.apply, variables, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     config = settings.lora_config(depth_of(model), heads=_heads(task, variables))
-    adapter = lora_init(jax.random.key(settings.seed), start, config, kernels=kernels)
-    return train_adapter(variables, adapter)
+    make = functools.partial(lora_init, config=config, kernels=kernels)
+    key = jax.random.key(settings.seed)
+    if mesh is None:
+        return train_adapter(variables, make(key, start))
+    shardings = adapter_shardings(variables, jax.eval_shape(make, key, start))
+    return train_adapter(variables, jax.jit(make, out_shardings=shardings)(key, start))
 
 
 def _heads(task: str, variables: Any) -> tuple[str, ...]:
@@ -305,12 +353,19 @@ def depth_of(model: Any) -> int:
     return 0 if name is None else getattr(model.config, name)
 
 
-def _whole_model(model: Any, variables: Any, source: Path | None) -> Trainable:
+def _whole_model(
+    model: Any, variables: Any, source: Path | None, chat_template: str | None
+) -> Trainable:
     dtype = jax.tree.leaves(variables)[0].dtype
 
     def write(folder: Path, trained: Any) -> None:
         save(folder, model, trained["params"])
         if source is not None:
-            copy_companions(source, folder)
+            copy_companions(source, folder, chat_template)
 
-    return saved_model(variables, write, lambda folder: {"params": load(folder, dtype=dtype)[1]})
+    place = sharding_like(variables["params"])
+
+    def read(folder: Path) -> Any:
+        return {"params": load(folder, dtype=dtype, sharding=place)[1]}
+
+    return saved_model(variables, write, read)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
@@ -17,12 +18,24 @@ from jax_lora.adapter import Adapter
 from jax_lora.errors import ConfigError, DataError, LoraError, format_error
 from jax_lora.finetune.batch_source import all_batches, as_source, load_ahead, tokens_of, unit_of
 from jax_lora.finetune.callbacks import Callback, Checkpoint, Report
-from jax_lora.finetune.devices import replicate, split_rows
+from jax_lora.finetune.devices import split_rows
 from jax_lora.finetune.interrupts import Interrupts
 from jax_lora.finetune.memory import counts_resident_memory, peak_memory
 from jax_lora.finetune.run_folder import RunFolder, checkpoint_name
 from jax_lora.finetune.run_progress import RunProgress
-from jax_lora.finetune.step import LossFn, StepReport, dropout_transform, init_state, make_step
+from jax_lora.finetune.state_sharding import (
+    placed_or_replicated,
+    state_shardings,
+    trainable_shardings,
+)
+from jax_lora.finetune.step import (
+    LossFn,
+    StepReport,
+    TrainState,
+    dropout_transform,
+    init_state,
+    make_step,
+)
 from jax_lora.finetune.step_cache import StepCache
 from jax_lora.finetune.trainable import as_trainable
 from jax_lora.finetune.training_state import (
@@ -70,8 +83,9 @@ class Trainer:
       callbacks: Callbacks; None: `Report()` and, with `run`, `Checkpoint()`.
       accumulation: Number of micro-batches that a batch is split into, to save memory.
       seed: Random seed of dropout; its rate is `LoraConfig.dropout` of the adapter.
-      mesh: Devices for data parallelism along the axis `"data"`; the model is replicated. None:
-        arrays are not moved, for example because the variables are already sharded.
+      mesh: Devices that share the rows of a batch along the axes `"data"` and `"fsdp"`. Variables
+        that are sharded over this mesh stay so, and the others are replicated; the adapter and the
+        optimizer state are sharded like the variables. None: arrays are not moved.
       record: Plain values that are stored in every checkpoint.
 
     Raises:
@@ -117,9 +131,8 @@ class Trainer:
         self._batches, self._mesh, self._record = as_source(batches), mesh, record or {}
         self.steps = self._check_steps(steps)
         self.progress = RunProgress()
-        self._frozen = self._replicated(self._trainable.frozen)
-        start, in_place = self._trainable.start, self._trainable.in_place
-        self._state = self._replicated(init_state(start, optimizer, in_place=in_place))
+        start = self._trainable.start
+        self._frozen, self._state, self._shardings = self._initial(optimizer)
         rate = start.config.dropout if isinstance(start, Adapter) else 0.0
         self._step_cache = StepCache(
             make_step(
@@ -128,6 +141,7 @@ class Trainer:
                 accumulation=accumulation,
                 transform=dropout_transform(rate, seed),
                 join=self._trainable.join,
+                state_shardings=self._shardings,
             ),
             self,
         )
@@ -361,8 +375,18 @@ class Trainer:
             )
         )
 
-    def _replicated(self, tree: Any) -> Any:
-        return tree if self._mesh is None else replicate(tree, self._mesh)
+    def _initial(self, optimizer: optax.GradientTransformation) -> tuple[Any, TrainState, Any]:
+        """Return the frozen half, the state before the first step, and its shardings."""
+        frozen, start = self._trainable.frozen, self._trainable.start
+        in_place, mesh = self._trainable.in_place, self._mesh
+        if mesh is None:
+            return frozen, init_state(start, optimizer, in_place=in_place), None
+        frozen = jax.device_put(frozen, placed_or_replicated(frozen, mesh))
+        of_start = trainable_shardings(frozen, start, mesh)
+        # The optimizer creates its arrays with the shardings of the parameters.
+        state = init_state(jax.device_put(start, of_start), optimizer, in_place=in_place)
+        shardings = state_shardings(state, of_start, mesh)
+        return frozen, jax.device_put(state, shardings), shardings
 
     def _placed(self, batch: Any) -> Any:
         return batch if self._mesh is None else split_rows(batch, self._mesh)
@@ -375,7 +399,7 @@ class Trainer:
             opt_state=load_opt_state(checkpoint, record, self._state.opt_state),
             step=jnp.int32(self.progress.step),
         )
-        self._state = self._replicated(state)
+        self._state = state if self._mesh is None else jax.device_put(state, self._shardings)
 
     @property
     def _best(self) -> tuple[float, int] | None:

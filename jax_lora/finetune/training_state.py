@@ -3,7 +3,7 @@
     step-000200/                 the adapter, or the model
     step-000200/training.json    progress, settings, data; checksums of the arrays
     step-000200/moments/         an Orbax checkpoint of the optimizer state
-    step-000200/commit.json      the step, and digests of the files above
+    step-000200/commit.json      the step, and checksums of the files above
 
 `training.json` is written after the arrays: a state that has it is complete.
 """
@@ -23,9 +23,9 @@ from jax_lora.finetune.commit_mark import MARK, STEP, check_mark, write_mark
 from jax_lora.finetune.run_folder import checkpoints_of, find_checkpoint, is_empty, is_run
 from jax_lora.storage import array_store
 from jax_lora.storage.atomic_writes import explained, remove, write_file
-from jax_lora.storage.json_files import digest, read_json
+from jax_lora.storage.json_files import json_checksum, read_json
 
-RECORD, OPT_STATE = "training.json", "moments"
+RECORD, OPT_STATE = "training.json", "moments"  # "moments" holds any optimizer state
 NOTHING = "nothing"  # a placeholder array, because some optimizers have no state
 VERSION = 2
 READABLE = (1, 2)  # version 1 has no seal, and its checkpoints have no commit.json
@@ -49,7 +49,7 @@ def save_state(checkpoint: Path, opt_state: Any, record: dict[str, Any]) -> None
         array_store.write_arrays(folder, _named(opt_state))
         whole = {"version": VERSION, "files": array_store.checksums(folder), **record}
         try:
-            text = json.dumps(whole | {"seal": digest(whole)}, indent=1) + "\n"
+            text = json.dumps(whole | {"seal": json_checksum(whole)}, indent=1) + "\n"
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 format_error(
@@ -138,7 +138,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     if record.get("version") not in READABLE:
         raise _unreadable(checkpoint, f"version {record.get('version')!r} of {RECORD}")
     seal = record.pop("seal", None)
-    if record["version"] > 1 and seal != digest(record):
+    if record["version"] > 1 and seal != json_checksum(record):
         raise _unreadable(checkpoint, f"{RECORD}: contents that do not match their checksum")
     return record
 
@@ -157,15 +157,15 @@ def load_opt_state(checkpoint: Path, record: dict[str, Any], like: Any) -> Any:
     Raises:
       CheckpointError: The state is damaged, or belongs to another optimizer.
     """
-    files = record.get("files")
+    files, wanted = record.get("files"), _named(like)
+    declared = sum(leaf.nbytes for leaf in wanted.values())
     problems = (
-        array_store.file_problems(checkpoint / OPT_STATE, files)
+        array_store.file_problems(checkpoint / OPT_STATE, files, declared)
         if isinstance(files, dict) and all(isinstance(each, str) for each in files.values())
         else [f"{RECORD} has no checksums"]
     )
     if problems:
         raise _unreadable(checkpoint, "; ".join(problems[:5]))
-    wanted = _named(like)
     try:
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)
         found = array_store.read_arrays(checkpoint / OPT_STATE, template)

@@ -28,6 +28,7 @@ from jax_lora.models.decoder_inputs import KVCache
 from jax_lora.models.decoding import generate
 from jax_lora.models.gpt2 import GPT2, GPT2Config
 from jax_lora.models.load_checkpoint import load
+from jax_lora.models.mesh_sharding import mesh_sharding
 from jax_lora.models.rematerialization import remat_policy
 from jax_lora.models.save_checkpoint import save
 from jax_lora.models.surgery import replicate_layers, resize_vocab, untie
@@ -67,6 +68,7 @@ __all__ = [
     "add_classifier",
     "generate",
     "load",
+    "mesh_sharding",
     "remat_policy",
     "replicate_layers",
     "resize_vocab",

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_lora.models.activation_sharding import pin_heads
 from jax_lora.models.activations import soft_cap
 from jax_lora.models.attention_mask import BLOCKS, CUDNN, SPLASH, AttentionMask
 from jax_lora.models.blockwise_attention import blockwise_attention
@@ -91,7 +92,8 @@ class Attention(nn.Module):
         else:
             sizes = zip(inputs, (queries, keys, keys), strict=True)
             parts = [self.dense(n, use_bias=self.bias, name=name)(x) for name, n in sizes]
-        q, k, v = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
+        heads = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
+        q, k, v = map(pin_heads, heads)
         if self.qk_norm is not None:
             q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")  # read by the norms
             q, k = self.qk_norm(name="q_norm")(q), self.qk_norm(name="k_norm")(k)
@@ -105,7 +107,7 @@ class Attention(nn.Module):
         v = checkpoint_name(v, "value")
         k, v, cache = update_cache(cache, k, v, context.filled)  # (batch, length, groups, head_dim)
         y = attend(q, k, v, context.mask, scale=self.scale, soft_cap=self.soft_cap)
-        y = y.reshape(*x.shape[:2], queries)
+        y = pin_heads(y).reshape(*x.shape[:2], queries)
         return self.dense(x.shape[-1], use_bias=self.out_bias, name=output)(y), cache
 
 

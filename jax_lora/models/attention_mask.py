@@ -34,7 +34,7 @@ class AttentionMask:
     Attributes:
       kernel: `"dense"`, `"cudnn"`, `"splash"` or `"blocks"`.
       window: Number of most recent keys that are visible, for cudnn and splash; None: all.
-      mesh: Devices that share the rows of a batch; None: one. For splash.
+      mesh: Devices that share the rows of a batch and the heads; None: one. For splash.
       dense: (batch or 1, 1, tokens, keys) booleans; None: causal. For dense.
       segments: (batch, tokens) int32; tokens attend to their own segment. For splash and blocks.
       bias: (batch, 1, tokens, tokens), added to the scores: 0, or a large negative value between
@@ -116,7 +116,7 @@ def make_masks(
       given: `attention_mask`, `segment_ids` and `filled`, as in `visible`.
       windows: Numbers of most recent keys that are visible; None: all.
       dtype: Dtype of queries, for a bias.
-      mesh: Devices that share the rows of a batch, along the axis `"data"`; None: one device.
+      mesh: Devices that share the rows of a batch and the heads; None: one device.
 
     Returns:
       Masks with the same structure, one per window.

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_lora.models.activation_sharding import activation_mesh, pin_rows
 from jax_lora.models.attention import LayerContext
 from jax_lora.models.attention_mask import AttentionMask, choose_kernel, make_masks
 from jax_lora.models.checkpoint_model import CheckpointModel
@@ -149,8 +150,9 @@ class CausalDecoder(CheckpointModel):
         x = self.embed(input_ids, positions)  # (batch, tokens, hidden)
         context, per_layer = self.layer_inputs(positions, keys, given, x.dtype)
         layer_caches = None if cache is None else (cache.keys, cache.values)
-        x, layer_caches = self.layers(x, context, layer_caches, per_layer)
-        x = self.final_norm(x)
+        with activation_mesh(self.mesh):
+            x, layer_caches = self.layers(pin_rows(x), context, layer_caches, per_layer)
+            x = self.final_norm(pin_rows(x))
         y = x if return_hidden else self.unembed(x)
         if cache is None or layer_caches is None:
             return y

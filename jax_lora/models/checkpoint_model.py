@@ -24,8 +24,9 @@ class CheckpointModel(nn.Module):
         dtype of the parameters that are passed.
       attention: `"auto"`, `"dense"` or `"flash"`; see `choose_kernel`. Decoders only.
       platform: Target platform, `"cpu"`, `"gpu"` or `"tpu"`; None: that of the default backend.
-      mesh: Devices that share the rows of a batch along the axis `"data"`, for kernels that XLA
-        cannot partition; None: one device.
+      mesh: Devices that share the rows of a batch along the axes `"data"` and `"fsdp"`, and heads
+        along `"tensor"`; see `mesh_sharding`. Activations stay on the devices of their rows. None:
+        one device.
     """
 
     config: Any

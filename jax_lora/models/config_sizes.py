@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_lora.models.bitsandbytes_tensors import AnyTensor
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.model_errors import raise_model_error
-from jax_lora.models.tensor_files import Tensor
 
 __all__ = ["check_sizes"]
 
@@ -18,7 +18,7 @@ _STACKS = frozenset(("num_hidden_layers", "num_layers", "num_decoder_layers", "n
 _NOT_SIZES = ("_token_id", "_window", "_pattern", "_distance", "_per_tok")
 
 
-def check_sizes(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+def check_sizes(folder: Path, config: Any, tensors: Mapping[str, AnyTensor]) -> None:
     """Raise if the files cannot have the sizes of the configuration.
 
     A few bytes of `config.json` can declare a model of any size; building its shapes would take
@@ -38,7 +38,7 @@ def check_sizes(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> Non
         )
 
 
-def _problems(config: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _problems(config: Any, tensors: Mapping[str, AnyTensor]) -> Iterator[str]:
     widest = max((size for each in tensors.values() for size in each.shape), default=0)
     for name, value in _sizes(config):
         if name in _STACKS and value > len(tensors):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_lora.models.activation_sharding import pin_rows
 from jax_lora.models.activations import soft_cap
 from jax_lora.models.attention import Attention, LayerCache, LayerContext
 from jax_lora.models.causal_decoder import CausalDecoder
@@ -146,12 +147,13 @@ class DecoderLayer(nn.Module):
         Returns:
           x after the layer, and the layer's updated cache, if any.
         """
+        x = pin_rows(x)
         context = contexts if kind is None else _context_of_kind(contexts, kind)
         attended, cache = self.attn(self.input_norm(x), context, cache)
         if not self.design.sandwich:
-            x = checkpoint_name(x + attended, "attention_block")
+            x = checkpoint_name(pin_rows(x + attended), "attention_block")
             return x + self.mlp(self.post_attention_norm(x)), cache
-        attended = checkpoint_name(attended, "attention_block")  # what the norm reads
+        attended = checkpoint_name(pin_rows(attended), "attention_block")  # what the norm reads
         x = x + self.post_attention_norm(attended)
         y = checkpoint_name(self.mlp(self.pre_feedforward_norm(x)), "mlp_block")
         return x + self.post_feedforward_norm(y), cache

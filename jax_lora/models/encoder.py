@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_lora.models.activation_sharding import activation_mesh, pin_rows
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import Attention, LayerContext
 from jax_lora.models.checkpoint_model import CheckpointModel, dense_maker, linear, token_table
@@ -144,9 +145,10 @@ class EncoderLayer(nn.Module):
 
     def __call__(self, x: jax.Array, context: LayerContext) -> tuple[jax.Array, None]:
         """Apply the layer to x, (batch, tokens, hidden); called by `nn.scan`."""
+        x = pin_rows(x)
         # Named for `remat_policy`: what the norms read.
         x = checkpoint_name(x + self.attention(x, context)[0], "attention_block")
-        x = self.attention_norm(x)
+        x = self.attention_norm(pin_rows(x))
         return self.mlp_norm(checkpoint_name(x + self.mlp(x), "mlp_block")), None
 
 
@@ -231,7 +233,9 @@ class Encoder(CheckpointModel):
             mask = key_mask(attention_mask)  # (batch, 1, 1, keys)
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         x = self.embeddings(input_ids, self.positions(input_ids), types)
-        x, _ = self.layers(x, LayerContext(mask=mask))  # (batch, tokens, hidden)
+        with activation_mesh(self.mesh):
+            x, _ = self.layers(x, LayerContext(mask=mask))  # (batch, tokens, hidden)
+            x = pin_rows(x)
         if self.config.pools and self.is_initializing():
             self.pooler(x[:, 0])
         if return_hidden or self.config.head == NO_HEAD:

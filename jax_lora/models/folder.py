@@ -10,13 +10,13 @@ from typing import Any
 from jax_lora.errors import ModelError
 from jax_lora.models.model_errors import raise_model_error
 from jax_lora.storage.json_files import parse_object, read_limited
+from jax_lora.storage.pickled_weights import conversion_command, pickle_names
 from jax_lora.storage.safe_paths import contained
 
 __all__ = ["member", "read_json", "read_text", "weight_files"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def member(folder: Path, name: str) -> Path:
@@ -79,11 +79,12 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
         return {_SINGLE: None}
     if (folder / _INDEX).exists():
         return _from_index(folder)
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    pickles = pickle_names(file.name for file in folder.glob("*"))
     got, fix = "neither", "check the path."
     if pickles:
         got = f"only pickle files, {', '.join(pickles)}, which can run code"
-        fix = "save the model in the safetensors format."
+        command = conversion_command(folder, pickles, _SINGLE)
+        fix = f"save the model in the safetensors format, where torch is installed:\n    {command}"
     raise_model_error(folder, got, f"{_SINGLE} or {_INDEX}", fix)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_lora.models.activation_sharding import pin_rows
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import Attention, LayerCache, LayerContext
 from jax_lora.models.causal_decoder import CausalDecoder
@@ -110,8 +111,9 @@ class GPT2Layer(nn.Module):
         number: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Apply the layer to x, (batch, tokens, hidden); called by `nn.scan`."""
+        x = pin_rows(x)
         attended, cache = self.attn(self.ln_1(x), context, cache, number)
-        x = checkpoint_name(x + attended, "attention_block")
+        x = checkpoint_name(pin_rows(x + attended), "attention_block")
         return x + self.mlp(self.ln_2(x)), cache
 
 

@@ -1,7 +1,6 @@
 """Read a Hugging Face folder's tensors into a module's stacked parameters.
 
-Each tensor is written from its file into a stack that is updated in place, so peak memory is the
-model and one layer's tensor. Shapes are checked before anything is allocated.
+Shapes are checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -15,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Sharding
 
+from jax_lora.hub.snapshots import local_folder
+from jax_lora.models.bitsandbytes_tensors import AnyTensor, with_nf4_weights
 from jax_lora.models.config_sizes import check_sizes
 from jax_lora.models.families import family_of, family_of_config
 from jax_lora.models.family import Family
-from jax_lora.models.layout import Placement
 from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.parameter_shapes import parameter_shapes
+from jax_lora.models.quantized_parameters import choose_formats, read_quantized
 from jax_lora.models.read_config import read_config
-from jax_lora.models.tensor_files import DTYPES, Tensor, open_tensors
+from jax_lora.models.stacked_parameters import read_leaf
+from jax_lora.models.tensor_files import DTYPES, open_tensors
 from jax_lora.storage.pinned_files import check_pins
 
 # One for all parameters, or a function of path and shape.
@@ -41,6 +42,7 @@ def load(
     remat: bool | str = "none",
     attention: str = "auto",
     sharding: Shardings | None = None,
+    quantize: str | None = None,
     ignore: Iterable[str] = (),
     pin: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
@@ -51,7 +53,9 @@ def load(
     of its layers.
 
     Args:
-      path: Folder with `config.json` and `model.safetensors`, or shards with their index.
+      path: Folder with `config.json` and `model.safetensors`, or shards with their index; or, if
+        there is no such path, a name on the Hugging Face Hub as a string, `"owner/name"` or
+        `"owner/name@revision"`. It is downloaded unless the cache has it.
       dtype: Dtype of the parameters and the arithmetic; None: that of the files (float32 if they
         differ).
       remat: What layers keep for the backward pass: `"none"` (everything), `"names"` or `"full"`
@@ -59,6 +63,9 @@ def load(
       attention: `"auto"` (a fused kernel where the device has one), `"dense"` or `"flash"`.
       sharding: One `jax.sharding.Sharding` for all parameters, or a function of a parameter's path
         and shape; a stacked parameter's shape starts with the layers. None: the default device.
+      quantize: Quantize the dense kernels, except the output head, as they are read: `"nf4"`,
+        `"int8"` or `"float8"`, see `jl.quantize`. Peak memory is the quantized model and one
+        layer's kernel. None: as stored, so a folder that bitsandbytes wrote in NF4 stays in NF4.
       ignore: Unknown fields of `config.json` that do not change the outputs.
       pin: File with the output of `sha256sum` for the folder; it is checked before anything is
         read.
@@ -70,6 +77,7 @@ def load(
       ModelError: If the folder cannot be read, differs from what is pinned, needs a variant that is
         not implemented, or its tensors do not match its configuration (one message lists all
         differences).
+      HubError: The name cannot be found or downloaded.
 
     Example:
       >>> from jax_lora.bundled import model_path
@@ -77,9 +85,9 @@ def load(
       >>> params["layers"]["attn"]["q_proj"]["kernel"].dtype
       dtype(bfloat16)
     """
-    folder = Path(path)
+    folder = local_folder(path)
     if not folder.is_dir():
-        fix = "check the path; models are not downloaded."
+        fix = "check the path, or write a name on the Hub as owner/name."
         raise_model_error(folder, "no such folder", "a Hugging Face model folder", fix)
     if pin is not None:
         check_pins(folder, pin)
@@ -87,7 +95,7 @@ def load(
     with ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         family = family_of_config(config)
-        tensors = _renamed(tensors, family)
+        tensors = _renamed(with_nf4_weights(tensors), family)
         check_sizes(folder, config, tensors)
         config = family.settle(config, partial(_read_if_there, tensors))
         if getattr(config, "is_prefixed", True):
@@ -97,25 +105,29 @@ def load(
         model = family.module(config, remat=remat, attention=attention, param_dtype=dtype)
         shapes, layout = parameter_shapes(model), model.layout()
         _compare(folder, model, shapes, tensors)
+        formats = choose_formats(folder, model, shapes, tensors, dtype, quantize)
         flat = {}
         for name, shape in shapes.items():
             where = _sharding_of(sharding, name, shape)
-            flat[name] = _read_leaf(layout[name], shape, tensors, dtype, where)
+            if name in formats:
+                flat[name] = read_quantized(name, formats[name], layout[name], tensors, where)
+            else:
+                flat[name] = read_leaf(layout[name], shape, tensors, dtype, where)
     return model, unflatten_dict(flat, sep="/")
 
 
-def _read_if_there(tensors: Mapping[str, Tensor], name: str) -> np.ndarray | None:
+def _read_if_there(tensors: Mapping[str, AnyTensor], name: str) -> np.ndarray | None:
     return tensors[name].read() if name in tensors else None
 
 
-def _renamed(tensors: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+def _renamed(tensors: dict[str, AnyTensor], family: Family) -> dict[str, AnyTensor]:
     """Rename tensors of older files as in current ones."""
     for pattern, replacement in family.renames:
         tensors = {re.sub(pattern, replacement, name): each for name, each in tensors.items()}
     return tensors
 
 
-def _prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _prefixed(tensors: dict[str, AnyTensor], prefix: str) -> dict[str, AnyTensor]:
     """Rename tensors as in files of a model with its head."""
     if not prefix or any(name.startswith(prefix) for name in tensors):
         return tensors
@@ -131,7 +143,7 @@ def _compare(
     folder: Path,
     model: Any,
     shapes: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, AnyTensor],
 ) -> None:
     """Raise if the folder's tensors are not exactly those of its configuration."""
     problems = list(_differences(model, shapes, tensors))
@@ -146,7 +158,7 @@ def _compare(
 
 
 def _differences(
-    model: Any, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]
+    model: Any, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, AnyTensor]
 ) -> Iterator[str]:
     family, known = family_of(model), set()
     layout, tied = model.layout(), getattr(model.config, "tie_word_embeddings", False)
@@ -162,7 +174,7 @@ def _differences(
             yield f"extra: {name} {tensors[name].shape}"
 
 
-def _false_copies(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _false_copies(model: Any, tensors: Mapping[str, AnyTensor]) -> Iterator[str]:
     """Find tensors that should be copies of a tied model's embedding and are different."""
     family = family_of(model)
     if not getattr(model.config, "tie_word_embeddings", False):
@@ -175,11 +187,11 @@ def _false_copies(model: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
                 yield f"not a copy: {name} differs from {originals[0]} despite tie_word_embeddings"
 
 
-def _are_equal(one: Tensor, other: Tensor) -> bool:
+def _are_equal(one: AnyTensor, other: AnyTensor) -> bool:
     return one.shape == other.shape and np.array_equal(one.read(), other.read())
 
 
-def _difference(name: str, want: tuple[int, ...], tensor: Tensor | None) -> Iterator[str]:
+def _difference(name: str, want: tuple[int, ...], tensor: AnyTensor | None) -> Iterator[str]:
     if tensor is None:
         yield f"missing: {name} {want}"
     elif tensor.shape != want:
@@ -188,67 +200,10 @@ def _difference(name: str, want: tuple[int, ...], tensor: Tensor | None) -> Iter
         yield f"wrong dtype: {name} is {tensor.dtype}, expected {' or '.join(DTYPES)}"
 
 
-def _common_dtype(tensors: Mapping[str, Tensor]) -> Any:
+def _common_dtype(tensors: Mapping[str, AnyTensor]) -> Any:
     """Return the dtype of the files; float32 if they differ, which represents both halves."""
     stored = {DTYPES[tensor.dtype] for tensor in tensors.values() if tensor.dtype in DTYPES}
     return stored.pop() if len(stored) == 1 else "float32"
-
-
-# -----------------------------------------------------------------------------------------------
-# Reading
-# -----------------------------------------------------------------------------------------------
-
-
-def _read_leaf(
-    placement: Placement,
-    shape: tuple[int, ...],
-    tensors: Mapping[str, Tensor],
-    dtype: Any,
-    sharding: Sharding | None,
-) -> jax.Array:
-    parts = (
-        (index, placement.from_files([tensors[name].read() for name in names], dtype))
-        for index, names in placement.expand(shape)
-    )
-    if not placement.stacked:
-        return _put(next(parts)[1], sharding)
-    depth = len(placement.stacked)
-    leaf = _zeros(shape, dtype, sharding)  # (*stack, in, out)
-    for index, part in parts:
-        start = np.array([*index, *[0] * (len(shape) - depth)], np.int32)
-        part = _put(part.reshape((1,) * depth + part.shape), _of_part(sharding, depth))
-        # Without waiting, layers would be read faster than written and accumulate in memory.
-        leaf = jax.block_until_ready(_write(leaf, part, start, sharding))
-    return leaf
-
-
-def _put(value: np.ndarray, sharding: Sharding | None) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(value)
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> jax.Array:
-    if sharding is None:
-        return jnp.zeros(shape, dtype)
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-
-
-def _of_part(sharding: Sharding | None, depth: int) -> Sharding | None:
-    """Return the sharding of one layer: that of the stack, not sharded along the stack axes."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    rest = tuple(sharding.spec)[depth:]
-    return NamedSharding(sharding.mesh, PartitionSpec(*(None,) * depth, *rest))
-
-
-@partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _write(
-    stack: jax.Array, part: jax.Array, start: jax.Array, sharding: Sharding | None
-) -> jax.Array:
-    """Write one layer into the stack, which is donated, so that there is no second one."""
-    written = jax.lax.dynamic_update_slice(stack, part, tuple(start))
-    return written if sharding is None else jax.lax.with_sharding_constraint(written, sharding)
 
 
 def _sharding_of(sharding: Shardings | None, path: str, shape: tuple[int, ...]) -> Sharding | None:

@@ -56,7 +56,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # What a field changes, where that tells how to go on.
 _QUANTIZED = (
-    "the weights are stored quantized, which is not implemented; take the model's original."
+    "the weights are stored quantized, in a format other than bitsandbytes' NF4 with double "
+    "quantization; take the model's original."
 )
 _EFFECTS = {
     "quantization_config": _QUANTIZED,
@@ -226,7 +227,7 @@ def _check_fields(raw: dict[str, Any], family: Family, where: Path, ignore: froz
             fix = _EFFECTS.get(field, f"this variant of {family.model_type} is not implemented.")
             raise_model_error(where, f"{field} = {raw[field]!r}", expected, fix)
     for field, value in raw.items():
-        if field in known:
+        if field in known or (field == "quantization_config" and _is_nf4(value)):
             continue
         if (
             field == "layer_types"
@@ -249,6 +250,17 @@ def _check_fields(raw: dict[str, Any], family: Family, where: Path, ignore: froz
                 f"ignore=({field!r},)."
             )
             raise_model_error(where, got, expected, fix)
+
+
+def _is_nf4(value: Any) -> bool:
+    """Tell whether the weights are stored in NF4 by bitsandbytes, which `load` reads."""
+    expected = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    return isinstance(value, dict) and all(value.get(k) == v for k, v in expected.items())
 
 
 def _names(family: Family) -> set[str]:

@@ -72,7 +72,8 @@ def _check(model: Any, flat: Mapping[str, Any]) -> None:
                 "params",
                 got="leaves that do not fit the model:\n    " + "\n    ".join(problems),
                 expected="exactly the model's parameters, as plain arrays",
-                fix="pass params without the 'params' level; merge an adapter into them first.",
+                fix="pass params without the 'params' level; first merge an adapter into them, and "
+                "call jl.dequantize on quantized ones.",
             )
         )
 
@@ -92,6 +93,7 @@ def _config_text(family: Family, config: Any, dtype: str, tensors: Mapping[str, 
         raw = json.loads(config.source)
     except ValueError:
         raw = {}
+    was_quantized = raw.pop("quantization_config", None) is not None  # arrays are written
     governed = {
         "architectures": raw.get("architectures") or list(family.architectures[:1]),
         "model_type": family.model_type,
@@ -101,7 +103,8 @@ def _config_text(family: Family, config: Any, dtype: str, tensors: Mapping[str, 
     }
     stored = raw.get("dtype") or raw.get("torch_dtype")
     same_model = raw.get("architectures") in (None, governed["architectures"])
-    if raw and stored == dtype and same_model and _reads_as(raw, family, config, tensors):
+    unchanged = stored == dtype and same_model and not was_quantized
+    if raw and unchanged and _reads_as(raw, family, config, tensors):
         return config.source
     return json.dumps({**raw, **governed}, indent=2, sort_keys=True) + "\n"
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 
 from jax_lora.models.attention_mask import AttentionMask
+from jax_lora.models.mesh_sharding import TENSOR, row_spec
 
 _LANES = 128  # lengths are multiples of it
 
@@ -54,10 +55,17 @@ def splash_attention(
     )
     if mask.mesh is None or mask.mesh.size == 1:
         return attend(q, k, v, mask.segments)
-    rows = PartitionSpec("data")
-    # XLA does not partition Pallas kernels, so every device runs one on its rows.
+    rows = row_spec(mask.mesh, q.shape[0])
+    tensor = mask.mesh.shape.get(TENSOR, 1)
+    heads = TENSOR if k.shape[2] % tensor == 0 and tensor > 1 else None
+    split = PartitionSpec(*(tuple(rows) or (None,)), None, heads, None)
+    # XLA does not partition Pallas kernels, so every device runs one on its rows and heads.
     return jax.shard_map(
-        attend, mesh=mask.mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False
+        attend,
+        mesh=mask.mesh,
+        in_specs=(split, split, split, rows),
+        out_specs=split,
+        check_vma=False,
     )(q, k, v, mask.segments)
 
 

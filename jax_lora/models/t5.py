@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_lora.models.activation_sharding import activation_mesh, pin_heads, pin_rows
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import LayerCache, update_cache
 from jax_lora.models.checkpoint_model import CheckpointModel
@@ -176,7 +177,7 @@ class _Attention(nn.Module):
     def keys_values(self, x: jax.Array) -> LayerCache:
         """Project x, (batch, keys, d_model), to keys and values, (batch, keys, heads, d_kv)."""
         heads = (*x.shape[:2], self.config.num_heads, self.config.d_kv)
-        return self.k(x).reshape(heads), self.v(x).reshape(heads)
+        return pin_heads(self.k(x).reshape(heads)), pin_heads(self.v(x).reshape(heads))
 
     def __call__(
         self,
@@ -187,13 +188,13 @@ class _Attention(nn.Module):
     ) -> jax.Array:
         """(batch, queries, d_model) -> the same shape."""
         heads = (*x.shape[:2], self.config.num_heads, self.config.d_kv)
-        q = checkpoint_name(self.q(x).reshape(heads), "query")
+        q = checkpoint_name(pin_heads(self.q(x).reshape(heads)), "query")
         k, v = (part.astype(x.dtype) for part in keys_values)
         k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
         # JAX itself promotes bfloat16 scores to float32 here, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=1.0)
-        return self.o(y.reshape(*x.shape[:2], -1))
+        return self.o(pin_heads(y).reshape(*x.shape[:2], -1))
 
 
 class T5Layer(nn.Module):
@@ -226,15 +227,16 @@ class T5Layer(nn.Module):
           x after the layer; with a cache, the updated cache and the cross-attention's keys and
           values.
         """
+        x = pin_rows(x)
         normed = self.attn_norm(x)
         k, v, cache = update_cache(cache, *self.attn.keys_values(normed), context.filled)
         attended = self.attn(normed, (k, v), context.bias, context.mask)
-        x = checkpoint_name(x + attended, "attention_block")
+        x = checkpoint_name(pin_rows(x + attended), "attention_block")
         if cross is None and context.encoded is not None:
             cross = self.cross_attn.keys_values(context.encoded)
         if cross is not None:  # in the decoder only
             attended = self.cross_attn(self.cross_attn_norm(x), cross, None, context.encoded_mask)
-            x = checkpoint_name(x + attended, "attention_block")
+            x = checkpoint_name(pin_rows(x + attended), "attention_block")
         x = x + self.mlp(self.mlp_norm(x))
         return x, None if cache is None else (cache, cross)
 
@@ -275,7 +277,7 @@ class _Stack(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """(batch, tokens, d_model) -> the same shape, normed, and the outputs of `T5Layer`."""
         x, outputs = self.layers(x, context, cache, cross)
-        return self.norm(x), outputs
+        return self.norm(pin_rows(x)), outputs
 
 
 class T5(CheckpointModel):
@@ -344,7 +346,8 @@ class T5(CheckpointModel):
         bias = self.encoder.bias(tokens, tokens, None)
         mask = None if attention_mask is None else key_mask(attention_mask)
         context = _Context(bias, mask)
-        return self.encoder(self.shared(input_ids), context, None, None)[0]
+        with activation_mesh(self.mesh):
+            return self.encoder(self.shared(input_ids), context, None, None)[0]
 
     def decode(
         self,
@@ -392,7 +395,8 @@ class T5(CheckpointModel):
         cross = None
         if cache is not None and cache.text_keys is not None and cache.text_values is not None:
             cross = (cache.text_keys, cache.text_values)
-        x, outputs = self.decoder(self.shared(decoder_input_ids), context, layer_caches, cross)
+        with activation_mesh(self.mesh):
+            x, outputs = self.decoder(self.shared(decoder_input_ids), context, layer_caches, cross)
         y = x if return_hidden else self.unembed(x)
         if cache is None:
             return y

@@ -16,7 +16,7 @@ from typing import Any
 from jax_lora.config import LoraConfig
 from jax_lora.errors import AdapterFileError, AdapterFileWarning, format_error
 from jax_lora.storage import schema
-from jax_lora.storage.json_files import read_json
+from jax_lora.storage.json_files import parse_json, read_json
 from jax_lora.storage.limits import limit
 
 CONFIG = "adapter_config.json"
@@ -195,11 +195,12 @@ def keep(config: LoraConfig, text: str) -> LoraConfig:
 
 
 def kept(config: LoraConfig) -> dict[str, Any] | None:
-    """Return the fields of the text that `keep` stored, or None."""
+    """Return the fields of the text that `keep` stored, or None; metadata may be edited."""
     try:
-        return {**DEFAULTS, **json.loads(config.metadata.get(_KEPT, ""))}
-    except (ValueError, TypeError, RecursionError):
+        raw = parse_json(config.metadata.get(_KEPT, ""))
+    except (ValueError, RecursionError):
         return None
+    return None if any(schema.problems(raw, _FIELDS)) else {**DEFAULTS, **raw}
 
 
 def forget(config: LoraConfig) -> LoraConfig:

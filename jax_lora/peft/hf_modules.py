@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax_lora import paths
-from jax_lora.adapter import is_adapted
+from jax_lora.adapter import base_of, is_adapted
 from jax_lora.errors import AmbiguousKernelError, StructureError, format_error
 from jax_lora.kernels.kernel import Kernel
 
@@ -87,7 +87,7 @@ def find_leaves(
       AmbiguousKernelError: The axes of a leaf are not known without `kernels`.
     """
     have = {path: leaf for path, leaf in paths.flatten_with_paths(tree, is_leaf=is_adapted)[0]}
-    shapes = {path: tuple(getattr(leaf, "base", leaf).shape) for path, leaf in have.items()}
+    shapes = {path: tuple(base_of(leaf).shape) for path, leaf in have.items()}
     found = {}
     for name, template in names.items():
         path = name if name in shapes else f"params/{name}"

@@ -20,15 +20,16 @@ import numpy as np
 from jax_lora import paths
 from jax_lora.adapter import Adapter, LoraPair
 from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.hub.snapshots import local_folder
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft import keys, whole_tensors
-from jax_lora.peft.adapter_config import config_text, keep, read_config
+from jax_lora.peft.adapter_config import CONFIG, config_text, keep, read_config
 from jax_lora.peft.factors import Factors, join
 from jax_lora.peft.hf_modules import Leaf, Site, find_leaves, sites_of
 from jax_lora.peft.our_config import our_config
 from jax_lora.peft.scaling import scale_of
 from jax_lora.peft.target_modules import expected_modules
-from jax_lora.peft.tensor_file import read_tensors
+from jax_lora.peft.tensor_file import read_tensors, restore_files
 from jax_lora.peft.tied import UNTIE, settle, tied_table
 
 WEIGHTS = "adapter_model.safetensors"
@@ -48,7 +49,8 @@ def load(
     a potentially unbounded run time are refused. The ranks are those of the tensors.
 
     Args:
-      path: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+      path: Folder with `adapter_config.json` and `adapter_model.safetensors`, or a name on the
+        Hugging Face Hub as a string, `"owner/name"` or `"owner/name@revision"`.
       variables: The base parameters, or `{"params": parameters}`; arrays or
         `jax.ShapeDtypeStruct`s.
       names: Path of each kernel -> name of its PyTorch module, with "{layer}" and "{expert}" for
@@ -65,6 +67,7 @@ def load(
         vocabulary), the message recommends `load_model`.
       StructureError: A path of `names` is not in the parameters.
       AmbiguousKernelError: The axes of a kernel are not known without `kernels`.
+      HubError: The name cannot be found or downloaded.
 
     Warns:
       AdapterFileWarning: The configuration has unknown fields.
@@ -83,7 +86,8 @@ def load(
       >>> sorted(again.pairs) == sorted(adapter.pairs)
       True
     """
-    folder = Path(path)
+    folder = local_folder(path)
+    restore_files(folder, WEIGHTS, CONFIG)
     tensors, config = read_tensors(folder, WEIGHTS), read_config(folder)
     return assemble(folder, tensors, config, variables, names=names, kernels=kernels, dtype=dtype)
 

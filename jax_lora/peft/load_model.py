@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from jax_lora.adapter import Adapter
-from jax_lora.peft.adapter_config import read_config
+from jax_lora.hub.snapshots import local_folder
+from jax_lora.peft.adapter_config import CONFIG, read_config
 from jax_lora.peft.load import WEIGHTS, assemble
-from jax_lora.peft.tensor_file import read_tensors
+from jax_lora.peft.tensor_file import read_tensors, restore_files
 
 
 def load_model(
@@ -34,7 +34,8 @@ def load_model(
     function would repeat the layers again.
 
     Args:
-      path: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+      path: Folder with `adapter_config.json` and `adapter_model.safetensors`, or a name on the
+        Hugging Face Hub as a string, `"owner/name"` or `"owner/name@revision"`.
       model: The base model, from `jl.models.load`.
       params: Its parameters, or `{"params": parameters}`; arrays, with kernels of shape
         (layers, in, out).
@@ -48,6 +49,7 @@ def load_model(
       AdapterFileError: The files are damaged, need an unimplemented feature, or do not fit the
         changed model.
       ModelError: `model` is not from `jax_lora.models`, or does not support the change.
+      HubError: The name cannot be found or downloaded.
 
     Warns:
       AdapterFileWarning: The configuration has unknown fields.
@@ -65,7 +67,8 @@ def load_model(
       >>> model.config.tie_word_embeddings, list(adapter.pairs)
       (False, ['lm_head/kernel'])
     """
-    folder = Path(path)
+    folder = local_folder(path)
+    restore_files(folder, WEIGHTS, CONFIG)
     tensors, config = read_tensors(folder, WEIGHTS), read_config(folder)
     # Imports Flax modules, which `load` does not need.
     from jax_lora.peft.changed_model import changed_model

@@ -27,7 +27,7 @@ from jax_lora.peft.factors import Factors, split, unsupported
 from jax_lora.peft.hf_modules import Site, find_leaves, sites_of
 from jax_lora.peft.named_factors import assemble_factors, read_factors
 from jax_lora.peft.save import adapted_leaves
-from jax_lora.peft.tensor_file import read_tensors, write_files
+from jax_lora.peft.tensor_file import read_tensors, restore_files, write_files
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import read_json
 
@@ -133,6 +133,7 @@ def load_mlx(
         One message lists all problems.
     """
     folder = Path(path)
+    restore_files(folder, WEIGHTS, CONFIG)
     tensors = read_tensors(folder, WEIGHTS)
     settings = read_json(folder / CONFIG, AdapterFileError, "config_bytes")
     sites = sites_of(find_leaves(variables, names, kernels))

@@ -37,6 +37,7 @@ def save(
     *,
     names: Mapping[str, str],
     base_model: str | None = None,
+    revision: str | None = None,
     base: Any = None,
     target: str | None = None,
 ) -> None:
@@ -51,6 +52,7 @@ def save(
       names: Path of each kernel -> name of its PyTorch module: `model.hf_names`.
       base_model: Name or path of the base model for `adapter_config.json`; None keeps the name that
         the adapter was loaded with.
+      revision: Commit of the base model on the Hub; None keeps that of the loaded adapter.
       base: The base parameters. If given, the base weights of adapted `embed_tokens` and `lm_head`
         modules are also written, as PEFT does. PEFT loads files with and without them.
       target: "vllm" for the restrictions of vLLM: equal ranks, and scales multiplied into B.
@@ -83,6 +85,8 @@ def save(
     config = their_config(adapter, found, sites, every, whole, rows, tied_table(names))
     if base_model is not None:
         config["base_model_name_or_path"] = base_model
+    if revision is not None:
+        config["revision"] = revision
     if (table := tied_table(names)) is not None:
         tensors |= mirror(tensors, table)  # without these tensors, PEFT does not update the head
     _add_tables(tensors, config, sites, base)

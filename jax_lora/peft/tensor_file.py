@@ -9,12 +9,18 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jax_lora.errors import AdapterFileError, format_error
-from jax_lora.storage.atomic_writes import made_folder, replacing_both
+from jax_lora.storage.atomic_writes import (
+    explained,
+    is_interrupted,
+    made_folder,
+    recover,
+    replacing_both,
+)
 from jax_lora.storage.locks import locked
+from jax_lora.storage.pickled_weights import conversion_command, pickle_names
 from jax_lora.storage.safe_paths import contained
 from jax_lora.storage.safetensors_file import write_tensors
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.npz")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -58,15 +64,34 @@ def read_tensors(folder: Path, name: str) -> dict[str, np.ndarray]:
 def _absent(folder: Path, name: str) -> AdapterFileError:
     if not folder.is_dir():
         return _refusal(folder, "no such folder", f"a folder with {name}", "Check the path.")
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if pickles:
+    if pickles := pickle_names(file.name for file in folder.iterdir()):
         got = f"only pickle files, {', '.join(pickles)}, which can execute code"
-        return _refusal(folder, got, name, "Save the adapter in the safetensors format.")
+        command = conversion_command(folder, pickles, name)
+        fix = (
+            f"Save the adapter in the safetensors format, where torch is installed:\n    {command}"
+        )
+        return _refusal(folder, got, name, fix)
     return _refusal(folder, f"no {name}", f"a folder with {name}", "Check the path.")
 
 
 def _refusal(where: Path, got: str | list[str], expected: str, fix: str) -> AdapterFileError:
     return AdapterFileError(format_error(str(where), got=got, expected=expected, fix=fix))
+
+
+def restore_files(folder: Path, weights: str, config: str) -> None:
+    """Bring back the adapter that a killed process was about to replace.
+
+    Args:
+      folder: The folder.
+      weights: Name of the file of tensors.
+      config: Name of the configuration file.
+
+    Raises:
+      AdapterFileError: The folder cannot be written, or has another writer.
+    """
+    if is_interrupted(folder, config):
+        with locked(folder, AdapterFileError), explained(folder, AdapterFileError):
+            recover(folder, weights, config)
 
 
 def write_files(

@@ -11,16 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from jax_lora.adapter import Adapter, combine
+from jax_lora.adapter import Adapter, combine, is_weight
 from jax_lora.data.collators import Batch
-from jax_lora.finetune.devices import data_mesh
+from jax_lora.finetune.devices import data_mesh, make_mesh
 from jax_lora.finetune.settings import TrainSettings
+from jax_lora.finetune.state_sharding import state_shardings
 from jax_lora.finetune.step import dropout_transform, init_state, make_step
 from jax_lora.finetune.tasks import CAUSAL, depth_of, loss_for
 from jax_lora.init import lora_init
+from jax_lora.models.mesh_sharding import gather_codes, mesh_sharding, row_spec
+from jax_lora.paths import flatten_with_paths
 from jax_lora.plan.planned_model import PlannedModel
+from jax_lora.quantize import QuantizedWeight, array_shardings, quantize
+from jax_lora.sharding import adapter_shardings
 from jax_lora.transform.strategies import target_platform
 
 
@@ -71,6 +76,13 @@ def abstract_adapter(model: PlannedModel, settings: TrainSettings) -> Adapter:
     config = settings.lora_config(0 if model.module is None else depth_of(model.module))
     make = lambda key: lora_init(key, model.variables, config, kernels=model.kernels)  # noqa: E731
     return jax.eval_shape(make, jax.random.key(0))
+
+
+def frozen_variables(model: PlannedModel, settings: TrainSettings) -> Any:
+    """Return the shapes of the base model as `train` stores it."""
+    if settings.quantize == "none":
+        return model.variables
+    return quantize(model.variables, settings.quantize, kernels=model.kernels)
 
 
 def abstract_batch(settings: TrainSettings, length: int, targets: int) -> Batch:
@@ -129,13 +141,22 @@ def trace_step(
     """
     platform = target_platform(()) if target is None else target.platform
     full = settings.fine_tune_type == "full"
-    frozen = {} if full else model.variables
+    frozen = {} if full else frozen_variables(model, settings)
     trainable = model.variables if full else abstract_adapter(model, settings)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((frozen, trainable))]
     devices = None if target is None else target.devices
-    mesh = data_mesh(settings.batch_size, SimpleNamespace(nbytes=sum(sizes)), devices)
+    mesh = make_mesh(settings.mesh, settings.batch_size, devices) or data_mesh(
+        settings.batch_size, SimpleNamespace(nbytes=sum(sizes)), devices
+    )
     optimizer = optimizer_of(settings)
     state = jax.eval_shape(lambda trainable: init_state(trainable, optimizer), trainable)
+    frozen = _placed(frozen, mesh)
+    of_trainable = (
+        jax.tree.map(lambda leaf: leaf.sharding, _placed(trainable, mesh))
+        if full
+        else adapter_shardings(frozen, trainable)
+    )
+    shardings = state_shardings(state, of_trainable, mesh)
     step = make_step(
         loss_for(
             CAUSAL,
@@ -153,10 +174,11 @@ def trace_step(
         transform=dropout_transform(settings.dropout, settings.seed),
         join=(lambda _, trainable: trainable) if full else combine,
         platform=platform,
+        state_shardings=shardings,
     )
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     batch = abstract_batch(settings, length, targets)
-    return step.trace(_on(state, whole), _on(frozen, whole), _on(batch, split)), mesh.size
+    split = jax.tree.map(lambda _: NamedSharding(mesh, row_spec(mesh)), batch)
+    return step.trace(_on(state, shardings), frozen, _on(batch, split)), mesh.size
 
 
 def compile_step(
@@ -215,7 +237,23 @@ def optimizer_of(settings: TrainSettings) -> optax.GradientTransformation:
     return constant.make_optimizer(1)
 
 
-def _on(tree: Any, sharding: NamedSharding) -> Any:
+def _placed(variables: Any, mesh: Mesh) -> Any:
+    """Give every parameter its sharding on the mesh."""
+    place = mesh_sharding(mesh)
+    named, treedef = flatten_with_paths(variables, is_leaf=is_weight)
+    leaves = [_leaf_on(leaf, place(path, leaf.shape)) for path, leaf in named]
+    return gather_codes(jax.tree.unflatten(treedef, leaves), mesh)
+
+
+def _leaf_on(leaf: Any, sharding: NamedSharding) -> Any:
+    if not isinstance(leaf, QuantizedWeight):
+        return _on(leaf, sharding)
+    return dataclasses.replace(leaf, arrays=_on(leaf.arrays, array_shardings(leaf, sharding)))
+
+
+def _on(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
     )

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jax_lora.data.batches import Batches
+from jax_lora.data.columns import renaming
 from jax_lora.data.data_folder import read_data
 from jax_lora.data.examples import make_examples
+from jax_lora.data.template_files import choose_template
 from jax_lora.data.tokenizer import Tokenizer
+from jax_lora.data.tokenizer_backend import tokenizer_file
 from jax_lora.finetune.settings import TrainSettings
 
 
@@ -73,14 +76,21 @@ def data_shapes(
     if data is None:
         note = f"{assumed}; pass --data for the real lengths"
         return DataShapes("none", (BatchShape(length, length, 1),), note=note)
-    file = read_data(data).split("train")
-    if model is None or not (model / "tokenizer.json").is_file():
+    with renaming(settings.columns):
+        file = read_data(data).split("train")
+    if model is None or tokenizer_file(model) is None:
         shape = BatchShape(length, length, -(-len(file.rows) // batch_size))
         note = f"no tokenizer found: {assumed}"
         return DataShapes(str(data), (shape,), len(file.rows), note=note)
+    chosen = settings.chat_template
+    tokenizer = Tokenizer.load(
+        model,
+        chat_template=None if chosen is None else choose_template(model, chosen),
+        prompt_template=settings.prompt_template,
+    )
     examples = make_examples(
         file,
-        Tokenizer.load(model),
+        tokenizer,
         max_length=length,
         truncate=settings.truncate,
         mask_prompt=settings.mask_prompt,

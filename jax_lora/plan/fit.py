@@ -15,7 +15,10 @@ from jax_lora.plan.residuals import trace_residuals
 
 SHARE = 0.95  # of the memory that a plan may use; the formulas do not count everything
 SHORTEST, SMALLEST_RANK = 128, 4  # limits of the search
-NOT_YET = "by formula only; train does not support a quantized base yet"
+_QUANTIZE = {
+    "int8": (35, "stores the base in 8 bits, with a small error"),
+    "nf4": (36, "stores the base in 4 bits, with a larger error"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,6 @@ class Change:
 
     def apply(self, choices: Choices) -> Choices:
         """Return the choices with the change made."""
-        if "quantize" in self.values:
-            return dataclasses.replace(choices, **self.values)
         settings = dataclasses.replace(choices.settings, **self.values)
         return dataclasses.replace(choices, settings=settings)
 
@@ -125,9 +126,8 @@ def _changes(choices: Choices, dtype: str, length: int) -> Iterator[list[Change]
     if dtype == "float32":
         effect = "a 16-bit base and a float32 adapter; slow on a CPU"
         yield [Change(14, "--dtype bfloat16", effect, {"dtype": "bfloat16"})]
-    if settings.fine_tune_type == "full":
-        effect = "trains an adapter instead of the base weights"
-        yield [Change(30, "--fine-tune-type lora", effect, {"fine_tune_type": "lora"})]
+    adapter = _as_adapter(settings.fine_tune_type)
+    yield [*adapter, *_quantized(settings.quantize, adapter)]
     yield [
         Change(40 * n, f"--rank {rank}", "a smaller adapter", {"rank": rank})
         for n, rank in _halvings(settings.rank, SMALLEST_RANK)
@@ -141,11 +141,21 @@ def _changes(choices: Choices, dtype: str, length: int) -> Iterator[list[Change]
         )
         for n, shorter in _halvings(length, SHORTEST)
     ]
-    if choices.quantize == "none":
-        yield [
-            Change(1000, "int8 base", NOT_YET, {"quantize": "int8"}),
-            Change(1001, "NF4 base", NOT_YET, {"quantize": "nf4"}),
-        ]
+
+
+def _as_adapter(fine_tune_type: str) -> list[Change]:
+    if fine_tune_type != "full":
+        return []
+    effect = "trains an adapter instead of the base weights"
+    return [Change(30, "--fine-tune-type lora", effect, {"fine_tune_type": "lora"})]
+
+
+def _quantized(now: str, adapter: list[Change]) -> Iterator[Change]:
+    """Yield changes to a quantized base, which only an adapter can be trained on."""
+    for method, (cost, effect) in _QUANTIZE.items() if now == "none" else ():
+        before = adapter[0] if adapter else Change(0, "", "", {})
+        flags = f"{before.flags} --quantize {method}".strip()
+        yield Change(before.cost + cost, flags, effect, before.values | {"quantize": method})
 
 
 def _halvings(value: int, least: int) -> Iterator[tuple[int, int]]:
@@ -177,7 +187,7 @@ def formula_total(model: PlannedModel, length: int, targets: int) -> Callable[[C
         key = (settings.rank, settings.fine_tune_type, dtype)
         if key not in methods:
             methods[key] = method_of(models[dtype][0], choices, models[dtype][1])
-        method = dataclasses.replace(methods[key], quantize=choices.quantize)
+        method = dataclasses.replace(methods[key], quantize=settings.quantize)
         cut = min(length, settings.max_seq_length)
         return estimate(method, step_of(choices, cut, min(targets, cut))).total
 

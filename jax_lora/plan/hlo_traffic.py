@@ -192,10 +192,11 @@ class _Module:
         return max([int(each) for each in constants if each.isdecimal()], default=1)
 
     def collective_bytes(self, operation: Operation) -> float:
-        """Size of a collective's result; the start of one also lists its operand."""
-        sizes = list(_sizes(operation.result))
-        starts = operation.kind in ("all-gather-start", "collective-permute-start")
-        return max(sizes, default=0.0) if starts else sum(sizes)
+        """Size of a collective's results; the start of one may list its operands before them."""
+        sizes, count = list(_sizes(operation.result)), len(operation.operands)
+        if operation.kind.endswith("-start") and len(sizes) >= 2 * count:
+            sizes = sizes[count : 2 * count]
+        return sum(sizes)
 
     def traffic(self, computation: Mapping[str, Operation], operation: Operation) -> float:
         """Bytes that an operation reads and writes."""

@@ -98,7 +98,7 @@ def estimate(method: Method, step: Step) -> Estimate:
 
 def side_by_side(method: Method, step: Step) -> dict[str, Estimate]:
     """Estimate every method for one step, given LoRA on a base that is not quantized."""
-    lora = dataclasses.replace(method, full=False)
+    lora = dataclasses.replace(method, full=False, quantize="none")
     columns = {
         "full": dataclasses.replace(lora, full=True),
         "LoRA": lora,

@@ -79,7 +79,7 @@ def _notes(plan: Plan, rate: float) -> list[str]:
     notes = [
         f"Computed by formula{traced}, for one device that holds the whole batch.",
         "full: gradients and optimizer state have the dtype of the base.",
-        "int8, NF4: by formula only; train does not support a quantized base yet.",
+        "int8, NF4: `train --quantize`; a dequantized layer is not counted.",
         f"Time: a lower bound, at the matmul speed of this device ({show_count(rate)}FLOP/s).",
     ]
     notes += [f"Data: {plan.data.note}."] if plan.data.note else []
@@ -118,8 +118,6 @@ def fit_lines(found: Fit, memory: float, command: str) -> list[str]:
         lines += [f"  {change.flags:<46}{show_bytes(total):>10}", f"      {change.effect}"]
     if not found.fits:
         return [*lines, f"This does not fit either: {show_bytes(found.after)} with all changes."]
-    if found.choices.quantize != "none":
-        return [*lines, "Only a quantized base fits, which train does not support yet."]
     return [*lines, "Run:", *_shell_lines(command)]
 
 

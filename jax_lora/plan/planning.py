@@ -27,11 +27,9 @@ class Choices:
 
     Args:
       settings: Settings of `train`.
-      quantize: `"none"`, `"int8"` or `"nf4"`.
     """
 
     settings: TrainSettings
-    quantize: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +111,7 @@ def method_of(model: PlannedModel, choices: Choices, residuals: Residuals | None
         itemsize=jnp.dtype(model.dtype).itemsize,
         optimizer=settings.optimizer,
         full=settings.fine_tune_type == "full",
-        quantize=choices.quantize,
+        quantize=settings.quantize,
         residuals=residuals,
     )
 
@@ -137,7 +135,6 @@ def why_not_compiled(model: PlannedModel, choices: Choices) -> str:
         "jax_lora does not implement this model": model.module is None,
         "train supports decoders only": not model.decodes,
         "the model has more than 1 G parameters": model.shape.size > COMPILE_UP_TO,
-        "train does not support a quantized base yet": choices.quantize != "none",
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jax_lora.finetune.devices import AUTO
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.data_shapes import DataShapes
 from jax_lora.plan.planned_model import PlannedModel
@@ -35,6 +36,8 @@ def target_lines(
         "Step": f"{method}, rank {settings.rank}, {examples} x {data.largest.length:,} tokens"
         f"{packed}, remat {plan.remat}",
     }
+    if settings.mesh != AUTO:
+        head["Mesh"] = settings.mesh
     figures = {
         "arguments": show_bytes(memory.arguments),
         "temporaries": show_bytes(memory.temporary),

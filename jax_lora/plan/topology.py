@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError, format_error, install_command
 from jax_lora.plan.accelerators import Gpu, Target, Tpu, gpu_description
 
 # Autotuning would run kernels on the device; without it, Triton's matmuls cannot be chosen.
@@ -41,7 +41,7 @@ def abstract_devices(target: Target) -> Sequence[Any]:
                 f"topology {target.name}",
                 got=f"no package {package}, which compiles for it",
                 expected="an environment with the compiler; the device is not needed",
-                fix=f'Run: pip install "jax-lora[{extra}]"',
+                fix=install_command(extra),
             )
         )
     from jax.experimental import topologies  # imported on use, as it starts no backend

@@ -9,8 +9,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import CheckpointError, ConfigError, DataError, format_error
+from jax_lora.errors import CheckpointError, ConfigError, DataError, format_error, install_command
+from jax_lora.storage import schema
 from jax_lora.storage.atomic_writes import append_text, explained, write_file
+from jax_lora.storage.json_files import parse_json, read_limited
 
 JSONL, CSV, TENSORBOARD = "metrics.jsonl", "metrics.csv", "tensorboard"
 COLUMNS: tuple[str, ...] = (
@@ -24,6 +26,8 @@ COLUMNS: tuple[str, ...] = (
     "peak_memory_gb",
     "val_seconds",
 )
+_VALUES = schema.object_of(schema.optional(schema.NUMBER))
+_STEP = schema.fields({"iter": schema.INTEGER}, required=("iter",))
 
 
 class MetricsLog:
@@ -100,18 +104,20 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         got = f"a folder without {JSONL}" if path.is_dir() else "no such file"
         raise _unreadable(str(path), got)
     rows = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+    content = read_limited(file, DataError, "metrics_bytes")
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             row = _parsed(line)
-            if row is None:
-                raise _unreadable(f"{file}:{number}", repr(line[:100].decode("utf-8", "replace")))
+            if problems := _problems(row):
+                got = repr(line[:100].decode("utf-8", "replace")) if row is None else problems[:5]
+                raise _unreadable(f"{file}:{number}", got)
             rows.append(row)
     if not rows:
         raise _unreadable(str(file), "an empty file")
     return rows
 
 
-def _unreadable(where: str, got: str) -> DataError:
+def _unreadable(where: str, got: str | list[str]) -> DataError:
     return DataError(
         format_error(
             where,
@@ -122,21 +128,24 @@ def _unreadable(where: str, got: str) -> DataError:
     )
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> Any:
+    """Parse a line; None if it is not JSON."""
     try:
-        row = json.loads(line)
+        return parse_json(line.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
-    known = isinstance(row, dict) and isinstance(row.get("iter"), int)
-    numbers = known and all(v is None or isinstance(v, (int, float)) for v in row.values())
-    return row if numbers else None
+
+
+def _problems(row: Any) -> list[str]:
+    return list(schema.problems(row, _VALUES)) or list(schema.problems(row, _STEP))
 
 
 def _rows_up_to(file: Path, step: int) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    rows = map(_parsed, file.read_bytes().split(b"\n"))
-    return [row for row in rows if row is not None and row["iter"] <= step]
+    content = read_limited(file, CheckpointError, "metrics_bytes")
+    rows = [row for row in map(_parsed, content.split(b"\n")) if not _problems(row)]
+    return [row for row in rows if row["iter"] <= step]
 
 
 def _finite(value: Any) -> Any:
@@ -152,7 +161,7 @@ def _open_board(folder: Path, resume_at: int) -> Any:
                 "log: tensorboard",
                 got="tensorboardX is not installed",
                 expected="tensorboardX, which writes TensorBoard events without TensorFlow",
-                fix="pip install 'jax-lora[cli]', or remove tensorboard from log.",
+                fix=f"{install_command('cli')}, or remove tensorboard from log.",
             )
         ) from error
     # TensorBoard then hides the earlier events from this step on.

@@ -22,7 +22,7 @@ PACKAGES = (
     "numpy",
     "safetensors",
     "tokenizers",
-    "transformers",
+    "jinja2",
     "grain",
 )
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import logging
+import re
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +19,11 @@ import numpy as np
 
 from jax_lora.errors import CheckpointError
 from jax_lora.storage import atomic_writes, multihost
+from jax_lora.storage.limits import limit, raise_hint
+from jax_lora.storage.ocdbt_index import SIZE
 from jax_lora.storage.stored_arrays import check_stored
+
+_SPECIAL = re.compile(r"[*?\[\]#%]")  # to `glob`, or in a URL
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
@@ -38,8 +45,8 @@ def write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
     )
     new = not folder.exists()
     try:
-        with _quiet_threads(), _checkpointer(ocp, registry) as checkpointer:
-            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(arrays))  # type: ignore[call-arg]
+        with _quiet_threads(), _checkpointer(ocp, registry) as checkpointer, _plain(folder) as name:
+            checkpointer.save(name, args=ocp.args.PyTreeSave(arrays))  # type: ignore[call-arg]
         if not handler.failures:
             atomic_writes.sync(folder)
             return
@@ -53,8 +60,21 @@ def write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
     raise atomic_writes.write_error(folder, CheckpointError, cause) from cause
 
 
+@contextlib.contextmanager
+def _plain(folder: Path) -> Iterator[Path]:
+    """Yield a path of a folder that Orbax does not read as a pattern: it passes paths to `glob`."""
+    folder = folder.absolute()
+    if not _SPECIAL.search(str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as top:
+        link = Path(top) / "parent"
+        link.symlink_to(folder.parent, target_is_directory=True)
+        yield link / folder.name
+
+
 def _remove_unfinished(folder: Path, new: bool) -> None:
-    unfinished = list(folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"))
+    unfinished = list(folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"))
     for each in [*unfinished, *([folder] if new else [])]:
         atomic_writes.remove(each)
 
@@ -121,11 +141,11 @@ def read_arrays(folder: Path, template: Mapping[str, Any]) -> Any:
     """
     import orbax.checkpoint as ocp
 
-    check_stored(folder.absolute(), template)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
     restore = ocp.args.PyTreeRestore(item=template, restore_args=as_numpy)  # type: ignore[call-arg]
-    with _checkpointer(ocp) as checkpointer:
-        return checkpointer.restore(folder.absolute(), args=restore)
+    with _checkpointer(ocp) as checkpointer, _plain(folder) as name:
+        check_stored(name, template)
+        return checkpointer.restore(name, args=restore)
 
 
 def _checkpointer(ocp: Any, registry: Any = None) -> Any:
@@ -153,12 +173,13 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def file_problems(folder: Path, files: Mapping[str, str]) -> list[str]:
+def file_problems(folder: Path, files: Mapping[str, str], declared: int) -> list[str]:
     """Check every file against its checksum. Orbax does not detect a damaged index.
 
     Args:
       folder: The folder of arrays.
       files: Hashes by name, from `checksums`.
+      declared: Bytes of the expected arrays; much larger files are not read.
 
     Returns:
       A line for every file that is missing, changed, new, or a link that leaves the folder.
@@ -169,6 +190,10 @@ def file_problems(folder: Path, files: Mapping[str, str]) -> list[str]:
             return [f"{folder.name}: is a link that leaves the folder"]
     except (OSError, RuntimeError) as error:  # links in a circle
         return [f"{folder.name}: {error}"]
+    stored = sum(each.stat().st_size for each in root.rglob("*") if each.is_file())
+    if stored > declared + limit(SIZE):
+        text = f"{stored:,} bytes of files for arrays of {declared:,} bytes"
+        return [f"{folder.name}: {text}. {raise_hint(SIZE)}"]
     problems = [f"{folder.name}/{problem}" for problem in listed_problems(root, files)]
     extra = set(_names(root)) - set(files)
     return problems + [f"{folder.name}/{name}: is not in the manifest" for name in sorted(extra)]

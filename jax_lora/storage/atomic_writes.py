@@ -237,8 +237,8 @@ def replacing_both(
 
     Files whose bytes are unchanged are not replaced. If both are, the earlier ones are moved aside
     first, and come back if anything fails. A process that is killed in between leaves a folder
-    without the index, never an old and a new file together; the next call brings the earlier files
-    back before it writes.
+    without the index, never an old and a new file together; the next call, or `recover`, brings the
+    earlier files back.
 
     Args:
       folder: The folder, which is locked.
@@ -253,7 +253,7 @@ def replacing_both(
       LoraError: An `error`, if writing fails; the earlier files are unchanged.
     """
     with explained(folder, error):
-        _recover(folder, weights, index)
+        recover(folder, weights, index)
         remove_parts(folder, weights, index)
         parts = {name: part_of(folder / name) for name in (weights, index)}
         try:
@@ -268,10 +268,21 @@ def replacing_both(
     sync_folder(folder)
 
 
-def _recover(folder: Path, weights: str, index: str) -> None:
-    """Undo a replacement that a killed process did not finish."""
+def is_interrupted(folder: Path, index: str) -> bool:
+    """Tell whether a process was killed while it replaced two files of a folder."""
+    return not os.path.lexists(folder / index) and any(folder.glob(f"{index}.????????{OLD}"))
+
+
+def recover(folder: Path, weights: str, index: str) -> None:
+    """Undo a replacement that a killed process did not finish.
+
+    Args:
+      folder: The folder, which is locked.
+      weights: Name of the large file.
+      index: Name of the file without which the other is not used.
+    """
     unfinished = not os.path.lexists(folder / index)
-    for name in (weights, index):
+    for name in (weights, index):  # the index last: until then, a kill changes nothing
         for kept in folder.glob(f"{name}.????????{OLD}"):
             if unfinished:
                 os.replace(kept, folder / name)

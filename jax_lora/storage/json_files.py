@@ -167,7 +167,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def digest(value: Any) -> str:
+def json_checksum(value: Any) -> str:
     """Hash a JSON value, independent of the order of keys.
 
     Args:
@@ -177,7 +177,7 @@ def digest(value: Any) -> str:
       32 hexadecimal digits.
 
     Example:
-      >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+      >>> json_checksum({"a": 1, "b": 2}) == json_checksum({"b": 2, "a": 1})
       True
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

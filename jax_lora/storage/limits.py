@@ -23,6 +23,8 @@ DEFAULTS: Mapping[str, int] = {
     "yaml_nodes": 100_000,  # with aliases replaced by what they name
     "layers": 10_000,
     "data_bytes": 8 * 2**30,
+    "array_index_bytes": 64 * 2**20,  # of a checkpoint, expanded
+    "metrics_bytes": 256 * 2**20,
     # A compressed file may expand to this many bytes, or by this factor if that is more.
     "expanded_bytes": 64 * 2**20,
     "expansion": 200,

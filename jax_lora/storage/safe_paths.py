@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from jax_lora.errors import LoraError, format_error
 from jax_lora.storage.schema import shown
 
+_SHARED_BLOB = re.compile(r"(?P<folder>[0-9a-f]{2})[0-9a-f]{62}")
 _LONGEST_NAME = 255  # bytes; file systems refuse longer ones in many ways
 
 
@@ -68,5 +70,16 @@ def _is_plain(name: Any) -> bool:
 
 
 def _is_hub_blob(target: Path, root: Path) -> bool:
-    """Tell whether a link is from `snapshots/<commit>/` to `blobs/` of a Hugging Face cache."""
-    return root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    """Tell whether a link is from `snapshots/<commit>/` to `blobs/` of a Hugging Face cache.
+
+    A repository has `blobs/`, and so has the cache, in folders of two digits, for the files of all
+    repositories.
+    """
+    repository = root.parent.parent
+    stores = (target.parent == repository / "blobs", _is_shared_blob(target, repository.parent))
+    return root.parent.name == "snapshots" and any(stores)
+
+
+def _is_shared_blob(target: Path, cache: Path) -> bool:
+    found = _SHARED_BLOB.fullmatch(target.name)
+    return found is not None and target.parent == cache / "blobs" / found["folder"]

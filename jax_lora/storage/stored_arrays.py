@@ -1,7 +1,7 @@
 """Check the metadata of an Orbax checkpoint against the expected arrays, before reading them.
 
 Orbax allocates what the checkpoint states: the shape of an array, the shape of its chunks, and the
-size of each compressed chunk. A few kilobytes can state gigabytes.
+size of each compressed chunk and each node of the index. A few kilobytes can state gigabytes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_lora.storage.json_files import parse_json
 from jax_lora.storage.limits import limit
+from jax_lora.storage.ocdbt_index import check_index
 
 _TREE = "_METADATA"  # Orbax's description of the tree, as JSON
 _ARRAY = ".zarray"  # zarr's description of an array, as JSON
@@ -30,12 +31,13 @@ def check_stored(folder: Path, template: Mapping[str, Any]) -> None:
       template: The expected tree of `jax.ShapeDtypeStruct`s.
 
     Raises:
-      ValueError: An array or a chunk is larger than expected, or the checkpoint does not have the
-        format that `array_store` writes.
+      ValueError: An array, a chunk or the index is larger than expected, or the checkpoint does not
+        have the format that `array_store` writes.
     """
     import tensorstore  # imported on use, with Orbax
 
     _check_format(folder)
+    check_index(folder)
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{folder.as_uri()}/"}).result()
     stored = {key.decode("utf-8", "replace") for key in store.list().result()}
     for name, want in _named(template):

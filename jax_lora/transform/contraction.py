@@ -12,6 +12,7 @@ from jax_lora.algebra.low_rank import LowRank
 from jax_lora.transform.equations import evaluate_equation, with_operand
 from jax_lora.transform.rules import Operand, Use
 from jax_lora.transform.strategies import Choice, Strategy
+from jax_lora.transform.structural import rows_of_codes
 
 Array = jax.Array
 
@@ -44,6 +45,9 @@ class Contraction:
 
     def on_base(self, x: Array | None = None) -> Array:
         """Evaluate the equation on W0, with `x` instead of the data if it is given."""
+        rows = rows_of_codes(self.weight, self.value.base)
+        if rows is not None:
+            return rows
         position = self.weight.position
         others = list(self.inputs)
         if x is not None:

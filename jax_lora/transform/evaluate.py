@@ -32,6 +32,7 @@ from jax_lora.transform.programs import Body, ShardMap
 from jax_lora.transform.rules import Operand, Rule
 from jax_lora.transform.sites import Settings, addend_error, site_of
 from jax_lora.transform.strategies import Choice, Strategy
+from jax_lora.transform.structural import rows_of_codes
 from jax_lora.transform.walker import Group, Interpretation, walk
 
 Value = Any  # an array or a LowRank
@@ -90,7 +91,9 @@ class Evaluate(Interpretation[Value]):
                 moved[place] = changed
         bases = _on_bases(eqn, rule, inputs)
         return [
-            moved[place].replace(base=base) if place in moved else base
+            moved[place].replace(base=base)
+            if place in moved and (moved[place].a is not None or isinstance(base, Recipe))
+            else base
             for place, base in enumerate(bases)
         ]
 
@@ -229,6 +232,11 @@ def _on_bases(eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Any]:
     recipes = [i for i, base in enumerate(bases) if isinstance(base, Recipe)]
     if not recipes:
         return evaluate_equation(eqn, *bases)
+    rows = rows_of_codes(
+        Operand(eqn, recipes[0], inputs[recipes[0]].axes, inputs), bases[recipes[0]]
+    )
+    if rows is not None:
+        return [rows]
     if len(bases) > 1 and rule.each:
         return bases  # an optimization barrier has no effect on a weight that is not computed yet
     (position,) = recipes

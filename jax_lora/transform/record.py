@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jax_lora.algebra.named_axes import AxisName, origins
+from jax_lora.algebra.named_axes import AxisName, Index, origins
 from jax_lora.kernels.kernel import Kernel, Kernels
 from jax_lora.transform.equations import UNKNOWN
 
@@ -48,7 +48,9 @@ class Leaf:
     def is_matrix(self) -> bool:
         """Whether it has at least two axes apart from index axes."""
         axes = zip(self.axes, self.shape, strict=True)
-        return sum(n != 1 and name is not None and not is_index(name) for name, n in axes) > 1
+        return (
+            sum(n != 1 and name is not None and not isinstance(name, Index) for name, n in axes) > 1
+        )
 
     @property
     def is_row(self) -> bool:
@@ -162,13 +164,8 @@ class Record:
 
 
 def origins_of(names: Iterable[AxisName | None]) -> frozenset[int]:
-    """Return the axes of the leaf that some names originate from."""
+    """Return the axes of the leaf that some names are derived from."""
     return frozenset().union(*map(origins, names))
-
-
-def is_index(name: AxisName) -> bool:
-    """Tell whether a name belongs to an index axis."""
-    return isinstance(name, tuple) and name[0] == "index"
 
 
 def _kernel(path: str, uses: Uses, is_output_head: bool) -> Kernel | None:

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_lora.algebra import moves
+from jax_lora.algebra.base_weight import Recipe
 from jax_lora.algebra.low_rank import accumulation_dtype
 from jax_lora.algebra.moves import Move
 from jax_lora.algebra.named_array import NamedArray
-from jax_lora.algebra.named_axes import AxisName, merge_names, reshape_groups, split_name
+from jax_lora.algebra.named_axes import AxisName, Index, merge_names, reshape_groups, split_name
 from jax_lora.transform.equations import is_literal
 from jax_lora.transform.rules import Operand
 
@@ -180,7 +181,7 @@ def gather_entries(weight: Operand) -> Moves:
     if axis is None:
         return None
     name = weight.axes[axis]
-    new = [("index", name, i) for i in range(weight.eqn.invars[1].aval.ndim - 1)]
+    new = [Index(name, i) for i in range(weight.eqn.invars[1].aval.ndim - 1)]
     numbers = weight.params["dimension_numbers"]
     collapsed = numbers.collapsed_slice_dims
     # A looked-up axis that is not collapsed has size 1 and belongs to no factor.
@@ -229,6 +230,28 @@ def gather_from(weight: Operand, factor: jax.Array, axis: int, indices: jax.Arra
         mode=weight.params["mode"],
         fill_value=0,
     )
+
+
+def rows_of_codes(weight: Operand, base: Any) -> jax.Array | None:
+    """Look up rows of a table that is a recipe, and compute only these rows.
+
+    Returns:
+      The result of the equation; None for other equations, base weights and recipes.
+    """
+    if weight.eqn.primitive.name != "gather" or not isinstance(base, Recipe) or base.ndim != 2:
+        return None
+    numbers, ids = weight.params["dimension_numbers"], weight.value(1)
+    whole_rows = numbers.offset_dims == (ids.ndim - 1,) and numbers.collapsed_slice_dims == (0,)
+    if looked_up_axis(weight) != 0 or not whole_rows:
+        return None
+    take = lambda array: gather_from(weight, array, 0, ids)  # noqa: E731
+    rows = base.entries(take)  # (*ids, columns)
+    if rows is None or weight.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return rows
+    # A row out of range is a fill value, not what codes of zero stand for.
+    known = jnp.broadcast_to(take(jnp.ones((base.shape[0], 1), bool)), rows.shape)
+    fill = weight.params["fill_value"]
+    return jnp.where(known, rows, jnp.full_like(rows, jnp.nan if fill is None else fill))
 
 
 # -----------------------------------------------------------------------------------------------

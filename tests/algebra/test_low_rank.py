@@ -125,11 +125,12 @@ def test_reshape_groups_pair_equal_sizes(old, data):
 
 def test_a_reshape_that_mixes_sides_or_empties_an_axis_is_refused():
     value = low_rank("io")
-    assert (
-        after(value, Move((("merge", 0, 1),), (regroup((0, 1), ("m",), (6,)),)), value.base) is None
-    )
+    mixed = Move((named_axes.Merged((0, 1)),), (regroup((0, 1), ("m",), (6,)),))
+    assert after(value, mixed, value.base) is None
     assert named_axes.reshape_groups([0, 3], [3, 0]) is None
     assert named_axes.reshape_groups([4], [3]) is None
+    assert named_axes.reshape_groups([], [3]) is None
+    assert named_axes.reshape_groups([], []) == []
 
 
 def test_names_remember_where_they_came_from():
@@ -137,6 +138,7 @@ def test_names_remember_where_they_came_from():
     first, second = named_axes.split_name(merged, (2, 3))
     assert first != second
     assert named_axes.origins(first) == named_axes.origins(second) == {1, 2}
+    assert named_axes.origins(named_axes.Index(first, 0)) == {1, 2}
     assert named_axes.merge_names([4]) == 4 and named_axes.split_name(4, (7,)) == (4,)
     assert named_axes.origins(None) == named_axes.origins(RANK) == frozenset()
 

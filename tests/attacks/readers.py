@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +26,7 @@ from jax_lora.models.read_config import read_config
 from jax_lora.models.tensor_files import open_tensors
 from jax_lora.peft.mlx import load_mlx, save_mlx
 from jax_lora.storage.array_store import checksums
-from jax_lora.storage.json_files import digest
+from jax_lora.storage.json_files import json_checksum
 from tests.tiny_model import TINY, random_params, write_tokenizer
 
 RECORDS = [{"prompt": "a, b", "completion": "c"}, {"prompt": "é", "completion": "f\ng"}]
@@ -92,6 +93,11 @@ def _tokenizer(folder: Path) -> None:
     write_tokenizer(folder, bos="<|start|>")
     token = {"eos_token": {"content": "<|end|>", "lstrip": False}}
     (folder / "special_tokens_map.json").write_text(json.dumps(token))
+
+
+def _vocabulary(name: str) -> Callable[[Path], None]:
+    source = Path(__file__).parents[1] / "fixtures" / "tokenizers" / name
+    return lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True) and None
 
 
 def _read_tokenizer(folder: Path) -> None:
@@ -161,7 +167,7 @@ def seal(data: bytes) -> bytes:
     try:
         values = json.loads(data)
         del values["seal"]
-        return json.dumps(values | {"seal": digest(values)}).encode()
+        return json.dumps(values | {"seal": json_checksum(values)}).encode()
     except (ValueError, KeyError, TypeError, RecursionError):
         return data
 
@@ -229,6 +235,13 @@ READERS: dict[str, Reader] = {
         ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
         _read_tokenizer,
     ),
+    "sentencepiece": Reader(
+        _vocabulary("unigram"), ("tokenizer.model",), _read_encoder_tokenizer, binary=True
+    ),
+    "byte_level": Reader(
+        _vocabulary("gpt2"), ("vocab.json", "tokenizer_config.json"), _read_encoder_tokenizer
+    ),
+    "word_piece": Reader(_vocabulary("bert"), ("vocab.txt",), _read_encoder_tokenizer, binary=True),
     "encoder_tokenizer": Reader(_tokenizer, ("tokenizer.json",), _read_encoder_tokenizer),
     "peft": Reader(_peft, ("adapter_config.json",), _read_peft),
     "peft_tensors": Reader(_peft, ("adapter_model.safetensors",), _read_peft, binary=True),

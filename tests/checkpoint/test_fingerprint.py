@@ -32,7 +32,7 @@ def test_other_values_shapes_types_and_paths_are_all_told():
     del now["numpy"]
     now["extra"] = jnp.zeros(2)
     assert differences(then, now) == {
-        "down/kernel": "has type float32, was saved with bfloat16",
+        "down/kernel": "has dtype float32, was saved with bfloat16",
         "extra": "not in the saved base model",
         "numpy": "not in this base model",
         "step": "has different values",

@@ -54,7 +54,7 @@ FORMATS = {
 def write(folder, values, **settings):
     values = {**values, "config": {**values["config"], **settings}}
     file = folder / "adapter.json"
-    file.write_text(json.dumps(values | {"seal": json_files.digest(values)}))
+    file.write_text(json.dumps(values | {"seal": json_files.json_checksum(values)}))
     return file
 
 

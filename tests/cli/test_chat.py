@@ -36,7 +36,7 @@ def answers(out):
 def test_a_response_streams_and_ends_with_its_token_counts(talk, model_folder):
     out = talk(model_folder, "count the rows\nq\n")
     assert "continues the text that you type" in out
-    assert "5 tokens, " in out and "tokens/s" in out and "GB]" in out
+    assert "response 5 tokens, " in out and "tokens/s" in out and "GB]" in out
 
 
 def test_the_streamed_text_equals_the_output_of_generate(talk, model_folder, capsys):
@@ -47,19 +47,24 @@ def test_the_streamed_text_equals_the_output_of_generate(talk, model_folder, cap
 
 def test_the_history_is_in_the_prompt_until_a_reset(talk, chat_folder):
     out = talk(chat_folder, "count\ncount\nr\ncount\nh\n\nq\n", "--system", "be brief")
-    sizes = [int(line.split()[0][1:]) for line in out.splitlines() if line.startswith("[")]
+    sizes = [int(line.split()[1]) for line in out.splitlines() if line.startswith("[")]
     assert sizes[1] > sizes[0] == sizes[2]
     assert "(new conversation)" in out and out.count("q quits") == 2
 
 
 def test_the_oldest_turns_are_removed_at_the_length_limit(talk, chat_folder):
     out = talk(chat_folder, "count the rows where year\n" * 9)
-    assert "turns were removed: the limit is 123 tokens" in out
+    assert "turns were removed: the maximum is 123 tokens" in out
 
 
 def test_a_turn_beyond_the_length_limit_is_refused_and_the_chat_continues(talk, chat_folder):
     out = talk(chat_folder, "x" * 200 + "\ncount\nq\n")
-    assert "(too long: " in out and "5 tokens" in out
+    assert "the maximum is 123. Shorten the message" in out and "response 5 tokens" in out
+
+
+def test_a_response_longer_than_half_of_the_context_is_announced(talk, chat_folder):
+    out = talk(chat_folder, "q\n", "--max-tokens", "1000")
+    assert "Responses have at most 64 tokens, half of the context length." in out
 
 
 def test_a_system_message_needs_a_template(talk, model_folder):

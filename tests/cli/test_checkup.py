@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from jax_lora.cli.checkup import check
-from jax_lora.cli.machine import OF_THE_COMMAND, OPTIONAL, REQUIRED, Device, Machine
+from jax_lora.cli.system_info import CLI_PACKAGES, OPTIONAL, REQUIRED, Device, SystemInfo
 from jax_lora.finetune.compile_cache import CompileCache
 
-ALL_THERE = dict.fromkeys((*REQUIRED, *OF_THE_COMMAND, *OPTIONAL), "0.10.2")
-WELL = Machine(
+ALL_THERE = dict.fromkeys((*REQUIRED, *CLI_PACKAGES, *OPTIONAL), "0.10.2")
+WELL = SystemInfo(
     versions=ALL_THERE,
     devices=(Device("cpu", "cpu"),),
     devices_error="",
@@ -31,7 +31,7 @@ def without(name):
     return ALL_THERE | {name: None}
 
 
-def test_a_machine_without_problems_has_no_finding():
+def test_a_system_without_problems_has_no_finding():
     assert check(WELL, CACHE) == []
     assert check(dataclasses.replace(WELL, devices=GPU, drivers=("NVIDIA GPU",)), CACHE) == []
 
@@ -39,10 +39,10 @@ def test_a_machine_without_problems_has_no_finding():
 @pytest.mark.parametrize(
     ("changes", "what", "fix"),
     [
-        ({"versions": without("optax")}, "optax is not installed", "pip install jax-lora"),
+        ({"versions": without("optax")}, "optax is not installed", "pip install 'jax-lora'"),
         (
-            {"versions": without("transformers")},
-            "transformers (tokenizers and chat templates) is not installed",
+            {"versions": without("jinja2")},
+            "jinja2 (chat templates) is not installed",
             "pip install 'jax-lora[cli]'",
         ),
         (
@@ -53,7 +53,7 @@ def test_a_machine_without_problems_has_no_finding():
         ({"versions": ALL_THERE | {"jaxlib": "0.11.0"}}, "jaxlib 0.11.0", "jaxlib==0.10.2"),
         ({"devices_error": "no cuda"}, "JAX found no device: no cuda", "unset JAX_PLATFORMS"),
         (
-            {"drivers": ("NVIDIA GPU", "NVIDIA GPU")},
+            {"drivers": ("NVIDIA GPU",)},
             "NVIDIA GPU listed by the driver, but not used by JAX",
             "pip install -U 'jax[cuda13]'",
         ),

@@ -55,6 +55,11 @@ def test_show_marks_targets_and_escapes_control_characters(data, tmp_path):
     assert "|<|end|>]]" in data("show", path, "--tokens")
 
 
+def test_show_uses_a_prompt_template(data, rows):
+    out = data("show", rows, "-n", "1", "--prompt-template", r"Q: {prompt}\nA:")
+    assert "Q: how many" in out and "\nA:[[ count" in out
+
+
 def test_show_uses_color_on_a_terminal(data, rows, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "\x1b[1;32m" in data("show", rows, "-n", "1")
@@ -120,3 +125,36 @@ def test_split_refuses_fractions_that_leave_no_training_examples(data, rows, tmp
     options = ("--valid", "0.6", "--test", "0.4", "-o", tmp_path / "x")
     message = data("split", rows, *options, code=2, model=False)
     assert "to leave examples for train" in message
+
+
+ROLES = ("system", "user", "assistant", "tool", "assistant")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_convert_keeps_the_roles_of_a_chat_in_a_file_of_the_kind_of_its_name(data, tmp_path, kind):
+    turns = [{"role": role, "content": f"as {role}"} for role in ROLES]
+    source, target = tmp_path / "chat.json", tmp_path / f"new.{kind}"
+    source.write_text(json.dumps([{"messages": turns}] * 2))
+    data("convert", source, "-o", target, "--to", "chat", model=False)
+    text = target.read_text()
+    rows = json.loads(text) if kind == "json" else [json.loads(row) for row in text.splitlines()]
+    assert rows == [{"messages": turns}] * 2
+
+
+def test_convert_from_alpaca_to_chat_keeps_its_system_message_and_history(data, tmp_path):
+    row = {"instruction": "a", "output": "b", "system": "s", "history": [["q", "r"]]}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    data(
+        "convert", tmp_path / "rows.json", "-o", tmp_path / "new.jsonl", "--to", "chat", model=False
+    )
+    (turns,) = json.loads((tmp_path / "new.jsonl").read_text()).values()
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert [turn["role"] for turn in turns] == roles
+
+
+def test_convert_writes_a_table_for_a_name_of_one_and_refuses_other_kinds(data, rows, tmp_path):
+    data("convert", rows, "-o", tmp_path / "new.tsv", model=False)
+    first = (tmp_path / "new.tsv").read_text().splitlines()[:2]
+    assert first == ['"prompt"\t"completion"', '"how many 0?"\t" count 0"']
+    message = data("convert", rows, "-o", tmp_path / "new.parquet", code=2, model=False)
+    assert "ends in '.parquet'" in message

@@ -1,11 +1,11 @@
-"""`jax-lora doctor` on this machine, and on a machine with problems."""
+"""`jax-lora doctor` on this system, and on a system with problems."""
 
 import dataclasses
 import json
 
 import pytest
 
-from jax_lora.cli import doctor, machine, main
+from jax_lora.cli import doctor, main, system_info
 
 
 @pytest.fixture(autouse=True)
@@ -16,20 +16,22 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def look(monkeypatch):
-    """Let the machine have other facts than it has."""
-    real = machine.look()
+    """Change the system information."""
+    real = system_info.collect_system_info()
     well = dataclasses.replace(
         real, drivers=(), disk_free=10**12, memory_free=10**10, memory=2 * 10**10
     )
 
     def of(**changes):
-        monkeypatch.setattr(doctor, "look", lambda: dataclasses.replace(well, **changes))
+        monkeypatch.setattr(
+            doctor, "collect_system_info", lambda: dataclasses.replace(well, **changes)
+        )
 
     of()
     return of
 
 
-def test_a_machine_without_problems_is_ready(look, capsys, tmp_path):
+def test_a_system_without_problems_is_ready(look, capsys, tmp_path):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.endswith("Ready to train.\n")
@@ -45,7 +47,7 @@ def test_a_gpu_that_jax_does_not_see_is_a_problem(look, capsys):
     assert "Ready" not in out
 
 
-def test_json_has_the_facts_and_the_findings(look, capsys):
+def test_json_has_system_information_and_findings(look, capsys):
     look(disk_free=5)
     assert main(["doctor", "--json"]) == 2
     found = json.loads(capsys.readouterr().out)

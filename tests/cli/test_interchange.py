@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import jax_lora as jl
 from jax_lora.bundled import model_path
 from jax_lora.cli import main
-from jax_lora.cli.adapters import Trained
+from jax_lora.cli.adapters import LoadedAdapter
 from jax_lora.cli.base_model import load_base
 from jax_lora.cli.fuse import logit_difference
 from jax_lora.models import Llama
@@ -118,7 +118,7 @@ def test_a_fused_folder_equals_base_and_adapter(run_folder, model_folder, tmp_pa
 
 def test_the_check_detects_a_folder_that_differs_from_base_and_adapter(run_folder, model_folder):
     _, _, adapter = load_both(model_folder, run_folder)
-    trained = Trained(load_base(str(model_folder)), adapter, run_folder)
+    trained = LoadedAdapter(load_base(str(model_folder)), adapter, run_folder)
     difference, _ = logit_difference(trained, model_folder)
     assert difference > 0.01
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from jax_lora.cli import main
-from jax_lora.cli.machine import OF_THE_COMMAND
 from jax_lora.cli.main import CLI_MODULES, make_parser
+from jax_lora.cli.system_info import CLI_PACKAGES
 from jax_lora.models import Llama, LlamaConfig, save
 from tests.tiny_model import TINY, random_params, write_tokenizer
 
@@ -107,7 +107,7 @@ def test_another_missing_module_is_raised(monkeypatch):
 
 def test_every_package_of_the_extra_is_recognized():
     modules = {"PyYAML": "yaml"}
-    assert {modules.get(name, name) for name in OF_THE_COMMAND} == CLI_MODULES
+    assert {modules.get(name, name) for name in CLI_PACKAGES} == CLI_MODULES
 
 
 def test_a_traceback_is_shown_on_demand(train, capsys):

@@ -95,7 +95,9 @@ def test_other_tokens_are_refused_by_resume_and_told_by_the_other_verbs(run, mod
     edit_json(model / file, values)
     assert resume("--iters", "3") == 2
     error = capsys.readouterr().err
-    assert re.search(rf"{change}: (its|their) digest was [0-9a-f]{{32}}, now [0-9a-f]{{32}}", error)
+    assert re.search(
+        rf"{change}: (its|their) checksum was [0-9a-f]{{32}}, now [0-9a-f]{{32}}", error
+    )
     words = ["generate", "--adapter-path", "adapters", "--prompt", "how", "--max-tokens", "1"]
     assert main(words) == 0
     error = capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_full_fine_tuning_saves_a_model_that_every_subcommand_reads(train, tmp_p
     assert main(["eval", "--adapter-path", "adapters", "--compare-base", "--max-tokens", "3"]) == 0
     capsys.readouterr()
     assert main(["fuse", "--adapter-path", "adapters"]) == 2
-    assert "a whole model, from full fine-tuning" in capsys.readouterr().err
+    assert "a full fine-tuning checkpoint" in capsys.readouterr().err
 
 
 def test_flags_override_presets(train, tmp_path):

@@ -8,10 +8,10 @@ from jax_lora.errors import ConfigError, DataError
 def test_columns_are_renamed_and_a_missing_one_is_an_error(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("query;reply;prompt\n2 + 3; 5;unused\n", encoding="utf-8")
-    with renaming(parse_columns("prompt=query,completion=reply")):
+    with renaming("prompt=query,completion=reply"), renaming(None):
         (row,) = read_rows(path).rows
     assert row.fields == {"prompt": "2 + 3", "completion": " 5"}
-    with renaming({"prompt": "q"}), pytest.raises(DataError, match='no column "q"'):
+    with renaming("prompt=q"), pytest.raises(DataError, match='no column "q"'):
         read_rows(path)
 
 

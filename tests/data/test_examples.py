@@ -1,9 +1,17 @@
+import json
 from pathlib import Path
 
 import pytest
 
+from jax_lora.data.encoder_examples import (
+    classification_examples,
+    masked_lm_examples,
+    seq2seq_examples,
+)
+from jax_lora.data.encoder_tokenizer import EncoderTokenizer
 from jax_lora.data.encoding import encode_prompt
 from jax_lora.data.examples import make_examples
+from jax_lora.data.formats import check_fields
 from jax_lora.data.rows import Row, RowFile
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import DataError
@@ -130,3 +138,39 @@ def test_the_prompt_of_a_chat_is_everything_before_the_last_response(tmp_path):
     assert tokenizer._backend.decode(ids, skip_special_tokens=False).endswith(
         "<|user|>rows?<|end|><|assistant|>"
     )
+
+
+@pytest.mark.parametrize("encode", ["causal", "masked", "classes", "seq2seq"])
+def test_a_token_without_an_embedding_is_refused_where_an_example_has_it(tmp_path, encode):
+    folder = write_tokenizer(tmp_path, special=("<image>",))
+    backend = Tokenizer.load(folder)._backend
+    backend.add_special_tokens(["<behind>"])
+    backend.save(str(folder / "tokenizer.json"))
+    behind = backend.token_to_id("<behind>")
+    assert behind is not None
+    (folder / "config.json").write_text(json.dumps({"vocab_size": behind}))
+
+    def examples(text):
+        if encode == "causal":
+            return make_examples(rows_of({"text": text}, kind="text"), Tokenizer.load(folder))
+        tokenizer, cut = EncoderTokenizer.load(folder), {"max_length": 32}
+        if encode == "seq2seq":
+            file = rows_of({"prompt": text, "completion": "a"})
+            return seq2seq_examples(file, tokenizer, eos_id=0, **cut)
+        file = rows_of({"text": text}, kind="labeled")
+        if encode == "masked":
+            return masked_lm_examples(file, tokenizer, **cut)
+        return classification_examples(file, tokenizer, ("a", "b"), **cut)
+
+    assert len(examples("an <image> in the text").rows) == 1
+    with pytest.raises(DataError, match=r"train.jsonl:1: (.|\n)*'<behind>', token") as caught:
+        examples("a <behind> in the text")
+    assert f"tokens with an embedding, from 0 to {behind - 1}" in str(caught.value)
+
+
+def test_earlier_answers_of_alpaca_are_context(tokenizer):
+    row = {"instruction": "a", "output": "b", "history": [["q", "earlier"]]}
+    kind, fields = check_fields(row)
+    example = only(rows_of(fields, kind=kind), tokenizer)
+    assert "earlier" in tokenizer.decode(example.ids.tolist())
+    assert learned_text(example, tokenizer) == "b<|end|>"

@@ -75,11 +75,39 @@ def test_a_contradiction_is_an_error_without_a_panic(folder, name, capfd):
     assert "panicked" not in capfd.readouterr().err
 
 
+def splitting(pattern):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    return {"pre_tokenizer": {**split, "invert": False}}
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(?:x+x+)+y", r"(\d*)*z", "(.+)+?[^.]z"])
+def test_an_exponential_regular_expression_is_refused_without_a_panic(folder, capfd, pattern):
+    change(folder, splitting(pattern))
+    with pytest.raises(ModelError, match=r"tokenizer\.json[\s\S]*retry-limit") as caught:
+        Tokenizer.load(folder)
+    assert repr(pattern) in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{Lm}\p{M}]+|\p{N}(?=(?:\p{N}{3})+(?!\p{N}))",
+    ],
+)
+def test_the_regular_expressions_of_published_tokenizers_are_accepted(folder, pattern):
+    change(folder, splitting(pattern))
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.decode(tokenizer.encode("rows1234")) == "rows1234"
+
+
 def test_a_panic_of_the_library_is_converted(folder):
-    endless = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
-    change(folder, {"pre_tokenizer": {**endless, "invert": False}})
+    change(folder, splitting(r"qz(y+)+\d"))
+    tokenizer = Tokenizer.load(folder)
     with pytest.raises(ModelError, match="PanicException"):
-        Tokenizer.load(folder).encode("a" * 60 + "!")
+        tokenizer.encode("qz" + "y" * 60 + "! 1")
 
 
 @pytest.mark.parametrize("value", [5, ["x"], {"content": 5}, {}, "\ud800"])

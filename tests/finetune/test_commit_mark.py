@@ -11,7 +11,7 @@ from jax_lora.errors import CheckpointError
 from jax_lora.finetune.commit_mark import MARK, check_mark
 from jax_lora.finetune.run_folder import RunFolder, find_checkpoint
 from jax_lora.finetune.training_state import find_resumable, has_state, remove_state, save_state
-from jax_lora.storage.json_files import digest
+from jax_lora.storage.json_files import json_checksum
 
 BASE = {"kernel": jnp.ones((3, 4))}
 
@@ -75,7 +75,7 @@ def test_an_edited_step_is_refused_even_if_its_own_seal_fits(run):
     file.write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="do not match their checksum"):
         find_resumable(run)
-    file.write_text(json.dumps(record | {"seal": digest(record)}))
+    file.write_text(json.dumps(record | {"seal": json_checksum(record)}))
     with pytest.raises(CheckpointError, match=r"training\.json: does not match its checksum"):
         find_resumable(run)
 
@@ -101,7 +101,7 @@ def test_a_mark_that_is_not_one_is_refused(run, change):
     values = json.loads(file.read_text()) | change
     if "seal" not in change:
         del values["seal"]
-        values["seal"] = digest(values)
+        values["seal"] = json_checksum(values)
     file.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"commit\.json"):
         check_mark(run / "step-000003")

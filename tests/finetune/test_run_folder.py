@@ -7,7 +7,7 @@ import pytest
 from jax_lora import LoraConfig, lora_init, save_adapter
 from jax_lora.errors import CheckpointError, ConfigError
 from jax_lora.finetune.run_folder import RunFolder, find_checkpoint, read_run_config
-from jax_lora.storage.json_files import digest
+from jax_lora.storage.json_files import json_checksum
 
 BASE = {"kernel": jnp.ones((3, 4))}
 
@@ -55,7 +55,7 @@ def test_the_newest_checkpoints_and_the_best_one_stay(tmp_path, adapter):
         run.save(step, saves(adapter), (3.0, 1) if step == 1 else (1.0, 2), keep=2)
     assert checkpoints(run) == ["step-000002", "step-000004", "step-000005"]
     state = json.loads((run.path / "run.json").read_text())
-    assert state.pop("seal") == digest(state)
+    assert state.pop("seal") == json_checksum(state)
     assert state == {
         "last": "step-000005",
         "best": "step-000002",

@@ -239,7 +239,7 @@ def test_a_checkpoint_brings_ranks_and_scales_back(tmp_path):
 def test_a_manifest_whose_ranks_fit_no_factors_is_refused(tmp_path, ranks):
     jl.save_adapter(tmp_path / "adapter", init(rank_pattern={"layers/3": 5}))
     reseal(tmp_path / "adapter", lambda values: values["pairs"][Q].update(ranks=ranks))
-    with pytest.raises(CheckpointError, match="values that do not describe an adapter"):
+    with pytest.raises(CheckpointError, match="ranks must be"):
         jl.load_adapter(tmp_path / "adapter")
 
 

@@ -1,5 +1,7 @@
 """Every attention kernel computes what dense attention computes, forward and backward."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,16 +117,28 @@ def test_splash_attention_is_dense_attention(window, soft_cap, is_packed):
     check(splash, qkv, segments, window, soft_cap)
 
 
-def test_splash_attention_runs_on_the_rows_of_each_device():
-    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    qkv, segments = draw(2, 130, 2, 1, 64), packed(2, 130)
+@pytest.mark.parametrize(
+    ("axes", "spec"),
+    [
+        ({"data": 2}, PartitionSpec("data")),
+        pytest.param(
+            {"fsdp": 2, "tensor": 2},
+            PartitionSpec("fsdp", None, "tensor"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_splash_attention_runs_on_the_rows_and_heads_of_each_device(axes, spec):
+    count = math.prod(axes.values())
+    mesh = Mesh(np.array(jax.devices()[:count]).reshape(*axes.values()), tuple(axes))
+    qkv, segments = draw(2, 130, count, count // 2, 64), packed(2, 130)
     given = (None, segments, None)
     (mask,) = make_masks("splash", 130, 130, given, [None], jnp.float32, mesh)
-    rows = NamedSharding(mesh, PartitionSpec("data"))
+    rows = NamedSharding(mesh, PartitionSpec(spec[0]))
     got = jax.jit(lambda q, k, v: splash_attention(q, k, v, mask, 0.125, None, interpret=True))(
         *jax.device_put(qkv, rows)
     )
-    assert got.sharding.spec == PartitionSpec("data")
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), got.ndim)
     np.testing.assert_allclose(
         got, dense_attention(*qkv, segments, None, None), rtol=2e-4, atol=2e-4
     )

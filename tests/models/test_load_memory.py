@@ -37,12 +37,14 @@ def watch():
         peaks.append(own_bytes())
         time.sleep(0.002)
 
-load(sys.argv[1])  # once before: imports and compiled programs are no part of the model
+quantize = sys.argv[2] or None
+# Once before: imports and compiled programs are no part of the model.
+load(sys.argv[1], quantize=quantize)
 peaks, done = [], threading.Event()
 before = own_bytes()
 thread = threading.Thread(target=watch)
 thread.start()
-_, params = load(sys.argv[1])
+_, params = load(sys.argv[1], quantize=quantize)
 jax.block_until_ready(params)
 done.set()
 thread.join()
@@ -52,15 +54,17 @@ print(max(peaks) - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own figures")
-def test_loading_needs_no_more_than_the_model_and_one_layer(tmp_path):
+@pytest.mark.parametrize("quantize", ["", "nf4"])
+def test_loading_needs_no_more_than_the_model_and_one_layer(tmp_path, quantize):
     model = Llama(LARGE)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     save(tmp_path, model, jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes))
-    command = [sys.executable, "-c", LOAD, str(tmp_path)]
+    command = [sys.executable, "-c", LOAD, str(tmp_path), quantize]
     # With a fixed threshold glibc gives what is freed back at once.
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "XLA_FLAGS": ""}
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
     grown, size = map(int, output.split())
-    assert size > 300 * MB
-    layer = size / LARGE.num_hidden_layers
+    full = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
+    assert full > 300 * MB and size < (full / 4 if quantize else full + 1)
+    layer = full / LARGE.num_hidden_layers
     assert grown < size + layer + 8 * MB, (grown / MB, size / MB)

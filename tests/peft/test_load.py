@@ -26,3 +26,13 @@ def test_logits_equal_pytorchs_with_the_adapter_combined_and_merged(case):
     np.testing.assert_allclose(combined, expected["logits"], atol=1e-4)
     merged = logits_of(model, jl.merge(variables, adapter), ids)
     np.testing.assert_allclose(merged, expected["logits"], atol=1e-4)
+
+
+def test_a_base_may_be_views_of_numpy_arrays(tmp_path):
+    base = {"kernel": np.zeros(12, np.float32).reshape(4, 3)}
+    pair = jl.LoraPair(np.ones((4, 2), np.float32), np.ones((2, 3), np.float32))
+    jl.peft.save(
+        tmp_path, jl.Adapter({"kernel": pair}, {}, jl.LoraConfig(rank=2)), names={"kernel": "m"}
+    )
+    again = jl.peft.load(tmp_path, base, names={"kernel": "m"})
+    assert again.pairs["kernel"].kernel_shape == (4, 3)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from jax_lora.finetune.settings import TrainSettings
-from jax_lora.plan.fit import NOT_YET, SHARE, fit, formula_total
+from jax_lora.plan.fit import SHARE, fit, formula_total
 from jax_lora.plan.planned_model import plan_shape
 from jax_lora.plan.planning import Choices
 
@@ -43,10 +43,10 @@ def test_gradient_checkpointing_comes_next(total):
     assert settings.batch_size * settings.grad_accumulation_steps == 8
 
 
-def test_quantization_comes_last_and_is_marked_as_unsupported(total):
+def test_quantization_comes_before_what_changes_the_adapter_or_the_data(total):
     found = find(total, 10e9)
-    assert flags(found)[-1] in ("int8 base", "NF4 base")
-    assert found.changes[-1].effect == NOT_YET
+    assert flags(found)[-1] in ("--quantize int8", "--quantize nf4")
+    assert found.choices.settings.quantize != "none"
     costs = [change.cost for change in found.changes]
     assert costs == sorted(costs)
 
@@ -77,8 +77,15 @@ def test_a_change_already_made_is_not_suggested(total):
 
 
 def test_rank_and_length_have_lower_limits(total):
-    settings = TrainSettings(batch_size=3, rank=4, grad_checkpoint=True)
-    choices = Choices(settings, quantize="nf4")
+    settings = TrainSettings(batch_size=3, rank=4, grad_checkpoint=True, quantize="nf4")
+    choices = Choices(settings)
     found = fit(choices, 1.0, total, dtype="bfloat16", length=128)
     assert (found.fits, found.changes) == (False, ())
     assert dataclasses.asdict(found.choices) == dataclasses.asdict(choices)
+
+
+def test_full_fine_tuning_becomes_an_adapter_before_the_base_is_quantized(total):
+    found = find(total, 10e9, fine_tune_type="full")
+    settings = found.choices.settings
+    assert (settings.fine_tune_type, settings.quantize != "none") == ("lora", True)
+    assert any(each.startswith("--fine-tune-type lora --quantize") for each in flags(found))

@@ -189,6 +189,20 @@ def test_an_asynchronous_collective_counts_once_with_the_size_of_its_result():
     assert (found.count, found.bytes) == (1, 4 * KIB)
 
 
+def test_combined_collectives_count_all_results():
+    text = module(
+        (
+            X,
+            "%y = f32[256]{0} negate(%x)",
+            "%s = ((f32[256]{0}, f32[256]{0}), (f32[1024]{0}, f32[1024]{0}))"
+            " all-gather-start(%x, %y), dimensions={0}",
+            "ROOT %d = (f32[1024]{0}, f32[1024]{0}) all-gather-done(%s)",
+        )
+    )
+    (found,) = hlo_traffic(text).collectives.values()
+    assert (found.count, found.bytes) == (1, 8 * KIB)
+
+
 def test_a_collective_in_a_loop_counts_once_per_iteration():
     body = BODY.replace("negate(%a)", "all-reduce(%a), to_apply=%add")
     known = ', backend_config={"known_trip_count":{"n":"5"}}'

@@ -107,7 +107,7 @@ def test_without_the_compiler_the_message_names_the_extra(target, package, extra
         abstract_devices(parse_target(target))
     message = str(caught.value)
     assert f"topology {target}" in message and f"no package {package}" in message
-    assert f'pip install "jax-lora[{extra}]"' in message
+    assert f"pip install 'jax-lora[{extra}]'" in message and f"'.[{extra}]'" in message
 
 
 def test_only_gpus_compile_without_autotuning():

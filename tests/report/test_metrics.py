@@ -54,6 +54,13 @@ def test_a_new_run_starts_with_empty_files(tmp_path):
         ('{"step": 1}', "metrics.jsonl:1"),
         ('{"iter": 1, "train_loss": "low"}', "metrics.jsonl:1"),
         ("\xff\n", "metrics.jsonl:1"),
+        ("[" * 5000, "metrics.jsonl:1"),
+        (
+            '{"iter": 1, "val_loss": [0.5]}',
+            r"val_loss = \[0.5\]: expected a finite",
+        ),
+        ('{"iter": 1.5}', "iter = 1.5: expected an integer"),
+        ('{"iter": 1, "iter": 2}', "metrics.jsonl:1"),
     ],
 )
 def test_damaged_metrics_are_an_error_with_the_line(tmp_path, text, message):

@@ -6,7 +6,9 @@ import pytest
 from jax_lora.errors import CheckpointError, DataError
 from jax_lora.storage.atomic_writes import (
     append_text,
+    is_interrupted,
     made_folder,
+    recover,
     replacing,
     replacing_both,
     write_error,
@@ -116,6 +118,15 @@ def test_two_files_are_replaced_together(tmp_path):
     assert read_both(tmp_path) == ["old", "old"]
     save_both(tmp_path, "new")
     assert read_both(tmp_path) == ["new", "new"] and names(tmp_path) == ["index", "weights"]
+
+
+def test_a_killed_replacement_can_be_undone_without_a_save(tmp_path):
+    save_both(tmp_path, "old")
+    assert not is_interrupted(tmp_path, "index")
+    os.rename(tmp_path / "index", tmp_path / "index.01234567.old")
+    assert is_interrupted(tmp_path, "index")
+    recover(tmp_path, "weights", "index")
+    assert read_both(tmp_path) == ["old", "old"] and names(tmp_path) == ["index", "weights"]
 
 
 @pytest.mark.parametrize("at", ["aside", "between"])

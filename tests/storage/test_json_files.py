@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jax_lora.errors import CheckpointError
-from jax_lora.storage.json_files import digest, read_json
+from jax_lora.storage.json_files import json_checksum, read_json
 from jax_lora.storage.limits import raise_hint
 
 HOSTILE = {
@@ -45,7 +45,7 @@ def test_bad_utf8_and_a_missing_file_are_typed_errors(tmp_path):
 
 
 def test_digest_sees_values_and_not_the_order_of_keys():
-    assert digest({"a": [1, 2], "b": {"c": 1, "d": 2}}) == digest(
+    assert json_checksum({"a": [1, 2], "b": {"c": 1, "d": 2}}) == json_checksum(
         {"b": {"d": 2, "c": 1}, "a": (1, 2)}
     )
-    assert digest({"a": 1}) != digest({"a": 2})
+    assert json_checksum({"a": 1}) != json_checksum({"a": 2})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_lora.storage import array_store
+from jax_lora.storage.ocdbt_index import check_index
 from jax_lora.storage.stored_arrays import check_stored
 
 ARRAYS = {
@@ -100,3 +101,45 @@ def test_another_format_is_refused(folder, text):
     (folder / "_METADATA").write_text(text)
     with pytest.raises(ValueError):
         check_stored(folder, template())
+
+
+def compressed(blocks, magic=0x0CDB20DE):
+    """A node of the index, with blocks that repeat a byte 128 times 1024 times."""
+    block = (2**17 << 3 | 1 << 1).to_bytes(3, "little") + b"\0"
+    last = (2**17 << 3 | 1 << 1 | 1).to_bytes(3, "little") + b"\0"
+    frame = b"\x28\xb5\x2f\xfd\x00\x58" + block * (blocks - 1) + last
+    length = (14 + len(frame) + 4).to_bytes(8, "little")
+    return magic.to_bytes(4, "big") + length + b"\0\1" + frame + bytes(4)
+
+
+@pytest.mark.parametrize("before", [b"", bytes(1000), b"\x0c\xdb\x20\xde"])
+def test_a_node_of_the_index_that_expands_too_far_is_refused(folder, before):
+    file = next(folder.glob("ocdbt.process_0/d/*"))
+    file.write_bytes(before + compressed(400))
+    check_index(folder)
+    file.write_bytes(before + compressed(600))
+    with pytest.raises(ValueError, match="array_index_bytes=N"):
+        check_stored(folder, template())
+
+
+def test_small_nodes_count_together(folder):
+    for number in range(70):
+        (folder / "d" / f"{number}").write_bytes(compressed(8))
+    with pytest.raises(ValueError, match="index of more than 67,108,864 bytes"):
+        check_index(folder)
+
+
+def test_a_manifest_that_expands_too_far_is_refused(folder):
+    (folder / "manifest.ocdbt").write_bytes(compressed(600, magic=0x0CDB3A2A))
+    with pytest.raises(ValueError, match=r"manifest\.ocdbt: an index"):
+        check_index(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "d/0000", "ocdbt.process_0/manifest.ocdbt"])
+def test_a_huge_sparse_file_is_not_read(folder, name):
+    with (folder / name).open("ab") as file:
+        file.truncate(2**42)
+    problems = array_store.file_problems(folder, {}, 100)
+    assert (
+        len(problems) == 1 and "4,398,046" in problems[0] and "array_index_bytes=N" in problems[0]
+    )

@@ -179,8 +179,15 @@ def test_merge_names_the_kernels_that_have_no_bias_beside_them():
     with pytest.raises(MergeError) as caught:
         jl.merge(tree, adapter)
     text = str(caught.value)
-    assert "kernel: its layer has no leaf bias" in text and "use_bias=True" in text
-    assert "q/bias: shape (3, 4), the bias of the pair has (3, 2, 4)" in text
+    assert "kernel: the base model has no leaf bias" in text and "use_bias=True" in text
+    assert "q/bias: shape (3, 4); the adapter's bias has (3, 2, 4)" in text
+
+
+def test_merge_says_that_only_kernels_have_a_bias_to_merge_into():
+    tree, adapter = merge_case()
+    pairs = {"table": adapter.pairs["kernel"]}
+    with pytest.raises(MergeError, match="table: .* only for leaves named 'kernel'"):
+        jl.merge({"table": tree["kernel"], "bias": tree["bias"]}, jl.Adapter(pairs, {}, CONFIG))
 
 
 def test_a_magnitude_and_a_bias_do_not_go_together():

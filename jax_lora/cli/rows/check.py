@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jax_lora.cli.adapters import templates_of
 from jax_lora.cli.base_model import data_folder, model_folder
+from jax_lora.cli.options import add_template_options
 from jax_lora.data.batches import Batches
 from jax_lora.data.data_folder import read_data
 from jax_lora.data.examples import Examples, make_examples
@@ -28,19 +30,20 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for the data and for its encoding."""
     add = parser.add_argument
     add("data", metavar="PATH", nargs="?", help="data folder or file [bundled]")
-    add("--model", metavar="PATH", help="folder with the tokenizer [bundled]")
+    add("--model", metavar="PATH", help="folder or Hub name of the tokenizer [bundled]")
     add(
         "--max-seq-length",
         type=int,
         default=2048,
         metavar="N",
-        help="most tokens of an example [2048]",
+        help="maximum tokens per example [2048]",
     )
     text = "assistant messages in the loss [all]"
     add("--turns", default="all", choices=("all", "last"), help=text)
     boolean = argparse.BooleanOptionalAction
     text = "exclude prompts from the loss [yes; no for texts]"
     add("--mask-prompt", action=boolean, default=None, help=text)
+    add_template_options(parser)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +54,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the counts, and return the exit code."""
     data = read_data(data_folder(options.data))
-    tokenizer = Tokenizer.load(model_folder(options.model))
+    tokenizer = tokenizer_of(options)
     for name, file in data.splits.items():
         examples = examples_of(file, tokenizer, options)
         lines = [*_file_lines(file), *_token_lines(examples, options.max_seq_length)]
         print("\n".join([f"{name}: {file.path}", *lines, ""]))
     print("No errors found.")
     return 0
+
+
+def tokenizer_of(options: argparse.Namespace) -> Tokenizer:
+    """Load the tokenizer of the options, with the template that they name."""
+    templates = templates_of(options, options.model, {}, None)
+    return Tokenizer.load(model_folder(options.model), **templates)
 
 
 def examples_of(file: RowFile, tokenizer: Tokenizer, options: argparse.Namespace) -> Examples:

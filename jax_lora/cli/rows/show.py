@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 
-from jax_lora.cli.base_model import data_folder, model_folder
+from jax_lora.cli.base_model import data_folder
 from jax_lora.cli.options import at_least_one
-from jax_lora.cli.rows.check import add_data_options, examples_of
+from jax_lora.cli.rows.check import add_data_options, examples_of, tokenizer_of
 from jax_lora.data.data_folder import read_data
 from jax_lora.data.examples import Example
 from jax_lora.data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the examples, and return the exit code."""
     file = read_data(data_folder(options.data)).split(options.split)
-    tokenizer = Tokenizer.load(model_folder(options.model))
+    tokenizer = tokenizer_of(options)
     examples = examples_of(file, tokenizer, options)
     colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(f"{'green' if colored else '[[ ]]'}: target tokens; the rest is context")

@@ -1,4 +1,4 @@
-"""Facts about this machine: package versions, devices, memory, disk and cores."""
+"""System information: package versions, devices, memory, disk and cores."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from typing import Any
 
 import jax
 
+REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors")
 # Package -> purpose.
-REQUIRED = dict.fromkeys(
-    ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors"), ""
-)
-OF_THE_COMMAND = {
-    "transformers": "tokenizers and chat templates",
+CLI_PACKAGES = {
     "tokenizers": "tokenizers",
     "jinja2": "chat templates",
     "PyYAML": "configuration files",
@@ -25,10 +22,13 @@ OF_THE_COMMAND = {
     "matplotlib": "plots",
     "tensorboardX": "TensorBoard logs",
 }
-OPTIONAL = {"pyarrow": "data in .parquet files"}
+OPTIONAL = {
+    "pyarrow": "data in .parquet files",
+    "huggingface_hub": "models and adapters by their names on the Hub",
+}
 
-# Driver -> folder and pattern of the files that it creates.
-_DRIVERS = {
+# Accelerator -> folder and pattern of the files that its driver creates.
+_DEVICE_FILES = {
     "NVIDIA GPU": ("proc/driver/nvidia/gpus", "*"),
     "AMD GPU": ("dev", "kfd"),
     "TPU": ("dev", "accel*"),
@@ -53,16 +53,18 @@ class Device:
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
-    """Facts about a machine.
+class SystemInfo:
+    """System information.
+
+    The field names are the keys of `jax-lora doctor --json`.
 
     Args:
       versions: Package -> version, or None if it is not installed.
       devices: JAX devices.
       devices_error: Why JAX found no device, or an empty string.
-      drivers: Accelerators that the operating system lists.
+      drivers: Kinds of accelerators that have device files, each once.
       cores: CPU cores.
-      usable: Cores that this process may use.
+      usable: Cores that this process may use, a fraction under a container's quota.
       memory: Bytes of memory, or None if unknown.
       memory_free: Bytes of free memory, or None if unknown.
       disk_free: Free bytes on the disk that a run writes to.
@@ -81,33 +83,33 @@ class Machine:
     environment: dict[str, str]
 
 
-def look(root: Path = Path("/"), here: Path = Path(".")) -> Machine:
-    """Collect the facts without changing anything.
+def collect_system_info(root: Path = Path("/"), run_folder: Path = Path(".")) -> SystemInfo:
+    """Collect system information without changing anything.
 
     Args:
       root: Root of the file system.
-      here: Folder that a run writes to.
+      run_folder: Folder that a run writes to.
 
     Returns:
-      The facts.
+      The system information.
     """
     devices, error = _devices()
     memory, free = _memory(root)
     cores = os.cpu_count() or 1
-    return Machine(
-        versions={name: _version(name) for name in (*REQUIRED, *OF_THE_COMMAND, *OPTIONAL)},
+    return SystemInfo(
+        versions={name: _version(name) for name in (*REQUIRED, *CLI_PACKAGES, *OPTIONAL)},
         devices=devices,
         devices_error=error,
         drivers=tuple(
             name
-            for name, (folder, pattern) in _DRIVERS.items()
-            for _ in (root / folder).glob(pattern)
+            for name, (folder, pattern) in _DEVICE_FILES.items()
+            if any((root / folder).glob(pattern))
         ),
         cores=cores,
-        usable=_usable(root, cores),
+        usable=_usable_cores(root, cores),
         memory=memory,
         memory_free=free,
-        disk_free=shutil.disk_usage(here).free,
+        disk_free=shutil.disk_usage(run_folder).free,
         environment={
             name: value
             for name, value in sorted(os.environ.items())
@@ -141,20 +143,30 @@ def _device(device: Any) -> Device:
 
 def _memory(root: Path) -> tuple[int | None, int | None]:
     """Return total and free memory, within the limits of the container."""
+    total, free = _host_memory(root)
+    limit, used = _container_memory(root)
+    if total is None or limit is None or used is None or limit >= total:
+        return total, free
+    return limit, limit - used if free is None else min(free, limit - used)
+
+
+def _host_memory(root: Path) -> tuple[int | None, int | None]:
+    """Return total and free memory of the host, or None if unknown."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux
         return None, None
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
-    total, free = sizes.get("MemTotal"), sizes.get("MemAvailable")
-    limit = _number(root / "sys/fs/cgroup/memory.max")
-    used = _number(root / "sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None and total is not None and limit < total:
-        total, free = int(limit), int(min(free or limit, limit - used))
-    return total, free
+    return sizes.get("MemTotal"), sizes.get("MemAvailable")
 
 
-def _usable(root: Path, cores: int) -> float:
+def _container_memory(root: Path) -> tuple[int | None, int | None]:
+    """Return the memory limit and usage of the container, or None without a limit."""
+    limit = _read_int(root / "sys/fs/cgroup/memory.max")
+    return limit, _read_int(root / "sys/fs/cgroup/memory.current")
+
+
+def _usable_cores(root: Path, cores: int) -> float:
     """Return the cores that the CPU affinity and the container's quota allow."""
     affinity = getattr(os, "sched_getaffinity", None)
     usable = float(len(affinity(0)) if affinity is not None else cores)
@@ -165,8 +177,8 @@ def _usable(root: Path, cores: int) -> float:
         return usable
 
 
-def _number(path: Path) -> float | None:
+def _read_int(path: Path) -> int | None:
     try:
-        return float(path.read_text())
-    except (OSError, ValueError):
+        return int(path.read_text())
+    except (OSError, ValueError):  # the file is missing or says "max"
         return None
