@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jax_lora import paths
 from jax_lora.adapter import combine, is_weight
 from jax_lora.cli.adapters import LoadedAdapter, templates_of_run
@@ -17,8 +14,8 @@ from jax_lora.errors import ConfigError, LoraError, format_error
 from jax_lora.finetune.evaluation import Evaluation
 from jax_lora.finetune.tasks import longest_input
 from jax_lora.merge import merge
+from jax_lora.models.model_kernels import model_kernels
 from jax_lora.quantize import QuantizedWeight, dequantize, is_quantized, quantize
-from jax_lora.transform import find_kernels
 
 ORIGINAL, QUANTIZED = "original", "quantized"
 _EXAMPLES = 64  # for the share of the update that is kept
@@ -65,7 +62,7 @@ def _into_quantized(trained: LoadedAdapter) -> Any:
     leaves, _ = paths.flatten_with_paths(base.variables, is_leaf=is_weight)
     methods = {path: leaf.method for path, leaf in leaves if isinstance(leaf, QuantizedWeight)}
     merged = dequantize(merge(base.variables, trained.adapter))
-    kernels = find_kernels(base.model.apply, merged, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    kernels = model_kernels(base.model.apply, merged)
     (method,) = set(methods.values())
     again = quantize(merged, method, targets=tuple(methods), kernels=kernels)
     print(_kept(trained, again))

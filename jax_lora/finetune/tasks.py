@@ -51,10 +51,10 @@ from jax_lora.models import T5, add_classifier, load, save
 from jax_lora.models.encoder import CLASSIFICATION, MASKED_LM, Encoder
 from jax_lora.models.families import family_of, family_of_config
 from jax_lora.models.mesh_sharding import sharding_like
+from jax_lora.models.model_kernels import model_kernels
 from jax_lora.models.tokenizer_files import copy_companions
 from jax_lora.quantize import is_quantized
 from jax_lora.sharding import adapter_shardings
-from jax_lora.transform import find_kernels
 
 CAUSAL, MASKED, SEQ2SEQ, CLASSES = TASKS = "causal-lm", "masked-lm", "seq2seq", "classification"
 # T5 has relative positions, and therefore no maximum sequence length.
@@ -331,7 +331,7 @@ def make_trainable(
                 )
             )
         return _whole_model(model, start, folder, chat_template)
-    kernels = find_kernels(model.apply, variables, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    kernels = model_kernels(model.apply, variables)
     config = settings.lora_config(depth_of(model), heads=_heads(task, variables))
     make = functools.partial(lora_init, config=config, kernels=kernels)
     key = jax.random.key(settings.seed)

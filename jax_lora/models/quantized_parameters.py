@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Sharding
@@ -20,6 +19,7 @@ from jax_lora.kernels.targets import select
 from jax_lora.models.bitsandbytes_tensors import AnyTensor, NF4Tensor
 from jax_lora.models.layout import Layout, Placement
 from jax_lora.models.model_errors import raise_model_error
+from jax_lora.models.model_kernels import model_kernels
 from jax_lora.models.stacked_parameters import ParameterStack
 from jax_lora.quantize import (
     QuantizedWeight,
@@ -29,9 +29,6 @@ from jax_lora.quantize import (
     format_of,
     quantized_weight,
 )
-from jax_lora.transform import find_kernels
-
-_TOKENS = 8  # sequence length for tracing the kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +96,7 @@ def _kernels(model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> d
     flat = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
     params = unflatten_dict(flat, sep="/")
     apply = lambda params, ids: model.apply({"params": params}, ids)  # noqa: E731
-    return dict(find_kernels(apply, params, jax.ShapeDtypeStruct((1, _TOKENS), jnp.int32)))
+    return dict(model_kernels(apply, params))
 
 
 def _all_linear(

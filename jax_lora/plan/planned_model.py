@@ -20,13 +20,11 @@ from jax_lora.kernels.kernel import Kernel
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.families import FAMILIES, family_of_config
 from jax_lora.models.folder import read_json
+from jax_lora.models.model_kernels import TOKENS, model_kernels
 from jax_lora.models.parameter_shapes import parameter_shapes
 from jax_lora.models.read_config import arguments_to_config, read_config
 from jax_lora.plan.arithmetic import KernelShape, ModelShape
 from jax_lora.plan.published import GPT3, GPT3_CONFIG, NAMES, PUBLISHED
-from jax_lora.transform import find_kernels
-
-_TOKENS = 8  # sequence length for tracing the kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +121,7 @@ def of_config(config: Any, dtype: Any, name: str) -> PlannedModel:
         _refuse(name, "an encoder-decoder", "Plan a decoder or an encoder.")
     module = family.module(config, param_dtype=jnp.dtype(dtype))
     variables = _abstract(parameter_shapes(module), dtype)
-    ids = jax.ShapeDtypeStruct((1, _TOKENS), jnp.int32)
-    kernels = find_kernels(module.apply, variables, ids)
+    kernels = model_kernels(module.apply, variables)
     max_length = getattr(config, "max_position_embeddings", None) or config.n_positions
     shape = _shape(name, variables, kernels, config)
     return PlannedModel(name, module, variables, kernels, shape, max_length, family.decodes)
@@ -190,7 +187,7 @@ def _kernel(kernel: Kernel) -> KernelShape:
         outputs=kernel.out_size,
         count=math.prod(kernel.stack_shape),
         # Two operations for each element that a token uses.
-        active=kernel.flops // (2 * _TOKENS),
+        active=kernel.flops // (2 * TOKENS),
         kind=kernel.kind,
         is_head=kernel.is_output_head,
     )
@@ -220,7 +217,7 @@ def _gpt3(dtype: Any) -> PlannedModel:
         if path.endswith("embedding"):
             kernels[full] = Kernel(full, shape, dtype, "embedding", (0,), (1,))
         elif path.endswith("kernel"):
-            flops = 2 * _TOKENS * math.prod(shape)
+            flops = 2 * TOKENS * math.prod(shape)
             kernels[full] = Kernel(full, shape, dtype, "dense", (1,), (2,), (0,), 1, flops)
     variables = _abstract(shapes, dtype)
     shape = _shape(GPT3, variables, kernels, config)
