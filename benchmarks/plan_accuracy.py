@@ -1,6 +1,7 @@
 """Compare the memory that `jax-lora plan` reports with the memory that a step uses.
 
     python -m benchmarks.plan_accuracy
+    python -m benchmarks.plan_accuracy --large    # 1.2 G parameters as well: 6 GB, several minutes
 
 Each case runs in a new process and compares:
 
@@ -41,7 +42,7 @@ from jax_lora.finetune.tasks import CAUSAL, loss_for
 from jax_lora.models import LlamaConfig
 from jax_lora.plan.compiled_step import abstract_adapter, abstract_batch, compile_step, memory_of
 from jax_lora.plan.methods import estimate
-from jax_lora.plan.planned_model import PlannedModel, of_config, plan_folder
+from jax_lora.plan.planned_model import PlannedModel, of_config, plan_folder, plan_shape
 from jax_lora.plan.planning import Choices, method_of, step_of
 from jax_lora.plan.residuals import trace_residuals
 
@@ -55,10 +56,11 @@ class Case:
     settings: TrainSettings
     length: int
     targets: int
+    dtype: str = "float32"
 
     def model(self) -> PlannedModel:
         """Return the bundled model."""
-        return plan_folder(model_path(), "float32", "bundled")
+        return plan_folder(model_path(), self.dtype, "bundled")
 
 
 class Larger(Case):
@@ -70,7 +72,15 @@ class Larger(Case):
             vocab_size=16384, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
             num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=1024,
         )  # fmt: skip
-        return of_config(config, "float32", "100M")
+        return of_config(config, self.dtype, "100M")
+
+
+class Largest(Case):
+    """A Llama with 1.2 G parameters."""
+
+    def model(self) -> PlannedModel:
+        """Return the shapes of Llama 3.2 1B."""
+        return plan_shape("llama-3.2-1b", self.dtype)
 
 
 CASES = {
@@ -84,6 +94,16 @@ CASES = {
     "100M, 4 x 256": Larger(TrainSettings(rank=32, batch_size=4), 256, 128),
     "100M, 4 x 256, remat": Larger(
         TrainSettings(rank=32, batch_size=4, grad_checkpoint=True), 256, 128
+    ),
+    "100M, bfloat16, 4 x 256": Larger(TrainSettings(rank=32, batch_size=4), 256, 128, "bfloat16"),
+    "100M, bfloat16, 4 x 256, remat": Larger(
+        TrainSettings(rank=32, batch_size=4, grad_checkpoint=True), 256, 128, "bfloat16"
+    ),
+}
+LARGE = {
+    "1B, bfloat16, 2 x 128": Largest(TrainSettings(batch_size=2), 128, 128, "bfloat16"),
+    "1B, bfloat16, 2 x 128, remat": Largest(
+        TrainSettings(batch_size=2, grad_checkpoint=True), 128, 128, "bfloat16"
     ),
 }
 
@@ -205,14 +225,15 @@ def _status(name: str) -> int:
 def main() -> None:
     """Measure every case and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--case", help="measure one case and print JSON", choices=tuple(CASES))
+    parser.add_argument("--case", help="measure one case and print JSON", choices=(*CASES, *LARGE))
+    parser.add_argument("--large", action="store_true", help="also measure 1.2 G parameters")
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(CASES[options.case])))
+        print(json.dumps(measure((CASES | LARGE)[options.case])))
         return
     print("| step | devices | formula | planned | compiled | resident | again | planned / again |")
     print("|---|---|---|---|---|---|---|---|")
-    for name in CASES:
+    for name in (*CASES, *(LARGE if options.large else ())):
         print(_row(name, _in_a_process(name)), flush=True)
 
 

@@ -75,7 +75,7 @@ class LoraConfig:
     Args:
       rank: Rank r of the LoRA factors.
       alpha: Numerator of the scale: alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
-      targets: Kernels to adapt: `"all-linear"` (every dense kernel except the output head),
+      targets: Kernels to adapt: `"all-linear"` (dense kernels except the output head and routers),
         `"attention"`, `"mlp"`, a name, or a sequence of names and globs. A name matches whole path
         segments.
       exclude: Names and globs of kernels to leave out; takes precedence over `targets`.

@@ -18,6 +18,8 @@ from jax_lora.adapter import Adapter, combine, is_adapted, is_weight
 from jax_lora.algebra.base_weight import as_array
 from jax_lora.errors import MergeError, MergeWarning, format_error
 from jax_lora.merge_biases import merge_biases
+from jax_lora.transform.low_memory_jit import low_memory_jit
+from jax_lora.updates.pair import LoraPair
 
 # A typical update, of 1% of W0, loses a quarter of its elements in bfloat16: the smallest ones.
 _LOST_SHARE_TO_WARN = 0.5
@@ -135,6 +137,38 @@ def _merged_leaf(base: jax.Array, update: Any, sign: int) -> tuple[jax.Array, _R
     return merged, report
 
 
+@functools.partial(low_memory_jit, static_argnames="sign")
+def _merged_stack(base: jax.Array, pair: LoraPair, sign: int) -> tuple[jax.Array, _Report]:
+    """Merge layer by layer, so that only one layer is in memory in float32."""
+
+    def merged_layer(layer: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, _Report]:
+        base, a, b = layer
+        return _merged_leaf(base, pair.of_layer(a, b), sign)
+
+    merged, each = jax.lax.map(merged_layer, (base, pair.a, pair.b))
+    report = _Report(
+        bad={name: jnp.sum(count) for name, count in each.bad.items()},
+        overflown=jnp.mean(each.overflown),
+        changed=jnp.mean(each.changed),
+        lost=jnp.mean(each.lost),
+    )
+    return merged, report
+
+
+def _is_plain_stack(base: Any, update: Any) -> bool:
+    """Return whether the layers of a leaf on one device can be merged one after the other."""
+    return (
+        isinstance(update, LoraPair)
+        and update.stack_axes[:1] == (0,)
+        and not isinstance(update.scale, tuple)
+        and update.magnitude is None
+        and update.bias is None
+        and isinstance(base, jax.Array)
+        and _is_concrete((base, update))
+        and len(base.sharding.device_set) == 1
+    )
+
+
 def _like(array: jax.Array, base: Any) -> jax.Array:
     """Give a merged weight the sharding of its base weight, as the compiler may choose another.
 
@@ -158,7 +192,8 @@ def _with_update(tree: Any, adapter: Adapter, sign: int, *, donate: bool = False
     for path, node in nodes:
         if is_adapted(node):
             base = as_array(node.base)
-            merged, reports[path] = _merged_leaf(base, node.update, sign)
+            merge_leaf = _merged_stack if _is_plain_stack(base, node.update) else _merged_leaf
+            merged, reports[path] = merge_leaf(base, node.update, sign)
             if donate:
                 _free(node.base, jax.block_until_ready(merged), used)
             node = _like(merged, base)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,8 @@ class Summary:
       total: Number of parameters of the base model and the adapter together.
       adapter_bytes: Size of the adapter in bytes.
       base_bytes: Size of the base model in bytes.
+      experts: Number of experts with an update, and number of all experts of a layer; None if the
+        base model has no experts.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -59,6 +61,7 @@ class Summary:
     total: int
     adapter_bytes: int
     base_bytes: int
+    experts: tuple[int, int] | None = None
 
     @property
     def percent(self) -> float:
@@ -72,8 +75,9 @@ class Summary:
         lines = [_line(row, widths) for row in cells]
         share = f"trainable {self.trainable:,} of {self.total:,} ({self.percent:.2f}%)"
         sizes = f"adapter {_size(self.adapter_bytes)}, base {_size(self.base_bytes)}"
+        counts = [] if self.experts is None else ["experts: {} of {}".format(*self.experts)]
         rule = "-" * max(len(line) for line in [*lines, share, sizes])
-        return "\n".join([lines[0], rule, *lines[1:], rule, share, sizes])
+        return "\n".join([lines[0], rule, *lines[1:], rule, share, *counts, sizes])
 
 
 def summary(variables: Any, adapter: Adapter | None = None) -> Summary:
@@ -115,7 +119,25 @@ def summary(variables: Any, adapter: Adapter | None = None) -> Summary:
         + sum(row.trainable for row in rows if row.rank is not None),
         adapter_bytes=sum(map(_bytes, jax.tree.leaves(adapter))),
         base_bytes=sum(map(_bytes, jax.tree.leaves(base))),
+        experts=_experts(leaves, adapter),
     )
+
+
+def _experts(leaves: Mapping[str, Any], adapter: Adapter) -> tuple[int, int] | None:
+    """Count the experts with an update in some layer, and all experts; the stacks end with them."""
+    found = None
+    for path, leaf in leaves.items():
+        if "experts" not in path.split("/") or len(np.shape(leaf)) < 3:
+            continue
+        total, pair = leaf.shape[-3], adapter.pairs.get(path)
+        adapted = 0
+        if pair is not None:
+            ranks = np.asarray(pair.rank if pair.ranks is None else pair.ranks)
+            per_expert = ranks.ndim == leaf.ndim - 2
+            each = ranks.reshape(-1, total).max(axis=0) if per_expert else ranks.max()
+            adapted = int(np.count_nonzero(np.broadcast_to(each, total)))
+        found = max(found or (0, 0), (adapted, total))
+    return found
 
 
 def _row(path: str, leaf: Any, update: Any) -> SummaryRow:

@@ -45,7 +45,7 @@ def describe(name: str) -> dict[str, Any]:
         {
             "path": kernel.path, "inputs": kernel.inputs, "outputs": kernel.outputs,
             "count": kernel.count, "active": kernel.active, "kind": kernel.kind,
-            "is_head": kernel.is_head,
+            "is_head": kernel.is_head, "is_router": kernel.is_router,
             "targets": [choice for choice in TARGETS if kernel.path in adapted[choice]],
         }
         for kernel in shape.kernels

@@ -3,10 +3,9 @@
 # `make test-newest` runs this script. It succeeds without running tests if no such Python is installed.
 # With the argument `setup`, it only creates the environment.
 #
-# It runs the tests that depend most on JAX, and those that use many parts of the library: transform,
-# models, PEFT files and commands. It skips the benchmarks, examples, notebooks and documents, the data,
-# storage, Hub and report tests, which do not use JAX, and tests that the commands or `make test-matrix`
-# cover: single architectures, among others, as all of them are in tests/models/test_decoders.py.
+# It runs the tests that depend most on JAX: the transform and what it rests on, models, PEFT files, and
+# a few commands that use every part. All architectures are in tests/models/test_decoders.py. The other
+# tests run on the locked version in `make test`, and on both ends of the range in `make test-matrix`.
 # Most XLA optimizations are disabled, as in `make test-matrix`: a new JAX mainly changes its API.
 set -eu
 VENV=.venv-newest
@@ -39,12 +38,12 @@ fi
 [ "${1:-}" = setup ] && exit
 "$VENV/bin/python" -c 'import sys, jax; print(f"test-newest: Python {sys.version.split()[0]}, jax {jax.__version__}")'
 export JAX_DISABLE_MOST_OPTIMIZATIONS=1
-exec "$VENV/bin/python" -m pytest -q -n auto --dist worksteal -m "not slow" \
-  --ignore=tests/test_benchmarks.py --ignore=tests/examples --ignore=tests/notebooks \
-  --ignore=tests/test_explorer.py --ignore=tests/test_docs.py --ignore=tests/test_text_to_sql.py \
-  --ignore=tests/data --ignore=tests/report --ignore=tests/plan --ignore=tests/finetune \
-  --ignore=tests/foreign --ignore=tests/properties --ignore=tests/attacks --ignore=tests/interchange \
-  --ignore=tests/hub --ignore=tests/storage --ignore-glob='tests/models/test_gemma*.py' \
-  --ignore=tests/models/test_llama.py --ignore=tests/models/test_gpt2.py \
-  --ignore=tests/models/test_encoders.py --ignore=tests/models/test_experts.py \
-  --ignore=tests/models/test_decoding.py --ignore=tests/models/test_rematerialization.py "$@"
+cd tests
+exec "../$VENV/bin/python" -m pytest -q -n auto --dist worksteal -m "not slow" \
+  algebra checkpoint kernels peft transform updates \
+  test_adapter.py test_dropout.py test_init.py test_merge.py test_optimizers.py test_public_jax.py \
+  test_quantize.py test_summary.py test_training_states.py \
+  models/test_attention_kernels.py models/test_bert.py models/test_decoders.py models/test_decoding.py \
+  models/test_mesh_sharding.py models/test_quantized_loading.py models/test_rematerialization.py \
+  models/test_t5.py finetune/test_process_group.py finetune/test_step.py \
+  cli/test_distributed.py cli/test_main.py cli/test_mesh.py cli/test_quantized_run.py "$@"

@@ -217,11 +217,11 @@ def test_an_error_is_recorded_and_the_next_measurement_runs(tmp_path: pathlib.Pa
 
 def test_a_plan_above_a_limit_is_not_kept() -> None:
     def plan(case: ahead_of_time.Case, traffic: float) -> TargetPlan:
-        memory = StepMemory(16 * 10**9, 0, 0, 10**9, 1, 1.0)
+        memory = StepMemory(3 * 10**9, 0, 0, 10**9, 1, 1.0)
         target = parse_target(case.target)
         return TargetPlan(target, case.remat, memory, traffic, {}, 1e12, 0.0, case.length, 1.0)
 
-    cases = (*ahead_of_time.GPU_CASES, ahead_of_time.TPU)
+    cases = (*ahead_of_time.GPU_CASES, *ahead_of_time.TPU_CASES)
     low, high = ({case: plan(case, traffic) for case in cases} for traffic in (30e9, 346e9))
     assert all(limit.passed for limit in ahead_of_time.limits(low))
     missed = [limit.what for limit in ahead_of_time.limits(high) if not limit.passed]

@@ -7,7 +7,7 @@ import pytest
 
 import jax_lora as jl
 from jax_lora.errors import MergeError, MergeWarning, StructureError
-from jax_lora.merge import merge, unmerge
+from jax_lora.merge import _merged_stack, merge, unmerge
 
 
 def toy(dtype=jnp.float32, size=0.1):
@@ -197,3 +197,14 @@ def test_a_donated_quantized_base_is_freed():
     merged = merge(stored, adapter, donate=True)
     assert np.asarray(merged["up"]["kernel"]).tobytes() == np.asarray(expected).tobytes()
     assert stored["up"]["kernel"].arrays["codes"].is_deleted()
+
+
+def test_a_stack_is_merged_layer_by_layer():
+    layers, width = 16, 64
+    base = jnp.ones((layers, width, width), jnp.bfloat16)
+    pair = jl.LoraPair(
+        jnp.ones((layers, width, 2)), jnp.ones((layers, 2, width)), (1,), (2,), (0,), 0.5
+    )
+    compiled = _merged_stack.lower(base, pair, sign=1).compile()
+    memory = compiled.memory_analysis()
+    assert memory is None or memory.temp_size_in_bytes < 2 * base.size  # in float32: 4 * size

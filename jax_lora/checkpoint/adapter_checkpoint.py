@@ -76,15 +76,7 @@ def save_adapter(
     folder = Path(path).absolute()
     arrays = _to_host(folder, adapter)
     base_print = None if base is None else fingerprint(base)
-    if not multihost.first_alone(lambda: _write(folder, arrays, base_print, overwrite)):
-        raise CheckpointError(
-            format_error(
-                f"save_adapter: {folder}",
-                got=f"process 0 failed to save, so process {jax.process_index()} stops",
-                expected="a saved adapter",
-                fix="See the error message of process 0.",
-            )
-        )
+    multihost.first_alone(lambda: _write(folder, arrays, base_print, overwrite))
 
 
 def _write(

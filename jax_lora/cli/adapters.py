@@ -18,7 +18,9 @@ from jax_lora.adapter import Adapter, combine, is_weight
 from jax_lora.checkpoint import load_adapter
 from jax_lora.cli.base_model import BUNDLED, BaseModel, load_base_of_run, model_folder
 from jax_lora.cli.downloads import find_folder
-from jax_lora.cli.options import ADAPTER_HELP, model_argument
+from jax_lora.cli.names import add_name
+from jax_lora.cli.options import ADAPTER_HELP, add_model_option
+from jax_lora.cli.parser import Parser
 from jax_lora.data.prompt_template import prompt_template_text
 from jax_lora.data.template_files import choose_template
 from jax_lora.data.tokenizer_identity import identity_changes
@@ -142,17 +144,11 @@ def templates_of(
     return templates_of_run(settings, checkpoint)
 
 
-def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+def add_adapter_options(parser: Parser) -> None:
     """Add the options that `load_adapter_with_base` reads."""
-    add = parser.add_argument
-    add(
-        "--adapter-path",
-        default="adapters",
-        metavar="DIR",
-        help=f"{ADAPTER_HELP} [adapters]",
-    )
-    text = "folder or Hub name of the base model [from the run]"
-    add("--model", metavar="PATH", help=text)
+    text = f"{ADAPTER_HELP} [adapters]"
+    add_name(parser, "--adapter-path", text, default="adapters", metavar="DIR")
+    add_model_option(parser, "from the run")
 
 
 def load_adapter_with_base(options: argparse.Namespace) -> LoadedAdapter:
@@ -198,7 +194,8 @@ def read_adapter(base: BaseModel, folder: Path) -> Adapter:
         return load_adapter(folder, base=base.variables)
     model, _, adapter = peft.load_model(folder, base.model, base.variables)
     if model is not base.model:
-        command = ["jax-lora", "import", str(folder), "--model", base.name, "--adapter-path", "RUN"]
+        command = ["jax-lora", "import", "--adapter-path", str(folder), "--model", base.name]
+        command += ["--save-path", "RUN"]
         raise ConfigError(
             format_error(
                 f"--adapter-path {folder}",
@@ -216,7 +213,7 @@ def load_for_inference(
     """Load a base model with the adapter of `--adapter-path` merged, or the base model alone.
 
     Args:
-      options: The values of `add_model_options` and `--adapter-path`.
+      options: The values of `--model` and `--adapter-path`.
       command: The subcommand, for messages.
       tasks: The tasks that the subcommand is for.
       default: The model if neither the options nor the run name one, or None if a model is
@@ -231,7 +228,7 @@ def load_for_inference(
     checkpoint, settings = None, {}
     if options.adapter_path is not None:
         checkpoint, settings = find_checkpoint_and_config(options.adapter_path)
-    name = model_argument(options) or settings.get("model", default)
+    name = options.model or settings.get("model", default)
     if name is None:
         raise ConfigError(
             format_error(

@@ -20,6 +20,7 @@ from jax_lora.cli.model_pin import check_model
 from jax_lora.data.tokenizer_identity import tokenizer_identity
 from jax_lora.errors import ModelError, StructureError, format_error
 from jax_lora.finetune.compile_cache import use_compile_cache
+from jax_lora.finetune.optimization_level import use_optimization_level
 from jax_lora.finetune.tasks import (
     CLASSES,
     MASKED,
@@ -32,6 +33,7 @@ from jax_lora.hub.hub_name import HubName, find_hub_name, parse_hub_name
 from jax_lora.models import load, mesh_sharding
 from jax_lora.models.mesh_sharding import gather_codes
 from jax_lora.models.read_config import read_config
+from jax_lora.report.progress_bar import progress_bar
 
 BUNDLED = "bundled"
 
@@ -125,6 +127,7 @@ def load_base(
     seed: int = 0,
     templates: Mapping[str, str | None] | None = None,
     mesh: Mesh | None = None,
+    progress: str = "auto",
 ) -> BaseModel:
     """Load a model and its tokenizer, and prepare both for a task.
 
@@ -140,6 +143,7 @@ def load_base(
       seed: Random seed of a new head.
       templates: `chat_template` and `prompt_template`, as for `Tokenizer.load`.
       mesh: The mesh over which the parameters are sharded; None: one device.
+      progress: The progress display, one of `jax_lora.report.reporters.KINDS`.
 
     Returns:
       The model.
@@ -150,6 +154,8 @@ def load_base(
       StructureError: A special token has no embedding in the model.
     """
     use_compile_cache()
+    if mesh is not None:
+        use_optimization_level(jax.default_backend(), mesh.size)
     folder = model_folder(name)
     if dtype == "auto":
         chosen = jnp.float32 if jax.default_backend() == "cpu" else None
@@ -157,14 +163,16 @@ def load_base(
         chosen = jnp.dtype(dtype)
     task = choose_task(task, read_config(folder))
     tokenizer = tokenizer_for(task, folder, templates or {})
-    model, params = load(
-        folder,
-        dtype=chosen,
-        remat=remat,
-        attention=attention,
-        sharding=None if mesh is None else mesh_sharding(mesh),
-        quantize=None if quantize == "none" else quantize,
-    )
+    with progress_bar(f"Loading {name or BUNDLED}", progress) as advance:
+        model, params = load(
+            folder,
+            dtype=chosen,
+            remat=remat,
+            attention=attention,
+            sharding=None if mesh is None else mesh_sharding(mesh),
+            quantize=None if quantize == "none" else quantize,
+            advance=advance,
+        )
     if mesh is not None:
         params = gather_codes(params, mesh)
     roles = ("bos_id", "eos_id", "mask_id")
@@ -197,6 +205,7 @@ def load_base_of_run(
     tasks: Sequence[str] = TASKS,
     templates: Mapping[str, str | None] | None = None,
     mesh: Mesh | None = None,
+    progress: str = "auto",
 ) -> BaseModel:
     """Load the base model of a run, in the task and dtype of that run.
 
@@ -207,6 +216,7 @@ def load_base_of_run(
       tasks: The tasks that the subcommand supports.
       templates: As for `load_base`.
       mesh: As in `load_base`.
+      progress: As in `load_base`.
 
     Returns:
       The model.
@@ -234,4 +244,5 @@ def load_base_of_run(
         seed=settings.get("seed", 0),
         templates=templates,
         mesh=mesh,
+        progress=progress,
     )

@@ -8,23 +8,37 @@ import json
 import platform
 from typing import Any
 
+import jax
+
 import jax_lora
 from jax_lora.cli.checkup import Finding, check
+from jax_lora.cli.device_map import device_map, map_lines, sum_over_devices
+from jax_lora.cli.distributed import AUTO, OFF, add_distributed_option, joined
+from jax_lora.cli.parser import Parser
 from jax_lora.cli.system_info import OPTIONAL, Device, SystemInfo, collect_system_info
 from jax_lora.finetune.compile_cache import CompileCache, find_compile_cache
+from jax_lora.finetune.optimization_level import DEFAULT, optimization_level
 from jax_lora.plan.units import show_bytes
 
 HELP = "check versions, devices, memory and disk"
-EXAMPLE = "jax-lora doctor --json"
+EXAMPLE = """\
+jax-lora doctor --json
+jax-lora doctor --distributed node1:8476,2,0
+"""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.section("output").add_argument(
+        "--json", action="store_true", help="print one JSON object"
+    )
+    add_distributed_option(parser.section("several hosts"), nargs="?", const=AUTO)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print system information and findings; return 2 if a finding stops a run, else 0."""
+    """Print system information and findings, or a map; return 2 if a finding stops a run."""
+    if options.distributed != OFF:
+        return _check_processes(options)
     info, cache = collect_system_info(), find_compile_cache()
     findings = check(info, cache)
     if options.json:
@@ -32,6 +46,17 @@ def run(options: argparse.Namespace) -> int:
     else:
         print("\n".join([*_info_lines(info, cache), "", *_finding_lines(findings)]))
     return 2 if any(finding.stops for finding in findings) else 0
+
+
+def _check_processes(options: argparse.Namespace) -> int:
+    """Add numbers over the devices of all processes, and print the map in the first process."""
+    with joined(options.distributed):
+        total, processes = sum_over_devices(), device_map()
+        if jax.process_index() == 0 and options.json:
+            print(json.dumps({"sum": total, "processes": processes}, indent=2))
+        elif jax.process_index() == 0:
+            print("\n".join(map_lines(processes, total)))
+    return 0
 
 
 def _info_lines(info: SystemInfo, cache: CompileCache) -> list[str]:
@@ -50,8 +75,20 @@ def _info_lines(info: SystemInfo, cache: CompileCache) -> list[str]:
     state = cache.why_off or f"{show_bytes(cache.size)} of compiled functions"
     lines.append(_line("cache", state))
     lines.append(_line("", str(cache.folder)))
+    lines.append(_line("optimization", _level(info)))
     lines += [_line("environment", f"{name}={v}") for name, v in info.environment.items()]
     return lines
+
+
+def _level(info: SystemInfo) -> str:
+    level = _mesh_level(info)
+    return "XLA's default" if level == DEFAULT else f"{level} for a step on a mesh"
+
+
+def _mesh_level(info: SystemInfo) -> str:
+    """Return the optimization level of a step on all devices here."""
+    platform = info.devices[0].platform if info.devices else "cpu"
+    return optimization_level(platform, len(info.devices))
 
 
 def _line(name: str, value: str) -> str:
@@ -81,5 +118,6 @@ def _as_dict(info: SystemInfo, cache: CompileCache, findings: list[Finding]) -> 
         "jax_lora": jax_lora.__version__,
         **dataclasses.asdict(info),
         "cache": {"folder": str(cache.folder), "why_off": cache.why_off, "bytes": cache.size},
+        "optimization_level": _mesh_level(info),
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }

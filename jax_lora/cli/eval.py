@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,13 +18,15 @@ from jax_lora.cli.adapters import (
     templates_of,
 )
 from jax_lora.cli.base_model import BUNDLED, data_folder, load_base_of_run
+from jax_lora.cli.names import add_name
 from jax_lora.cli.options import (
     ADAPTER_HELP,
-    add_model_options,
+    add_columns_option,
+    add_model_option,
     add_template_options,
     at_least_one,
-    model_argument,
 )
+from jax_lora.cli.parser import Parser
 from jax_lora.data.columns import renaming
 from jax_lora.data.data_folder import read_data
 from jax_lora.errors import DataError
@@ -32,13 +34,13 @@ from jax_lora.finetune.devices import AUTO, make_mesh, mesh_sizes
 from jax_lora.finetune.evaluation import ALL, Evaluation, Score
 from jax_lora.finetune.tasks import CAUSAL, CLASSES, SEQ2SEQ, longest_input
 from jax_lora.models.mesh_sharding import ROW_AXES
-from jax_lora.report.screen import unscreened
+from jax_lora.report.progress_bar import progress_bar
 from jax_lora.storage.atomic_writes import write_file
 
 HELP = "evaluate an adapter: loss, exact match, accuracy, F1"
 EXAMPLE = """\
 jax-lora eval --compare-base
-jax-lora eval --adapter-path run --split valid --json scores.json
+jax-lora eval --adapter-path run --split valid --save-path scores.json
 """
 LONGEST = 4096  # maximum sequence length of a model without a limit
 ROWS = 50  # examples per batch
@@ -57,18 +59,16 @@ MEASURES: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    add_model_options(parser, "from the run")
-    add_template_options(parser)
-    add = parser.add_argument
-    add("--data", metavar="PATH", help="data folder, or one file [from the run]")
-    add(
-        "--adapter-path",
-        default="adapters",
-        metavar="DIR",
-        help=f"{ADAPTER_HELP} [adapters]",
-    )
+    add_model_option(parser, "from the run")
+    add_name(parser, "--data", "data folder, or one file [from the run]", metavar="PATH")
+    text = f"{ADAPTER_HELP} [adapters]"
+    add_name(parser, "--adapter-path", text, default="adapters", metavar="DIR")
+    text = "JSON file of the scores to write, besides the table [none]"
+    add_name(parser, "--save-path", text, metavar="FILE")
+    section = parser.section("evaluation")
+    add = section.add_argument
     add("--compare-base", action="store_true", help="evaluate the base model too")
     add("--split", default="test", choices=("train", "valid", "test"), help="the split [test]")
     add("--limit", type=at_least_one, metavar="N", help="evaluate the first N examples [all]")
@@ -79,11 +79,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum number of completion tokens [64]",
     )
-    add("--json", metavar="FILE", help="also write the scores to this file")
     text = "examples per batch [50, or the next multiple for the mesh]"
     add("--batch-size", type=at_least_one, metavar="N", help=text)
     text = "shard over devices, as in data=2,fsdp=4,tensor=1,expert=1 [auto]"
     add("--mesh", default=AUTO, metavar="SIZES", help=text)
+    add_columns_option(section)
+    add_template_options(section)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -94,11 +95,12 @@ def run(options: argparse.Namespace) -> int:
         data = read_data(data_folder(options.data or settings.get("data", BUNDLED)))
     file = data.split(options.split)
     file = dataclasses.replace(file, rows=file.rows[: options.limit])
-    name = model_argument(options) or settings.get("model", BUNDLED)
+    name = options.model or settings.get("model", BUNDLED)
     rows = _rows(options)
     mesh = make_mesh(options.mesh, rows)
     templates = templates_of(options, name, settings, checkpoint)
-    base = load_base_of_run(name, settings, templates=templates, mesh=mesh)
+    shown = "auto" if options.save_path is None else "none"  # for a program, not for people
+    base = load_base_of_run(name, settings, templates=templates, mesh=mesh, progress=shown)
     evaluation = Evaluation(
         file,
         base.tokenizer,
@@ -110,20 +112,22 @@ def run(options: argparse.Namespace) -> int:
     )
     models = {"base": faster(base.variables)} if options.compare_base else {}
     models["adapter"] = merge_checkpoint(base, checkpoint, donate=not options.compare_base)
-    columns = {
-        column: evaluation.score(base.model, variables, answered=_counter(column))
-        for column, variables in models.items()
-    }
-    print(f"{file.path}, model {base.name}, adapter {checkpoint}")
-    print("\n".join(table(columns)))
+    columns = {}
+    for column, variables in models.items():
+        with progress_bar(f"Evaluating {column}, {len(file.rows)} examples", shown) as advance:
+            columns[column] = evaluation.score(base.model, variables, advance=advance)
+    width = shutil.get_terminal_size((1000, 24)).columns
+    title = f"{file.path}, model {base.name}, adapter {checkpoint}"
+    print(title if len(title) <= width else title.replace(", ", "\n"))
+    print("\n".join(table(columns, width)))
     total = columns["adapter"][ALL]
     unit = "labels" if base.task == CLASSES else "target tokens"
     seconds = time.perf_counter() - began
     print(f"{total.rows} examples, {total.tokens:,} {unit}, in {seconds:.1f} s")
     if total.exact is None and base.task in (CAUSAL, SEQ2SEQ):
         print("Exact match needs prompts with completions; these examples have none.")
-    if options.json:
-        _write(Path(options.json), columns)
+    if options.save_path:
+        _write(Path(options.save_path), columns)
     return 0
 
 
@@ -147,11 +151,12 @@ def _write(file: Path, columns: Mapping[str, Mapping[str, Score]]) -> None:
     write_file(file, json.dumps(values, indent=2) + "\n", DataError)
 
 
-def table(columns: Mapping[str, Mapping[str, Score]]) -> list[str]:
+def table(columns: Mapping[str, Mapping[str, Score]], width: int = 80) -> list[str]:
     r"""Format scores as a table with the models side by side.
 
     Args:
       columns: Scores by group, by model.
+      width: Columns of the screen; models that do not fit side by side are below each other.
 
     Returns:
       The lines.
@@ -173,7 +178,12 @@ def table(columns: Mapping[str, Mapping[str, Score]]) -> list[str]:
             grid[1].append(model)
             for line, group in zip(grid[2:], groups, strict=True):
                 line.append(show(scores[group]) or "")
-    return _aligned(grid, len(columns))
+    lines = _aligned(grid, len(columns))
+    if len(columns) == 1 or max(map(len, lines)) <= width:
+        return lines
+    both = {f"{group}, {model}": columns[model][group] for group in groups for model in columns}
+    heading, _, *below = table({"": both})
+    return [heading, *below]
 
 
 def _aligned(grid: list[list[str]], models: int) -> list[str]:
@@ -195,11 +205,3 @@ def _aligned(grid: list[list[str]], models: int) -> list[str]:
         room = sum(widths[last - models + 1 : last + 1]) + 2 * (models - 1)
         heads += "  " + grid[0][last].rjust(room)
     return [heads, *lines]
-
-
-def _counter(model: str) -> Callable[[int], None] | None:
-    """Return a function that shows the number of completions on a terminal, on one line."""
-    if not sys.stderr.isatty():
-        return None
-    screen = unscreened(sys.stderr)  # for the carriage return
-    return lambda count: print(f"\r{model}: {count} completions ", end="", file=screen)

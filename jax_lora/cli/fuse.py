@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,33 @@ import numpy as np
 from jax_lora.adapter import combine
 from jax_lora.cli.adapters import LoadedAdapter, add_adapter_options, load_adapter_with_base
 from jax_lora.cli.base_model import BaseModel
+from jax_lora.cli.export import conversion
 from jax_lora.cli.merge_quantized import ORIGINAL, QUANTIZED, merge_quantized
+from jax_lora.cli.names import add_name
+from jax_lora.cli.parser import Parser
 from jax_lora.errors import ConfigError, ModelError, format_error
 from jax_lora.finetune.settings import DTYPES
 from jax_lora.finetune.tasks import longest_input
 from jax_lora.merge import merge
 from jax_lora.models import load, save
+from jax_lora.models.families import family_of
 from jax_lora.models.tokenizer_files import copy_companions
+from jax_lora.peft.gguf import ARCHITECTURES
 from jax_lora.quantize import is_quantized
 from jax_lora.storage.atomic_writes import made_folder, replacing
 from jax_lora.transform import lora_apply
+from jax_lora.transform.low_memory_jit import low_memory_jit
 
 HELP = "merge an adapter into its base model"
 EXAMPLE = "jax-lora fuse --adapter-path run --save-path fused --check"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    add = parser.add_argument
     add_adapter_options(parser)
-    add("--save-path", default="fused_model", metavar="DIR", help="folder to write [fused_model]")
+    text = "folder to write [fused_model]"
+    add_name(parser, "--save-path", text, default="fused_model", metavar="DIR")
+    add = parser.section("merged model").add_argument
     text = "dtype of the weights; auto: that of the training run [auto]"
     add("--dtype", default="auto", choices=DTYPES, help=text)
     text = "of a quantized run: the weights to merge into [original]"
@@ -50,14 +58,17 @@ def run(options: argparse.Namespace) -> int:
     base, source = loaded.base, loaded.base.folder
     if target.resolve() == source.resolve():
         raise _not_free(target, "the folder of the base model")
+    expected = None
     if is_quantized(base.variables):
         loaded, variables = merge_quantized(loaded, options.into)
+        if options.check:
+            expected = adapted_logits(loaded)
     else:
-        variables = merge(base.variables, loaded.adapter, donate=not options.check)
-    params = variables["params"]
-    if options.dtype != "auto":
-        # Rounded once, after the update is added.
-        params = jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
+        # Before the merge, which frees the base model: it is in memory once.
+        if options.check:
+            expected = adapted_logits(loaded)
+        variables = merge(base.variables, loaded.adapter, donate=True)
+    params = _rounded(variables.pop("params"), options.dtype)
     if target.exists():
         _write(target, source, base, params)
     else:
@@ -65,8 +76,11 @@ def run(options: argparse.Namespace) -> int:
             _write(part, source, base, params)
     dtype = jax.tree.leaves(params)[0].dtype
     print(f"{target}: {base.name} with {loaded.checkpoint}, {base.size:,} parameters in {dtype}")
-    if options.check:
-        difference, largest = logit_difference(loaded, target)
+    if family_of(base.model).model_type in ARCHITECTURES:
+        print(conversion(target, f"{target}.gguf"))
+    del params, loaded, base
+    if expected is not None:
+        difference, largest = logit_difference(expected, target)
         print(f"check: largest logit difference {difference:.3g}, of logits up to {largest:.3g}")
     return 0
 
@@ -76,26 +90,51 @@ def _write(target: Path, source: Path, base: BaseModel, params: Any) -> None:
     copy_companions(source, target, getattr(base.tokenizer, "chosen_template", None))
 
 
-def logit_difference(loaded: LoadedAdapter, folder: Path) -> tuple[float, float]:
-    """Compare the logits of a fused folder with those of the base model and the adapter.
+def _rounded(params: Any, dtype: str) -> Any:
+    """Round merged weights to a dtype, leaf by leaf: both copies of the model never exist."""
+    if dtype == "auto":
+        return params
+    leaves, treedef = jax.tree.flatten(params)
+    del params
+    for index in range(len(leaves)):
+        leaves[index] = leaves[index].astype(dtype)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def adapted_logits(loaded: LoadedAdapter) -> jax.Array:
+    """Compute the logits of a base model with its adapter, which is not merged.
+
+    An error of the merge would otherwise go unnoticed.
 
     Args:
       loaded: The base model and the adapter.
+
+    Returns:
+      (2, tokens, vocabulary) float32, on fixed random tokens.
+    """
+    model, variables = loaded.base.model, combine(loaded.base.variables, loaded.adapter)
+    return _logits(lora_apply(model.apply, form="factored"), model, variables)
+
+
+def logit_difference(expected: jax.Array, folder: Path) -> tuple[float, float]:
+    """Compare the logits of a fused folder with those of the base model and the adapter.
+
+    Args:
+      expected: From `adapted_logits`.
       folder: The fused folder; it is loaded again.
 
     Returns:
-      The largest absolute difference on fixed random tokens, and the largest absolute logit.
+      The largest absolute difference, and the largest absolute logit.
     """
-    config = loaded.base.model.config
-    tokens = min(64, longest_input(loaded.base.model))
-    drawn = np.random.default_rng(0).integers(config.vocab_size, size=(2, tokens))
-    ids = jnp.asarray(drawn, jnp.int32)
-    # The adapter is not merged here: an error of the merge would otherwise go unnoticed.
-    unmerged = jax.jit(lora_apply(loaded.base.model.apply, form="factored"))
-    ours = unmerged(combine(loaded.base.variables, loaded.adapter), ids).astype(jnp.float32)
     model, params = load(folder)
-    theirs = jax.jit(model.apply)({"params": params}, ids).astype(jnp.float32)
-    return float(jnp.abs(ours - theirs).max()), float(jnp.abs(ours).max())
+    found = _logits(model.apply, model, {"params": params})
+    return float(jnp.abs(expected - found).max()), float(jnp.abs(expected).max())
+
+
+def _logits(apply: Callable[..., jax.Array], model: Any, variables: Any) -> jax.Array:
+    tokens = min(64, longest_input(model))
+    drawn = np.random.default_rng(0).integers(model.config.vocab_size, size=(2, tokens))
+    return low_memory_jit(apply)(variables, jnp.asarray(drawn, jnp.int32)).astype(jnp.float32)
 
 
 def _check_free(target: Path, overwrite: bool) -> None:

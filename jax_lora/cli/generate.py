@@ -11,12 +11,14 @@ from typing import Any
 
 from jax_lora.cli.adapters import load_for_inference
 from jax_lora.cli.base_model import BaseModel
+from jax_lora.cli.names import add_name
 from jax_lora.cli.options import (
     ADAPTER_HELP,
-    add_model_options,
+    add_model_option,
     add_template_options,
     at_least_one,
 )
+from jax_lora.cli.parser import Parser
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import ConfigError, DataError, format_error
 from jax_lora.finetune.generation import Generator
@@ -28,20 +30,21 @@ from jax_lora.printable import PROSE, printable
 HELP = "complete prompts"
 EXAMPLE = """\
 jax-lora generate --prompt "def add(a, b):"
-jax-lora generate --adapter-path adapters --prompts prompts.txt --temperature 0.7
-jax-lora generate path/to/model --prompt "2 + 3?" --prompt-template "Question: {prompt} Answer:"
+jax-lora generate --adapter-path adapters --prompts lines.txt --top-p 0.9
+jax-lora generate model --prompt "2 + 3?" --prompt-template "Q: {prompt} A:"
 """
 MAX_BATCH_SIZE = 8
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
     add_inference_options(parser)
-    add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
-    text = r"a prompt; \n is a newline, - reads standard input; repeatable"
+    section = parser.section("prompts and completions")
+    add = section.add_argument
+    source = section.add_mutually_exclusive_group(required=True)
+    text = r"a prompt; \n is a newline, - reads standard input; repeatable (or --prompts)"
     source.add_argument("--prompt", action="append", metavar="TEXT", help=text)
-    text = r"file with one prompt per line; \n is a newline"
+    text = r"file with one prompt per line; \n is a newline (or --prompt)"
     source.add_argument("--prompts", metavar="FILE", help=text)
     add(
         "--max-tokens",
@@ -51,23 +54,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="maximum number of completion tokens [256]",
     )
     add("--chat", action="store_true", help="format prompts with the chat template")
-    add("--system", metavar="TEXT", help="system message, with --chat or a prompt template")
-    add_template_options(parser)
+    text = "system message, with --chat or a prompt template [none]"
+    add("--system", metavar="TEXT", help=text)
+    add_template_options(section)
     add_sampling_options(parser)
 
 
 def add_inference_options(
-    parser: argparse.ArgumentParser, default: str = "from the run, or the bundled model"
+    parser: Parser, default: str = "from the run, or the bundled model"
 ) -> None:
-    """Add the options that `load_for_inference` reads; `default` is for the help of MODEL."""
-    add_model_options(parser, default)
-    text = f"{ADAPTER_HELP}; without it, the base model is used"
-    parser.add_argument("--adapter-path", metavar="DIR", help=text)
+    """Add the options that `load_for_inference` reads; `default` is for the help of `--model`."""
+    add_model_option(parser, default)
+    text = f"{ADAPTER_HELP} [none: the base model]"
+    add_name(parser, "--adapter-path", text, metavar="DIR")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+def add_sampling_options(parser: Parser) -> None:
     """Add the options for sampling and for the end of completions."""
-    add = parser.add_argument
+    add = parser.section("sampling").add_argument
     text = "0 selects greedy decoding [0; 1 with --top-k or --top-p]"
     add("--temperature", "--temp", type=float, metavar="X", help=text)
     text = "sample from the N most probable tokens; 0: from all [0]"
@@ -75,7 +79,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     text = "sample from the most probable tokens up to this probability [1]"
     add("--top-p", type=float, default=1.0, metavar="P", help=text)
     add("--seed", type=int, default=0, metavar="N", help="random seed of sampling [0]")
-    text = r"stop before this text; \n is a newline; repeatable"
+    text = r"stop before this text; \n is a newline; repeatable [none]"
     add("--stop", action="append", default=[], metavar="TEXT", help=text)
     add("--stop-at-newline", action="store_true", help=r"same as --stop '\n'")
 

@@ -13,6 +13,9 @@ from jax_lora.adapter import Adapter
 from jax_lora.checkpoint import load_adapter, save_adapter
 from jax_lora.cli.base_model import BaseModel, load_base
 from jax_lora.cli.downloads import find_folder
+from jax_lora.cli.names import add_name
+from jax_lora.cli.options import add_model_option
+from jax_lora.cli.parser import Parser
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.run_folder import RunFolder, claimed
 from jax_lora.finetune.settings import DTYPES
@@ -22,7 +25,7 @@ from jax_lora.models.tokenizer_files import copy_companions
 from jax_lora.storage.locks import FolderLock
 
 HELP = "import an adapter from PEFT or mlx-lm"
-EXAMPLE = "jax-lora import path/to/peft --model path/to/model --adapter-path run"
+EXAMPLE = "jax-lora import --adapter-path peft --model path/to/model --save-path run"
 # Format -> the file that identifies it.
 MARKS = {
     "peft": "adapter_model.safetensors",
@@ -31,13 +34,14 @@ MARKS = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    add = parser.add_argument
-    add("folder", metavar="DIR", help="folder of the adapter, or Hub name")
-    text = "Hugging Face folder or Hub name of the base model, or bundled"
-    add("--model", required=True, metavar="PATH", help=text)
-    add("--adapter-path", default="adapters", metavar="RUN", help="run folder to create [adapters]")
+    text = "folder or Hub name of the adapter (required)"
+    add_name(parser, "--adapter-path", text, metavar="DIR", required=True)
+    add_model_option(parser, "required; bundled is the model in the package", required=True)
+    text = "run folder to create; after DIR, --adapter-path is an alias [adapters]"
+    add_name(parser, "--save-path", text, default="adapters", metavar="RUN")
+    add = parser.section("format").add_argument
     text = "format of the adapter [detected by file name]"
     add("--from", dest="source", choices=tuple(MARKS), help=text)
     text = "dtype of the base model; auto: float32 on a CPU [auto]"
@@ -46,26 +50,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Create the run, and return the exit code."""
-    source = find_folder(options.folder)
+    source = find_folder(options.adapter_path)
     kind = options.source or _detect_format(source)
-    with claimed(options.adapter_path) as lock:
+    with claimed(options.save_path) as lock:
         return _import(options, source, kind, lock)
 
 
 def _import(options: argparse.Namespace, source: Path, kind: str, lock: FolderLock) -> int:
     loaded = load_base(options.model, options.dtype)
     base, adapter = _read(kind, source, loaded)
-    folder, moved = RunFolder.prepare(options.adapter_path, lock)
-    if base.model is not loaded.model:
-        base = _keep_base(base, folder.path / "base", source)
-    note = f"Imported from the adapter in {options.folder}."
-    folder.write_config(_settings(base, adapter), note=note)
-    folder.save(0, lambda path: save_adapter(path, adapter, base=base.variables))
+    folder, moved = RunFolder.prepare(options.save_path, lock)
     if moved is not None:
         print(f"the earlier run in {folder.path} is now in {moved}")
+    with folder.emptied_on_failure():
+        if base.model is not loaded.model:
+            base = _keep_base(base, folder.path / "base", source)
+        note = f"Imported from the adapter in {options.adapter_path}."
+        folder.write_config(_settings(base, adapter), note=note)
+        folder.save(0, lambda path: save_adapter(path, adapter, base=base.variables))
     count = len(adapter.pairs) + len(adapter.whole) + len(adapter.rows)
     found = f"{count} adapted leaves, {adapter.size:,} parameters"
-    print(f"{folder.path}: {found}, from {options.folder}")
+    print(f"{folder.path}: {found}, from {options.adapter_path}")
     path = shlex.quote(str(folder.path))
     print(f"Next: jax-lora generate --adapter-path {path} --prompt TEXT")
     return 0

@@ -6,9 +6,9 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 from jax_lora.cli.model_pin import pinned
+from jax_lora.cli.parser import Parser
 from jax_lora.errors import LoraError, format_error, install_command
 from jax_lora.report.screen import screened
 
@@ -21,12 +21,12 @@ CLI_MODULES = frozenset("grain jinja2 matplotlib rich tensorboardX tokenizers ya
 
 EXAMPLES = """\
 examples:
-  jax-lora train                                     the bundled model on the bundled task
-  jax-lora eval --compare-base                       base and adapter side by side
+  jax-lora train                           the bundled model on the bundled task
+  jax-lora eval --compare-base             base and adapter side by side
   jax-lora generate --prompt "Once upon a time"
-  jax-lora train path/to/model --data path/to/data   your own model and data
-  jax-lora export --to peft served                   export a PEFT adapter for serving
-  jax-lora fuse --save-path fused --check            merge the adapter into a Hugging Face folder
+  jax-lora train model --data data         your own model and data
+  jax-lora export --save-path served       the adapter in PEFT's format
+  jax-lora fuse --save-path fused --check  merge the adapter
 """
 
 
@@ -38,26 +38,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0 done, 2 bad input or configuration, 3 out of memory, 4 non-finite loss,
-      130 interrupted.
+      130 interrupted. With `--distributed`, the process exits after an error, with 5 if another
+      process has ended.
     """
+    from jax_lora.cli.distributed import crash, end_process, shown_process
+
     with screened():
-        return _run(arguments)
+        try:
+            return end_process(_run(arguments))
+        except BaseException as error:
+            if shown_process():
+                crash(error)
+            raise
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    from jax_lora.cli.names import parse
     from jax_lora.data.columns import renaming
     from jax_lora.models.ignored_fields import ignoring
 
     debug = False
     try:
-        options = make_parser().parse_args(arguments)
-        debug = options.debug
+        options = parse(make_parser(), arguments)
+        debug = getattr(options, "debug", False)
         ignored = getattr(options, "ignore", None) or ()
         columns = getattr(options, "columns", None)
         with pinned(getattr(options, "pin", None)), ignoring(ignored), renaming(columns):
             return options.run(options)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print(f"\n{_process()}interrupted", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in CLI_MODULES:
@@ -78,8 +87,14 @@ def _run(arguments: Sequence[str] | None) -> int:
 
         if not is_out_of_memory(error):
             raise
-        print(f"error: {out_of_memory_message(error)}", file=sys.stderr)
+        print(f"{_process()}error: {out_of_memory_message(error)}", file=sys.stderr)
         return OUT_OF_MEMORY
+
+
+def _process() -> str:
+    from jax_lora.cli.distributed import shown_process
+
+    return shown_process()
 
 
 def _report(error: Exception, debug: bool) -> int:
@@ -87,19 +102,11 @@ def _report(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_process()}error: {error}", file=sys.stderr)
     return NON_FINITE if isinstance(error, FloatingPointError) else BAD_INPUT
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser without colors in its help: they would be escaped on the screen."""
-
-    def __init__(self, *args: Any, **named: Any):
-        super().__init__(*args, **named)
-        self.color = False
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Build the parser of the command with all subcommands and their options."""
     from jax_lora.cli import (
         chat,
@@ -117,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
         write_config,
     )
     from jax_lora.cli import eval as evaluate
-    from jax_lora.cli.options import add_columns_option, add_subcommand
+    from jax_lora.cli.options import add_general_options, add_subcommand
 
     modules = {
         "train": train,
@@ -136,7 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
         "plot": plot,
     }
 
-    parser = _Parser(
+    parser = Parser(
         prog="jax-lora",
         description="Fine-tune Hugging Face models with LoRA in JAX.",
         epilog=EXAMPLES,
@@ -145,15 +152,6 @@ def make_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
     for name, module in modules.items():
         subparser = add_subcommand(subparsers, name, module)
-        if name in ("eval", "predict"):
-            add_columns_option(subparser)
-        if name in PINNED:
-            text = "sha256sum's output: check the model's files before they are read"
-            subparser.add_argument("--pin", metavar="FILE", help=text)
-            text = "field of config.json that does not change the outputs; repeatable"
-            subparser.add_argument("--ignore", metavar="FIELD", action="append", help=text)
-        subparser.add_argument(
-            "--debug", action="store_true", help="print the traceback of an error"
-        )
+        add_general_options(subparser, reads_model=name in PINNED)
         subparser.set_defaults(run=module.run)
     return parser

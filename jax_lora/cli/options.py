@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jax_lora.cli.names import ALIASES, add_name, words_of
+from jax_lora.cli.parser import Parser
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.storage import schema
@@ -19,6 +22,7 @@ _FIELDS = dataclasses.fields(TrainSettings)
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in _FIELDS}
 # The annotations are strings: "float" or "float | None".
 _FLOATS = frozenset(field.name for field in _FIELDS if str(field.type).startswith("float"))
+MODEL_HELP = "Hugging Face folder, or Hub name: owner/name[@revision]"
 ADAPTER_HELP = "run folder, checkpoint, or PEFT adapter: a folder or Hub name"
 COLUMNS_HELP = "names of the data's columns, as in prompt=question,completion=answer"
 CHAT_TEMPLATE_HELP = "one of the model's chat templates by name, or a .jinja file"
@@ -29,7 +33,7 @@ PROMPT_TEMPLATE_HELP = (
 _LISTS = ("targets", "labels", "log", "sample_prompt")
 
 
-def add_subcommand(subparsers: Any, name: str, module: ModuleType) -> argparse.ArgumentParser:
+def add_subcommand(subparsers: Any, name: str, module: ModuleType) -> Parser:
     """Add a subcommand: its options, its description, and its example.
 
     Args:
@@ -43,62 +47,61 @@ def add_subcommand(subparsers: Any, name: str, module: ModuleType) -> argparse.A
     parser = subparsers.add_parser(
         name,
         help=module.HELP,
-        description=module.__doc__,
+        description=_wrapped(str(module.__doc__)),
         epilog="example:\n" + "\n".join(f"  {line}" for line in module.EXAMPLE.splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,  # the section of general options comes last
     )
     module.add_options(parser)
+    verb = parser.prog.partition(" ")[2]
+    parser.set_defaults(verb=verb)
+    if verb in ALIASES:  # the sections list the options
+        words = "".join(f" [{word}]" for word in words_of(verb).values())
+        parser.usage = f"{parser.prog}{words} [options]"
     return parser
 
 
-def add_columns_option(parser: argparse.ArgumentParser) -> None:
+def _wrapped(text: str) -> str:
+    """Wrap paragraphs, which the help prints unchanged."""
+    return "\n\n".join(textwrap.fill(part, 78) for part in text.strip().split("\n\n"))
+
+
+def add_general_options(parser: Parser, *, reads_model: bool = False) -> None:
+    """Add the options of all subcommands, and those of all subcommands that read a model."""
+    add = parser.section("general").add_argument
+    if reads_model:
+        text = "sha256sum's output: check the model's files before they are read [not checked]"
+        add("--pin", metavar="FILE", help=text)
+        text = "field of config.json that does not change the outputs; repeatable [none]"
+        add("--ignore", metavar="FIELD", action="append", help=text)
+    absent = argparse.SUPPRESS  # `data --debug check` has the option twice
+    add("--debug", action="store_true", default=absent, help="print the traceback of an error")
+    add("-h", "--help", action="help", help="show this help and exit")
+
+
+def add_columns_option(section: Any) -> None:
     """Add `--columns`, which `main` applies to all data that is read."""
-    parser.add_argument("--columns", metavar="FIELD=COLUMN,...", help=COLUMNS_HELP)
+    section.add_argument("--columns", metavar="FIELD=COLUMN,...", help=f"{COLUMNS_HELP} [none]")
 
 
-def add_template_options(parser: argparse.ArgumentParser) -> None:
+def add_template_options(section: Any, default: str = "of the run, or the model's") -> None:
     """Add `--chat-template` and `--prompt-template`; without them, those of the run are used."""
-    add = parser.add_argument
-    add("--chat-template", metavar="NAME|FILE", help=CHAT_TEMPLATE_HELP)
-    add("--prompt-template", metavar="TEXT|FILE", help=PROMPT_TEMPLATE_HELP)
+    add = section.add_argument
+    add("--chat-template", metavar="NAME|FILE", help=f"{CHAT_TEMPLATE_HELP} [{default}]")
+    text = f"{PROMPT_TEMPLATE_HELP} [{default.partition(',')[0]}]"
+    add("--prompt-template", metavar="TEXT|FILE", help=text)
 
 
-def add_model_options(parser: argparse.ArgumentParser, shown: str, **options: Any) -> None:
-    """Add MODEL, and `--model` for the same.
+def add_model_option(parser: Any, shown: str, text: str = MODEL_HELP, **settings: Any) -> None:
+    """Add `--model`.
 
     Args:
       parser: The subcommand's parser.
       shown: The default in the help text.
-      **options: Further arguments of `--model`.
+      text: The help text.
+      **settings: Further arguments of `add_name`.
     """
-    text = f"Hugging Face folder, or Hub name: owner/name[@revision] [{shown}]"
-    parser.add_argument("model_folder", metavar="MODEL", nargs="?", help=text)
-    parser.add_argument("--model", metavar="PATH", help="same as MODEL", **options)
-
-
-def model_argument(options: argparse.Namespace) -> str | None:
-    """Return the value of MODEL or `--model`.
-
-    Args:
-      options: The values of `add_model_options`.
-
-    Returns:
-      The value, or None if neither is given.
-
-    Raises:
-      ConfigError: Both are given, with different values.
-    """
-    folder, flag = options.model_folder, getattr(options, "model", None)
-    if None not in (folder, flag) and folder != flag:
-        raise ConfigError(
-            format_error(
-                "MODEL and --model",
-                got=f"{folder} and {flag}",
-                expected="one model",
-                fix="Remove one of them.",
-            )
-        )
-    return flag if folder is None else folder
+    add_name(parser, "--model", f"{text} [{shown}]", metavar="PATH", **settings)
 
 
 PLACES = ("model", "data", "adapter_path", "progress")  # options that are paths or names

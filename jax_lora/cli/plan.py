@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from jax_lora.cli import train
 from jax_lora.cli.base_model import BUNDLED, data_folder, model_folder
-from jax_lora.cli.options import DEFAULTS, given, model_argument
+from jax_lora.cli.names import add_name
+from jax_lora.cli.options import DEFAULTS, given
+from jax_lora.cli.parser import Parser
 from jax_lora.cli.resolve_config import choose
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.finetune.compile_cache import use_compile_cache
@@ -40,22 +42,23 @@ jax-lora plan --shape llama-3-8b --fit 24GB
 _TRIES = 3  # suggestions of --fit to check by compiling
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of `train` and further options."""
     train.add_options(parser)
-    add = parser.add_argument
-    text = f"plan for these shapes instead of MODEL: a config.json, or {', '.join(NAMES)}"
+    text = "JSON file of the plan to write; - prints it instead of the tables [none]"
+    add_name(parser, "--save-path", text, metavar="FILE")
+    add = parser.section("plan").add_argument
+    text = f"plan for these shapes instead of MODEL: a config.json, or {', '.join(NAMES)} [none]"
     add("--shape", metavar="NAME", help=text)
     add(
         "--fit",
         metavar="BYTES",
-        help="suggest changes that fit into this memory, such as 24GB, 16GiB, 800MB",
+        help="suggest changes that fit into this memory, such as 24GB, 16GiB, 800MB [none]",
     )
-    text = "also compile the training step, for models of up to 1 billion parameters [yes]"
+    text = "also compile the training step, for models of up to 1.5 billion parameters [yes]"
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help=text)
-    text = "compile for devices that are not here: h100:1, h100:8, a100:1, v5e:2x4, v6e:1x1, ..."
+    text = "compile for devices that are not here: h100:1, h100:8, v5e:2x4, v6e:1x1, ... [none]"
     add("--topology", metavar="TARGET", help=text)
-    add("--json", metavar="FILE", help="write the plan as JSON; - prints it instead of the tables")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,13 +74,13 @@ def run(options: argparse.Namespace) -> int:
     plan = make_plan(model, data, choices, compiling=options.compile)
     rate = matmul_rate(jnp.dtype(model.dtype))
     found = None if memory is None else _fit(plan, memory, options.compile)
-    if options.json != "-":
+    if options.save_path != "-":
         print("\n".join(plan_lines(plan, rate)))
         if found is not None and memory is not None:
             command = _command(options, places, found)
             print("\n" + "\n".join(fit_lines(found, memory, command)))
-    if options.json is not None:
-        _write_json(options.json, _as_dict(plan, rate, found))
+    if options.save_path is not None:
+        _write_json(options.save_path, _as_dict(plan, rate, found))
     return 0
 
 
@@ -106,17 +109,17 @@ def _run_for_target(options: argparse.Namespace, places: dict[str, Any], choices
         )
     length, targets, _ = data.largest
     plan = plan_for_target(model, choices.settings, target, length=length, targets=targets)
-    if options.json != "-":
+    if options.save_path != "-":
         print("\n".join(target_lines(model, choices.settings, data, plan)))
-    if options.json is not None:
-        _write_json(options.json, plan.as_dict() | {"model": model.name, "dtype": model.dtype})
+    if options.save_path is not None:
+        _write_json(options.save_path, plan.as_dict() | {"model": model.name, "dtype": model.dtype})
     return 0
 
 
 def _choose(options: argparse.Namespace) -> tuple[dict[str, Any], Choices]:
     """Resolve the settings as `train` does."""
     if options.shape is not None:
-        named = model_argument(options)
+        named = getattr(options, "model", None)
         if named is not None:
             raise ConfigError(
                 format_error(
@@ -127,9 +130,13 @@ def _choose(options: argparse.Namespace) -> tuple[dict[str, Any], Choices]:
                 )
             )
         # Without a model name, `choose` would use the settings of the bundled model.
-        options = argparse.Namespace(**{**vars(options), "model_folder": options.shape})
+        options = argparse.Namespace(**{**vars(options), "model": options.shape})
     choice = choose(options)
-    places = {"model": None if options.shape else choice.model, "data": choice.data}
+    places = {
+        "model": None if options.shape else choice.model,
+        "data": choice.data,
+        "asked": "max_seq_length" in choice.asked,
+    }
     return places, Choices(choice.settings)
 
 
@@ -154,7 +161,7 @@ def _model_and_data(
         model = plan_folder(folder, training_dtype if dtype == "auto" else dtype, str(name))
         # The bundled data tells nothing about a run of another model.
         data = data_folder(data) if data is not None or name == BUNDLED else None
-    shapes = data_shapes(data, folder, choices.settings, model.max_length)
+    shapes = data_shapes(data, folder, choices.settings, model.max_length, asked=places["asked"])
     if data is not None and places.get("data") is None:
         shapes = dataclasses.replace(shapes, source=BUNDLED)
     return model, shapes
@@ -169,9 +176,9 @@ def _fit(plan: Plan, memory: float, compiling: bool) -> Fit:
     """Search by formula, corrected by the difference to the compiled step."""
     length, targets, _ = plan.data.largest
     formula = formula_total(plan.model, length, targets)
-    more = 0.0 if plan.compiled is None else _all_memory(plan.compiled) - formula(plan.choices)
-    # On a CPU, XLA keeps a float32 copy of a 16-bit base, so that saves no memory.
+    # On a CPU, products of 16-bit arrays are slow and need float32 copies: bfloat16 is not advised.
     dtype = "" if jax.default_backend() == "cpu" else plan.model.dtype
+    more = 0.0 if plan.compiled is None else _all_memory(plan.compiled) - formula(plan.choices)
     tries = _TRIES if compiling and plan.compiled is not None else 0
     while True:
         total = lambda choices, more=more: formula(choices) + more  # noqa: E731

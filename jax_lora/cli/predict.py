@@ -12,7 +12,9 @@ from typing import Any
 from jax_lora.cli.adapters import load_for_inference
 from jax_lora.cli.base_model import BaseModel
 from jax_lora.cli.generate import add_inference_options
-from jax_lora.cli.options import at_least_one
+from jax_lora.cli.names import PLACES_TITLE, add_name
+from jax_lora.cli.options import add_columns_option, at_least_one
+from jax_lora.cli.parser import Parser
 from jax_lora.data.encoder_examples import texts_of
 from jax_lora.data.encoder_tokenizer import EncodedText
 from jax_lora.data.rows import Row, RowFile, read_rows
@@ -25,23 +27,26 @@ from jax_lora.storage.atomic_writes import write_file
 HELP = "predict classes of texts, or masked tokens"
 EXAMPLE = """\
 jax-lora predict --adapter-path adapters --text "a very good film"
-jax-lora predict path/to/bert --text "The capital of France is [MASK]." --top 3
+jax-lora predict bert --text "The capital of France is [MASK]." --top 3
 """
 _TOP = 5
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
     add_inference_options(parser, "from the run")
-    add = parser.add_argument
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--text", action="append", metavar="TEXT", help="a text; repeatable")
-    text = 'file of {"text"} or {"text_a", "text_b"}: .jsonl, .csv, .tsv, ...'
-    given.add_argument("--data", metavar="FILE", help=text)
-    add("--output", metavar="FILE", help="file to write [standard output]")
+    given = parser.section(PLACES_TITLE).add_mutually_exclusive_group(required=True)
+    text = 'file of {"text"} or {"text_a", "text_b"}: .jsonl, .csv, .tsv, ... (or --text)'
+    add_name(parser, "--data", text, metavar="FILE", into=given)
+    text = "a text; repeatable (or --data)"
+    given.add_argument("--text", action="append", metavar="TEXT", help=text)
+    add_name(parser, "--save-path", "file to write [standard output]", metavar="FILE")
+    section = parser.section("predictions")
+    add = section.add_argument
     text = f"candidates for each masked token [{_TOP}]"
     add("--top", type=at_least_one, metavar="N", help=text)
     add("--batch-size", type=at_least_one, default=50, metavar="N", help="texts per batch [50]")
+    add_columns_option(section)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,16 +54,16 @@ def run(options: argparse.Namespace) -> int:
     file = _file(options)
     base, variables, _ = load_for_inference(options, "predict", [CLASSES, MASKED], default=None)
     predict = _classes if base.task == CLASSES else _fills
-    ascii_only = options.output is None  # the screen would escape in a way that is not JSON
+    ascii_only = options.save_path is None  # the screen would escape in a way that is not JSON
     lines = (
         json.dumps(each, ensure_ascii=ascii_only) + "\n"
         for each in predict(base, variables, file, options)
     )
-    if options.output is None:
+    if options.save_path is None:
         sys.stdout.writelines(lines)
     else:
-        write_file(Path(options.output), "".join(lines), DataError)
-        print(f"{options.output}: {len(file.rows):,} predictions")
+        write_file(Path(options.save_path), "".join(lines), DataError)
+        print(f"{options.save_path}: {len(file.rows):,} predictions")
     return 0
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 from jax_lora.cli.adapters import find_checkpoint_and_config, is_full_model, load_adapter_with_base
 from jax_lora.cli.downloads import transfer
 from jax_lora.cli.export import save_for_peft
+from jax_lora.cli.names import add_name
+from jax_lora.cli.options import add_model_option
+from jax_lora.cli.parser import Parser
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.hub.hub_name import HubName, parse_hub_name
 from jax_lora.hub.repository_files import ADAPTER, CONFIG, is_peft, wanted_files
@@ -23,21 +26,23 @@ from jax_lora.models.folder import weight_files
 
 HELP = "upload an adapter or a model to the Hub"
 EXAMPLE = """\
-jax-lora push run owner/name --private
-jax-lora push fused owner/name
+jax-lora push --adapter-path run --save-path owner/name --private
+jax-lora push --model fused --save-path owner/name
 """
 CARD = "README.md"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    add = parser.add_argument
-    text = "run folder, checkpoint, PEFT folder, or Hugging Face folder, such as a fused model"
-    add("adapter_path", metavar="SOURCE", help=text)
-    add("name", metavar="OWNER/NAME", help="repository, created if necessary")
+    text = "run folder, checkpoint, PEFT folder, or Hugging Face folder [none: upload --model]"
+    add_name(parser, "--adapter-path", text, metavar="DIR")
+    text = "base model of the adapter; without an adapter, the model to upload"
+    add_model_option(parser, "from the run", text=text)
+    text = "repository, created if necessary (required)"
+    add_name(parser, "--save-path", text, metavar="OWNER/NAME", required=True)
+    add = parser.section("repository").add_argument
     add("--private", action="store_true", help="create a private repository")
     add("--revision", metavar="BRANCH", help="branch, created if necessary [the default branch]")
-    add("--model", metavar="PATH", help="folder or Hub name of the base model [from the run]")
     text = "name of the base model in adapter_config.json [its Hub name, or the name of its folder]"
     add("--base-model", metavar="NAME", help=text)
 
@@ -53,11 +58,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _repository(options: argparse.Namespace) -> HubName:
-    name = parse_hub_name(options.name)
+    name = parse_hub_name(options.save_path)
     if name is None or name.revision is not None:
         raise ConfigError(
             format_error(
-                f"push SOURCE {options.name}",
+                f"--save-path {options.save_path}",
                 got="not the name of a repository",
                 expected="owner/name",
                 fix="Write your account, a slash and a name; a branch is --revision BRANCH.",
@@ -69,6 +74,17 @@ def _repository(options: argparse.Namespace) -> HubName:
 @contextlib.contextmanager
 def _folder(options: argparse.Namespace) -> Iterator[Path]:
     """Find the folder to upload, or write a temporary one with the adapter."""
+    if options.adapter_path is None:
+        options.adapter_path, options.model = options.model, None
+    if options.adapter_path is None:
+        raise ConfigError(
+            format_error(
+                "push",
+                got="no --adapter-path and no --model",
+                expected="a run, an adapter or a model to upload",
+                fix="Add --adapter-path, or --model with the folder of a merged model.",
+            )
+        )
     source = Path(options.adapter_path)
     if not is_peft(source) and not (source / CONFIG).is_file():
         source, _ = find_checkpoint_and_config(options.adapter_path)
@@ -83,7 +99,7 @@ def _folder(options: argparse.Namespace) -> Iterator[Path]:
                 format_error(
                     f"{flag} {value}",
                     got=f"{source}, whose files are uploaded unchanged",
-                    expected="a run or a checkpoint of an adapter as SOURCE",
+                    expected="a run or a checkpoint of an adapter in --adapter-path",
                     fix=f"Remove {flag}.",
                 )
             )

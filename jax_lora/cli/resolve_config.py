@@ -15,7 +15,6 @@ from jax_lora.cli.options import (
     PLACES,
     given,
     make_settings,
-    model_argument,
     read_config_file,
     refuse_unknown,
 )
@@ -47,6 +46,7 @@ class Choice:
       settings: Settings of the run.
       checkpoint: Checkpoint to resume from, or None.
       chat_template: Text of the chat template of the run to resume, or None.
+      asked: Names of the options on the command line and in the YAML file.
     """
 
     model: str | None
@@ -56,6 +56,7 @@ class Choice:
     settings: TrainSettings
     checkpoint: Path | None = None
     chat_template: str | None = None
+    asked: frozenset[str] = frozenset()
 
 
 def choose(options: argparse.Namespace) -> Choice:
@@ -72,9 +73,6 @@ def choose(options: argparse.Namespace) -> Choice:
     """
     names = [*DEFAULTS, *PLACES]
     typed = given(options, names)
-    model = model_argument(options)
-    if model is not None:
-        typed["model"] = model
     written = read_config_file(options.config, names) if options.config else {}
     _resolve_templates(typed, escaped=True)  # a shell passes \n as two characters
     _resolve_templates(written, escaped=False)
@@ -101,6 +99,7 @@ def choose(options: argparse.Namespace) -> Choice:
         chat_template=None
         if checkpoint is None or "chat_template" in typed | written
         else read_run_template(checkpoint.parent),
+        asked=frozenset(typed | written),
     )
 
 

@@ -12,9 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+import jax_lora
+from jax_lora.checkpoint.fingerprint import fingerprint
 from jax_lora.cli.base_model import BUNDLED, BaseModel, data_folder, load_base, model_folder
+from jax_lora.cli.distributed import joined
 from jax_lora.cli.resolve_config import Choice, choose
 from jax_lora.cli.train_flags import add_options
 from jax_lora.data.batches import Batches
@@ -27,6 +31,7 @@ from jax_lora.errors import ConfigError, LoraError, format_error
 from jax_lora.finetune.callbacks import Callback, Checkpoint, EarlyStop, Report, Validate
 from jax_lora.finetune.devices import data_mesh, make_mesh, use_all_cores
 from jax_lora.finetune.memory import device_memory
+from jax_lora.finetune.process_group import ProcessGroup, process_group
 from jax_lora.finetune.resume import refuse_changes, stretched
 from jax_lora.finetune.run_folder import RunFolder, claimed
 from jax_lora.finetune.run_template import write_run_template
@@ -46,6 +51,7 @@ from jax_lora.finetune.tasks import (
 from jax_lora.finetune.trainable import Trainable
 from jax_lora.finetune.trainer import Trainer
 from jax_lora.finetune.training_state import read_record
+from jax_lora.models.mesh_sharding import DATA
 from jax_lora.models.read_config import read_config
 from jax_lora.plan.fit_remat import fit_remat
 from jax_lora.plan.planned_model import of_config
@@ -54,6 +60,7 @@ from jax_lora.report.loss_plot import write_run_plot
 from jax_lora.report.metrics import MetricsLog
 from jax_lora.report.reporters import make_reporter
 from jax_lora.report.versions import write_versions
+from jax_lora.report.wandb_log import import_wandb
 from jax_lora.storage.locks import FolderLock
 from jax_lora.transform.strategies import target_platform
 
@@ -63,10 +70,10 @@ DONE, INTERRUPTED = 0, 130
 HELP = "fine-tune a model"
 EXAMPLE = """\
 jax-lora train --epochs 3 --rank 8
-jax-lora train path/to/model --data path/to/data --adapter-path run
-jax-lora train path/to/model --data qa.csv --columns prompt=question,completion=answer
-jax-lora train path/to/model --data qa.jsonl --prompt-template 'Question: {prompt}\\nAnswer:'
-jax-lora train path/to/model --data chats.jsonl --chat-template tool_use
+jax-lora train model --data data --adapter-path run
+jax-lora train model --data qa.csv --columns prompt=question,completion=answer
+jax-lora train model --data qa.csv --prompt-template 'Q: {prompt}\\nA:'
+jax-lora train model --data chats.jsonl --chat-template tool_use
 """
 
 
@@ -115,41 +122,80 @@ def run(options: argparse.Namespace) -> int:
     """Train, and return the exit code."""
     choice = choose(options)
     use_all_cores()
-    if options.dry_run:
-        return _dry_run(_inputs(choice)[0], make_reporter(choice.progress))
-    with claimed(choice.run) as lock:  # before anything is loaded or compiled
-        return _train(choice, lock)
+    with joined(options.distributed), contextlib.ExitStack() as stack:
+        processes = process_group()
+        if not processes.writes:
+            choice = dataclasses.replace(choice, progress="none")  # the first process reports
+        if options.dry_run:
+            return _dry_run(_inputs(choice, processes)[0], choice.progress, processes.writes)
+        locks: list[FolderLock] = []  # before anything is loaded or compiled
+        processes.first(lambda: locks.append(stack.enter_context(claimed(choice.run))))
+        return _train(choice, processes, locks)
 
 
-def _inputs(choice: Choice) -> tuple[Inputs, dict[str, Any] | None]:
+def _inputs(choice: Choice, processes: ProcessGroup) -> tuple[Inputs, dict[str, Any] | None]:
     """Read the inputs of a run, and the record of the run to resume."""
     record = None if choice.checkpoint is None else read_record(choice.checkpoint)
     inputs = _read(choice)
+    if not processes.alone:
+        processes.require_same(_identity(inputs, record))
     if record is not None:
         refuse_changes(record, inputs.settings, inputs.digests, inputs.base.identity)
     return inputs, record
 
 
-def _train(choice: Choice, lock: FolderLock) -> int:
+def _identity(inputs: Inputs, record: dict[str, Any] | None) -> dict[str, str]:
+    """Return what must be equal in all processes, by the name for a message."""
+    base = inputs.base
+    return {
+        "the command's options": repr(dataclasses.replace(inputs.settings, chat_template=None)),
+        "the training and validation data": repr(inputs.digests),
+        "the tokenizer": repr(base.identity),
+        "the base model": repr((base.model.config, fingerprint(base.variables))),
+        "the memory of the devices": repr(base.model.remat),
+        "the checkpoint to resume from": repr(record),
+        "the installed versions": repr((jax_lora.__version__, jax.__version__)),
+    }
+
+
+def _train(choice: Choice, processes: ProcessGroup, locks: list[FolderLock]) -> int:
     reporter = make_reporter(choice.progress)
-    inputs, record = _inputs(choice)
-    folder, notes = _folder(choice, inputs, lock)
-    metrics = MetricsLog(
-        folder.path,
-        tensorboard="tensorboard" in inputs.settings.log,
-        resume_at=_steps_done(record),
-    )
+    if processes.writes and "wandb" in choice.settings.log:
+        import_wandb()  # before anything is loaded or moved
+    inputs, record = _inputs(choice, processes)
+    folders = [RunFolder(Path(choice.run))]  # of a process that writes nothing
+
+    def prepare() -> list[str]:
+        folder, notes = _folder(choice, inputs, *locks)
+        folders.append(folder)
+        return notes
+
+    notes: list[str] = processes.first(prepare)
+    folder = folders[-1]
+    metrics = _metrics(folder, inputs, record) if processes.writes else None
+    log = None if metrics is None else metrics.log
     try:
-        trainer = _trainer(inputs, reporter, folder, choice.checkpoint, metrics.log)
+        trainer = _trainer(inputs, reporter, folder, choice.checkpoint, log)
         if record is not None and choice.checkpoint is not None:
             longer = stretched(record, inputs.settings)
             notes += _resumed(choice.checkpoint, trainer.step, trainer.steps, longer)
         reporter.planned(_plan(inputs, trainer.steps, notes))
         result = trainer.train()
     finally:
-        metrics.close()
-        _write_plot(folder.path)
+        if metrics is not None:
+            metrics.close()
+            _write_plot(folder.path)
     return _print_next(inputs, folder, result, choice.progress)
+
+
+def _metrics(folder: RunFolder, inputs: Inputs, record: dict[str, Any] | None) -> MetricsLog:
+    settings = inputs.settings
+    return MetricsLog(
+        folder.path,
+        tensorboard="tensorboard" in settings.log,
+        wandb=settings.as_dict() if "wandb" in settings.log else None,
+        resume_at=_steps_done(record),
+    )
 
 
 def _steps_done(record: dict[str, Any] | None) -> int:
@@ -182,7 +228,7 @@ def _print_next(inputs: Inputs, folder: RunFolder, result: RunResult, progress: 
 def _read(choice: Choice) -> Inputs:
     settings, folder = choice.settings, model_folder(choice.model)
     with renaming(settings.columns):
-        data = read_data(data_folder(choice.data))
+        data = read_data(data_folder(_named_data(choice)))
     train = data.split("train")  # before a model is loaded
     chat_template = choice.chat_template
     if settings.chat_template is not None and chat_template is None:
@@ -192,6 +238,7 @@ def _read(choice: Choice) -> Inputs:
     labels = labels_for(config, settings.labels, train) if task == CLASSES else ()
     _check_task(task, settings)
     mesh = make_mesh(settings.mesh, settings.batch_size)
+    _check_samples(settings, mesh)
     base = load_base(
         choice.model,
         settings.dtype,
@@ -206,6 +253,7 @@ def _read(choice: Choice) -> Inputs:
             "prompt_template": settings.prompt_template,
         },
         mesh=mesh,
+        progress=choice.progress,
     )
     # The resolved dtype is stored, because the checkpoint is only valid for a base of this dtype.
     settings = dataclasses.replace(
@@ -236,6 +284,20 @@ def _read(choice: Choice) -> Inputs:
         mesh=mesh or data_mesh(settings.batch_size, (trainable.frozen, trainable.start)),
     )
     return _with_fitting_remat(inputs)
+
+
+def _named_data(choice: Choice) -> str | None:
+    """Return the name of the data; another model than the bundled one has no default."""
+    if choice.data is None and choice.model not in (None, BUNDLED):
+        raise ConfigError(
+            format_error(
+                f"train {choice.model}",
+                got="no --data",
+                expected="the data to train this model on",
+                fix="Add --data PATH, or --data bundled for the bundled text-to-SQL task.",
+            )
+        )
+    return choice.data
 
 
 def _with_fitting_remat(inputs: Inputs) -> Inputs:
@@ -273,6 +335,22 @@ def _check_task(task: str, settings: TrainSettings) -> None:
                     fix=f"Remove {flag}.",
                 )
             )
+
+
+def _check_samples(settings: TrainSettings, mesh: Mesh | None) -> None:
+    """Refuse samples of a model that no process has as a whole."""
+    if mesh is None or not settings.sample_prompt or process_group().alone:
+        return
+    sharded = [f"{name}={size}" for name, size in mesh.shape.items() if name != DATA and size > 1]
+    if sharded:
+        raise ConfigError(
+            format_error(
+                "--sample-prompt with several processes",
+                got=f"the mesh {settings.mesh!r}, which shards the model over {sharded[0]}",
+                expected="a mesh with data alone: the first process completes the prompts",
+                fix="Remove --sample-prompt, or use jax-lora generate after the run.",
+            )
+        )
 
 
 def _place(name: str | None) -> str:
@@ -338,13 +416,12 @@ def _trainer(
 
 def _callbacks(inputs: Inputs, reporter: Reporter, steps: int, log: Log | None) -> list[Callback]:
     """Create the callbacks, in the order in which they are called: the report comes first."""
-    settings, base = inputs.settings, inputs.base
+    settings = inputs.settings
     rate = settings.make_schedule(steps)
     report = Report(settings.steps_per_report, reporter=reporter, log=log, schedule=rate)
     callbacks: list[Callback] = [report]
     if inputs.valid is not None:
-        prompts = settings.sample_prompt
-        samples = Sampler(base.model, base.tokenizer, prompts).answers if prompts else None
+        samples = _samples(inputs) if settings.sample_prompt else None
         valid, limit = inputs.batches(inputs.valid), settings.val_batches
         callbacks.append(Validate(valid, settings.steps_per_eval, limit=limit, samples=samples))
     if settings.early_stop is not None:
@@ -353,14 +430,27 @@ def _callbacks(inputs: Inputs, reporter: Reporter, steps: int, log: Log | None) 
     return [*callbacks, saving]
 
 
-def _dry_run(inputs: Inputs, reporter: Reporter) -> int:
+def _samples(inputs: Inputs) -> Callable[[Any], tuple[tuple[str, str], ...]]:
+    """Complete the prompts, in the first process with its copy of the model."""
+    base, processes = inputs.base, process_group()
+    sampler = Sampler(base.model, base.tokenizer, inputs.settings.sample_prompt)
+
+    def answers(variables: Any) -> tuple[tuple[str, str], ...]:
+        return sampler.answers(processes.own_copy(variables)) if processes.writes else ()
+
+    return answers
+
+
+def _dry_run(inputs: Inputs, progress: str, shown: bool) -> int:
     """Do everything except training, in a temporary folder."""
+    reporter = make_reporter(progress)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _trainer(inputs, reporter, RunFolder(Path(scratch)))
         notes = ["dry run: nothing is trained or written"]
         reporter.planned(_plan(inputs, trainer.steps, notes))
         needed = trainer.compile()
-    print(f"Dry run: the first step compiles; its peak memory is {needed / 1e9:.2f} GB.")
+    if shown:
+        print(f"Dry run: the first step compiles; its peak memory is {needed / 1e9:.2f} GB.")
     return DONE
 
 

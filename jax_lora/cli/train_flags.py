@@ -6,13 +6,16 @@ import argparse
 from typing import Any
 
 from jax_lora.cli.base_model import BUNDLED
+from jax_lora.cli.distributed import add_distributed_option
+from jax_lora.cli.names import PLACES_TITLE, add_name
 from jax_lora.cli.options import (
     CHAT_TEMPLATE_HELP,
     COLUMNS_HELP,
     DEFAULTS,
     PROMPT_TEMPLATE_HELP,
-    add_model_options,
+    add_model_option,
 )
+from jax_lora.cli.parser import Parser
 from jax_lora.cli.presets import PRESETS
 from jax_lora.finetune import recipe
 from jax_lora.finetune.schedule import SHAPES
@@ -28,7 +31,7 @@ GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("fine_tune_type", str, TYPES, "LoRA, DoRA, or all parameters"),
         ("rank", int, "N", "rank of the adapter"),
         ("alpha", float, "X", "alpha; the scale of the adapter is alpha / rank"),
-        ("scale", float, "X", "scale, instead of alpha"),
+        ("scale", float, "X", "scale, instead of alpha [alpha / rank]"),
         ("rslora", bool, None, "scale by alpha / sqrt(rank)"),
         ("dropout", float, "P", "dropout rate of the adapter's inputs"),
         ("targets", str, "NAMES", "all-linear, attention, mlp, or comma-separated names"),
@@ -44,14 +47,14 @@ GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("pack", bool, None, "pack several examples into each sequence"),
         ("mask_prompt", bool, None, "exclude prompts from the loss [yes; no for texts]"),
         ("turns", str, TURNS, "assistant messages in the loss"),
-        ("columns", str, "FIELD=COLUMN,...", COLUMNS_HELP),
-        ("chat_template", str, "NAME|FILE", CHAT_TEMPLATE_HELP),
-        ("prompt_template", str, "TEXT|FILE", PROMPT_TEMPLATE_HELP),
+        ("columns", str, "FIELD=COLUMN,...", f"{COLUMNS_HELP} [none]"),
+        ("chat_template", str, "NAME|FILE", f"{CHAT_TEMPLATE_HELP} [the model's]"),
+        ("prompt_template", str, "TEXT|FILE", f"{PROMPT_TEMPLATE_HELP} [none]"),
         ("seed", int, "N", "random seed: initialization, data order, dropout"),
     ),
     "optimizer": (
         ("epochs", float, "N", "passes over the training data"),
-        ("iters", int, "N", "number of steps, instead of epochs"),
+        ("iters", int, "N", "number of steps, instead of epochs [by --epochs]"),
         ("optimizer", str, "NAME", "name of an Optax optimizer"),
         ("learning_rate", float, "X", "peak learning rate"),
         ("lr_schedule", str, SHAPES, "schedule after the warmup"),
@@ -64,7 +67,7 @@ GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("remat", str, REMATS, "what layers keep for the backward pass"),
         ("grad_checkpoint", bool, None, "same as --remat full"),
         ("attention", str, ATTENTION, "attention kernel; flash: never dense scores"),
-        ("loss_chunk", int, "N", "tokens per chunk of the loss; 0: all"),
+        ("loss_chunk", int, "N", "tokens per chunk of the loss; 0: all [by memory]"),
         ("mesh", str, "SIZES", "shard over devices, as in data=2,fsdp=4,tensor=1,expert=1"),
     ),
     "validation, checkpoints and reports": (
@@ -74,29 +77,32 @@ GROUPS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
         ("save_every", int, "N", "steps between checkpoints"),
         ("keep", int, "N", "checkpoints to keep, besides the best one"),
         ("save_best", bool, None, "save at each new best validation loss"),
-        ("early_stop", int, "N", "stop after N validations without improvement"),
-        ("sample_prompt", str, "TEXT", "prompt to complete at every validation; repeatable"),
-        ("log", str, "KINDS", "jsonl, csv (always written), tensorboard; comma-separated"),
+        ("early_stop", int, "N", "stop after N validations without improvement [never]"),
+        ("sample_prompt", str, "TEXT", "prompt to complete at every validation; repeatable [none]"),
+        ("log", str, "KINDS", "jsonl, csv (always written), tensorboard, wandb; comma-separated"),
     ),
 }
 FLAGS = tuple(flag for group in GROUPS.values() for flag in group)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options, with defaults suppressed, so that a YAML file can set them."""
     absent = argparse.SUPPRESS
-    add = parser.add_argument
-    add_model_options(parser, BUNDLED, default=absent)
-    add("--data", default=absent, metavar="PATH", help="data folder, or one file [bundled]")
-    add("-c", "--config", metavar="FILE", help="YAML file of options; flags override it")
-    add("--adapter-path", default=absent, metavar="DIR", help="run folder [adapters]")
-    text = "resume from a run folder or a checkpoint [--adapter-path]"
+    add_model_option(parser, BUNDLED, default=absent)
+    text = "data folder, or one file; bundled: a text-to-SQL task [required with another model]"
+    add_name(parser, "--data", text, default=absent, metavar="PATH")
+    text = "run folder to write [adapters]"
+    add_name(parser, "--adapter-path", text, default=absent, metavar="DIR")
+    add = parser.section(PLACES_TITLE).add_argument
+    add("-c", "--config", metavar="FILE", help="YAML file of options; flags override it [none]")
+    text = "run folder or checkpoint to resume; without a value, --adapter-path [a new run]"
     add("--resume", nargs="?", const="auto", metavar="auto|PATH", help=text)
-    add("--preset", choices=tuple(PRESETS), help="use the defaults of another tool")
+    add("--preset", choices=tuple(PRESETS), help="use the defaults of another tool [none]")
+    add_distributed_option(parser.section(PLACES_TITLE))
     add("--dry-run", action="store_true", help="check everything and compile, without training")
     add("--progress", default=absent, choices=KINDS, help="progress display [auto]")
     for title, flags in GROUPS.items():
-        group = parser.add_argument_group(title)
+        group = parser.section(title)
         for flag in flags:
             _add_flag(group, *flag)
 

@@ -14,30 +14,33 @@ import yaml
 
 from jax_lora.cli import train_flags
 from jax_lora.cli.base_model import BUNDLED
+from jax_lora.cli.names import add_name
 from jax_lora.cli.options import DEFAULTS, PLACES
+from jax_lora.cli.parser import Parser
 from jax_lora.cli.presets import PRESETS
 from jax_lora.errors import ConfigError, format_error
 from jax_lora.storage.atomic_writes import write_file
 
 HELP = "write a commented configuration file for train -c"
 EXAMPLE = """\
-jax-lora init lora.yaml
-jax-lora init --preset mlx mlx.yaml
+jax-lora init --save-path lora.yaml
+jax-lora init --save-path mlx.yaml --preset mlx
 """
 _PLACES = {"model": BUNDLED, "data": BUNDLED, "adapter_path": "adapters", "progress": "auto"}
 _WIDTH = 78
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    add = parser.add_argument
-    add("file", metavar="FILE", nargs="?", default="lora.yaml", help="file to write [lora.yaml]")
-    add("--preset", choices=tuple(PRESETS), help="use the defaults of another tool")
+    text = "file to write [lora.yaml]"
+    add_name(parser, "--save-path", text, default="lora.yaml", metavar="FILE")
+    add = parser.section("values").add_argument
+    add("--preset", choices=tuple(PRESETS), help="use the defaults of another tool [none]")
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the file, and return the exit code."""
-    path = Path(options.file)
+    path = Path(options.save_path)
     text = make_text(options.preset)
     if os.path.lexists(path):
         raise ConfigError(
@@ -45,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
                 f"init {path}",
                 got="an existing file, which is unchanged",
                 expected="a new name",
-                fix="Choose another name: jax-lora init FILE.",
+                fix="Choose another name with --save-path.",
             )
         )
     write_file(path, text, ConfigError)
@@ -98,12 +101,13 @@ def train_options() -> dict[str, str]:
     recorder = _Recorder()
     train_flags.add_options(recorder)  # pyright: ignore[reportArgumentType]  only these methods are called
     texts, allowed = recorder.texts, {*DEFAULTS, *PLACES}
-    texts["model"] = texts["model_folder"]  # the help of --model refers to MODEL
     return {key: text for key, text in texts.items() if key in allowed}
 
 
 class _Recorder:
     """Records the options that are added to it, instead of a parser."""
+
+    prog = "jax-lora train"
 
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
@@ -115,7 +119,5 @@ class _Recorder:
         text = str(settings.get("help", "")).replace("%%", "%")
         self.texts[key] = text + (f": {', '.join(map(str, choices))}" if choices else "")
 
-    def add_argument_group(self, *_: Any, **__: Any) -> _Recorder:
+    def section(self, *_: Any) -> _Recorder:
         return self
-
-    add_mutually_exclusive_group = add_argument_group

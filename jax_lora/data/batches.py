@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from jax_lora.data.collators import Bucket, Collator, collate_causal, collate_packed
+from jax_lora.data.collators import (
+    Bucket,
+    Collator,
+    MaskedCollator,
+    collate_causal,
+    collate_packed,
+)
 from jax_lora.data.examples import Example
 from jax_lora.data.packing import pack_rows
 
@@ -97,6 +103,24 @@ class Batches:
         """
         return self._collated(step, *self._planned(step))
 
+    def rows_at(self, step: int, own: np.ndarray | None) -> Any:
+        """Create some rows of the batch of a step.
+
+        Args:
+          step: As in `at`.
+          own: Indices of the rows, in order; None: all.
+
+        Returns:
+          These rows of `at(step)`.
+        """
+        if own is None:
+            return self.at(step)
+        if isinstance(self.collate, MaskedCollator):  # each row draws after the rows before it
+            return type(batch := self.at(step))(*(array[own] for array in batch))
+        shape, members = self._planned(step)
+        some = [members[row] for row in own if row < len(members)]
+        return self._collated(step, shape, some, rows=len(own))
+
     def tokens(self, step: int) -> int:
         """Count the tokens of a step, without padding."""
         return sum(example.tokens for example in self._of(step))
@@ -157,9 +181,12 @@ class Batches:
             plan += [(shape, shuffled[start : start + self.rows]) for start in starts]
         return [plan[index] for index in order.permutation(len(plan))]
 
-    def _collated(self, step: int, shape: Bucket, members: Sequence[Documents]) -> Any:
-        rows = [[self.examples[index] for index in row] for row in members]
-        return self.collate(rows, self.rows, shape, np.random.default_rng((self.seed, step, 1)))
+    def _collated(
+        self, step: int, shape: Bucket, members: Sequence[Documents], rows: int | None = None
+    ) -> Any:
+        of_rows = [[self.examples[index] for index in row] for row in members]
+        rng = np.random.default_rng((self.seed, step, 1))
+        return self.collate(of_rows, self.rows if rows is None else rows, shape, rng)
 
 
 def _packed(examples: Sequence[Example], length: int) -> tuple[Bucket, tuple[Documents, ...]]:

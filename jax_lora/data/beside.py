@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from jax_lora.data.problem import Problem, check_characters, kind_of
 from jax_lora.data.turns import check_tools
 from jax_lora.storage.json_files import parse_json
 
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 # Fields that change what a model sees or learns, and that no format here uses.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_UNUSED = ("chosen", "rejected", "documents", *_MEDIA)
+_PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
+_UNUSED = (*_PREFERENCES, "documents", "suffix", "chat_template_kwargs", *_MEDIA)
+# Marks of a whole example. Of other values, such as a text, nothing is known.
+_MARKS = ("weight", "train", "training")
 
 
 def check_beside(row: dict[str, Any], used: tuple[str, ...]) -> Problem | None:
@@ -28,6 +32,18 @@ def check_beside(row: dict[str, Any], used: tuple[str, ...]) -> Problem | None:
                 f'"{name}" is not used beside {_shown(row)}',
                 f'Write it into "messages", or remove "{name}".',
             )
+    for name in _MARKS:
+        value = row.get(name)
+        if isinstance(value, bool | int | float) and value != 1:
+            return Problem(
+                f'"{name}" of an example is {value!r:.40}, and examples have no weights',
+                f'Remove the example, or "{name}".',
+            )
+    if row.get("label") is False:
+        return Problem(
+            '"label" is false: an example of what a model should not answer',
+            'Remove the example, or "label".',
+        )
     return None
 
 
@@ -41,7 +57,7 @@ def system_of(row: dict[str, Any]) -> str | Problem:
         if problem:
             return problem
     if len(set(texts.values())) > 1:
-        return Problem('"system" and "system_prompt" differ', "Remove one of them.")
+        return Problem(f"{_both(texts)} differ", "Remove one of them.")
     return next(iter(texts.values()), "")
 
 
@@ -97,6 +113,10 @@ def history_of(row: dict[str, Any]) -> list[tuple[str, str]] | Problem:
         if problem:
             return problem
     return [(question, answer) for question, answer in pairs]
+
+
+def _both(names: Iterable[str]) -> str:
+    return " and ".join(f'"{name}"' for name in names)
 
 
 def _shown(row: dict[str, Any]) -> str:

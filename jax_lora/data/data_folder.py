@@ -129,7 +129,7 @@ def _missing(path: Path, got: str) -> str:
         got=got,
         expected="a folder with train.jsonl (and valid.jsonl, test.jsonl), a folder of texts, or "
         f"one file; instead of .jsonl also {kinds}, optionally gzipped",
-        fix="Check the path of the data.",
+        fix="Check the path of the data; JSON Lines need the ending .jsonl.",
     )
 
 

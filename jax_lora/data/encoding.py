@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jax_lora.data.answer_spans import answer_spans, located_with
 from jax_lora.data.chat_template import Rendering
 from jax_lora.data.rows import Row
+from jax_lora.data.template_worker import REASONING
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.data.turns import target_turns
 from jax_lora.errors import DataError, format_error
@@ -143,6 +144,7 @@ def _chat(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
     messages, tools = row["messages"], row.get("tools")
     text = tokenizer.render(messages, tools=tools)
     _check_tools_are_in(text, tools)
+    _check_turns_are_in(messages, text, tokenizer, tools)
     ids, ends = tokenizer.encode_with_ends(text)
     spans, unlocated = answer_spans(messages, text, tokenizer, tools, row.get("learn_from", 0))
     spans = spans[-1:] if turns == "last" else spans
@@ -171,6 +173,34 @@ def _check_tools_are_in(text: str, tools: Any) -> None:
                     got=f"a chat template that does not show the tool {name!r}",
                     expected="a template that writes the descriptions of tools",
                     fix='Describe the tools in a system message, or remove "tools".',
+                )
+            )
+
+
+def _check_turns_are_in(
+    messages: list[dict[str, Any]], text: str, tokenizer: Tokenizer, tools: Any
+) -> None:
+    """Refuse a conversation of which the template drops a turn, or the newest reasoning.
+
+    `answer_spans` reports changed responses, and templates drop the reasoning of earlier ones.
+    """
+    parts = [(i, "content") for i, turn in enumerate(messages) if turn["role"] != "assistant"]
+    newest = len(messages) - 1
+    parts += [(newest, name) for name in REASONING if messages[newest].get(name)][:1]
+    for index, name in parts:
+        said = messages[index][name]
+        if not isinstance(said, str) or not said.strip() or said.strip() in text:
+            continue
+        other = [*messages]  # a template may also escape the text, or change its case
+        other[index] = messages[index] | {name: f"{said.rstrip()} ..."}
+        if tokenizer.render(other, tools=tools) == text:
+            raise DataError(
+                format_error(
+                    f'"messages"[{index}]',
+                    got=f'a chat template that does not show the "{name}" of this turn '
+                    f"({messages[index]['role']})",
+                    expected="a template that shows every turn",
+                    fix=f'Write "{name}" into the content of another turn, or remove it.',
                 )
             )
 

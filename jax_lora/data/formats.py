@@ -29,7 +29,7 @@ from jax_lora.data.beside import (
     with_system,
 )
 from jax_lora.data.problem import Problem, check_characters, check_text, kind_of
-from jax_lora.data.turns import check_turns, target_turns
+from jax_lora.data.turns import check_turns, target_turns, without_foreign_arguments
 from jax_lora.storage.json_files import parse_json
 
 Checked = tuple[str, dict[str, Any]] | Problem
@@ -89,13 +89,18 @@ def unused_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache
 def _fix(names: tuple[str, ...]) -> str:
-    """Suggest the field name closest to a misspelled one, or list the supported fields."""
+    """Suggest the name closest to a misspelled one or the supported names, and the columns."""
+    columns = ""
+    if len(names) > 1:
+        columns = f" Or name the columns, for example prompt={names[0]},completion={names[1]}."
     known = [key for keys, _ in _FORMATS for key in keys]
     for name in names:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         if near and name not in known:
-            return f'"{name}": did you mean "{near[0]}"?'
-    return 'Name the fields "prompt" and "completion", or "text", or "messages".'
+            corrected = {*names} - {name} | {near[0]}
+            is_sure = any(len(keys) > 1 and keys <= corrected for keys, _ in _FORMATS)
+            return f'"{name}": did you mean "{near[0]}"?{"" if is_sure else columns}'
+    return f'Name the fields "prompt" and "completion", or "text", or "messages".{columns}'
 
 
 def _chat(row: dict[str, Any]) -> Checked:
@@ -113,6 +118,7 @@ def _conversation(row: dict[str, Any], turns: list[dict[str, Any]], learn_from: 
         return tools
     if isinstance(both, Problem):
         return both
+    both = without_foreign_arguments(both, tools)
     learn_from += (len(both) - len(turns)) * bool(learn_from)
     if not any(turn["role"] == "assistant" for turn in both[learn_from:]):
         return Problem(

@@ -45,6 +45,8 @@ def parquet_rows(path: Path, content: bytes) -> list[dict[str, Any]]:
         check_footer(content)
         metadata = pyarrow.parquet.read_metadata(reader)
         names, size = _text_columns(metadata, budget)
+        if not metadata.num_rows:
+            return []  # of no examples, there may be no pages
         budget.spend(BYTES_OF_EXAMPLE * metadata.num_rows)
         totals = page_totals(content, metadata)
         budget.spend(_BYTES_OF_VALUE * totals.values + _BYTES_OF_LISTED * totals.listed)
@@ -171,7 +173,15 @@ def _lists(array: Any, budget: _Budget) -> list[Any]:
     offsets = array.offsets.to_pylist()
     first = offsets[0] if offsets else 0
     values = _values(array.values[first : offsets[-1] if offsets else 0], budget)
-    if types.is_map(array.type):  # pairs, as in `to_pylist`
-        values = [tuple(pair.values()) for pair in values]
     spans = zip(offsets, offsets[1:], array.is_valid().to_pylist(), strict=False)
-    return [values[start - first : end - first] if valid else None for start, end, valid in spans]
+    lists = [values[start - first : end - first] if valid else None for start, end, valid in spans]
+    if not types.is_map(array.type):
+        return lists
+    return [None if pairs is None else _object(pairs) for pairs in lists]
+
+
+def _object(entries: list[dict[str, Any]]) -> Any:
+    """Return a map as an object, or as its pairs if a key is not a text or is there twice."""
+    pairs = [tuple(entry.values()) for entry in entries]
+    as_object = dict(pairs) if all(isinstance(name, str) for name, _ in pairs) else {}
+    return as_object if len(as_object) == len(pairs) else pairs

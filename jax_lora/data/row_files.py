@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import collections
 import csv
 import gzip
 import io
@@ -17,12 +18,13 @@ from jax_lora.data.parquet_rows import BYTES_OF_EXAMPLE, parquet_rows
 from jax_lora.data.problem import Problem, kind_of
 from jax_lora.data.table_text import read_table_text, table_separator
 from jax_lora.errors import DataError, format_error, install_command
-from jax_lora.storage.json_files import TooDeepError, check_depth
+from jax_lora.storage.json_files import TooDeepError, check_depth, unique_keys
 from jax_lora.storage.limits import expanded_limit, limit, raise_hint
 
 BOM = b"\xef\xbb\xbf"
 WIDEST_CELL = 2**24
 BYTES_OF_VALUE = 64  # in memory, of a short one
+GZIP = b"\x1f\x8b"
 LISTS = ("data", "rows", "train")  # under which a JSON object may have its list
 
 
@@ -76,6 +78,9 @@ def read_content(path: Path) -> bytes:
         raise _unreadable(path, got or str(error), "Check the path of the data.") from error
     if len(content) > most or (path.suffix == ".gz" and _parsed_size(content) > most):
         raise _unreadable(path, f"more than {most:,} bytes of text and values", raise_hint(name))
+    if content.startswith(GZIP):
+        fix = f"Rename it to {path.name}.gz" if path.suffix != ".gz" else "Unpack it once"
+        raise _unreadable(path, "gzipped bytes", f"{fix}.")
     is_table = ending(path) in (".csv", ".tsv")
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and not is_table:
         raise _unreadable(path, "text in UTF-16", "Save the file as UTF-8.")
@@ -121,6 +126,10 @@ def is_row_file(path: Path) -> bool:
 
 def _jsonl(path: Path, content: bytes) -> RawFile:
     # Bytes, and only "\n" ends a line: text mode would also split at U+2028 inside a string.
+    if content.lstrip().startswith(b"["):  # the name of JSON Lines, and a list of rows
+        listed = _parse(content, last=True)
+        if isinstance(listed, list) and listed and isinstance(listed[0], dict):
+            return _rows_of(listed)
     lines = content.removesuffix(b"\n").split(b"\n") if content else []
     rows = [
         RawRow(number, _text(raw), _parse(raw, last=number == len(lines)))
@@ -143,9 +152,13 @@ def _json(path: Path, content: bytes) -> RawFile:
     if not isinstance(value, list):
         fix = "Write a list of rows; rows on lines of their own go into a .jsonl file."
         raise _unreadable(path, f"{kind_of(value)} where a list of rows is needed", fix)
-    shown = (json.dumps(each, ensure_ascii=False)[:1000] for each in value)
+    return _rows_of(value)
+
+
+def _rows_of(values: list[Any]) -> RawFile:
+    shown = (json.dumps(each, ensure_ascii=False)[:1000] for each in values)
     rows = [
-        RawRow(n, text, each) for n, (text, each) in enumerate(zip(shown, value, strict=True), 1)
+        RawRow(n, text, each) for n, (text, each) in enumerate(zip(shown, values, strict=True), 1)
     ]
     return RawFile(rows, len(rows), 0)
 
@@ -163,7 +176,7 @@ def _table(path: Path, content: bytes) -> RawFile:
     try:
         rows = list(_table_rows(lines))
     except csv.Error as error:
-        fix = "Quote cells that hold quotes or breaks."
+        fix = "Quote cells that hold quotes or breaks, and name every column once."
         raise _unreadable(path, f"line {lines.line_num}: {error}", fix) from error
     return RawFile(rows, len(rows), 0)
 
@@ -171,6 +184,9 @@ def _table(path: Path, content: bytes) -> RawFile:
 def _table_rows(lines: Any) -> Iterator[RawRow]:
     """The first line names the fields; blank ones are no rows."""
     heads: list[str] = next(lines, [])
+    twice = [name for name, count in collections.Counter(heads).items() if name and count > 1]
+    if twice:
+        raise csv.Error(f"two columns have the name {twice[0]!r:.80}")
     before = lines.line_num
     for cells in lines:
         number, before = before + 1, lines.line_num
@@ -209,6 +225,8 @@ def _without_nulls(value: Any) -> Any:
 
 READERS: dict[str, Callable[[Path, bytes], RawFile]] = {
     ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".jsonlines": _jsonl,
     ".json": _json,
     ".csv": _table,
     ".tsv": _table,
@@ -221,7 +239,7 @@ def _parse(raw: bytes, *, last: bool) -> Any:
     try:
         text = raw.decode("utf-8")
         check_depth(text)
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         return Problem(
             f"byte {error.start + 1} of the line (0x{raw[error.start]:02x}) is not UTF-8",
@@ -240,8 +258,9 @@ def _parse(raw: bytes, *, last: bool) -> Any:
         )
     except (TooDeepError, RecursionError):
         return Problem("nested too deeply", f"Flatten the row. {raise_hint('json_depth')}")
-    except ValueError as error:  # an integer of thousands of digits
-        return Problem(f"not JSON that can be read: {error}", "Shorten or quote the number.")
+    except ValueError as error:  # a duplicate key, or an integer of thousands of digits
+        fix = "Keep one of two equal keys; shorten or quote a long number."
+        return Problem(f"not JSON that can be read: {error}", fix)
 
 
 def _text(raw: bytes) -> str:

@@ -39,10 +39,13 @@ _OF_MODEL_TYPE = {
     "qwen3_moe": "Qwen2",
     "llama": "Llama",
     "mistral": "Llama",
+    "mistral3": "Llama",
+    "ministral3": "Llama",
     "mixtral": "Llama",
     "phi3": "Llama",
     "gemma": "Gemma",
     "gemma2": "Gemma",
+    "gemma3": "Gemma",
     "gemma3_text": "Gemma",
     "t5": "T5",
 }

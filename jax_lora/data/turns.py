@@ -7,9 +7,9 @@ from typing import Any
 from jax_lora.data.problem import Problem, check_characters, kind_of
 from jax_lora.storage.json_files import parse_json
 
-# OpenAI's and Axolotl's marks of the turns that are learned.
-_UNUSED_MARKS = ("train_detail", "training_detail", "token_weights")
-_MARKS = ("weight", "train", "training", *_UNUSED_MARKS)
+# The marks of OpenAI, Axolotl and ms-swift for the turns that are learned.
+_UNUSED_MARKS = ("train_detail", "training_detail", "token_weights", "loss_scale")
+_MARKS = ("weight", "train", "training", "loss", *_UNUSED_MARKS)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -59,11 +59,64 @@ def check_tools(tools: Any, name: str = "tools") -> list[dict[str, Any]] | Probl
     if tools is None or tools == []:
         return None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
-        return tools
+        return [_without_null_parameters(tool) for tool in tools]
     return Problem(
         f'"{name}" is {kind_of(tools)}, not a list of objects',
         'Write [{"type": "function", "function": {"name": "...", "parameters": {...}}}].',
     )
+
+
+def _without_null_parameters(value: Any) -> Any:
+    """Remove the parameters of other tools, which files converted from Arrow contain as null."""
+    if isinstance(value, list):
+        return [_without_null_parameters(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    parts = {name: _without_null_parameters(each) for name, each in value.items()}
+    if isinstance(own := parts.get("properties"), dict):
+        parts["properties"] = {name: each for name, each in own.items() if each is not None}
+    return parts
+
+
+def without_foreign_arguments(
+    turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Remove null arguments that the called tool does not have, from files converted from Arrow.
+
+    Args:
+      turns: Checked turns.
+      tools: The checked descriptions of the tools, if any.
+
+    Returns:
+      The turns.
+    """
+    known: dict[str, Any] = {}
+    for tool in tools or ():
+        function = tool.get("function", tool)
+        parameters = function.get("parameters") if isinstance(function, dict) else None
+        if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
+            known[str(function.get("name"))] = parameters["properties"]
+    if not known:
+        return turns
+    return [
+        turn | {"tool_calls": [_own_arguments(call, known) for call in turn["tool_calls"]]}
+        if turn.get("tool_calls")
+        else turn
+        for turn in turns
+    ]
+
+
+def _own_arguments(call: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    parameters = known.get(function["name"])
+    if parameters is None:
+        return call
+    arguments = {
+        name: value
+        for name, value in function["arguments"].items()
+        if value is not None or name in parameters
+    }
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def _check_turn(turn: Any, where: str) -> dict[str, Any] | Problem:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_lora.errors import DataError, StructureError, format_error
 
@@ -116,7 +117,7 @@ def tokens_of(source: BatchSource, step: int, batch: Any, weight: float) -> Toke
     return Tokens(int(weight), int(weight), int(weight))
 
 
-def load_ahead(source: BatchSource, start: int, stop: int) -> Iterator[Any]:
+def load_ahead(source: BatchSource | RowShare, start: int, stop: int) -> Iterator[Any]:
     """Iterate over the batches of a range of steps, and prefetch them in the background.
 
     Args:
@@ -140,7 +141,7 @@ def load_ahead(source: BatchSource, start: int, stop: int) -> Iterator[Any]:
 class _Steps:
     """The batches of a range of steps, as a random-access source for grain."""
 
-    def __init__(self, source: BatchSource, start: int, stop: int):
+    def __init__(self, source: BatchSource | RowShare, start: int, stop: int):
         self._source, self._start, self._stop = source, start, stop
 
     def __len__(self) -> int:
@@ -148,6 +149,32 @@ class _Steps:
 
     def __getitem__(self, index: int) -> Any:
         return self._source.at(self._start + index)
+
+
+class RowShare:
+    """The rows of one process, of the batches of another source.
+
+    Args:
+      source: The batches of all processes.
+      choose: Returns the indices of the rows for a number of rows; None means all of them.
+    """
+
+    def __init__(self, source: BatchSource, choose: Callable[[int], Any]):
+        """Keep the source."""
+        self._source, self._choose = source, choose
+
+    def at(self, step: int) -> Any:
+        """Return this process's rows of the batch of a step."""
+        if hasattr(self._source, "rows_at"):  # which does not create the other rows
+            counted: Any = self._source
+            return counted.rows_at(step, self._choose(counted.rows))
+        return take_rows(self._source.at(step), self._choose)
+
+
+def take_rows(batch: Any, choose: Callable[[int], Any]) -> Any:
+    """Return rows of a batch: those of `RowShare`."""
+    own = choose(len(jax.tree.leaves(batch)[0]))
+    return batch if own is None else jax.tree.map(lambda x: np.asarray(x)[own], batch)
 
 
 class _Plain:

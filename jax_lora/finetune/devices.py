@@ -93,9 +93,10 @@ def make_mesh(text: str, rows: int, devices: Sequence[Any] | None = None) -> Mes
     """Create the mesh of a run.
 
     Args:
-      text: As in `mesh_sizes`; "auto": None is returned, and `data_mesh` chooses.
+      text: As in `mesh_sizes`; "auto": None is returned, and `data_mesh` chooses; with several
+        processes, all devices share the examples.
       rows: Rows of a micro-batch.
-      devices: The devices; None: all of this process.
+      devices: The devices; None: those of all processes.
 
     Returns:
       The mesh, or None.
@@ -104,10 +105,12 @@ def make_mesh(text: str, rows: int, devices: Sequence[Any] | None = None) -> Mes
       ConfigError: The product of the sizes is not the number of devices, or the rows cannot be
         split over `data` and `fsdp`.
     """
+    devices = jax.devices() if devices is None else devices
     if text == AUTO:
-        return None
+        if jax.process_count() == 1:
+            return None
+        text = f"{DATA}={len(devices)}"
     sizes = mesh_sizes(text)
-    devices = jax.local_devices() if devices is None else devices
     product = math.prod(sizes.values())
     if product != len(devices):
         raise ConfigError(

@@ -63,6 +63,18 @@ class Score:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
+class _Work:
+    """Counts examples, and tells how many are done."""
+
+    def __init__(self, total: int, advance: Callable[[int, int], None] | None):
+        self._done, self._total, self._advance = 0, total, advance
+
+    def add(self, count: int) -> None:
+        self._done = min(self._done + count, self._total)
+        if self._advance is not None:
+            self._advance(self._done, self._total)
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """The examples of a split, ready to evaluate models on.
@@ -86,26 +98,29 @@ class Evaluation:
     mesh: Mesh | None = None
 
     def score(
-        self, model: Any, variables: Any, *, answered: Callable[[int], None] | None = None
+        self, model: Any, variables: Any, *, advance: Callable[[int, int], None] | None = None
     ) -> dict[str, Score]:
         """Evaluate a model on all examples, and on the two groups of a boolean field.
 
         Args:
           model: A model of `jax_lora.models`.
           variables: `{"params": params}`, with an adapter merged.
-          answered: Called with the number of completions so far.
+          advance: Called with the examples done so far and all of them. An example counts once
+            for its completion, and once for each group in which its loss is measured.
 
         Returns:
           Scores by group, `"all"` first.
         """
         mesh, place = self.mesh, {}
         devices = 1 if mesh is None else mesh.size
+        groups, prompted = self._groups(), self._prompted()
+        work = _Work(len(prompted) + sum(map(len, groups.values())), advance)
         measure = make_validation(loss_for(self.task, model.clone(mesh=mesh), devices=devices))
-        if mesh is not None:
-            place["place"] = functools.partial(split_rows, mesh=mesh)
-        answers = self._answers(model, variables, answered)
+        split = (lambda batch: batch) if mesh is None else functools.partial(split_rows, mesh=mesh)
+        place["place"] = lambda batch: work.add(self.rows) or split(batch)
+        answers = self._answers(model, variables, prompted, work)
         scores = {}
-        for name, rows in self._groups().items():
+        for name, rows in groups.items():
             batches = self._batches(model, rows)
             loss, tokens = _mean_loss(measure, variables, batches, **place)
             score = Score(len(rows), round(tokens), loss)
@@ -147,11 +162,15 @@ class Evaluation:
                 groups[f"{field}: {str(value).lower()}"] = chosen
         return groups
 
+    def _prompted(self) -> list[Row]:
+        """Return the examples with a prompt that is completed and a reference."""
+        generates = self.task in (CAUSAL, SEQ2SEQ)
+        return [row for row in self.file.rows if generates and row.kind == "completions"]
+
     def _answers(
-        self, model: Any, variables: Any, answered: Callable[[int], None] | None
+        self, model: Any, variables: Any, rows: Sequence[Row], work: _Work
     ) -> dict[int, str]:
-        """Complete every prompt that has a reference, by line."""
-        rows = [row for row in self.file.rows if row.kind == "completions"]
+        """Complete prompts, by line."""
         if self.task == SEQ2SEQ:
             return self._completions(model, variables, rows)
         if self.task != CAUSAL:
@@ -172,8 +191,7 @@ class Evaluation:
             answers |= {
                 row.line: text for row, text in zip(part, generator.answer(prompts), strict=True)
             }
-            if answered is not None:
-                answered(len(answers))
+            work.add(len(part))
         return answers
 
     def _completions(self, model: Any, variables: Any, rows: Sequence[Row]) -> dict[int, str]:

@@ -16,6 +16,7 @@ from jax_lora.data.encoder_tokenizer import EncodedText, EncoderTokenizer
 from jax_lora.finetune.tasks import end_tokens, longest_input
 from jax_lora.models.decoding import end_mask
 from jax_lora.transform import lora_apply
+from jax_lora.transform.low_memory_jit import low_memory_jit
 
 # Texts are padded to a multiple, which limits recompilation.
 LENGTH_MULTIPLE = 16
@@ -54,7 +55,7 @@ def predict_classes(model: Any, variables: Any, batches: Batches) -> list[Predic
     return sorted(predictions, key=lambda each: each.line)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(low_memory_jit, static_argnums=0)
 def _probabilities(model: Any, variables: Any, batch: Any) -> jax.Array:
     apply = lora_apply(model.apply)
     logits = apply(variables, batch.ids, batch.mask, batch.types)  # (rows, classes)
@@ -70,7 +71,7 @@ def masked_accuracy(model: Any, variables: Any, batches: Batches) -> float:
     return correct / max(weight, 1.0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(low_memory_jit, static_argnums=0)
 def _masked_hits(model: Any, variables: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     logits = lora_apply(model.apply)(variables, batch.ids, batch.mask, batch.types)
     chosen = jnp.take_along_axis(logits, batch.at[:, :, None], axis=1)  # (rows, targets, vocab)
@@ -139,7 +140,7 @@ def _positions(masked: np.ndarray) -> np.ndarray:
     return at
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(low_memory_jit, static_argnums=(0, 1))
 def _best_tokens(
     model: Any, top: int, variables: Any, ids: Any, mask: Any, types: Any, at: Any
 ) -> tuple[jax.Array, jax.Array]:
@@ -184,7 +185,7 @@ def complete(
     return texts
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(low_memory_jit, static_argnums=(0, 1))
 def _greedy(
     model: Any, most: int, variables: Any, ids: jax.Array, mask: jax.Array, stop: jax.Array
 ) -> jax.Array:

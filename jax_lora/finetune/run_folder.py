@@ -162,6 +162,18 @@ class RunFolder:
                 )
             yield
 
+    @contextlib.contextmanager
+    def emptied_on_failure(self) -> Iterator[None]:
+        """Remove all files of the new run if the block fails before the first checkpoint."""
+        try:
+            yield
+        except BaseException:
+            if not self._saved:
+                for each in self.path.iterdir():
+                    if each.name != LOCK:
+                        remove(each)
+            raise
+
     def write_config(self, settings: dict[str, Any], note: str = "") -> None:
         """Write the settings as a YAML configuration file.
 
@@ -206,6 +218,10 @@ class RunFolder:
                 self._saved.append(name)
             self._note(best, keep)
         return self.path / name, new
+
+    def has(self, step: int) -> bool:
+        """Tell whether there is a checkpoint of a step."""
+        return checkpoint_name(step) in self._saved
 
     def _note(self, best: tuple[float, int] | None, keep: int) -> None:
         chosen = (

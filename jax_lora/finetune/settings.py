@@ -27,7 +27,7 @@ TURNS = ("all", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("none", *METHODS)
 REMATS = ("auto", *REMAT)
-LOGS = ("jsonl", "csv", "tensorboard")
+LOGS = ("jsonl", "csv", "tensorboard", "wandb")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class TrainSettings:
       save_best: Save a checkpoint at each new best validation loss.
       early_stop: Stop after this many validations without a lower loss; None: never.
       sample_prompt: Prompts that are completed at every validation.
-      log: Formats of the metrics files: `"jsonl"`, `"csv"`, `"tensorboard"`.
+      log: Formats of the metrics: `"jsonl"`, `"csv"`, `"tensorboard"`, `"wandb"`.
       seed: Random seed of initialization, data order, and dropout.
       mesh: Sizes of the mesh's axes, such as `"data=2,fsdp=4"`; their names are data, fsdp, tensor
         and expert. `"auto"`: the devices share the examples, and each has a copy of the model.

@@ -12,6 +12,7 @@ import optax
 from jax_lora.adapter import combine
 from jax_lora.dropout import dropout
 from jax_lora.transform import lora_apply
+from jax_lora.transform.low_memory_jit import low_memory_jit
 
 LossFn = Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # (variables, batch) -> sums
 Join = Callable[[Any, Any], Any]  # (frozen, trainable) -> variables
@@ -153,4 +154,4 @@ def make_step(
         return TrainState(trainable, opt_state, state.step + 1), report
 
     results = None if state_shardings is None else (state_shardings, None)
-    return jax.jit(update, donate_argnums=0, out_shardings=results)
+    return low_memory_jit(update, platform=platform, donate_argnums=0, out_shardings=results)

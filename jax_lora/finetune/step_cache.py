@@ -84,4 +84,10 @@ def _kind(leaf: Any) -> tuple[Any, Any]:
 
 def _devices(compiled: Any) -> set[Any]:
     shardings = jax.tree.leaves(compiled.input_shardings)
-    return {device for sharding in shardings for device in sharding.device_set}
+    here = jax.process_index()
+    return {
+        device
+        for sharding in shardings
+        for device in sharding.device_set
+        if device.process_index == here
+    }

@@ -42,6 +42,7 @@ from jax_lora.finetune.losses import (
     masked_lm_loss,
     seq2seq_loss,
 )
+from jax_lora.finetune.process_group import process_group
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.state_sharding import placed_or_replicated
 from jax_lora.finetune.step import LossFn
@@ -317,8 +318,9 @@ def make_trainable(
     """
     start = variables if start is None else start
     if mesh is not None:  # a new head is not there yet
+        put = process_group().put
         variables, start = (
-            jax.device_put(tree, placed_or_replicated(tree, mesh)) for tree in (variables, start)
+            put(tree, placed_or_replicated(tree, mesh)) for tree in (variables, start)
         )
     if settings.fine_tune_type == "full":
         if is_quantized(variables):

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from jax_lora.adapter import Adapter
 from jax_lora.errors import ConfigError, DataError, LoraError, format_error
-from jax_lora.finetune.batch_source import all_batches, as_source, load_ahead, tokens_of, unit_of
+from jax_lora.finetune.batch_source import (
+    RowShare,
+    all_batches,
+    as_source,
+    load_ahead,
+    take_rows,
+    tokens_of,
+    unit_of,
+)
 from jax_lora.finetune.callbacks import Callback, Checkpoint, Report
-from jax_lora.finetune.devices import split_rows
 from jax_lora.finetune.interrupts import Interrupts
 from jax_lora.finetune.memory import counts_resident_memory, peak_memory
+from jax_lora.finetune.process_group import ProcessGroup, process_group
 from jax_lora.finetune.run_folder import RunFolder, checkpoint_name
 from jax_lora.finetune.run_progress import RunProgress
 from jax_lora.finetune.state_sharding import (
@@ -59,6 +67,7 @@ class _RunningStep(NamedTuple):
     batch: Any
     report: StepReport
     began: float
+    hear: Callable[[], None]  # learns whether a process has received a signal
 
 
 class Trainer:
@@ -85,11 +94,14 @@ class Trainer:
       seed: Random seed of dropout; its rate is `LoraConfig.dropout` of the adapter.
       mesh: Devices that share the rows of a batch along the axes `"data"` and `"fsdp"`. Variables
         that are sharded over this mesh stay so, and the others are replicated; the adapter and the
-        optimizer state are sharded like the variables. None: arrays are not moved.
+        optimizer state are sharded like the variables. None: arrays are not moved. With several
+        processes of `jax.distributed`, the mesh has devices of all of them, each process creates
+        the same trainer with the batches of all rows, and the first one writes to `run`.
       record: Plain values that are stored in every checkpoint.
 
     Raises:
-      ConfigError: `steps` is None and the batches have no length, or there is no run to resume.
+      ConfigError: `steps` is None and the batches have no length, there is no run to resume, or
+        the mesh has no device of some process.
       CheckpointError: The checkpoint is damaged, or belongs to another base model or optimizer.
 
     Example:
@@ -129,6 +141,8 @@ class Trainer:
         """Create the state, or restore it."""
         self._trainable = as_trainable(variables, adapter)
         self._batches, self._mesh, self._record = as_source(batches), mesh, record or {}
+        self._processes = process_group()
+        self._processes.check_mesh(mesh)
         self.steps = self._check_steps(steps)
         self.progress = RunProgress()
         start = self._trainable.start
@@ -146,7 +160,7 @@ class Trainer:
             self,
         )
         self._measure = make_validation(loss_fn, join=self._trainable.join)
-        self._run, checkpoint = _run_folder(run, resume)
+        self._run, checkpoint = _run_folder(run, resume, self._processes)
         if callbacks is None:
             callbacks = [Report(), *([Checkpoint()] if self._run is not None else [])]
         self.callbacks = tuple(callbacks)
@@ -194,7 +208,7 @@ class Trainer:
         return step % every == 0 or step == self.steps
 
     def stop(self, *, early: bool = False) -> None:
-        """End the run after this step.
+        """End the run after this step; with several processes, all of them must call it.
 
         Args:
           early: Whether the validation loss stopped improving.
@@ -226,25 +240,28 @@ class Trainer:
           DataError: A whole epoch had no target.
           CheckpointError: Another process writes to the run's folder, or it cannot be written.
         """
-        with contextlib.nullcontext() if self._run is None else self._run.owned():
+        with contextlib.ExitStack() as stack:
+            if self._run is not None:
+                owned = self._run.owned()
+                self._processes.first(lambda: stack.enter_context(owned))
             return self._train()
 
     def _train(self) -> RunResult:
         self._before, self._began = self.progress.seconds, time.perf_counter()
-        batches = load_ahead(self._batches, self.step, self.steps)
+        own = self._batches if self._processes.alone else RowShare(self._batches, self._own_rows)
+        batches = load_ahead(own, self.step, self.steps)
         running: _RunningStep | None = None
-        with Interrupts() as interrupts:
+        with Interrupts(self._processes) as interrupts:
             while not (self._stopping or interrupts.requested):
                 number = self.step + (running is not None)
                 if number >= self.steps:
                     break
-                batch = next(batches)
-                placed = self._placed(batch)
+                placed = self._assembled(next(batches))
                 if running is not None and placed not in self._step_cache:
                     self._finish(running)  # its time is not to include the compilation
                     running = None
                 # The device computes this step while the host reads the numbers of the last one.
-                started = self._start(number, batch, placed)
+                started = self._start(number, placed, interrupts)
                 if running is not None:
                     self._finish(running)
                 running = started
@@ -298,32 +315,46 @@ class Trainer:
         if keep is None:
             saving = [each.keep for each in self.callbacks if isinstance(each, Checkpoint)]
             keep = max(saving, default=3)
-        record = {"ledger": self.progress.to_dict(), **self._record}
-
-        def write(folder: Path) -> None:
-            self._trainable.save(folder, self._state.trainable)
-            save_state(folder, self._state.opt_state, record)
-
-        path, new = self._run.save(self.step, write, self._best, keep=keep)
+        path, new = self._save(self._run, keep)
         if new:
             self.notify("on_save", path)
         return path
+
+    def _save(self, run: RunFolder, keep: int) -> tuple[Path, bool]:
+        """Save as the first process; the others give it their parts, and learn what it did."""
+        step, best, processes = self.step, self._best, self._processes
+        record = {"ledger": self.progress.to_dict(), **self._record}
+        state: Any = None
+        if not processes.first(lambda: run.has(step)):
+            state = processes.gathered((self._state.trainable, self._state.opt_state))
+
+        def write(folder: Path) -> None:
+            self._trainable.save(folder, state[0])
+            save_state(folder, state[1], record)
+
+        new = processes.first(lambda: run.save(step, write, best, keep=keep)[1])
+        return run.path / checkpoint_name(step), new
 
     def describe_shape(self, batch: Any) -> str:
         """Describe a batch's shape, for messages."""
         return self._batches.describe_shape(batch)
 
-    def _start(self, number: int, batch: Any, placed: Any) -> _RunningStep:
+    def _start(self, number: int, placed: Any, interrupts: Interrupts) -> _RunningStep:
         """Start a step, which runs on the device in the background."""
+        new = placed not in self._step_cache
         compiled = self._step_cache.compiled(self._state, self._frozen, placed)
+        if new:  # CPU processes wait only 30 s for each other in a new collective operation
+            int(self._processes.start_max(0))
         began = time.perf_counter()
         self._state, report = compiled(self._state, self._frozen, placed)
-        return _RunningStep(number, batch, report, began)
+        hear = functools.partial(interrupts.hear, interrupts.share())
+        return _RunningStep(number, placed, report, began, hear)
 
     def _finish(self, running: _RunningStep) -> None:
         """Wait for a step, check and count its numbers, and call the callbacks."""
         report = running.report
         loss, weight = float(report.loss), float(report.weight)
+        running.hear()
         ended = time.perf_counter()
         seconds, self._ended = ended - max(running.began, self._ended), ended
         if not math.isfinite(loss) or not math.isfinite(float(report.gradient_norm)):
@@ -381,15 +412,24 @@ class Trainer:
         in_place, mesh = self._trainable.in_place, self._mesh
         if mesh is None:
             return frozen, init_state(start, optimizer, in_place=in_place), None
-        frozen = jax.device_put(frozen, placed_or_replicated(frozen, mesh))
+        put = self._processes.put
+        frozen = put(frozen, placed_or_replicated(frozen, mesh))
         of_start = trainable_shardings(frozen, start, mesh)
         # The optimizer creates its arrays with the shardings of the parameters.
-        state = init_state(jax.device_put(start, of_start), optimizer, in_place=in_place)
+        state = init_state(put(start, of_start), optimizer, in_place=in_place)
         shardings = state_shardings(state, of_start, mesh)
-        return frozen, jax.device_put(state, shardings), shardings
+        return frozen, put(state, shardings), shardings
 
     def _placed(self, batch: Any) -> Any:
-        return batch if self._mesh is None else split_rows(batch, self._mesh)
+        """Put a batch that this process has as a whole on the devices."""
+        return self._assembled(take_rows(batch, self._own_rows))
+
+    def _assembled(self, own: Any) -> Any:
+        """Put the rows of this process on its devices."""
+        return own if self._mesh is None else self._processes.assemble(own, self._mesh)
+
+    def _own_rows(self, rows: int) -> Any:
+        return self._processes.own_rows(self._mesh, rows)
 
     def _restore(self, checkpoint: Path) -> None:
         record = read_record(checkpoint)
@@ -399,7 +439,7 @@ class Trainer:
             opt_state=load_opt_state(checkpoint, record, self._state.opt_state),
             step=jnp.int32(self.progress.step),
         )
-        self._state = state if self._mesh is None else jax.device_put(state, self._shardings)
+        self._state = state if self._mesh is None else self._processes.put(state, self._shardings)
 
     @property
     def _best(self) -> tuple[float, int] | None:
@@ -429,7 +469,7 @@ class Trainer:
 
 
 def _run_folder(
-    run: str | Path | RunFolder | None, resume: bool | str | Path
+    run: str | Path | RunFolder | None, resume: bool | str | Path, processes: ProcessGroup
 ) -> tuple[RunFolder | None, Path | None]:
     """Prepare the folder of a run, and find the checkpoint to continue from."""
     automatic = resume is True or resume == "auto"
@@ -444,10 +484,21 @@ def _run_folder(
                 fix='Check the path, or pass resume="auto" to start a run if there is none.',
             )
         )
+    # Only now may the first process change the folder: the others have found their checkpoint.
+    name = "" if checkpoint is None else checkpoint.name
+    processes.require_same({"the checkpoint to resume from": name})
     if isinstance(run, RunFolder):
         return run, checkpoint
-    if checkpoint is None:
-        return (None if run is None else RunFolder.prepare(run)[0]), None
-    if run is None or checkpoint.parent.resolve() == Path(run).resolve():
-        return RunFolder.resume(checkpoint.parent, checkpoint=checkpoint.name)[0], checkpoint
-    return RunFolder.prepare(run)[0], checkpoint
+    if checkpoint is not None and (
+        run is None or checkpoint.parent.resolve() == Path(run).resolve()
+    ):
+        path = checkpoint.parent
+        make = functools.partial(RunFolder.resume, path, checkpoint=checkpoint.name)
+    elif run is not None:
+        path = Path(run)
+        make = functools.partial(RunFolder.prepare, path)
+    else:
+        return None, None
+    made = [RunFolder(path)]  # of a process that writes nothing
+    processes.first(lambda: made.append(make()[0]))
+    return made[-1], checkpoint

@@ -6,11 +6,10 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-
 from jax_lora.adapter import combine
 from jax_lora.finetune.step import Join, LossFn
 from jax_lora.transform import lora_apply
+from jax_lora.transform.low_memory_jit import low_memory_jit
 
 
 def make_validation(loss_fn: LossFn, *, join: Join = combine) -> Callable[[Any, Any, Any], Any]:
@@ -26,7 +25,7 @@ def make_validation(loss_fn: LossFn, *, join: Join = combine) -> Callable[[Any, 
     """
     loss = lora_apply(loss_fn)
 
-    @jax.jit
+    @low_memory_jit
     def measure(trainable: Any, frozen: Any, batch: Any) -> Any:
         return loss(frozen if trainable is None else join(frozen, trainable), batch)
 

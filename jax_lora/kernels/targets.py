@@ -44,6 +44,7 @@ MLP = (
     "experts",
 )
 _GROUPS = {"attention": ATTENTION, "mlp": MLP}
+_ROUTERS = ("gate", "router")  # beside a module that is named for experts
 
 
 def select(
@@ -92,13 +93,14 @@ def select_whole(leaves: Mapping[str, Any], config: LoraConfig) -> list[str]:
 def _chosen(
     leaves: Mapping[str, Any], config: LoraConfig, known: Mapping[str, Kernel], *, guessed: bool
 ) -> list[str]:
+    routers = find_routers(leaves)
     if config.targets == "all-linear":
-        return _all_linear(leaves, known, guessed=guessed)
+        return _all_linear(leaves, known, routers, guessed=guessed)
     if config.targets in _GROUPS:
         # The groups include modules that are themselves named "mlp" or "attention".
         group = _GROUPS[config.targets]
         dense = [path for path, kernel in known.items() if kernel.kind == "dense"]
-        chosen = [path for path in dense if _any_matches(group, path)]
+        chosen = [path for path in dense if _any_matches(group, path) and path not in routers]
         if not chosen:
             raise _no_match(
                 "targets", str(config.targets), known, "no dense kernel has such a name"
@@ -111,8 +113,35 @@ def _chosen(
     return [path for path in known if _any_matches(patterns, path)]
 
 
+def find_routers(leaves: Iterable[str]) -> set[str]:
+    """Find the routers of mixtures of experts, which only a pattern of their name adapts.
+
+    Args:
+      leaves: Paths of all leaves of the parameters.
+
+    Returns:
+      The paths of the kernels named "gate" or "router" beside experts.
+
+    Example:
+      >>> find_routers(["mlp/gate/kernel", "mlp/experts/down_proj", "gate/kernel"])
+      {'mlp/gate/kernel'}
+    """
+    split = [path.split("/") for path in leaves]
+    mixtures = {
+        tuple(parts[:i])
+        for parts in split
+        for i, name in enumerate(parts)
+        if name.startswith("expert")
+    }
+    return {
+        "/".join(parts)
+        for parts in split
+        if any(parts[i] in _ROUTERS and tuple(parts[:i]) in mixtures for i in range(len(parts)))
+    }
+
+
 def _all_linear(
-    leaves: Mapping[str, Any], known: Mapping[str, Kernel], *, guessed: bool
+    leaves: Mapping[str, Any], known: Mapping[str, Kernel], routers: set[str], *, guessed: bool
 ) -> list[str]:
     if guessed:
         for path, leaf in leaves.items():
@@ -121,7 +150,7 @@ def _all_linear(
     dense = [path for path, kernel in known.items() if kernel.kind == "dense"]
     if not dense:
         raise _no_match("targets", "all-linear", known, "there is no dense kernel")
-    body = [path for path in dense if not known[path].is_output_head]
+    body = [path for path in dense if not known[path].is_output_head and path not in routers]
     return body or dense  # a model that consists of an output head only
 
 

@@ -1,4 +1,4 @@
-"""Activations by the names that `config.json` has for them, and the soft cap."""
+"""Activations by the names that `config.json` has for them, the soft cap, and constant factors."""
 
 from __future__ import annotations
 
@@ -30,3 +30,16 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     if cap is None:
         return x
     return (jnp.tanh(x.astype(jnp.float32) / jnp.float32(cap)) * jnp.float32(cap)).astype(x.dtype)
+
+
+def multiplied(x: jax.Array, factor: float) -> jax.Array:
+    """Multiply by a constant in float32, and round to x's dtype once.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(multiplied(jnp.bfloat16(3.0), 0.5))
+      1.5
+    """
+    if factor == 1.0:
+        return x
+    return (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)

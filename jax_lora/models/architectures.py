@@ -1,8 +1,8 @@
 """The Llama-like architectures, one entry each.
 
 An entry has three parts: a configuration with the fields and defaults of its `config.json`, a class
-with its `DecoderDesign`, and a row of the table `DECODERS`. To add an architecture, write an entry
-and export its two classes in `jax_lora/models/__init__.py`.
+with its `DecoderDesign`, and a row of the table `DECODERS`. `docs/adding_a_model.md` has the steps
+to add one.
 
 All classes have the attributes of `CheckpointModel` and the arguments of
 `CausalDecoder.__call__`::
@@ -33,6 +33,8 @@ from jax_lora.models.decoder_json import (
     decoder_json,
     gemma3_fields,
     gemma3_json,
+    ministral3_fields,
+    mistral3_fields,
     phi3_fields,
     phi3_json,
     qwen3_moe_fields,
@@ -40,7 +42,14 @@ from jax_lora.models.decoder_json import (
 )
 from jax_lora.models.experts import ExpertNames
 from jax_lora.models.family import Family, nullable
+from jax_lora.models.layout import Layout
 from jax_lora.models.model_config import is_positive
+from jax_lora.models.text_parts import (
+    TextPartConfig,
+    settle_text_part,
+    text_part_json,
+    text_part_layout,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,7 +328,7 @@ class Gemma2(Decoder):
       Gemma Team (arXiv:2408.00118), section 2.
     """
 
-    design = DecoderDesign(gemma_scales=True, sandwich=True)
+    design = DecoderDesign(gemma_scales=True, norms="around")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -366,7 +375,7 @@ class Gemma3(Decoder):
       Gemma Team (arXiv:2503.19786), section 2.
     """
 
-    design = DecoderDesign(gemma_scales=True, sandwich=True, qk_norm=True)
+    design = DecoderDesign(gemma_scales=True, norms="around", qk_norm=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -412,7 +421,7 @@ class Phi3Config(WindowConfig):
 
 
 class Phi3(Decoder):
-    """Phi-3 and Phi-4-mini: a Llama with fused kernels and longrope.
+    """Phi-3 and Phi-4, whose files say `phi3` too: a Llama with fused kernels and longrope.
 
     With longrope, one call rotates all tokens by the short or by the long factors, depending on
     its longest position. Keys in a cache keep their rotation, so do not let one cache grow beyond
@@ -425,11 +434,198 @@ class Phi3(Decoder):
     design = DecoderDesign(fused=True)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmolLM3Config(MixedLayersConfig):
+    """Configuration of a SmolLM3, named as in Hugging Face's `SmolLM3Config`.
+
+    Example:
+      >>> SmolLM3Config(num_hidden_layers=4, no_rope_layer_interval=2).no_rope_layers
+      (1, 0, 1, 0)
+    """
+
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 32768
+    rope_theta: float = 2e6
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    use_sliding_window: bool = False
+    no_rope_layer_interval: int = 4  # every fourth layer rotates nothing
+    no_rope_layers: tuple[int, ...] | None = None  # 0: this layer rotates nothing
+
+    def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
+        self.check_sizes(("no_rope_layer_interval", "num_hidden_layers"))
+        interval, numbers = self.no_rope_layer_interval, range(1, self.num_hidden_layers + 1)
+        self.set_default("no_rope_layers", tuple(int(i % interval != 0) for i in numbers))
+        rotated = self.no_rope_layers or ()
+        if set(rotated) - {0, 1} or len(rotated) != self.num_hidden_layers:
+            expected = f"0 or 1 for each of {self.num_hidden_layers} layers"
+            self.fail("no_rope_layers", expected, "0 is a layer without rotary positions.")
+        super().__post_init__()
+
+    def default_layer_types(self) -> tuple[str, ...]:
+        """Give the layers without rotary positions a window if `use_sliding_window` is set."""
+        full = self.window is None
+        return tuple(FULL if full or rotated else SLIDING for rotated in self.no_rope_layers or ())
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer, in order."""
+        pairs = zip(super().layer_kinds, self.no_rope_layers or (), strict=True)
+        return tuple(kind if rotated else kind._replace(rope=None) for kind, rotated in pairs)
+
+
+class SmolLM3(Decoder):
+    """SmolLM3: a Llama in which every fourth layer has no rotary positions.
+
+    Reference:
+      Yang et al., RNoPE (arXiv:2501.18795), for layers without rotary positions.
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Olmo2Config(DecoderConfig):
+    """Configuration of an OLMo 2, named as in Hugging Face's `Olmo2Config`."""
+
+    vocab_size: int = 50304
+    rms_norm_eps: float = 1e-5
+    attention_bias: bool = False
+
+
+class Olmo2(Decoder):
+    """OLMo 2: a Llama with norms after each block, and over all heads of queries and keys.
+
+    Reference:
+      OLMo Team (arXiv:2501.00656), section 3.
+    """
+
+    design = DecoderDesign(norms="after", qk_norm=True, joint_qk_norm=True, wide_scales=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraniteConfig(LlamaConfig):
+    """Configuration of a Granite, named as in Hugging Face's `GraniteConfig`."""
+
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float = 1.0  # the factor on the scores, instead of 1 / sqrt(head_dim)
+    residual_multiplier: float = 1.0  # of the outputs of attention and feed-forward block
+    logits_scaling: float = 1.0  # logits are divided by it
+
+    def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
+        super().__post_init__()
+        names = "embedding_multiplier attention_multiplier residual_multiplier logits_scaling"
+        self.check_positive(names.split())
+
+
+class Granite(Decoder):
+    """Granite 3: a Llama with a constant factor on embeddings, scores, residuals and logits.
+
+    Reference:
+      Yang et al., Tensor Programs V (arXiv:2203.03466), for the factors.
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeedOssConfig(LlamaConfig):
+    """Configuration of a Seed-OSS, named as in Hugging Face's `SeedOssConfig`."""
+
+    vocab_size: int = 155136
+    intermediate_size: int = 27648
+    num_hidden_layers: int = 64
+    num_attention_heads: int = 80
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 524288
+    attention_bias: bool = True
+    attention_out_bias: bool = False
+
+
+class SeedOss(Decoder):
+    """Seed-OSS: a Llama with biases on queries, keys and values."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ministral3Config(MistralConfig):
+    """Configuration of a Ministral 3 text model, named as in Hugging Face's `Ministral3Config`.
+
+    Its rotary settings can have `llama_4_scaling_beta`.
+    """
+
+    vocab_size: int = 131072
+    num_hidden_layers: int = 34
+    head_dim: int = 128
+    max_position_embeddings: int = 262144
+    sliding_window: int | None = None
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+
+    def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
+        super().__post_init__()
+        scaling = self.rope_scaling or {}
+        if self.llama_4_scaling_beta is not None:
+            for name in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+                if not is_positive(scaling.get(name)):
+                    fix = f"set {name} in rope_scaling."
+                    expected = "a positive number"
+                    self.fail_at(f"rope_scaling: {name}", scaling.get(name), expected, fix)
+
+    @property
+    def llama_4_scaling_beta(self) -> float | None:
+        """A setting of `rope_scaling`; None: scores do not grow with the position."""
+        return (self.rope_scaling or {}).get("llama_4_scaling_beta")
+
+
+class Ministral3(Decoder):
+    """Ministral 3: a Mistral whose scores grow with the position beyond the trained length."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma3TextPartConfig(TextPartConfig, Gemma3Config):
+    """Configuration of the text part of a Gemma 3 with a vision tower, from `text_config`."""
+
+
+class Gemma3TextPart(Gemma3):
+    """The text part of a Gemma 3 of 4 to 27 billion parameters."""
+
+    def layout(self) -> Layout:
+        """Map parameters to tensors, which have the names of the whole model's."""
+        return text_part_layout(super().layout(), self.config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mistral3TextPartConfig(TextPartConfig, Ministral3Config):
+    """Configuration of the text part of a Mistral 3 with a vision tower, from `text_config`.
+
+    Args:
+      text_type: `model_type` of the text model: "mistral" or "ministral3".
+    """
+
+    text_type: str = "mistral"
+
+    @property
+    def llama_4_scaling_beta(self) -> float | None:
+        """As in `Ministral3Config`; a Mistral does not use this setting."""
+        return super().llama_4_scaling_beta if self.text_type == "ministral3" else None
+
+
+class Mistral3TextPart(Decoder):
+    """The text part of a Mistral Small 3.1 or 3.2, or of a Ministral 3."""
+
+    def layout(self) -> Layout:
+        """Map parameters to tensors, which have the names of the whole model's."""
+        return text_part_layout(super().layout(), self.config)
+
+
 # -----------------------------------------------------------------------------------------------
 # The table
 # -----------------------------------------------------------------------------------------------
 
 _WINDOW = "sliding_window"
+_TEXT_HEADS = (r"(language_model\.)?lm_head\.weight",)
 _NO_BIDIRECTIONAL = {"use_bidirectional_attention": (None, False)}
 
 
@@ -507,5 +703,47 @@ DECODERS: tuple[Family, ...] = (
             **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (None, 1)),
         },
         harmless=("embd_pdrop", "resid_pdrop"),
+    ),
+    _row(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        SmolLM3Config,
+        SmolLM3,
+        fields=nullable(_WINDOW),
+        harmless=("max_window_layers",),
+    ),
+    _row("olmo2", "Olmo2ForCausalLM", Olmo2Config, Olmo2),
+    _row("granite", "GraniteForCausalLM", GraniteConfig, Granite),
+    _row("seed_oss", "SeedOssForCausalLM", SeedOssConfig, SeedOss, harmless=("residual_dropout",)),
+    _row(
+        "ministral3",
+        "Ministral3ForCausalLM",
+        Ministral3Config,
+        Ministral3,
+        fields=ministral3_fields,
+    ),
+    _row(
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        Gemma3TextPartConfig,
+        Gemma3TextPart,
+        fields=gemma3_fields,
+        to_json=text_part_json(gemma3_json, lambda config: "gemma3_text"),
+        settle=settle_text_part,
+        neutral=_NO_BIDIRECTIONAL,
+        harmless=("cache_implementation", "_sliding_window_pattern", "text_type"),
+        tied_copies=_TEXT_HEADS,
+        text_types=("gemma3_text",),
+    ),
+    _row(
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        Mistral3TextPartConfig,
+        Mistral3TextPart,
+        fields=mistral3_fields,
+        to_json=text_part_json(decoder_json, lambda config: config.text_type),
+        settle=settle_text_part,
+        tied_copies=_TEXT_HEADS,
+        text_types=("mistral", "ministral3"),
     ),
 )

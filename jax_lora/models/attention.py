@@ -30,12 +30,14 @@ class LayerContext(NamedTuple):
       mask: Which keys a query attends to: from `make_masks`, or (batch or 1, 1, tokens, keys)
         booleans; None: causal.
       filled: int32 scalar, the cache's filled slots; None without a cache.
+      query_scale: (batch, tokens) float32, a factor on each query's scores; None: no factor.
     """
 
     cos: jax.Array | None = None
     sin: jax.Array | None = None
     mask: AttentionMask | jax.Array | None = None
     filled: jax.Array | None = None
+    query_scale: jax.Array | None = None
 
 
 class Attention(nn.Module):
@@ -49,7 +51,8 @@ class Attention(nn.Module):
       head_dim: Channels of a head.
       bias: Whether queries, keys and values have a bias.
       out_bias: Whether the output projection has a bias.
-      qk_norm: Makes the norm of each query's and key's channels; None: no normalization.
+      qk_norm: Makes the norm of queries and keys; None: no normalization.
+      joint_norm: Whether a norm is over the channels of all heads together, and not of each.
       scale: Factor on the scores; None: 1 / sqrt(head_dim).
       soft_cap: Soft cap on the scores; None: no cap.
     """
@@ -62,6 +65,7 @@ class Attention(nn.Module):
     bias: bool = False
     out_bias: bool = False
     qk_norm: Callable[..., nn.Module] | None = None
+    joint_norm: bool = False
     scale: float | None = None
     soft_cap: float | None = None
 
@@ -92,14 +96,17 @@ class Attention(nn.Module):
         else:
             sizes = zip(inputs, (queries, keys, keys), strict=True)
             parts = [self.dense(n, use_bias=self.bias, name=name)(x) for name, n in sizes]
+        if self.joint_norm:
+            parts[:2] = self._normalized(*parts[:2])
         heads = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         q, k, v = map(pin_heads, heads)
-        if self.qk_norm is not None:
-            q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")  # read by the norms
-            q, k = self.qk_norm(name="q_norm")(q), self.qk_norm(name="k_norm")(k)
+        if not self.joint_norm:
+            q, k = self._normalized(q, k)
         if context.cos is not None and context.sin is not None:
             q = apply_rotary(q, context.cos, context.sin)  # (batch, tokens, heads, head_dim)
             k = apply_rotary(k, context.cos, context.sin)  # (batch, tokens, groups, head_dim)
+        if context.query_scale is not None:
+            q = q * context.query_scale.astype(q.dtype)[:, :, None, None]
         if divisor is not None:  # dividing queries divides their scores
             q = q / divisor.astype(q.dtype)
         if self.qk_norm is None:
@@ -109,6 +116,12 @@ class Attention(nn.Module):
         y = attend(q, k, v, context.mask, scale=self.scale, soft_cap=self.soft_cap)
         y = pin_heads(y).reshape(*x.shape[:2], queries)
         return self.dense(x.shape[-1], use_bias=self.out_bias, name=output)(y), cache
+
+    def _normalized(self, q: jax.Array, k: jax.Array) -> list[jax.Array]:
+        if self.qk_norm is None:
+            return [q, k]
+        q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")  # read by the norms
+        return [self.qk_norm(name="q_norm")(q), self.qk_norm(name="k_norm")(k)]
 
 
 def update_cache(

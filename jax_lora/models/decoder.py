@@ -18,24 +18,30 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_lora.models.activation_sharding import pin_rows
-from jax_lora.models.activations import soft_cap
+from jax_lora.models.activations import multiplied, soft_cap
 from jax_lora.models.attention import Attention, LayerCache, LayerContext
 from jax_lora.models.causal_decoder import CausalDecoder
 from jax_lora.models.checkpoint_model import dense_maker, linear, token_table
-from jax_lora.models.decoder_config import DecoderConfig
+from jax_lora.models.decoder_config import DecoderConfig, LayerKind
 from jax_lora.models.decoder_inputs import MaskInputs
 from jax_lora.models.experts import ExpertNames, SparseMLP, expert_layout
 from jax_lora.models.layer_stack import layer_stack
 from jax_lora.models.layout import Layout, dense, embedding, vector
 from jax_lora.models.mlp import MLP
 from jax_lora.models.norms import RMSNorm
-from jax_lora.models.rotary import rotary_angles
+from jax_lora.models.rotary import query_scale, rotary_angles
 
-# The norms of a layer, by our names -> Hugging Face's.
-_NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
-_SANDWICH_NORMS = {
-    "pre_feedforward_norm": "pre_feedforward_layernorm",
-    "post_feedforward_norm": "post_feedforward_layernorm",
+Angles = tuple[jax.Array, jax.Array]
+
+# The norms of a layer by their position, by our names -> Hugging Face's.
+_INPUT_NORM = {"input_norm": "input_layernorm"}
+_ATTENTION_NORM = {"post_attention_norm": "post_attention_layernorm"}
+_BEFORE_MLP = {"pre_feedforward_norm": "pre_feedforward_layernorm"}
+_AFTER_MLP = {"post_feedforward_norm": "post_feedforward_layernorm"}
+_NORMS = {
+    "before": _INPUT_NORM | _ATTENTION_NORM,  # which is before the feed-forward block
+    "around": _INPUT_NORM | _ATTENTION_NORM | _BEFORE_MLP | _AFTER_MLP,
+    "after": _ATTENTION_NORM | _AFTER_MLP,
 }
 _QK_NORMS = {"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"}
 
@@ -44,14 +50,17 @@ _QK_NORMS = {"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm
 class DecoderDesign:
     """The differences of an architecture from Llama that its configuration cannot change.
 
-    `attention_bias`, `mlp_bias`, soft caps, windows and the sizes of experts are settings of the
+    Biases, multipliers, soft caps, windows and the sizes of experts are settings of the
     configuration.
 
     Attributes:
       qkv_bias: Whether queries, keys and values always have a bias.
       qk_norm: Whether queries and keys are normalized before they are rotated.
+      joint_qk_norm: Whether these norms are over all heads together, and not over each head.
       fused: Whether one kernel makes queries, keys and values, and one makes gate and up.
-      sandwich: Whether the outputs of attention and feed-forward block are normalized too.
+      norms: Whether norms are `"before"` attention and feed-forward block, `"after"` them, or
+        `"around"` them, that is, both.
+      wide_scales: Whether norms multiply by the scale in float32.
       gemma_scales: Whether norms multiply by 1 + scale in float32, and embeddings by
         sqrt(hidden_size).
       experts: Names of the experts' kernels in the files, for a mixture of experts.
@@ -59,8 +68,10 @@ class DecoderDesign:
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    joint_qk_norm: bool = False
     fused: bool = False
-    sandwich: bool = False
+    norms: str = "before"
+    wide_scales: bool = False
     gemma_scales: bool = False
     experts: ExpertNames | None = None
 
@@ -78,8 +89,7 @@ class DecoderDesign:
     @property
     def norm_names(self) -> dict[str, str]:
         """Map our name of each norm of a layer to Hugging Face's."""
-        more = (_SANDWICH_NORMS if self.sandwich else {}) | (_QK_NORMS if self.qk_norm else {})
-        return _NORMS | more
+        return _NORMS[self.norms] | (_QK_NORMS if self.qk_norm else {})
 
 
 def decoder_norm(
@@ -88,14 +98,16 @@ def decoder_norm(
     """Make the norm of a design."""
     gemma, eps = design.gemma_scales, config.rms_norm_eps
     offset = 1.0 if gemma else 0.0
-    return RMSNorm(eps, offset, wide_scale=gemma, param_dtype=param_dtype, name=name)
+    wide = gemma or design.wide_scales
+    return RMSNorm(eps, offset, wide_scale=wide, param_dtype=param_dtype, name=name)
 
 
 class DecoderLayer(nn.Module):
     """Attention and feed-forward block, each on a normed copy of x and added to x.
 
     Reference:
-      Gemma 2 (arXiv:2408.00118), section 2, for the norms after each block (`sandwich`).
+      Gemma 2 (arXiv:2408.00118), section 2, for norms around each block; OLMo 2
+      (arXiv:2501.00656), section 3, for norms after each block.
     """
 
     config: Any  # a DecoderConfig
@@ -105,8 +117,9 @@ class DecoderLayer(nn.Module):
     def setup(self):  # noqa: D102  Linen's hook
         c, design, dtype = self.config, self.design, self.param_dtype
         norm = functools.partial(decoder_norm, c, design, dtype)
-        scalar, dense = c.query_pre_attn_scalar, dense_maker(c, dtype)
-        self.input_norm = norm()
+        dense = dense_maker(c, dtype)
+        if design.norms != "after":
+            self.input_norm = norm()
         self.attn = Attention(
             dense,
             design.attention_names,
@@ -114,9 +127,10 @@ class DecoderLayer(nn.Module):
             c.num_key_value_heads,
             c.head_dim,
             bias=c.attention_bias or design.qkv_bias,
-            out_bias=c.attention_bias,
+            out_bias=c.output_bias,
             qk_norm=norm if design.qk_norm else None,
-            scale=None if scalar is None else scalar**-0.5,
+            joint_norm=design.joint_qk_norm,
+            scale=c.attention_scale,
             soft_cap=c.attn_logit_softcapping,
         )
         self.post_attention_norm = norm()
@@ -125,8 +139,9 @@ class DecoderLayer(nn.Module):
             self.mlp = MLP(dense, names, width, c.hidden_act, c.mlp_bias, fused=design.fused)
         else:
             self.mlp = SparseMLP(c, dtype, c.experts)
-        if design.sandwich:
+        if design.norms == "around":
             self.pre_feedforward_norm = norm()
+        if design.norms != "before":
             self.post_feedforward_norm = norm()
 
     def __call__(
@@ -140,7 +155,8 @@ class DecoderLayer(nn.Module):
 
         Args:
           x: (batch, tokens, hidden).
-          contexts: Shared by all layers; with several kinds of layers, stacked by kind.
+          contexts: Shared by all layers; with several kinds of layers, stacked by kind. A mask is
+            stacked only if the kinds have different windows.
           cache: The layer's keys and values, or None.
           kind: int32 scalar, the index of the layer's kind; None if all layers are of one kind.
 
@@ -148,21 +164,38 @@ class DecoderLayer(nn.Module):
           x after the layer, and the layer's updated cache, if any.
         """
         x = pin_rows(x)
-        context = contexts if kind is None else _context_of_kind(contexts, kind)
-        attended, cache = self.attn(self.input_norm(x), context, cache)
-        if not self.design.sandwich:
-            x = checkpoint_name(pin_rows(x + attended), "attention_block")
-            return x + self.mlp(self.post_attention_norm(x)), cache
+        norms, factor = self.design.norms, self.config.residual_multiplier
+        context = contexts if kind is None else self._context_of_kind(contexts, kind)
+        inputs = x if norms == "after" else self.input_norm(x)
+        attended, cache = self.attn(inputs, context, cache)
+        if norms == "before":
+            x = checkpoint_name(pin_rows(x + multiplied(attended, factor)), "attention_block")
+            return x + multiplied(self.mlp(self.post_attention_norm(x)), factor), cache
         attended = checkpoint_name(pin_rows(attended), "attention_block")  # what the norm reads
-        x = x + self.post_attention_norm(attended)
-        y = checkpoint_name(self.mlp(self.pre_feedforward_norm(x)), "mlp_block")
-        return x + self.post_feedforward_norm(y), cache
+        x = x + multiplied(self.post_attention_norm(attended), factor)
+        inputs = x if norms == "after" else self.pre_feedforward_norm(x)
+        y = checkpoint_name(self.mlp(inputs), "mlp_block")
+        return x + multiplied(self.post_feedforward_norm(y), factor), cache
+
+    def _context_of_kind(self, contexts: LayerContext, kind: jax.Array) -> LayerContext:
+        """Index what is stacked: not the filled slots, nor the mask if all windows are equal."""
+        shared = contexts.mask if len(_windows(self.config)) == 1 else None
+        stacked = contexts._replace(filled=None, mask=contexts.mask if shared is None else None)
+        of_kind: LayerContext = jax.tree.map(lambda each: each[kind], stacked)
+        return of_kind._replace(
+            filled=contexts.filled, mask=of_kind.mask if shared is None else shared
+        )
 
 
-def _context_of_kind(contexts: LayerContext, kind: jax.Array) -> LayerContext:
-    filled = contexts.filled  # a scalar, the same for every kind
-    of_kind: LayerContext = jax.tree.map(lambda each: each[kind], contexts._replace(filled=None))
-    return of_kind._replace(filled=filled)
+def _windows(config: DecoderConfig) -> list[int | None]:
+    """List the different windows of the layers."""
+    return list(dict.fromkeys(kind.window for kind in config.layer_kinds))
+
+
+def _angles(kind: LayerKind, config: DecoderConfig, positions: jax.Array) -> Angles:
+    """Compute cosines and sines for a kind of layer; angles of 0 rotate nothing."""
+    cos, sin = rotary_angles(kind.rope or config, positions)
+    return (cos, sin) if kind.rope else (jnp.ones_like(cos), jnp.zeros_like(sin))
 
 
 class Decoder(CausalDecoder):
@@ -194,7 +227,7 @@ class Decoder(CausalDecoder):
 
     def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Embed tokens: (batch, tokens) integers -> (batch, tokens, hidden)."""
-        x = self.embed_tokens(input_ids)
+        x = multiplied(self.embed_tokens(input_ids), self.config.embedding_multiplier)
         if not self.design.gemma_scales:
             return x
         # Rounded to x's dtype first, as the checkpoints were trained.
@@ -208,6 +241,7 @@ class Decoder(CausalDecoder):
         """Turn final hidden states (..., hidden) into logits (..., vocabulary)."""
         tied = self.config.tie_word_embeddings
         logits = self.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
+        logits = multiplied(logits, 1.0 / self.config.logits_scaling)
         return soft_cap(logits, self.config.final_logit_softcapping)
 
     def layer_inputs(
@@ -219,15 +253,21 @@ class Decoder(CausalDecoder):
           The context and None if all layers are of one kind; otherwise the contexts, stacked along
           a first axis, and their indices for all layers, (layers,) int32.
         """
-        kinds = list(dict.fromkeys(self.config.layer_kinds))
-        masks = self.masks(positions.shape[1], keys, given, [k.window for k in kinds], dtype)
+        kinds, windows = list(dict.fromkeys(self.config.layer_kinds)), _windows(self.config)
+        made = self.masks(positions.shape[1], keys, given, windows, dtype)
+        masks = dict(zip(windows, made, strict=True))
+        scale = query_scale(self.config, positions)
         contexts = [
-            LayerContext(*rotary_angles(kind.rope, positions), mask, None)
-            for kind, mask in zip(kinds, masks, strict=True)
+            LayerContext(*_angles(kind, self.config, positions), masks[kind.window], None, scale)
+            for kind in kinds
         ]
         if len(kinds) == 1:
             return contexts[0]._replace(filled=given[-1]), None
+        if len(windows) == 1:
+            contexts = [each._replace(mask=None) for each in contexts]
         stacked: LayerContext = jax.tree.map(lambda *each: jnp.stack(each), *contexts)
+        if len(windows) == 1:
+            stacked = stacked._replace(mask=made[0])
         numbers = np.array([kinds.index(kind) for kind in self.config.layer_kinds], np.int32)
         return stacked._replace(filled=given[-1]), jnp.asarray(numbers)
 
@@ -236,7 +276,7 @@ class Decoder(CausalDecoder):
         c, design, layer = self.config, self.design, "model.layers.{layer}"
         placed = embedding("embed_tokens", "model.embed_tokens")
         for name in design.attention_names:
-            bias = c.attention_bias or (design.qkv_bias and name != "o_proj")
+            bias = c.output_bias if name == "o_proj" else c.attention_bias or design.qkv_bias
             placed |= dense(f"layers/attn/{name}", f"{layer}.self_attn.{name}", bias=bias)
         for name in () if design.experts else design.mlp_names:
             placed |= dense(f"layers/mlp/{name}", f"{layer}.mlp.{name}", bias=c.mlp_bias)

@@ -55,11 +55,11 @@ class LayerKind(NamedTuple):
 
     Attributes:
       window: Number of most recent tokens that a query attends to, including its own; None: all.
-      rope: The configuration whose rotary fields these layers use.
+      rope: The configuration whose rotary fields these layers use; None: they rotate nothing.
     """
 
     window: int | None
-    rope: DecoderConfig
+    rope: DecoderConfig | None
 
 
 class ExpertSizes(NamedTuple):
@@ -110,10 +110,15 @@ class DecoderConfig(ModelConfig):
     # Class variables, so that `config.json` cannot set them. An architecture with one of these
     # settings declares it as a field.
     attention_bias = False
+    attention_out_bias = None  # None: as attention_bias
     mlp_bias = False
     query_pre_attn_scalar = None
     attn_logit_softcapping = None
     final_logit_softcapping = None
+    embedding_multiplier = 1.0
+    attention_multiplier = None  # None: 1 / sqrt(head_dim)
+    residual_multiplier = 1.0
+    logits_scaling = 1.0
 
     def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
         self.set_default("num_key_value_heads", self.num_attention_heads, unset=(0, None))
@@ -144,6 +149,23 @@ class DecoderConfig(ModelConfig):
     def rotary_dim(self) -> int:
         """Number of channels of a head that are rotated."""
         return self.head_dim
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        given = self.attention_out_bias
+        return self.attention_bias if given is None else given
+
+    @property
+    def llama_4_scaling_beta(self) -> float | None:
+        """Weight of the logarithm of the position, in a factor on each query's scores."""
+        return None
+
+    @property
+    def attention_scale(self) -> float | None:
+        """Factor on the attention scores; None: 1 / sqrt(head_dim)."""
+        scalar = self.query_pre_attn_scalar
+        return self.attention_multiplier if scalar is None else scalar**-0.5
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

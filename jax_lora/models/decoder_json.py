@@ -12,6 +12,8 @@ __all__ = [
     "decoder_json",
     "gemma3_fields",
     "gemma3_json",
+    "ministral3_fields",
+    "mistral3_fields",
     "phi3_fields",
     "phi3_json",
     "qwen3_moe_fields",
@@ -104,3 +106,34 @@ def gemma3_json(config: Any) -> dict[str, Any]:
     local["rope_theta"] = config.rope_local_base_freq
     fields["rope_parameters"] = {FULL: fields["rope_parameters"], SLIDING: local}
     return fields
+
+
+def ministral3_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """Read nulls.
+
+    Raises:
+      ConfigError: If there are no rotary settings, of which transformers makes a long default.
+    """
+    if not (raw.get("rope_parameters") or raw.get("rope_scaling")):
+        expected, fix = "the rotary settings", "copy them from the config.json of the original."
+        raise_config_error("rope_parameters", repr(raw.get("rope_parameters")), expected, fix)
+    return nullable("sliding_window")(raw)
+
+
+def mistral3_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """Read the fields of the text model: a Mistral's or a Ministral 3's, with their defaults."""
+    if raw["text_type"] == "ministral3":
+        return ministral3_fields(raw)
+    defaults = {
+        "vocab_size": 32000,
+        "num_hidden_layers": 32,
+        "head_dim": 0,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "rms_norm_eps": 1e-6,
+    }
+    given = {name: value for name, value in defaults.items() if raw.get(name) is None}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not (rope.get("rope_theta") or raw.get("rope_theta")):
+        given["rope_theta"] = 10000.0
+    return given | nullable("sliding_window")(raw)

@@ -24,6 +24,7 @@ from jax_lora.models.decoder_inputs import KVCache
 from jax_lora.models.model_errors import raise_config_error
 from jax_lora.models.sampling import Choice, draw
 from jax_lora.transform import lora_apply
+from jax_lora.transform.low_memory_jit import low_memory_jit
 
 
 class Progress(NamedTuple):
@@ -156,7 +157,7 @@ def _placed(leaves: list[Any], progress: Progress) -> Progress:
     return progress if where is None else jax.device_put(progress, where)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="progress")
+@functools.partial(low_memory_jit, static_argnames="model", donate_argnames="progress")
 def advance(
     model: Any,
     variables: Any,

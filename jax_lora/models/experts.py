@@ -4,8 +4,8 @@ The kernels of all experts are one stack. Tokens are sorted by expert, so that e
 are contiguous and one `jax.lax.ragged_dot` multiplies every group by its own kernel: only the
 chosen experts are computed, and no token is dropped, even if all choose one expert.
 
-The router is an ordinary dense kernel: `find_kernels` finds it and "all-linear" adapts it, as PEFT
-does for these models. `exclude="gate"` leaves it out.
+The router is an ordinary dense kernel, which `find_kernels` finds. "all-linear" and "mlp" adapt
+every expert and not the router; the pattern "gate" adapts it.
 
 JAX 0.10 cannot `vmap` a `ragged_dot` over tokens that share its kernels, so with these models use
 `jax.lax.map` for a different adapter per example.

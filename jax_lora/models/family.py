@@ -34,6 +34,8 @@ class Family:
       head_bias: Path of the head's bias, if it has one.
       decodes: Whether `generate` can continue a prompt with it.
       depth: The configuration's field with the number of layers; None for two layer stacks.
+      text_types: For the text part of a model with a vision tower, the values of `model_type` in
+        its `text_config`; see `text_parts`.
     """
 
     model_type: str
@@ -54,6 +56,7 @@ class Family:
     head_bias: str | None = None
     decodes: bool = True
     depth: str | None = "num_hidden_layers"
+    text_types: tuple[str, ...] = ()
 
 
 def nullable(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -204,7 +204,7 @@ FAMILY = Family(
     module=GPT2,
     to_json=_to_json,
     harmless=(
-        *("n_ctx", "embd_pdrop", "resid_pdrop", "attn_pdrop"),
+        *("n_ctx", "embd_pdrop", "resid_pdrop", "attn_pdrop", "predict_special_tokens"),
         # Settings of another head.
         *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
         "summary_first_dropout",

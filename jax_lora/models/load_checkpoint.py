@@ -5,10 +5,11 @@ Shapes are checked before anything is allocated.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from jax_lora.models.quantized_parameters import choose_formats, read_quantized
 from jax_lora.models.read_config import read_config
 from jax_lora.models.stacked_parameters import read_leaf
 from jax_lora.models.tensor_files import DTYPES, open_tensors
+from jax_lora.models.text_parts import is_other_part
 from jax_lora.storage.pinned_files import check_pins
 
 # One for all parameters, or a function of path and shape.
@@ -45,6 +47,7 @@ def load(
     quantize: str | None = None,
     ignore: Iterable[str] = (),
     pin: str | os.PathLike[str] | None = None,
+    advance: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Load a model from a Hugging Face folder.
 
@@ -69,6 +72,7 @@ def load(
       ignore: Unknown fields of `config.json` that do not change the outputs.
       pin: File with the output of `sha256sum` for the folder; it is checked before anything is
         read.
+      advance: Called with the number of parameters read so far and that of all.
 
     Returns:
       The module and its parameters: `model.apply({"params": params}, input_ids)`.
@@ -92,27 +96,33 @@ def load(
     if pin is not None:
         check_pins(folder, pin)
     config = read_config(folder, ignore)
-    with ExitStack() as stack:
-        tensors = open_tensors(folder, stack)
-        family = family_of_config(config)
-        tensors = _renamed(with_nf4_weights(tensors), family)
-        check_sizes(folder, config, tensors)
-        config = family.settle(config, partial(_read_if_there, tensors))
-        if getattr(config, "is_prefixed", True):
-            tensors = _prefixed(tensors, family.prefix)
-        # Without 64-bit mode there is no float64 to load into.
-        dtype = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(tensors))
-        model = family.module(config, remat=remat, attention=attention, param_dtype=dtype)
-        shapes, layout = parameter_shapes(model), model.layout()
-        _compare(folder, model, shapes, tensors)
-        formats = choose_formats(folder, model, shapes, tensors, dtype, quantize)
-        flat = {}
-        for name, shape in shapes.items():
-            where = _sharding_of(sharding, name, shape)
-            if name in formats:
-                flat[name] = read_quantized(name, formats[name], layout[name], tensors, where)
-            else:
-                flat[name] = read_leaf(layout[name], shape, tensors, dtype, where)
+    tensors = open_tensors(folder)
+    family = family_of_config(config)
+    tensors = _renamed(with_nf4_weights(tensors), family)
+    check_sizes(folder, config, tensors)
+    config = family.settle(config, partial(_read_if_there, tensors))
+    if family.text_types:
+        config = dataclasses.replace(config, folder=str(folder.absolute()))
+        tensors = {name: each for name, each in tensors.items() if not is_other_part(name)}
+    if getattr(config, "is_prefixed", True):
+        tensors = _prefixed(tensors, family.prefix)
+    # Without 64-bit mode there is no float64 to load into.
+    dtype = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(tensors))
+    model = family.module(config, remat=remat, attention=attention, param_dtype=dtype)
+    shapes, layout = parameter_shapes(model), model.layout()
+    _compare(folder, model, shapes, tensors)
+    formats = choose_formats(folder, model, shapes, tensors, dtype, quantize)
+    flat = {}
+    done, total = 0, sum(map(math.prod, shapes.values()))
+    for name, shape in shapes.items():
+        where = _sharding_of(sharding, name, shape)
+        if name in formats:
+            flat[name] = read_quantized(name, formats[name], layout[name], tensors, where)
+        else:
+            flat[name] = read_leaf(layout[name], shape, tensors, dtype, where)
+        done += math.prod(shape)
+        if advance is not None:
+            advance(done, total)
     return model, unflatten_dict(flat, sep="/")
 
 

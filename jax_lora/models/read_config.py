@@ -20,6 +20,7 @@ from jax_lora.models.family import Family
 from jax_lora.models.folder import read_json, read_text
 from jax_lora.models.ignored_fields import ignored_fields
 from jax_lora.models.model_errors import raise_model_error
+from jax_lora.models.text_parts import text_fields
 from jax_lora.storage import schema
 from jax_lora.storage.limits import limit, raise_hint
 
@@ -33,6 +34,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "attention_multiplier": (None,),
+    "attention_out_bias": (None, False),
     "rope_interleaved": (None, False),
     "residual_multiplier": (None, 1, 1.0),
     "embedding_multiplier": (None, 1, 1.0),
@@ -83,7 +85,8 @@ _HARMLESS = frozenset(
     "output_scores return_dict_in_generate remove_invalid_values exponential_decay_length_penalty "
     "cross_attention_hidden_size pretraining_tp _model_name_or_path output_past "
     "transformers.js_config is_llama_config max_sequence_length model_max_length "
-    "_flash_attn_2_enabled _use_flash_attention_2 use_flash_attn".split()
+    "_flash_attn_2_enabled _use_flash_attention_2 use_flash_attn "
+    "sentence_transformers sbert_ce_default_activation_function".split()
 )
 _STACKS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
 _LARGEST = 2**31 - 1  # of an integer
@@ -104,7 +107,8 @@ _ROPE_SETTINGS = {
     **dict.fromkeys(("rope_type", "type"), schema.optional(schema.TEXT)),
     **dict.fromkeys(
         "rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings "
-        "attention_factor beta_fast beta_slow mscale mscale_all_dim partial_rotary_factor".split(),
+        "attention_factor beta_fast beta_slow mscale mscale_all_dim partial_rotary_factor "
+        "llama_4_scaling_beta".split(),
         schema.optional(schema.NUMBER),
     ),
     **dict.fromkeys(("short_factor", "long_factor"), schema.optional(_NUMBERS)),
@@ -147,7 +151,8 @@ def read_config(folder: Path, ignore: Iterable[str] = ()) -> Any:
     where = folder / "config.json"
     _check_kinds(raw, _COMMON, where)
     family = _family(raw, where)
-    _check_fields(raw, family, where, frozenset(ignore) | ignored_fields())
+    fields = text_fields(raw, family, where)
+    _check_fields(fields, family, where, frozenset(ignore) | ignored_fields())
     config = arguments_to_config(raw, family, where)
     return dataclasses.replace(config, source=read_text(folder, "config.json"))
 
@@ -196,6 +201,7 @@ def arguments_to_config(
     Raises:
       ModelError: If a value is out of range or not implemented.
     """
+    raw = text_fields(raw, family, where)
     _check_kinds(raw, family_kinds(family), where)
     try:
         return family.config(**_arguments(raw, family, where))

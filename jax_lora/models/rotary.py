@@ -44,6 +44,24 @@ def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Arra
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor  # (batch, tokens, rotary_dim / 2)
 
 
+def query_scale(config: DecoderConfig, positions: jax.Array) -> jax.Array | None:
+    """Compute the factor by which each query's scores grow beyond the trained length.
+
+    Args:
+      config: The model's configuration; its `llama_4_scaling_beta` is used, if it has one.
+      positions: (batch, tokens) integers.
+
+    Returns:
+      (batch, tokens) float32: 1 up to the trained length. None without such a factor.
+    """
+    beta, scaling = config.llama_4_scaling_beta, config.rope_scaling or {}
+    if beta is None:
+        return None
+    trained = jnp.float32(scaling["original_max_position_embeddings"])
+    times = jnp.floor(positions.astype(jnp.float32) / trained)
+    return jnp.float32(1.0) + jnp.float32(beta) * jnp.log(jnp.float32(1.0) + times)
+
+
 def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the channel pairs (i, i + rotary_dim / 2) of every head; later channels are unchanged.
 

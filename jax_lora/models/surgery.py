@@ -102,8 +102,12 @@ def replicate_layers(
 
 def _per_layer(config: Any, order: Sequence[int]) -> dict[str, Any]:
     """Reorder the settings that have one value per layer."""
-    kinds = getattr(config, "layer_types", None)
-    return {} if kinds is None else {"layer_types": tuple(kinds[layer] for layer in order)}
+    given = {name: getattr(config, name, None) for name in ("layer_types", "no_rope_layers")}
+    return {
+        name: tuple(values[layer] for layer in order)
+        for name, values in given.items()
+        if values is not None
+    }
 
 
 def resize_vocab(model: Any, params: _Params, size: int) -> tuple[Any, dict[str, Any]]:

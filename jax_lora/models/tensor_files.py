@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import dataclasses
+import json
+import math
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -17,33 +18,63 @@ from jax_lora.models.model_errors import raise_model_error
 __all__ = ["DTYPES", "Tensor", "open_tensors"]
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Types of the tensors that describe quantized weights.
+_INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+_READABLE = DTYPES | _INTEGERS | {"BOOL": "bool"}
 
 
+@dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in an open file: shape and dtype, and the values on `read`."""
+    """A tensor in a file, whose values are read on `read`.
 
-    def __init__(self, file: Any, name: str):
-        """Look up a tensor; its values are not read yet."""
-        piece = file.get_slice(name)
-        self.shape, self.dtype = tuple(piece.get_shape()), piece.get_dtype()
-        self._file, self._name = file, name
+    The values are copied. The pages of a mapped file would be resident memory of the process for as
+    long as the file is open.
+
+    Args:
+      path: The file.
+      name: Name of the tensor.
+      dtype: Its type, in the format's notation.
+      shape: Its shape.
+      offset: Position of its values in the file, in bytes.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """Return NumPy's name of the type.
+
+        Raises:
+          ModelError: The type cannot be read.
+        """
+        kind = _READABLE.get(self.dtype)
+        if kind is None:
+            got, expected = f"{self.name} of type {self.dtype}", " or ".join(DTYPES)
+            raise_model_error(self.path, got, expected, "download the file again.")
+        return np.dtype(kind)
 
     def read(self) -> np.ndarray:
         """Read the values.
 
         Raises:
-          ModelError: NumPy has no such type, or the file is damaged.
+          ModelError: The type cannot be read, or the file is damaged.
         """
+        dtype, count = self.numpy_dtype, math.prod(self.shape)
         try:
-            return self._file.get_tensor(self._name)
-        except Exception as error:  # the library raises many types
-            got = f"{self._name} of type {self.dtype}: {type(error).__name__}: {error}"
-            expected = " or ".join(DTYPES)
-            raise_model_error("a safetensors file", got, expected, "download the file again.")
+            values = np.fromfile(self.path, dtype, count, offset=self.offset)
+        except OSError as error:
+            raise _broken(self.path, str(error)) from error
+        if values.size != count:
+            raise _broken(self.path, f"{self.name} ends after {values.size} of {count} values")
+        return values.reshape(self.shape)
 
 
-def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
-    """Open every tensor of the folder, by name; files stay open as long as `stack`.
+def open_tensors(folder: Path) -> dict[str, Tensor]:
+    """Find every tensor of the folder, by name.
 
     Raises:
       ModelError: If a file is broken, or lacks a tensor that the index places there.
@@ -52,19 +83,38 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
     for file_name, named in weight_files(folder).items():
         path = member(folder, file_name)
         try:
-            file = stack.enter_context(safe_open(path, framework="numpy"))
-            found = set(file.keys())
-            tensors.update({name: Tensor(file, name) for name in sorted(found)})
+            with safe_open(path, framework="numpy"):  # checks the header
+                found = _header(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(
-                format_error(
-                    str(path),
-                    got=f"a broken file: {error}",
-                    expected="a safetensors file",
-                    fix="download the file again.",
-                )
-            ) from error
-        if named is not None and named - found:
-            got, fix = "a shard without " + ", ".join(sorted(named - found)), "download both again."
+            raise _broken(path, str(error)) from error
+        tensors.update(found)
+        if named is not None and named - set(found):
+            missing = ", ".join(sorted(named - set(found)))
+            got, fix = f"a shard without {missing}", "download both again."
             raise_model_error(path, got, "the tensors that the index places there", fix)
     return tensors
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """Read the header of a valid file: its length in eight bytes, and JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Tensor(
+            path, name, each["dtype"], tuple(each["shape"]), 8 + length + each["data_offsets"][0]
+        )
+        for name, each in sorted(header.items())
+    }
+
+
+def _broken(path: Path, got: str) -> ModelError:
+    return ModelError(
+        format_error(
+            str(path),
+            got=f"a broken file: {got}",
+            expected="a safetensors file",
+            fix="download the file again.",
+        )
+    )

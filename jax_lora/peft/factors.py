@@ -126,9 +126,20 @@ def _nested(values: np.ndarray) -> Any:
 
 
 def unsupported(
-    adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Site]
+    adapter: Adapter,
+    found: Mapping[str, Factors],
+    sites: Mapping[str, Site],
+    *,
+    parameters: bool = False,
 ) -> Iterator[str]:
-    """Yield the parts of an adapter that libraries other than PEFT do not support."""
+    """Yield the parts of an adapter that libraries other than PEFT do not support.
+
+    Args:
+      adapter: The adapter.
+      found: Its factors by module.
+      sites: The modules.
+      parameters: Whether the library supports experts and routers.
+    """
     yield from (f"{path}: a fully trained leaf" for path in adapter.whole)
     yield from (f"{path}: trained rows of a table" for path in adapter.rows)
     for module, factors in found.items():
@@ -136,5 +147,5 @@ def unsupported(
             yield f"{module}: a magnitude (DoRA)"
         if factors.bias is not None:
             yield f"{module}: a bias of B"
-        if sites[module].leaf.is_parameter:
+        if sites[module].leaf.is_parameter and not parameters:
             yield f"{module}: a parameter of a module with several parameters"

@@ -94,6 +94,15 @@ def restore_files(folder: Path, weights: str, config: str) -> None:
             recover(folder, weights, config)
 
 
+def check_finite(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise an `AdapterFileError` if a tensor has NaN or Inf, before `folder` is written."""
+    bad = [key for key, each in tensors.items() if not np.isfinite(each.astype(np.float32)).all()]
+    if bad:
+        got = f"NaN or Inf in {', '.join(bad)}"
+        fix = "Export an adapter from before the NaN loss. Nothing was written."
+        raise _refusal(folder, got, "finite values", fix)
+
+
 def write_files(
     folder: Path, weights: str, tensors: Mapping[str, np.ndarray], config: str, text: str
 ) -> None:
@@ -110,11 +119,7 @@ def write_files(
       AdapterFileError: An array has NaN or Inf, or the folder cannot be written or has another
         writer; then the earlier files are unchanged.
     """
-    bad = [key for key, each in tensors.items() if not np.isfinite(each.astype(np.float32)).all()]
-    if bad:
-        got = f"NaN or Inf in {', '.join(bad)}"
-        fix = "Export an adapter from before the NaN loss. Nothing was written."
-        raise _refusal(folder, got, "finite values", fix)
+    check_finite(folder, tensors)
     with made_folder(folder, AdapterFileError), locked(folder, AdapterFileError):
         with replacing_both(folder, weights, config, AdapterFileError) as (data, settings):
             write_tensors(data, tensors)

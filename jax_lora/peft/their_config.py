@@ -149,7 +149,10 @@ def _named(modules: Iterable[str], every: set[str], segments: int = 1) -> list[s
     names = set()
     for module in modules:
         short = _last(module, segments)
-        names.add(short if all(m in modules for m in every if matches(short, m)) else module)
+        # A vision tower, which is not in `every`, has modules with the same last segments.
+        is_part = module.startswith("model.language_model.")
+        is_exact = not is_part and all(m in modules for m in every if matches(short, m))
+        names.add(short if is_exact else module)
     return sorted(names)
 
 

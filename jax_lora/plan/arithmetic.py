@@ -39,6 +39,7 @@ class KernelShape:
       active: Elements of the stack that one token uses; fewer than `size` for experts.
       kind: `"dense"` or `"embedding"`.
       is_head: Whether the kernel computes the logits.
+      is_router: Whether it routes tokens to experts.
     """
 
     path: str
@@ -48,6 +49,7 @@ class KernelShape:
     active: int
     kind: str = "dense"
     is_head: bool = False
+    is_router: bool = False
 
     @property
     def size(self) -> int:
@@ -98,6 +100,11 @@ class ModelShape:
     def body(self) -> tuple[KernelShape, ...]:
         """Dense kernels except the output head."""
         return tuple(k for k in self.kernels if k.kind == "dense" and not k.is_head)
+
+    @property
+    def linear(self) -> tuple[KernelShape, ...]:
+        """Dense kernels except the output head and routers, as in "all-linear"."""
+        return tuple(k for k in self.body if not k.is_router)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +193,8 @@ def weight_bytes(shape: ModelShape, itemsize: int, quantize: str = "none") -> fl
     per_kernel = {"none": None, "int8": int8_bytes, "nf4": nf4_bytes}[quantize]
     if per_kernel is None:
         return shape.size * itemsize
-    quantized = sum(per_kernel(k.inputs, k.outputs) * k.count for k in shape.body)
-    return quantized + (shape.size - sum(k.size for k in shape.body)) * itemsize
+    quantized = sum(per_kernel(k.inputs, k.outputs) * k.count for k in shape.linear)
+    return quantized + (shape.size - sum(k.size for k in shape.linear)) * itemsize
 
 
 def int8_bytes(inputs: int, outputs: int) -> float:
@@ -276,6 +283,18 @@ def logit_bytes(shape: ModelShape, step: Step) -> int:
     return 2 * 4 * min(chunk, targets) * shape.vocab_size
 
 
+def float32_copy_bytes(shape: ModelShape, itemsize: int) -> int:
+    """Compute the memory of the float32 copies of 16-bit weights in a step on a CPU.
+
+    XLA for CPU multiplies in float32: it converts the output head, or the embedding that is used as
+    one, as a whole, and the kernels of the layers one after the other.
+    """
+    if itemsize != 2:
+        return 0
+    largest = max((k.inputs * k.outputs for k in shape.body), default=0)
+    return 4 * (shape.vocab_size * shape.hidden_size + largest)
+
+
 # --- Floating-point operations -----------------------------------------------------------------
 
 
@@ -306,9 +325,9 @@ def lora_flops(
 ) -> int:
     """Count the operations of a LoRA step: no gradients of base weights, but low-rank products.
 
-    By default, all dense kernels except the output head are adapted.
+    By default, all dense kernels except the output head and routers are adapted.
     """
-    adapted = shape.body if adapted is None else tuple(adapted)
+    adapted = shape.linear if adapted is None else tuple(adapted)
     forward, head = forward_flops(shape, step), head_flops(shape, step)
     base_gradients = forward - attention_flops(shape, step) + head
     low_rank = 2 * step.tokens * sum(k.pair_size(rank) * k.active / k.size for k in adapted)

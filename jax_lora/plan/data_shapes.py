@@ -55,32 +55,43 @@ class DataShapes:
 
 
 def data_shapes(
-    data: str | Path | None, model: Path | None, settings: TrainSettings, max_length: int
+    data: str | Path | None,
+    model: Path | None,
+    settings: TrainSettings,
+    max_length: int,
+    *,
+    asked: bool = False,
 ) -> DataShapes:
     """Find the shapes of the batches that `train` would make.
 
-    Without data or a tokenizer, every example has the longest length allowed.
+    Without data or a tokenizer, every example has the longest length allowed. Without data, a
+    sequence length that was asked for is planned even if the model supports only shorter ones.
 
     Args:
       data: Data file or folder, or None.
       model: Folder of the model, for its tokenizer, or None.
       settings: Settings of the run, for batch size, sequence length, truncation and packing.
       max_length: Longest sequence that the model supports.
+      asked: Whether `max_seq_length` was given, and is not the default.
 
     Raises:
       DataError: An example cannot be used.
     """
     length = min(settings.max_seq_length, max_length)
     batch_size = settings.batch_size * settings.grad_accumulation_steps
-    assumed = f"every example counts as {length} tokens, all of them target tokens"
+    assumed = "every example counts as {} tokens, all of them target tokens"
     if data is None:
-        note = f"{assumed}; pass --data for the real lengths"
+        beyond = asked and settings.max_seq_length > max_length
+        length = settings.max_seq_length if beyond else length
+        note = f"none, so {assumed.format(length)}"
+        if beyond:
+            note += f"; training truncates them at the {max_length} positions of this model"
         return DataShapes("none", (BatchShape(length, length, 1),), note=note)
     with renaming(settings.columns):
         file = read_data(data).split("train")
     if model is None or tokenizer_file(model) is None:
         shape = BatchShape(length, length, -(-len(file.rows) // batch_size))
-        note = f"no tokenizer found: {assumed}"
+        note = f"no tokenizer found: {assumed.format(length)}"
         return DataShapes(str(data), (shape,), len(file.rows), note=note)
     chosen = settings.chat_template
     tokenizer = Tokenizer.load(

@@ -23,6 +23,7 @@ class Method:
       full: Whether to train the base weights, without an adapter.
       quantize: `"none"`, `"int8"` or `"nf4"`.
       residuals: Traced activation sizes; None: the formula for Transformers in general.
+      on_cpu: Whether the step runs on a CPU, where products of 16-bit arrays need float32 copies.
     """
 
     shape: ModelShape
@@ -34,6 +35,7 @@ class Method:
     full: bool = False
     quantize: str = "none"
     residuals: Residuals | None = None
+    on_cpu: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Estimate:
       optimizer_state: Memory of the optimizer state.
       activations: Memory of the activations kept for the backward pass.
       logits: Memory of the logits and their gradient.
+      copies: Memory of float32 copies of 16-bit weights.
       flops: Floating-point operations.
     """
 
@@ -58,13 +61,14 @@ class Estimate:
     optimizer_state: int
     activations: float
     logits: int
+    copies: int
     flops: int
 
     @property
     def total(self) -> float:
         """Peak memory in bytes."""
         between_steps = self.weights + self.adapter + self.optimizer_state
-        return between_steps + self.gradients + self.activations + self.logits
+        return between_steps + self.gradients + self.activations + self.logits + self.copies
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values and their total by name."""
@@ -92,6 +96,7 @@ def estimate(method: Method, step: Step) -> Estimate:
             shape, step, itemsize, rank, len(method.adapted), method.residuals
         ),
         logits=arithmetic.logit_bytes(shape, step),
+        copies=arithmetic.float32_copy_bytes(shape, itemsize) if method.on_cpu else 0,
         flops=flops,
     )
 

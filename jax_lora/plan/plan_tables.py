@@ -15,7 +15,8 @@ from jax_lora.plan.units import show_bytes, show_count, show_seconds
 COLUMNS = 80
 _MEMORY = {
     "weights": "base weights", "adapter": "adapter", "optimizer_state": "optimizer state",
-    "gradients": "gradients", "activations": "activations", "logits": "logits", "total": "total",
+    "gradients": "gradients", "activations": "activations", "logits": "logits",
+    "copies": "float32 copies", "total": "total",
 }  # fmt: skip
 
 
@@ -37,8 +38,9 @@ def _head(plan: Plan) -> list[str]:
         "LoRA": f"rank {settings.rank}, {adapted} adapted kernels, "
         f"{trainable:,} parameters ({100 * trainable / size:.2g}%)",
         "Data": _short(data.source, COLUMNS - 7 - len(counted)) + counted,
-        "Batch": f"{settings.batch_size * parts} examples, up to {data.largest.length} tokens and "
-        f"{data.largest.targets} target tokens each" + (f"; {parts} parts" if parts > 1 else ""),
+        "Batch": f"{'' if data.examples is None else 'the largest: '}{settings.batch_size * parts}"
+        f" rows of {data.largest.length} tokens, {data.largest.targets} of them target tokens"
+        + (f"; {parts} parts" if parts > 1 else ""),
     }
     if plan.steps is not None:
         head["Steps"] = f"{plan.steps:,}"
@@ -57,6 +59,7 @@ def _table(plan: Plan, rate: float) -> list[str]:
     memory = {
         name: [show_bytes(size) if (size := getattr(each, field)) else "-" for each in columns]
         for field, name in _MEMORY.items()
+        if field != "copies" or any(each.copies for each in columns)
     }
     lines = [heading, rule, _row("trainable", [show_count(c.trainable) for c in columns])]
     lines += [_row(name, cells) for name, cells in memory.items()]

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ from flax.traverse_util import unflatten_dict
 
 from jax_lora.errors import ModelError, format_error
 from jax_lora.kernels.kernel import Kernel
+from jax_lora.kernels.targets import find_routers
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.families import FAMILIES, family_of_config
 from jax_lora.models.folder import read_json
@@ -160,7 +161,8 @@ def _first(config: Any, *names: str) -> int:
 
 
 def _shape(name: str, variables: Any, kernels: Mapping[str, Kernel], config: Any) -> ModelShape:
-    found = tuple(_kernel(kernel) for kernel in kernels.values())
+    routers = find_routers(kernels)
+    found = tuple(_kernel(kernel, routers) for kernel in kernels.values())
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
     heads = _first(config, "num_attention_heads", "n_head")
     hidden = _first(config, "hidden_size", "n_embd")
@@ -180,7 +182,7 @@ def _shape(name: str, variables: Any, kernels: Mapping[str, Kernel], config: Any
     )
 
 
-def _kernel(kernel: Kernel) -> KernelShape:
+def _kernel(kernel: Kernel, routers: Collection[str]) -> KernelShape:
     return KernelShape(
         path=kernel.path.removeprefix("params/"),
         inputs=kernel.in_size,
@@ -190,6 +192,7 @@ def _kernel(kernel: Kernel) -> KernelShape:
         active=kernel.flops // (2 * TOKENS),
         kind=kernel.kind,
         is_head=kernel.is_output_head,
+        is_router=kernel.path in routers,
     )
 
 

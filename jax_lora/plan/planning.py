@@ -18,7 +18,7 @@ from jax_lora.plan.planned_model import PlannedModel
 from jax_lora.plan.residuals import trace_residuals
 from jax_lora.transform.strategies import target_platform
 
-COMPILE_UP_TO = 1_000_000_000  # parameters; larger models are planned by formula only
+COMPILE_UP_TO = 1_500_000_000  # parameters; larger models are planned by formula only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def make_plan(
     length, targets, _ = data.largest
     step = step_of(choices, length, targets)
     steps = settings.iters if data.per_epoch is None else settings.iterations(data.per_epoch)
-    why = why_not_compiled(model, choices) if compiling else "--no-compile was given"
+    why = why_not_compiled(model, choices, length) if compiling else "--no-compile was given"
     compiled = None if why else step_memory(model, settings, length=length, targets=targets)
     if compiled is None and not why:
         why = "this backend does not report the memory of compiled functions"
@@ -113,6 +113,7 @@ def method_of(model: PlannedModel, choices: Choices, residuals: Residuals | None
         full=settings.fine_tune_type == "full",
         quantize=settings.quantize,
         residuals=residuals,
+        on_cpu=target_platform(()) == "cpu",
     )
 
 
@@ -129,12 +130,13 @@ def step_of(choices: Choices, length: int, targets: int, devices: int = 1) -> St
     )
 
 
-def why_not_compiled(model: PlannedModel, choices: Choices) -> str:
+def why_not_compiled(model: PlannedModel, choices: Choices, length: int = 0) -> str:
     """Return why the step cannot be compiled, or an empty string if it can."""
     reasons = {
         "jax_lora does not implement this model": model.module is None,
         "train supports decoders only": not model.decodes,
-        "the model has more than 1 G parameters": model.shape.size > COMPILE_UP_TO,
+        "the model has more than 1.5 G parameters": model.shape.size > COMPILE_UP_TO,
+        f"the model has only {model.max_length} positions": length > model.max_length,
     }
     return next((reason for reason, applies in reasons.items() if applies), "")
 

@@ -52,7 +52,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-2-70b": _LLAMA_2 | _sizes(8192, 28672, 80, 64, 8),
     "llama-3-8b": _LLAMA_3 | _sizes(4096, 14336, 32, 32),
     "llama-3-70b": _LLAMA_3 | _sizes(8192, 28672, 80, 64),
+    "llama-3.1-405b": _LLAMA_3 | _sizes(16384, 53248, 126, 128),
     "llama-3.2-1b": _LLAMA_3 | _sizes(2048, 8192, 16, 32) | {"tie_word_embeddings": True},
+    "llama-3.2-3b": _LLAMA_3 | _sizes(3072, 8192, 28, 24) | {"tie_word_embeddings": True},
     "mistral-7b": _MISTRAL,
     "mixtral-8x7b": _MISTRAL
     | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
@@ -60,6 +62,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3-8b": _QWEN_3 | _sizes(4096, 12288, 36, 32) | {"tie_word_embeddings": False},
     "gemma-2-2b": _GEMMA_2 | _sizes(2304, 9216, 26, 8, 4),
     "gemma-2-9b": _GEMMA_2 | _sizes(3584, 14336, 42, 16, 8),
+    "gemma-3-4b": {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}
+    | _sizes(2560, 10240, 34)},
+    "smollm3-3b": {"model_type": "smollm3", "max_position_embeddings": 65536}
+    | _sizes(2048, 11008, 36, 16, 4),
+    "olmo-2-7b": {"model_type": "olmo2", "vocab_size": 100352, "max_position_embeddings": 4096},
+    "granite-3.3-8b": {
+        "model_type": "granite", "vocab_size": 49159, "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    } | _sizes(4096, 12800, 40, 32, 8),
+    "seed-oss-36b": {"model_type": "seed_oss", "hidden_size": 5120},
     "roberta-base": _ROBERTA | _sizes(768, 3072, 12, 12),
     "roberta-large": _ROBERTA | _sizes(1024, 4096, 24, 16),
 }  # fmt: skip

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
+from jax_lora.finetune.optimization_level import at_optimization_level
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.accelerators import Target
 from jax_lora.plan.compiled_step import StepMemory, TargetDevices, memory_of, trace_step
@@ -129,7 +130,8 @@ def _compile(
     traced, shared = trace_step(
         model, settings, length=length, targets=targets, remat=remat, target=devices
     )
-    compiled = traced.lower().compile(compiler_options=dict(devices.options))
+    with at_optimization_level(target.device.platform, target.devices):
+        compiled = traced.lower().compile(compiler_options=dict(devices.options))
     seconds = time.perf_counter() - began
     text = compiled.as_text()
     traffic = hlo_traffic(text)

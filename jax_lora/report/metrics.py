@@ -1,4 +1,4 @@
-"""Metrics files of a run: metrics.jsonl, metrics.csv and, optionally, TensorBoard events."""
+"""Metrics files of a run: metrics.jsonl and metrics.csv; TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.errors import CheckpointError, ConfigError, DataError, format_error, install_command
+from jax_lora.report.wandb_log import WandbLog
 from jax_lora.storage import schema
 from jax_lora.storage.atomic_writes import append_text, explained, write_file
 from jax_lora.storage.json_files import parse_json, read_limited
@@ -36,18 +37,27 @@ class MetricsLog:
     Args:
       folder: The run folder.
       tensorboard: Whether to write TensorBoard events.
+      wandb: The settings of the run, to log it to Weights & Biases; None: it is not.
       resume_at: Steps already done. Rows of later steps, which the run writes again, and
         incomplete lines are removed.
 
     Raises:
-      ConfigError: `tensorboard` is True and tensorboardX is not installed.
+      ConfigError: The package of TensorBoard or of Weights & Biases is not installed.
       CheckpointError: A file cannot be written.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool = False, resume_at: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool = False,
+        wandb: dict[str, Any] | None = None,
+        resume_at: int = 0,
+    ):
         """Create or truncate the files."""
         self._folder = folder
         self._board = _open_board(folder, resume_at) if tensorboard else None
+        self._wandb = None if wandb is None else WandbLog(folder, wandb, resumes=resume_at > 0)
         kept = _rows_up_to(folder / JSONL, resume_at) if resume_at else []
         lines = "".join(json.dumps(row) + "\n" for row in kept)
         table = ",".join(COLUMNS) + "\n" + "".join(map(_csv_line, kept))
@@ -72,9 +82,13 @@ class MetricsLog:
                     if name != "iter" and value is not None:
                         self._board.add_scalar(name, value, row["iter"])
                 self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(row)
 
     def close(self) -> None:
-        """Close the TensorBoard file."""
+        """Close the TensorBoard file and the run of Weights & Biases."""
+        if self._wandb is not None:
+            self._wandb.close()
         if self._board is not None:
             with explained(self._folder / TENSORBOARD, CheckpointError):
                 self._board.close()

@@ -121,7 +121,7 @@ def parse_json(text: str) -> Any:
     check_depth(text)
     value = json.loads(
         text,
-        object_pairs_hook=_unique,
+        object_pairs_hook=unique_keys,
         parse_constant=_refuse_constant,
         parse_float=_finite,
     )
@@ -147,7 +147,12 @@ def check_depth(text: str) -> None:
         raise TooDeepError(f"nested more than {most} levels deep")
 
 
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its keys and values, as an `object_pairs_hook` of `json.loads`.
+
+    Raises:
+      ValueError: A key occurs twice.
+    """
     result = dict(items)
     if len(result) != len(items):
         keys = [key for key, _ in items]

@@ -1,34 +1,69 @@
-"""Write a safetensors file, with the errors of the file system as `OSError`."""
+"""Write a safetensors file one tensor at a time."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+
+# In the order in which the format's own library writes them: tensors of larger elements first.
+_TYPES = {
+    "float64": "F64", "int64": "I64", "uint64": "U64", "float32": "F32", "int32": "I32",
+    "uint32": "U32", "bfloat16": "BF16", "float16": "F16", "int16": "I16", "uint16": "U16",
+    "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+_ORDER = {name: place for place, name in enumerate(_TYPES)}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is computed when it is written.
+
+    Args:
+      shape: Its shape.
+      dtype: Its dtype.
+      read: Computes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray | LazyTensor]) -> None:
     """Write tensors by name, marked as those of PyTorch, which other libraries require.
+
+    Only one tensor is in memory besides those that are given as arrays.
 
     Args:
       path: The file, which is written in place.
-      tensors: Arrays by name.
+      tensors: Tensors by name.
 
     Raises:
-      OSError: Writing fails; the writer has another type for it, which hides the cause.
+      OSError: Writing fails.
     """
-    contiguous = {name: np.ascontiguousarray(each) for name, each in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise OSError(str(error)) from error
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    path.chmod(0o644)  # safetensors creates a file with mode 0600
+    names = sorted(tensors, key=lambda name: (_ORDER[str(tensors[name].dtype)], name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        stored = _TYPES[str(dtype)]
+        header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(_bytes(tensors[name]))
+    path.chmod(0o644)
+
+
+def _bytes(tensor: np.ndarray | LazyTensor) -> memoryview:
+    array = tensor.read() if isinstance(tensor, LazyTensor) else tensor
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

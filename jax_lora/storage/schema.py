@@ -16,6 +16,16 @@ from typing import Any
 _LONGEST_VALUE = 80  # characters in a message
 
 
+class _Absent:
+    """The value of a required field that is absent; null would fit some kinds."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+_ABSENT = _Absent()
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """What a value may be.
@@ -148,12 +158,12 @@ def fields(kinds: Mapping[str, Kind], required: tuple[str, ...] = ()) -> Kind:
     Returns:
       The kind.
     """
-    absent = Kind("a value", lambda value: False)
 
     def parts(value: Any) -> Iterator[tuple[str, Any, Kind]]:
         for name in required:
             if name not in value:
-                yield name, None, kinds.get(name, absent)
+                expected = kinds[name].expected if name in kinds else "a value"
+                yield name, _ABSENT, Kind(expected, lambda value: False)
         for name, kind in kinds.items():
             if name in value:
                 yield name, value[name], kind

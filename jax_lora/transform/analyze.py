@@ -57,6 +57,11 @@ _JOINS = frozenset(("add", "sub", "concatenate"))
 _CONTRACTIONS = frozenset(
     "dot_general ragged_dot ragged_dot_general conv_general_dilated gather".split()
 )
+# These multiply data by a matrix as well, or may do so where the analysis cannot look inside.
+_OPAQUE = frozenset(
+    "triangular_solve tridiagonal_solve custom_linear_solve linear_call pure_callback io_callback "
+    "ffi_call pallas_call scaled_matmul scaled_matmul_wrapper".split()
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -302,7 +307,8 @@ class Analyze(Abstract[Value]):
         name = eqn.primitive.name
         if name in _JOINS or name in _CONTRACTIONS:
             self._join(name, size, inputs)
-        if name in _CONTRACTIONS and any(each.external for each in streams):
+        multiplies = name in _CONTRACTIONS or name in _OPAQUE
+        if multiplies and any(each.external for each in streams):
             for each in streams:
                 self.record.contract_materialized(each.materialized, each.entries)
         union = _union(streams)

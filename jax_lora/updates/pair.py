@@ -143,6 +143,18 @@ class LoraPair:
         shape = self.kernel_shape
         return low_rank.delta(a, b, scale, tuple(range(len(shape))), shape, dtype)
 
+    def of_layer(self, a: Any, b: Any) -> LoraPair:
+        """Return the pair of one layer of a stack, without magnitude and bias.
+
+        Args:
+          a: Its down-projection: an entry of `a` along the first axis.
+          b: Its up-projection.
+        """
+        lower = lambda axes: tuple(axis - 1 for axis in axes)  # noqa: E731
+        return LoraPair(
+            a, b, lower(self.in_axes), lower(self.out_axes), lower(self.stack_axes[1:]), self.scale
+        )
+
     def called(self, name: str) -> str:
         """Return the name of an array in messages."""
         return name

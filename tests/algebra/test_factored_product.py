@@ -11,7 +11,7 @@ from tests.algebra.test_low_rank import chains, low_rank
 from tests.lora_cases import equations, random_tree
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(chains(), st.data())
 def test_a_contraction_with_any_axes_is_the_dense_one(chain, data):
     value, array = chain

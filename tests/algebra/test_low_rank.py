@@ -106,7 +106,7 @@ def _apply(draw, kind, value, array):
     return None, None
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(chains())
 def test_structural_operations_carry_the_value(chain):
     value, array = chain

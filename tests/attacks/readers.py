@@ -5,7 +5,6 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +71,17 @@ def _model(folder: Path) -> None:
 def _shards(folder: Path) -> None:
     _model(folder)
     (folder / "model.safetensors").rename(folder / "one.safetensors")
-    with ExitStack() as stack:
-        (folder / "two").mkdir()
-        (folder / "two" / "model.safetensors").write_bytes(
-            (folder / "one.safetensors").read_bytes()
-        )
-        names = list(open_tensors(folder / "two", stack))
+    (folder / "two").mkdir()
+    (folder / "two" / "model.safetensors").write_bytes((folder / "one.safetensors").read_bytes())
+    names = list(open_tensors(folder / "two"))
     weight_map = dict.fromkeys(names, "one.safetensors")
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _read_tensors(folder: Path) -> None:
-    with ExitStack() as stack:
-        for tensor in open_tensors(folder, stack).values():
-            tensor.read()
+    for tensor in open_tensors(folder).values():
+        tensor.read()
 
 
 def _tokenizer(folder: Path) -> None:

@@ -378,7 +378,7 @@ def set_leaf(**changes):
 NONSENSE = {
     "another format": (lambda v: v.update(format="x"), "format 'x'"),
     "a newer version": (lambda v: v.update(version=4), "format version 4[\\s\\S]*version 3"),
-    "no config": (lambda v: v.pop("config"), "config = None: expected an object"),
+    "no config": (lambda v: v.pop("config"), "config = missing: expected an object"),
     "an unknown setting": (lambda v: v["config"].update(auto_map="x.py"), "'auto_map'"),
     "a bad rank": (lambda v: v["config"].update(rank=0), "rank"),
     "a huge shape": (set_leaf(shape=[2**39, 2]), "incompatible shapes|the arrays have"),

@@ -13,7 +13,7 @@ def test_an_adapter_of_peft_for_a_changed_base_names_the_import(model_folder, tm
     config = jl.LoraConfig(rank=2, targets=["lm_head"])
     adapter = jl.lora_init(jax.random.key(0), {"lm_head": params["lm_head"]}, config)
     jl.peft.save(tmp_path, adapter, names=untied.hf_names)
-    with pytest.raises(ConfigError, match=f"jax-lora import {tmp_path} --model {model_folder}"):
+    with pytest.raises(ConfigError, match=f"jax-lora import --adapter-path {tmp_path} --model"):
         read_adapter(base, tmp_path)
 
 

@@ -1,5 +1,12 @@
+import contextlib
+import fcntl
 import io
+import os
 import signal
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 
@@ -46,10 +53,18 @@ def test_the_streamed_text_equals_the_output_of_generate(talk, model_folder, cap
 
 
 def test_the_history_is_in_the_prompt_until_a_reset(talk, chat_folder):
-    out = talk(chat_folder, "count\ncount\nr\ncount\nh\n\nq\n", "--system", "be brief")
+    typed = "count\ncount\n/reset\ncount\n/help\n\n/exit\nnot read"
+    out = talk(chat_folder, typed, "--system", "be brief")
     sizes = [int(line.split()[1]) for line in out.splitlines() if line.startswith("[")]
     assert sizes[1] > sizes[0] == sizes[2]
-    assert "(new conversation)" in out and out.count("q quits") == 2
+    assert "(new conversation)" in out
+    assert out.count("/exit quits") == out.count("/exit, q    quit") == 1
+
+
+def test_single_letters_and_unknown_commands(talk, chat_folder):
+    out = talk(chat_folder, "h\n/rest\nr\nq\nnot read")
+    assert out.count("/exit, q    quit") == 2 and "/rest is not a command." in out
+    assert "(new conversation)" in out and "response" not in out.replace("stop a response", "")
 
 
 def test_the_oldest_turns_are_removed_at_the_length_limit(talk, chat_folder):
@@ -85,3 +100,34 @@ def test_ctrl_c_stops_a_response_and_not_the_chat(talk, model_folder, monkeypatc
 def test_control_characters_of_a_model_are_escaped(talk, model_folder, monkeypatch):
     monkeypatch.setattr("jax_lora.cli.chat.stream", lambda *_: [("\x1b[2J", 1)])
     assert r"\x1b[2J" in talk(model_folder, "one\n")
+
+
+SPOKEN = ("the quick brown fox ", "jumps over the la", "zy dog\n", "  " + "x" * 50, " end")
+
+
+@pytest.mark.slow
+def test_a_terminal_wraps_responses_between_words(chat_folder):
+    script = (
+        "import sys, jax_lora.cli.chat as chat\n"
+        f"chat.stream = lambda *_: ((piece, n) for n, piece in enumerate({SPOKEN!r}, 1))\n"
+        "from jax_lora.cli import main\n"
+        f"sys.exit(main(['chat', {str(chat_folder)!r}]))\n"
+    )
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, **ends)
+    os.close(terminal)
+    os.write(controller, b"hello\n/exit\n")
+    shown = b""
+    with contextlib.suppress(OSError):  # raised at the end
+        while part := os.read(controller, 4096):
+            shown += part
+    os.close(controller)
+    assert process.wait() == 0, shown
+    text = shown.decode().replace("\r\n", "\n")
+    wrapped = f"the quick brown fox jumps over the lazy\ndog\n  {'x' * 50} end\n["
+    assert wrapped in text
+    assert "response 5 tokens,\n" in text and text.count("/help lists") == 1

@@ -15,8 +15,9 @@ from jax_lora.bundled import model_path
 from jax_lora.cli import main
 from jax_lora.cli.adapters import LoadedAdapter
 from jax_lora.cli.base_model import load_base
-from jax_lora.cli.fuse import logit_difference
+from jax_lora.cli.fuse import adapted_logits, logit_difference
 from jax_lora.models import Llama
+from tests.file_limits import largest_file
 from tests.tiny_model import TINY, random_params
 
 pytestmark = pytest.mark.slow  # each trains, writes, reads and answers
@@ -61,7 +62,9 @@ def test_an_adapter_survives_a_round_trip_through_every_format(
         ok("generate", "--adapter-path", run, "--prompt", "how many", "--max-tokens", 8)
         answer = capsys.readouterr().out.rpartition("\n[")[0]
         ok("eval", "--adapter-path", run, "--data", data_folder, "--max-tokens", 4, "--limit", 4)
-        return answer, capsys.readouterr().out.splitlines()[1:-1]
+        lines = capsys.readouterr().out.splitlines()
+        table = next(number for number, line in enumerate(lines) if "perplexity" in line)
+        return answer, lines[table:-1]  # below the paths, above the time
 
     expected = answers(run_folder)
     for kind in ("peft", "mlx", "orbax"):
@@ -83,6 +86,22 @@ def test_an_export_names_the_base_model_and_can_target_vllm(run_folder, model_fo
     assert config["base_model_name_or_path"] == "some/model"
 
 
+def test_an_export_for_llama_cpp_and_a_fused_folder_print_the_commands_for_it(
+    run_folder, model_folder, tmp_path, capsys
+):
+    ok("export", "--adapter-path", run_folder, "--to", "gguf", "served")
+    assert [file.name for file in (tmp_path / "served").iterdir()] == ["adapter.gguf"]
+    gguf = f"{model_folder.name}.gguf"
+    convert = "python llama.cpp/convert_hf_to_gguf.py"
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"For llama.cpp, convert {model_folder}: {convert} {model_folder} --outfile {gguf}",
+        f"Then run it with the adapter: llama-cli -m {gguf} --lora served/adapter.gguf",
+    ]
+    ok("fuse", "--adapter-path", run_folder)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"{convert} fused_model --outfile fused_model.gguf")
+
+
 def test_an_import_creates_a_run_and_moves_an_earlier_run(
     run_folder, model_folder, tmp_path, capsys
 ):
@@ -94,6 +113,14 @@ def test_an_import_creates_a_run_and_moves_an_earlier_run(
     )
     ok("import", "served", "--model", model_folder)
     assert "is now in adapters.1" in capsys.readouterr().out
+
+
+def test_an_import_that_fails_leaves_no_run(run_folder, model_folder, tmp_path, capsys):
+    ok("export", "--adapter-path", run_folder, "--to", "peft", tmp_path / "peft")
+    with largest_file(1500):
+        command = ("import", tmp_path / "peft", "--model", model_folder, "--adapter-path", "new")
+        assert "File too large" in refused(capsys, *command)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_fused_folder_equals_base_and_adapter(run_folder, model_folder, tmp_path, capsys):
@@ -119,7 +146,7 @@ def test_a_fused_folder_equals_base_and_adapter(run_folder, model_folder, tmp_pa
 def test_the_check_detects_a_folder_that_differs_from_base_and_adapter(run_folder, model_folder):
     _, _, adapter = load_both(model_folder, run_folder)
     trained = LoadedAdapter(load_base(str(model_folder)), adapter, run_folder)
-    difference, _ = logit_difference(trained, model_folder)
+    difference, _ = logit_difference(adapted_logits(trained), model_folder)
     assert difference > 0.01
 
 

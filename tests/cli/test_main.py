@@ -11,12 +11,15 @@ import pytest
 
 from jax_lora.cli import main
 from jax_lora.cli.main import CLI_MODULES, make_parser
+from jax_lora.cli.names import parse
+from jax_lora.cli.rows import SUBCOMMANDS
 from jax_lora.cli.system_info import CLI_PACKAGES
 from jax_lora.models import Llama, LlamaConfig, save
 from tests.tiny_model import TINY, random_params, write_tokenizer
 
 
-def test_train_eval_and_generate_work_in_sequence(train, tmp_path, capsys):
+def test_train_eval_and_generate_work_in_sequence(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert train() == 0
     out = capsys.readouterr().out
     assert "Iter 2: Train loss" in out and "Iter 2: Val loss" in out
@@ -194,7 +197,103 @@ def test_the_help_of_a_subcommand_ends_with_an_example_that_parses(parser):
     for line in examples.strip().splitlines():
         words, program = shlex.split(line), parser.prog.split()
         assert words[: len(program)] == program
-        parser.parse_args(words[len(program) :])
+        parse(make_parser(), words[1:])
+
+
+@pytest.mark.parametrize("parser", list(subcommands(make_parser())), ids=lambda parser: parser.prog)
+def test_every_option_has_a_sentence_with_its_default(parser):
+    for action in parser._actions:
+        if not action.option_strings or isinstance(action, argparse._StoreTrueAction):
+            continue
+        text = str(action.help)
+        assert text.endswith("]") or "(required)" in text or "(or --" in text or action.nargs == 0
+
+
+@pytest.mark.parametrize("parser", list(subcommands(make_parser())), ids=lambda parser: parser.prog)
+def test_help_fits_a_terminal_of_80_columns(parser, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, parser.format_help().splitlines())) <= 80
+
+
+READS = "train generate chat eval predict fuse export import push plan".split()
+PLACES = {
+    "--model": [*READS, "data check", "data show"],
+    "--data": ["train", "eval", "predict", "plan", *map("data {}".format, SUBCOMMANDS)],
+    "--adapter-path": [*READS, "plot"],
+    "--save-path": [
+        *("eval predict fuse export import push plan init plot".split()),
+        *("data convert", "data split"),
+    ],
+}
+
+
+def test_every_subcommand_names_what_it_reads_and_writes_alike():
+    found = {option: [] for option in PLACES}
+    for parser in subcommands(make_parser()):
+        for action in parser._actions:
+            for option in set(action.option_strings) & {*PLACES}:
+                found[option].append(parser.prog.partition(" ")[2])
+    assert {option: sorted(verbs) for option, verbs in found.items()} == {
+        option: sorted(verbs) for option, verbs in PLACES.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("older", "now"),
+    [
+        ("train m --data d", "train --data d --model m"),
+        ("train --data d m", "train --model m --data d"),
+        ("eval m --json f", "eval --model m --save-path f"),
+        ("plan m --json -", "plan --model m --save-path -"),
+        ("predict m --text a --output f", "predict --text a --model m --save-path f"),
+        ("export served --to mlx", "export --to mlx --save-path served"),
+        ("import a --model m --adapter-path r", "import --adapter-path a --model m --save-path r"),
+        ("import a --model m", "import --adapter-path a --model m --save-path adapters"),
+        ("import a --model m --save-path r", "import --adapter-path a --model m --save-path r"),
+        ("push run o/n --model m", "push --adapter-path run --save-path o/n --model m"),
+        ("push run --private o/n", "push --adapter-path run --private --save-path o/n"),
+        ("push --adapter-path run o/n", "push --adapter-path run --save-path o/n"),
+        ("push --model fused o/n", "push --model fused --save-path o/n"),
+        ("data check d", "data check --data d"),
+        ("data convert d -o f", "data convert --save-path f --data d"),
+        ("data split d --output f", "data split --data d --save-path f"),
+        ("init f", "init --save-path f"),
+        ("plot a b -o f", "plot --adapter-path a b --save-path f"),
+    ],
+)
+def test_older_spellings_mean_the_same(older, now):
+    def values(line):
+        found = vars(parse(make_parser(), line.split()))
+        return {k: v for k, v in found.items() if k != "noted" and not k.startswith("word_")}
+
+    assert values(older) == values(now)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("export", "export\n  got:      no --save-path"),
+        ("import --model m", "import\n  got:      no --adapter-path"),
+        ("data split --data d", "data split\n  got:      no --save-path"),
+        ("push owner/name", "push\n  got:      no --adapter-path and no --model"),
+        ("import a --adapter-path b --save-path c --model m", "DIR and --adapter-path"),
+    ],
+)
+def test_a_missing_or_contradicting_name_is_one_message(line, message, capsys):
+    assert main(line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["train --no-such 1", "train one two", "doctor two"])
+def test_an_unknown_word_or_option_is_refused(line, capsys):
+    with pytest.raises(SystemExit):
+        main(line.split())
+    assert "unrecognized arguments: " in capsys.readouterr().err
+
+
+def test_another_model_is_not_trained_on_the_bundled_data_unless_asked(model_folder, capsys):
+    assert main(["train", str(model_folder), "--dry-run"]) == 2
+    assert "got:      no --data" in capsys.readouterr().err
 
 
 def test_help_of_the_command_lists_the_subcommands(capsys):

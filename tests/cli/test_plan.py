@@ -99,6 +99,16 @@ def test_flags_change_the_numbers(tmp_path):
     assert full["weights"] == 2 * plain["own"]["weights"]
 
 
+@pytest.mark.parametrize("asked", [(), ("--max-seq-length", "64"), ("--max-seq-length", "4096")])
+def test_the_length_that_was_asked_for_is_planned_without_data(model_folder, asked, capsys):
+    assert main(["plan", str(model_folder), "--no-compile", "--batch-size", "3", *asked]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    length = int(asked[1]) if asked else 128  # the positions of the model
+    assert f"Batch 3 rows of {length} tokens" in out
+    assert f"every example counts as {length} tokens" in out
+    assert ("truncates them at the 128 positions" in out) == (length > 128)
+
+
 def test_plan_accepts_the_configuration_file_of_train(tmp_path):
     (tmp_path / "lora.yaml").write_text("rank: 4\nbatch_size: 2\niters: 5\n")
     options = ("--shape", "gpt2", "--no-compile", "-c", tmp_path / "lora.yaml")

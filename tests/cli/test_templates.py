@@ -110,7 +110,7 @@ def test_an_edited_copy_is_refused(chat_run, capsys, tmp_path):
 
 
 def test_an_unknown_name_lists_the_names_before_a_model_is_loaded(named_model, capsys, tmp_path):
-    words = ["train", str(named_model), "--adapter-path", str(tmp_path / "run"), "--dry-run"]
+    words = ["train", str(named_model), "--data", "bundled", "--dry-run"]
     assert main([*words, "--chat-template", "shrot"]) == 2
     assert "templates of " in (error := capsys.readouterr().err) and ": short\n" in error
 

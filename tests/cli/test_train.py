@@ -1,6 +1,7 @@
 """The options of train, and resuming runs."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -127,3 +128,10 @@ def test_the_training_state_is_in_the_checkpoint_folder(train, tmp_path):
     train()
     record = json.loads((tmp_path / "adapters/step-000002/training.json").read_text())
     assert record["ledger"]["step"] == 2 and set(record["data"]) == {"train", "valid"}
+
+
+def test_a_logger_that_is_not_installed_is_refused_first(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train("--log", "wandb") == 2
+    assert "pip install wandb" in capsys.readouterr().err
+    assert not (tmp_path / "adapters" / "config.yaml").exists()

@@ -178,3 +178,21 @@ def test_tools_that_the_template_does_not_show_are_an_error(load):
     tool = {"type": "function", "function": {"name": "count"}}
     with pytest.raises(DataError, match="does not show the tool 'count'"):
         encoded(load(CHATML), messages=TURNS, tools=[tool])
+
+
+@pytest.mark.parametrize(
+    ("turns", "name"),
+    [
+        ([{"role": "system", "content": "be brief"}, *TURNS], "content"),
+        ([*TURNS[:3], TURNS[3] | {"reasoning_content": "1 + 2"}], "reasoning_content"),
+    ],
+)
+def test_a_part_of_a_conversation_that_the_template_drops_is_refused(load, turns, name):
+    shout = "(m.content | upper if m.role == 'user' else m.content)"
+    shown = CHATML.replace("m.content", shout).replace(
+        "messages %}", "messages if m.role != 'system' %}"
+    )
+    tokenizer = load(shown)
+    assert encoded(tokenizer).unlocated == 0
+    with pytest.raises(DataError, match=f'does not show the "{name}"'):
+        encoded(tokenizer, turns)

@@ -161,7 +161,7 @@ def test_columns_of_dolly_and_of_questions_are_found():
         assert "### Input:\n2 3" in fields["prompt"]
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
 def test_a_turn_that_is_marked_off_has_a_weight_of_0(mark):
     _, fields = checked(messages=[USER, ANSWER | mark, USER, ANSWER | {"weight": 1}])
     assert [turn.get("weight") for turn in fields["messages"]] == [None, 0, None, None]
@@ -181,6 +181,36 @@ def test_a_mark_that_cannot_be_used_is_refused(mark, reason):
     assert "turn of the user" in refused(messages=[USER | {"train": True}, ANSWER])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("weight", 0),
+        ("train", False),
+        ("label", False),
+        ("suffix", "b"),
+        ("rejected_response", "b"),
+    ],
+)
+def test_a_field_of_an_example_that_would_change_the_targets_is_refused(field, value):
+    assert f'"{field}"' in refused(prompt="q", completion="a", **{field: value})
+    assert f'"{field}"' in refused(messages=[USER, ANSWER], **{field: value})
+    checked(messages=[USER, ANSWER], weight=1, label="news")  # raises for a refusal
+
+
+def test_nulls_of_other_tools_are_removed_from_calls_and_parameters():
+    city = {"type": "string"}
+    tool = {
+        "name": "weather",
+        "parameters": {"properties": {"city": city, "day": {}, "zone": None}},
+    }
+    call = {"name": "weather", "arguments": {"city": "Oslo", "day": None, "zone": None}}
+    said = {"role": "assistant", "content": None, "tool_calls": [{"function": call}]}
+    _, fields = checked(messages=[USER, said], tools=[{"type": "function", "function": tool}])
+    assert fields["tools"][0]["function"]["parameters"]["properties"] == {"city": city, "day": {}}
+    arguments = fields["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert arguments == {"city": "Oslo", "day": None}
+
+
 def test_older_function_calls_become_tool_calls():
     call = {"name": "add", "arguments": "{}"}
     said = [USER, {"role": "assistant", "content": None, "function_call": call}]
@@ -195,5 +225,8 @@ def test_older_function_calls_become_tool_calls():
 def test_a_misspelled_field_is_reported_with_a_suggestion():
     assert check_fields({"promt": "a", "completion": "b"}).fix == (
         '"promt": did you mean "prompt"?'
+    )
+    assert check_fields({"message": "a", "category": "b"}).fix.endswith(
+        "Or name the columns, for example prompt=message,completion=category."
     )
     assert "Name the fields" in check_fields({"a": 1}).fix

@@ -28,6 +28,10 @@ TABLE = pa.table(
 )
 
 
+def _pyarrow_rows():
+    return TABLE.to_pylist(maps_as_pydicts="strict")
+
+
 def written(table, **options):
     file = io.BytesIO()
     pq.write_table(table, file, **options)
@@ -52,8 +56,21 @@ def bomb(rows, text):
     ids=str,
 )
 def test_values_are_those_of_pyarrow(tmp_path, options):
-    rows = [{k: v for k, v in row.items() if v is not None} for row in TABLE.to_pylist()]
+    rows = [{k: v for k, v in row.items() if v is not None} for row in _pyarrow_rows()]
     assert parquet_rows(tmp_path, written(TABLE, **options)) == rows
+
+
+def test_a_map_is_an_object_unless_a_key_is_there_twice(tmp_path):
+    maps = pa.array([[("a", "b")], [], [("a", "b"), ("a", "c")]], pa.map_(pa.string(), pa.string()))
+    rows = parquet_rows(tmp_path, written(pa.table({"map": maps})))
+    assert [row["map"] for row in rows] == [{"a": "b"}, {}, [("a", "b"), ("a", "c")]]
+
+
+def test_a_file_without_examples_is_not_called_damaged(tmp_path):
+    file = tmp_path / "train.parquet"
+    file.write_bytes(written(pa.table({"text": pa.array([], pa.string())})))
+    with pytest.raises(DataError, match="at least one"):
+        read_rows(file)
 
 
 def test_a_dictionary_that_repeats_one_text_is_refused_early(tmp_path):

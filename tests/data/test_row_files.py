@@ -60,9 +60,17 @@ def test_json_lines_under_the_name_json_are_read(tmp_path):
     assert [row.fields for row in read_rows(path).rows] == ROWS
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "train.ndjson", "train.jsonlines"])
+def test_a_list_under_the_name_of_json_lines_is_read(tmp_path, name):
+    for content in (CONTENTS["train.json"], CONTENTS["train.jsonl"]):
+        (tmp_path / name).write_text(content)
+        assert [row.fields for row in read_rows(tmp_path / name).rows] == ROWS
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("train.jsonl", gzip.compress(b"{}", mtime=0), "Rename it to train.jsonl.gz"),
         ("train.json", b"", "no row in 0 lines"),
         ("train.json", b'[{"text": "a"}', "the file seems to be cut off"),
         ("train.json", b'{"text": "a"}', "an object where a list of rows is needed"),
@@ -71,6 +79,7 @@ def test_json_lines_under_the_name_json_are_read(tmp_path):
         ("train.csv", b'prompt,completion\n"a"x,b\n', "line 2: "),
         ("train.csv", b"prompt,completion\ncaf\x8d,b\n", "byte 0x8d on line 2 is not UTF-8"),
         ("train.csv", b"prompt,completion\n\xc4\xe3,\xe3\xba\xc3\xc4\xe3\xba\n", "is not UTF-8"),
+        ("train.csv", b"text,text\na,b\n", "two columns have the name 'text'"),
         ("train.csv", b"a;b\nc;d\n", 'no known format; the fields are "a", "b"'),
         ("train.jsonl", '{"text": "a"}'.encode("utf-16"), "text in UTF-16"),
         ("train.jsonl.gz", b"no gzip", "a damaged gzip file"),
@@ -166,3 +175,10 @@ def test_nulls_inside_parquet_are_removed(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     read = read_rows(tmp_path / "rows.parquet").rows
     assert [row.fields for row in read] == rows
+
+
+def test_a_key_that_occurs_twice_is_a_problem_of_its_row(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "prompt": "b", "completion": "c"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*a duplicate key 'prompt'"):
+        read_rows(file)

@@ -64,3 +64,13 @@ def test_plain_text_has_only_a_loss(tmp_path, tiny, tokenizer):
     scores = Evaluation(read_rows(file), tokenizer).score(*tiny)
     assert list(scores) == ["all"]
     assert scores["all"].loss > 0 and scores["all"].exact is None
+
+
+def test_progress_ends_with_all_of_the_work(tmp_path, tiny, tokenizer):
+    file = tmp_path / "test.jsonl"
+    file.write_text('{"text": "count the rows"}\n' * 3)
+    seen = []
+    Evaluation(read_rows(file), tokenizer, rows=2).score(
+        *tiny, advance=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(2, 3), (3, 3)]

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,11 @@ from jax_lora.finetune.losses import causal_lm_loss
 from tests.lora_cases import equations
 
 
+def loss_of(model, variables, batch, **options):
+    """`causal_lm_loss` as one compiled function: alone, each operation would be compiled."""
+    return jax.jit(functools.partial(causal_lm_loss, model, **options))(variables, batch)
+
+
 def example(ids, learned):
     return Example(np.asarray(ids, np.int32), np.asarray(learned, bool), 1)
 
@@ -21,10 +28,10 @@ ROWS = [example([5, 9, 7, 3], [0, 0, 1, 1]), example([8, 2, 6, 4, 1, 0], [0, 1, 
 
 def test_the_loss_is_the_cross_entropy_of_the_target_tokens(tiny):
     model, variables = tiny
-    total, tokens = causal_lm_loss(model, variables, Batches.of(ROWS, 2).at(0))
+    total, tokens = loss_of(model, variables, Batches.of(ROWS, 2).at(0))
     expected = 0.0
     for row in ROWS:
-        logits = model.apply(variables, jnp.asarray(row.ids)[None])[0, :-1]
+        logits = jax.jit(model.apply)(variables, jnp.asarray(row.ids)[None])[0, :-1]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(row.ids[1:]))
         expected += float(jnp.sum(losses * row.loss_mask[1:].astype(np.float32)))
     assert float(tokens) == 7
@@ -36,7 +43,7 @@ def test_a_batch_without_targets_has_zero_loss_and_gradient(tiny):
     batch = Batches.of(ROWS, 2).at(0)
     nothing = batch._replace(weights=np.zeros_like(batch.weights))
     (total, tokens), gradient = jax.value_and_grad(
-        lambda tree: causal_lm_loss(model, tree, nothing), has_aux=True
+        lambda tree: loss_of(model, tree, nothing), has_aux=True
     )(variables)
     assert float(total) == float(tokens) == 0.0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
@@ -48,14 +55,14 @@ def test_padding_is_recognized_by_position_and_not_by_id(tiny):
     batch = Batches.of([ROWS[1]], 1).at(0)
     other = Batch(np.where(np.arange(8)[None] < 6, batch.ids, 77), *batch[1:])
     assert batch.labels[0, 4] == 0 and batch.weights[0, 4] == 1.0
-    same = [float(causal_lm_loss(model, variables, each)[0]) for each in (batch, other)]
+    same = [float(loss_of(model, variables, each)[0]) for each in (batch, other)]
     assert same[0] == same[1]
 
 
 def test_the_losses_of_parts_add_up_for_any_lengths(tiny):
     model, variables = tiny
-    whole = causal_lm_loss(model, variables, Batches.of(ROWS, 2).at(0))
-    parts = [causal_lm_loss(model, variables, Batches.of([row], 1).at(0)) for row in ROWS]
+    whole = loss_of(model, variables, Batches.of(ROWS, 2).at(0))
+    parts = [loss_of(model, variables, Batches.of([row], 1).at(0)) for row in ROWS]
     for index in range(2):
         added = float(parts[0][index]) + float(parts[1][index])
         np.testing.assert_allclose(added, float(whole[index]), rtol=1e-6)
@@ -64,7 +71,7 @@ def test_the_losses_of_parts_add_up_for_any_lengths(tiny):
 def test_a_bfloat16_base_has_a_float32_loss(tiny):
     model, variables = tiny
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
-    total, _ = causal_lm_loss(model, small, Batches.of(ROWS, 2).at(0))
+    total, _ = loss_of(model, small, Batches.of(ROWS, 2).at(0))
     assert total.dtype == jnp.float32
 
 
@@ -73,7 +80,7 @@ def test_chunked_logits_give_the_same_loss_and_gradient(tiny, chunk):
     model, variables = tiny
     batch = Batches.of(ROWS, 2).at(0)
     of = lambda chunk: jax.value_and_grad(  # noqa: E731
-        lambda tree: causal_lm_loss(model, tree, batch, chunk=chunk)[0]
+        lambda tree: loss_of(model, tree, batch, chunk=chunk)[0]
     )(variables)
     (value, gradient), (other, same) = of(0), of(chunk)
     np.testing.assert_allclose(value, other, rtol=1e-6)
@@ -100,7 +107,7 @@ def test_large_logits_are_never_in_memory_as_a_whole(tiny, monkeypatch):
 
 def test_packed_examples_do_not_attend_to_each_other(tiny):
     model, variables = tiny
-    apart, _ = causal_lm_loss(model, variables, Batches.of(ROWS, 2).at(0))
+    apart, _ = loss_of(model, variables, Batches.of(ROWS, 2).at(0))
     ids = np.concatenate([row.ids for row in ROWS])[None]
     learned = np.concatenate([row.loss_mask for row in ROWS])
     at = np.flatnonzero(learned[1:])[None]
@@ -112,6 +119,6 @@ def test_packed_examples_do_not_attend_to_each_other(tiny):
         positions=np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]], np.int32),
         segments=np.array([[1] * 4 + [2] * 6], np.int32),
     )
-    together, tokens = causal_lm_loss(model, variables, packed)
+    together, tokens = loss_of(model, variables, packed)
     assert float(tokens) == 7
     np.testing.assert_allclose(float(together), float(apart), rtol=1e-5)

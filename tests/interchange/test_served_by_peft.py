@@ -48,6 +48,10 @@ FAMILIES = {
     "Phi3": {"pad_token_id": 0},
     "GPT2": {},
     "Mixtral": {**EXPERTS, "num_local_experts": 4},
+    "SmolLM3": {},
+    "Olmo2": {},
+    "Granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5},
+    "SeedOss": {},
     "Qwen3Moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 24},
 }
 ROWS = [{"prompt": f"count to {n}", "completion": f" {list(range(n))}"} for n in range(1, 13)]
@@ -56,7 +60,7 @@ ROWS = [{"prompt": f"count to {n}", "completion": f" {list(range(n))}"} for n in
 def make_folder(family, folder):
     """A folder as transformers saves it, with the bundled model's tokenizer."""
     settings = {**COMMON, **FAMILIES[family]}
-    if family in ("Phi3", "Qwen2"):
+    if family in ("Phi3", "Qwen2", "Olmo2", "Granite"):
         del settings["head_dim"]
     if family == "GPT2":
         settings = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}

@@ -1,13 +1,16 @@
 """Make tests/fixtures/<family>: tiny random decoders and the logits PyTorch gives for them.
 
     python -m venv torch-env
-    torch-env/bin/pip install torch transformers
+    torch-env/bin/pip install torch transformers peft
     torch-env/bin/python tests/make_fixtures/decoders.py            # all of them
     torch-env/bin/python tests/make_fixtures/decoders.py gemma2     # one family
 
 Each folder is what `save_pretrained` writes, and `expected.safetensors` beside the weights holds a
 batch with a full, a left-padded and a right-padded row, and the logits. Windows are shorter than
 the rows, and trained lengths too where a scaling goes by them, so that both are seen to matter.
+
+The first variant of the families in `THOROUGH` has more: the logits of a row of packed documents,
+the greedy continuation of prompts, and an adapter of PEFT with its logits.
 """
 
 import shutil
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from llama import ORIGINAL, SMALL, batch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent.parent / "fixtures"
@@ -37,6 +41,8 @@ LONG = {
     "short_factor": [1.0, 1.25, 1.5, 2.0],
     "long_factor": [1.0, 3.0, 5.0, 9.0],
 }
+# Rows of 12 tokens are longer than the trained length, where scores begin to grow.
+MINISTRAL = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 WINDOW = {"use_sliding_window": True, "sliding_window": 4}  # Qwen's two fields
 EXPERTS = {"num_experts_per_tok": 2, "intermediate_size": 12}
@@ -144,7 +150,40 @@ FAMILIES = {
             "tied": {**TIED, **WINDOW, "norm_topk_prob": False, "attention_bias": True},
         },
     ),
+    "smollm3": (
+        "SmolLM3",
+        {"num_hidden_layers": 3},
+        {
+            "window": {**UNTIED, **WINDOW, "no_rope_layers": [1, 0, 1]},
+            "full": {"no_rope_layer_interval": 2, "attention_bias": True, "mlp_bias": True},
+        },
+    ),
+    "olmo2": ("Olmo2", {"head_dim": None}, {"untied": {}}),
+    "granite": (
+        "Granite",
+        {"head_dim": None},
+        {
+            "tied": {
+                **TIED,
+                "embedding_multiplier": 3.0,
+                "attention_multiplier": 0.2,
+                "residual_multiplier": 0.4,
+                "logits_scaling": 2.0,
+            },
+        },
+    ),
+    "seed_oss": (
+        "SeedOss",
+        {},
+        {
+            "published": {},
+            "output": {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+        },
+    ),
+    "ministral3": ("Ministral3", {"rope_parameters": MINISTRAL}, {"untied": {}}),
 }
+THOROUGH = ("smollm3", "olmo2", "granite", "seed_oss", "ministral3")
+NEW = 8  # tokens of a continuation
 
 
 def make(family: str, name: str, folder: Path) -> None:
@@ -176,7 +215,41 @@ def make(family: str, name: str, folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="6KB" if first else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
     expected = {"input_ids": ids, "attention_mask": mask, "logits": logits}
+    if first and family in THOROUGH:
+        expected |= more(model, ids, folder)
     save_file({k: v.contiguous() for k, v in expected.items()}, folder / "expected.safetensors")
+
+
+def more(
+    model, ids: torch.Tensor, folder: Path, targets: str = "all-linear"
+) -> dict[str, torch.Tensor]:
+    """Score packed documents, continue prompts, and write an adapter."""
+    lengths = [5, 4, 3]
+    documents = torch.split(ids[:1], lengths, dim=1)
+    prompts = ids[:, :6].clone()
+    mask = torch.ones_like(prompts)
+    prompts[1, :3], mask[1, :3] = 1, 0
+    settings = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 1, "eos_token_id": []}
+    with torch.no_grad():
+        packed = torch.cat([model(input_ids=each).logits for each in documents], dim=1)
+        made = {
+            "packed_logits": packed,
+            "segment_ids": torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None],
+            "prompts": prompts,
+            "prompts_mask": mask,
+            "continued": model.generate(prompts, attention_mask=mask, **settings),
+        }
+    model.name_or_path = model.config._name_or_path = "base"  # no path of the machine
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    adapted = get_peft_model(model, LoraConfig(**settings, base_model_name_or_path="base"))
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+        made["adapted_logits"] = adapted.eval()(input_ids=ids[:1]).logits
+    adapted.save_pretrained(folder / "adapter")
+    (folder / "adapter" / "README.md").unlink()
+    return made
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import jax_lora as jl
 from jax_lora.errors import ModelError
-from jax_lora.models import load, save
+from jax_lora.models import generate, load, save
 from tests.lora_cases import assert_close, merged_tree
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -23,20 +23,30 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 FAMILIES = {
     "gemma": ("tied", 7),
     "gemma2": ("capped", 7),
+    "gemma3": ("published", 7),
     "gemma3_text": ("mixed", 7),
     "gpt2": ("scaled", 4),
+    "granite": ("tied", 7),
+    "ministral3": ("untied", 7),
     "mistral": ("window", 7),
-    "mixtral": ("tied", 7),  # four of attention, the router, two of the experts
+    "mistral3": ("ministral", 7),
+    "mixtral": ("tied", 6),  # four of attention, two of the experts
+    "olmo2": ("untied", 7),
     "phi3": ("window", 4),
     "qwen2": ("mixed", 7),
     "qwen3": ("mixed", 7),
-    "qwen3_moe": ("tied", 7),
+    "qwen3_moe": ("tied", 6),
+    "seed_oss": ("published", 7),
+    "smollm3": ("window", 7),
 }
+TEXT_PARTS = ("gemma3", "mistral3")  # of models with a vision tower
+THOROUGH = (*TEXT_PARTS, "granite", "ministral3", "olmo2", "seed_oss", "smollm3")
 EVERY = [
     pytest.param(family, folder.name, id=f"{family}-{folder.name}")
     for family in FAMILIES
     for folder in sorted((FIXTURES / family).iterdir())
 ]
+COMPLETE = [each for each in EVERY if each.values[0] not in TEXT_PARTS]
 RICHEST = [pytest.param(family, variant, id=family) for family, (variant, _) in FAMILIES.items()]
 
 
@@ -51,6 +61,8 @@ def slow_unless(params, fast):
 
 
 RICHEST_FIRST = slow_unless(EVERY, lambda family, variant: FAMILIES[family][0] == variant)
+# A continuation of the thorough families reads their caches too.
+RICHEST_CACHES = slow_unless(RICHEST, lambda family, _: family not in THOROUGH)
 THREE_KINDS = slow_unless(RICHEST, lambda family, _: family in ("gemma3_text", "gpt2", "mixtral"))
 
 
@@ -91,7 +103,7 @@ def test_saving_a_loaded_model_reproduces_its_files(family, variant, tmp_path):
         assert (written[name].dtype, written[name].tobytes()) == (tensor.dtype, tensor.tobytes())
 
 
-@pytest.mark.parametrize(("family", "variant"), EVERY)
+@pytest.mark.parametrize(("family", "variant"), COMPLETE)
 def test_a_configuration_written_anew_reads_as_the_old_one(family, variant, tmp_path):
     model, params = loaded(family, variant)
     unsourced = model.clone(config=dataclasses.replace(model.config, source=""))
@@ -104,7 +116,7 @@ def test_a_configuration_written_anew_reads_as_the_old_one(family, variant, tmp_
         assert ours[key] == theirs[key], key
 
 
-@pytest.mark.parametrize(("family", "variant"), RICHEST)
+@pytest.mark.parametrize(("family", "variant"), RICHEST_CACHES)
 def test_tokens_three_at_a_time_through_a_cache_get_pytorch_logits(family, variant):
     model, params = loaded(family, variant)
     ids, mask, expected, real = batch(family, variant)
@@ -115,6 +127,32 @@ def test_tokens_three_at_a_time_through_a_cache_get_pytorch_logits(family, varia
         parts.append(logits)
     logits = np.concatenate(parts, axis=1)
     np.testing.assert_allclose(logits[real], expected[real], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", THOROUGH)
+def test_packed_documents_continuations_and_an_adapter_of_peft_equal_pytorch(family, tmp_path):
+    variant, count = FAMILIES[family]
+    folder = FIXTURES / family / variant
+    (model, params), stored = loaded(family, variant), load_file(folder / "expected.safetensors")
+    ids, segments, prompts, mask = (
+        jnp.asarray(stored[name].astype(np.int32))
+        for name in ("input_ids", "segment_ids", "prompts", "prompts_mask")
+    )
+    positions = jnp.arange(ids.shape[1])[None] - jnp.array([[0] * 5 + [5] * 4 + [9] * 3])
+    packed = {"positions": positions, "segment_ids": segments}
+    logits = jax.jit(model.apply)({"params": params}, ids[:1], **packed)
+    np.testing.assert_allclose(logits, stored["packed_logits"], atol=1e-4)
+    made, _ = generate(model, params, prompts, mask, max_new_tokens=8)
+    np.testing.assert_array_equal(made, stored["continued"])
+
+    adapter = jl.peft.load(folder / "adapter", params, names=model.hf_names, dtype=None)
+    assert len(adapter.pairs) == count
+    logits = jax.jit(model.apply)({"params": jl.merge(params, adapter)}, ids[:1])
+    np.testing.assert_allclose(logits, stored["adapted_logits"], atol=1e-4)
+    jl.peft.save(tmp_path, adapter, names=model.hf_names, base=params)
+    written = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert written == (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(("family", "variant"), THREE_KINDS)
@@ -198,7 +236,17 @@ def test_models_are_equal_and_hash_alike_when_their_configurations_are(family, v
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
         ("gemma3_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping = 5.0"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters\n  got:"),
-        ("gemma3_text", {"model_type": "gemma3"}, "model_type 'gemma3'"),
+        ("gemma3_text", {"model_type": "gemma3"}, "with Gemma3ForConditionalGeneration"),
+        ("gemma3", {"text_config": None}, "got:      None"),
+        ("gemma3", {"text_config": {"model_type": "gemma"}}, "text_config with model_type 'gemma'"),
+        ("mistral3", {"text_config": {"model_type": "mistral", "x": 1}}, "x = 1, which is not"),
+        ("mistral3", {"text_config": {"model_type": "ministral3"}}, "rope_parameters"),
+        ("ministral3", {"rope_parameters": None}, "rope_parameters"),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2, "llama_4_scaling_beta": 0.1}},
+            "original_max_position_embeddings",
+        ),
         ("gpt2", {"activation_function": "mish"}, "activation_function\n  got:      'mish'"),
         ("gpt2", {"n_head": 3}, "n_head\n  got:      3\n  expected: a divisor of n_embd, 16"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
@@ -219,10 +267,20 @@ def test_models_are_equal_and_hash_alike_when_their_configurations_are(family, v
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers\n  got:      (1,)"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step\n  got:      2"),
         ("qwen3_moe", {"num_experts_per_tok": 5}, "at most the 4 experts"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers\n  got:      (1, 0)"),
+        ("smollm3", {"no_rope_layers": [1, 2, 1]}, "0 or 1 for each of 3 layers"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval\n  got:      0"),
+        ("smollm3", {"use_sliding_window": False}, "sliding_window\n  got:      None"),
+        ("olmo2", {"sliding_window": 4}, "sliding_window = 4"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling\n  got:      0"),
+        ("granite", {"query_pre_attn_scalar": 8}, "query_pre_attn_scalar = 8"),
+        ("seed_oss", {"attention_multiplier": 0.5}, "attention_multiplier = 0.5"),
+        ("llama", {"attention_out_bias": True}, "attention_out_bias = True"),
     ],
 )
 def test_an_unimplemented_setting_raises_an_error_that_names_it(family, changes, message, tmp_path):
-    text = (FIXTURES / family / FAMILIES[family][0] / "config.json").read_text()
+    variant = FAMILIES.get(family, ("tied", 7))[0]
+    text = (FIXTURES / family / variant / "config.json").read_text()
     if "partial_rotary_factor" in changes:
         changes = {**changes, "head_dim": 6, "rope_parameters": None}
     (tmp_path / "config.json").write_text(json.dumps({**json.loads(text), **changes}))
@@ -278,6 +336,8 @@ LONG = {"short_factor": [1.0, 1.25, 1.5, 2.0], "long_factor": [1.0, 3.0, 5.0, 9.
         ),
         ("qwen2", "mixed", {"layer_types": None}),
         ("qwen3_moe", "tied", {"num_local_experts": "absent", "num_experts": 4}),
+        ("smollm3", "full", {"no_rope_layers": "absent", "layer_types": None}),
+        ("smollm3", "window", {"layer_types": "absent", "max_window_layers": 28}),
     ],
 )
 def test_fields_in_the_words_of_older_files_mean_the_same(family, variant, changes, tmp_path):

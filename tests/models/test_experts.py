@@ -81,16 +81,25 @@ def test_routing_is_float32_for_every_dtype_of_the_logits():
     np.testing.assert_allclose(weights, jax.nn.softmax(jnp.array([[1.0, 3.0, 2.0]]))[:, 1:], 1e-6)
 
 
-def test_each_expert_has_separate_factors_and_the_router_can_be_excluded(params):
+def test_every_expert_has_separate_factors_and_the_router_is_adapted_if_it_is_named(params):
     variables = {"params": params}
     kernels = jl.find_kernels(PART.apply, variables, TOKENS)
     assert kernels["params/experts/down_proj"].stack_axes == (0,)
-    config = jl.LoraConfig(rank=2, targets="all-linear", exclude="gate")
-    adapter = jl.lora_init(jax.random.key(0), variables, config, kernels=kernels)
-    assert {path: pair.a.shape for path, pair in adapter.pairs.items()} == {
-        "params/experts/down_proj": (4, 6, 2),
-        "params/experts/gate_up_proj": (4, 8, 2),
-    }
+
+    def adapt(targets):
+        config = jl.LoraConfig(rank=2, targets=targets)
+        return jl.lora_init(jax.random.key(0), variables, config, kernels=kernels)
+
+    shapes = {"params/experts/down_proj": (4, 6, 2), "params/experts/gate_up_proj": (4, 8, 2)}
+    for targets in ("all-linear", "mlp"):
+        adapter = adapt(targets)
+        assert {path: pair.a.shape for path, pair in adapter.pairs.items()} == shapes
+        for pair in adapter.pairs.values():  # no two experts start from the same factors
+            assert len(np.unique(pair.a.reshape(4, -1), axis=0)) == 4
+        assert "experts: 4 of 4" in str(jl.summary(variables, adapter))
+    adapter = adapt(["gate"])
+    assert [*adapter.pairs] == ["params/gate/kernel"]
+    assert "experts: 0 of 4" in str(jl.summary(variables, adapter))
 
 
 def test_experts_that_lie_on_different_devices_give_the_same_logits():

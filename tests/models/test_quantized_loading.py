@@ -22,8 +22,10 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 IDS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8"])
-@pytest.mark.parametrize("name", ["llama/untied", "gpt2/tied", "qwen3_moe/untied"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("llama/untied", "nf4"), ("gpt2/tied", "int8"), ("qwen3_moe/untied", "nf4")],
+)
 def test_a_folder_is_read_as_if_it_were_quantized_afterwards(name, method):
     model, params = load(FIXTURES / name)
     kernels = jl.find_kernels(model.apply, {"params": params}, IDS)

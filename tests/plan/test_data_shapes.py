@@ -44,4 +44,11 @@ def test_without_a_tokenizer_every_example_has_the_longest_length(data):
 def test_without_data_there_is_a_step_but_no_epoch():
     found = data_shapes(None, None, SETTINGS, 1024)
     assert (found.largest, found.per_epoch) == ((64, 64, 1), None)
-    assert "pass --data" in found.note
+    assert found.note == "none, so every example counts as 64 tokens, all of them target tokens"
+
+
+def test_a_length_that_was_asked_for_is_planned_beyond_the_positions_of_the_model():
+    found = data_shapes(None, None, SETTINGS, 48, asked=True)
+    assert found.largest == (64, 64, 1)
+    assert "training truncates them at the 48 positions" in found.note
+    assert data_shapes(None, None, SETTINGS, 48).largest == (48, 48, 1)

@@ -60,7 +60,7 @@ def test_dora_magnitudes_are_counted(planned, choices):
     [
         ("gpt3-175b", "does not implement this model"),
         ("roberta-base", "decoders only"),
-        ("gpt2-xl", "more than 1 G parameters"),
+        ("gpt2-xl", "more than 1.5 G parameters"),
     ],
 )
 def test_the_plan_has_the_reason_why_a_step_is_not_compiled(name, why):

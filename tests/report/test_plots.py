@@ -63,7 +63,7 @@ def test_the_command_plots_in_the_terminal(run, capsys):
 
 def test_another_image_format_is_refused(run, capsys):
     assert main(["plot", str(run), "-o", "loss.jpg"]) == 2
-    assert "Use -o loss.png" in capsys.readouterr().err
+    assert "Use --save-path loss.png" in capsys.readouterr().err
 
 
 def test_a_missing_run_is_one_message(capsys):

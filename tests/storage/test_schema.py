@@ -60,7 +60,10 @@ def test_a_value_that_does_not_fit_is_named_with_its_field(change, line):
 
 
 def test_a_required_field_may_not_be_absent_and_a_document_must_be_an_object():
-    assert list(schema.problems({}, KIND)) == ["name = None: expected a string"]
+    assert list(schema.problems({}, KIND)) == ["name = missing: expected a string"]
+    kind = schema.fields({"base": schema.optional(schema.TEXT)}, required=("base",))
+    assert not list(schema.problems({"base": None}, kind))
+    assert list(schema.problems({}, kind)) == ["base = missing: expected a string or null"]
     assert list(schema.problems([], KIND)) == ["the document = []: expected an object"]
 
 

@@ -129,5 +129,25 @@ def test_find_kernels_names_a_kernel_in_a_program_that_it_cannot_read(name, para
     assert f"{primitive_name(name)} has no low-rank rule at {__file__}" in kernels.skipped["w"]
 
 
+def _called_back(w, x):
+    return jax.pure_callback(jnp.matmul, jax.ShapeDtypeStruct((2, 4), x.dtype), x, w)
+
+
+def _linear_call(w, x):
+    return jax.custom_derivatives.linear_call(lambda w, x: x @ w, lambda w, g: g @ w.T, w, x)
+
+
+@pytest.mark.parametrize(
+    "multiply", [_called_back, _linear_call, lambda w, x: jnp.linalg.solve(w, x.T).T]
+)
+def test_a_target_that_an_opaque_operation_multiplies_is_named_in_a_warning(multiply):
+    params = {"w": jnp.eye(4), "mid": jnp.eye(4), "head": jnp.eye(4)}
+    fn = lambda p, x: multiply(p["w"], x) @ p["mid"] @ p["head"]  # noqa: E731
+    kernels = jl.find_kernels(fn, params, jnp.ones((2, 4)))
+    with pytest.warns(UserWarning, match="w"):
+        adapter = jl.lora_init(jax.random.key(0), params, jl.LoraConfig(rank=2), kernels=kernels)
+    assert [*adapter.pairs] == ["mid"]
+
+
 def test_a_call_without_a_program_has_nothing_to_open():
     assert RULES["closed_call"].open(types.SimpleNamespace(params={})) is None

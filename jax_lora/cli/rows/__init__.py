@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from jax_lora.cli.options import add_columns_option, add_subcommand
+from jax_lora.cli.options import add_columns_option, add_general_options, add_subcommand
+from jax_lora.cli.parser import Parser
 from jax_lora.cli.rows import check, convert, show, split
 
 HELP = "check, show, convert or split data"
@@ -20,12 +21,13 @@ SUBCOMMANDS = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the subcommands with their options."""
     subparsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
     for name, module in SUBCOMMANDS.items():
         subparser = add_subcommand(subparsers, name, module)
-        add_columns_option(subparser)
+        add_columns_option(subparser.section("data"))
+        add_general_options(subparser)
         subparser.set_defaults(run_on_data=module.run)
 
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from jax_lora.cli.adapters import templates_of
 from jax_lora.cli.base_model import data_folder, model_folder
-from jax_lora.cli.options import add_template_options
+from jax_lora.cli.names import add_name
+from jax_lora.cli.options import add_model_option, add_template_options
+from jax_lora.cli.parser import Parser
 from jax_lora.data.batches import Batches
 from jax_lora.data.data_folder import read_data
 from jax_lora.data.examples import Examples, make_examples
@@ -22,15 +24,15 @@ from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import ConfigError, format_error
 
 HELP = "check all examples; count tokens, targets and lengths"
-EXAMPLE = "jax-lora data check path/to/data --model path/to/model"
+EXAMPLE = "jax-lora data check --data path/to/data --model path/to/model"
 BARS, WIDEST = 10, 40
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: Parser) -> None:
     """Add the options for the data and for its encoding."""
-    add = parser.add_argument
-    add("data", metavar="PATH", nargs="?", help="data folder or file [bundled]")
-    add("--model", metavar="PATH", help="folder or Hub name of the tokenizer [bundled]")
+    add_name(parser, "--data", "data folder, or one file [bundled]", metavar="PATH")
+    add_model_option(parser, "bundled")
+    add = parser.section("data").add_argument
     add(
         "--max-seq-length",
         type=int,
@@ -43,10 +45,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     boolean = argparse.BooleanOptionalAction
     text = "exclude prompts from the loss [yes; no for texts]"
     add("--mask-prompt", action=boolean, default=None, help=text)
-    add_template_options(parser)
+    add_template_options(parser.section("data"), "the model's")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
     add_data_options(parser)
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from jax_lora.cli.names import add_name
+from jax_lora.cli.parser import Parser
 from jax_lora.cli.rows.check import check_new
 from jax_lora.cli.rows.write_rows import writer
 from jax_lora.data.data_folder import read_whole
@@ -14,28 +16,24 @@ from jax_lora.errors import DataError, format_error
 from jax_lora.storage.atomic_writes import write_file
 
 HELP = "convert a data file to one format"
-EXAMPLE = "jax-lora data convert rows.csv --output rows.jsonl --to chat"
+EXAMPLE = "jax-lora data convert --data qa.csv --save-path qa.jsonl --to chat"
 FORMATS = ("chat", "completions", "text")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    add = parser.add_argument
-    add("data", metavar="PATH", help="data file of any format, or folder of texts")
-    add(
-        "-o",
-        "--output",
-        metavar="FILE",
-        required=True,
-        help=".jsonl, .json, .csv or .tsv file to write",
-    )
+    text = "data file of any format, or folder of texts (required)"
+    add_name(parser, "--data", text, metavar="PATH", required=True)
+    text = ".jsonl, .json, .csv or .tsv file to write (required)"
+    add_name(parser, "--save-path", text, metavar="FILE", required=True)
+    add = parser.section("data").add_argument
     add("--to", choices=FORMATS, help="format of the output [unchanged]")
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the file, and return the exit code."""
-    target = Path(options.output)
-    check_new(target, "--output")
+    target = Path(options.save_path)
+    check_new(target, "--save-path")
     write = writer(target)
     file = read_whole(options.data)
     rows = []

@@ -8,6 +8,7 @@ import sys
 
 from jax_lora.cli.base_model import data_folder
 from jax_lora.cli.options import at_least_one
+from jax_lora.cli.parser import Parser
 from jax_lora.cli.rows.check import add_data_options, examples_of, tokenizer_of
 from jax_lora.data.data_folder import read_data
 from jax_lora.data.examples import Example
@@ -16,14 +17,14 @@ from jax_lora.printable import PROSE, printable
 from jax_lora.report.screen import unscreened
 
 HELP = "show examples as the model reads them, with their targets"
-EXAMPLE = "jax-lora data show path/to/data --model path/to/model --rows 5 --tokens"
+EXAMPLE = "jax-lora data show --data path/to/data --model path/to/model --rows 5 --tokens"
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
     add_data_options(parser)
-    add = parser.add_argument
+    add = parser.section("examples shown").add_argument
     add("-n", "--rows", type=at_least_one, default=3, metavar="N", help="number of examples [3]")
     add("--split", default="train", choices=("train", "valid", "test"), help="the split [train]")
     add("--tokens", action="store_true", help="mark the end of every token")

@@ -7,6 +7,8 @@ import json
 import random
 from pathlib import Path
 
+from jax_lora.cli.names import add_name
+from jax_lora.cli.parser import Parser
 from jax_lora.cli.rows.check import check_new
 from jax_lora.cli.rows.convert import written
 from jax_lora.data.data_folder import read_whole
@@ -15,14 +17,16 @@ from jax_lora.errors import ConfigError, DataError, format_error
 from jax_lora.storage.atomic_writes import made_folder, replacing
 
 HELP = "split one file into train, valid and test"
-EXAMPLE = "jax-lora data split rows.jsonl --output data --valid 0.1 --test 0.1"
+EXAMPLE = "jax-lora data split --data qa.jsonl --save-path qa --valid 0.1 --test 0.1"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    add = parser.add_argument
-    add("data", metavar="PATH", help="data file of any format, or folder of texts")
-    add("-o", "--output", metavar="DIR", required=True, help="folder to create")
+    text = "data file of any format, or folder of texts (required)"
+    add_name(parser, "--data", text, metavar="PATH", required=True)
+    text = "folder to create (required)"
+    add_name(parser, "--save-path", text, metavar="DIR", required=True)
+    add = parser.section("data").add_argument
     add("--valid", type=float, default=0.05, metavar="P", help="fraction of the examples [0.05]")
     add("--test", type=float, default=0.05, metavar="P", help="fraction of the examples [0.05]")
     add("--seed", type=int, default=0, metavar="N", help="random seed of the split [0]")
@@ -40,8 +44,8 @@ def run(options: argparse.Namespace) -> int:
                 fix="Use, for example, 0.05 for both.",
             )
         )
-    target = Path(options.output)
-    check_new(target, "--output")
+    target = Path(options.save_path)
+    check_new(target, "--save-path")
     rows = list(read_whole(options.data).rows)
     order = list(range(len(rows)))
     random.Random(options.seed).shuffle(order)

@@ -23,7 +23,7 @@ def writer(target: Path) -> Callable[[Path, Sequence[Fields]], str]:
     if target.suffix.lower() not in _WRITERS:
         raise ConfigError(
             format_error(
-                f"--output {target}",
+                f"--save-path {target}",
                 got=f"a file that ends in {target.suffix!r}",
                 expected=" or ".join(_WRITERS),
                 fix="Choose another name, such as rows.jsonl.",
@@ -46,7 +46,7 @@ def _table(target: Path, rows: Sequence[Fields]) -> str:
         if list(row) != heads or not all(isinstance(value, str) for value in row.values()):
             raise DataError(
                 format_error(
-                    f"--output {target}",
+                    f"--save-path {target}",
                     got="examples with lists, or with different fields",
                     expected="a table: the same fields with strings in every example",
                     fix="Write a .jsonl file, or convert with --to completions.",
