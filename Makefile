@@ -77,6 +77,7 @@ clean:
 # LOCK=requirements/ci.txt installs exact versions, of what builds the package too.
 LOCK ?=
 
+# Python compiles the modules that are imported, a small part of all (--no-compile).
 # The stamp makes the second call quick; a change of the dependencies installs again.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -85,5 +86,5 @@ $(INSTALLED): pyproject.toml
 	@echo "Setting up $(VENV) (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@PIP_CONSTRAINT=$(abspath $(LOCK)) \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cli,test]'
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[cli,test]'
 	@touch $@

@@ -92,7 +92,8 @@ def main() -> None:
     plans = {case: compile_case(case) for case in (*GPU_CASES, *TPU_CASES * options.tpu)}
     bars = limits(plans)
     text = (
-        f"jax {jax.__version__}; one example per device; rank 16, all linear layers, bfloat16.\n\n"
+        f"{report.compilers(options.tpu)}; one example per device; rank 16, all linear layers, "
+        "bfloat16.\n\n"
         f"    {report.command('benchmarks.ahead_of_time')}\n\n{figures(plans)}\n\n{table(bars)}"
     )
     print(text)

@@ -46,7 +46,8 @@ def main() -> None:
                 scores[f"{name} {seed}"] = run(options.folder, name, seed, settings)
                 file.write_text(json.dumps({"settings": settings, "scores": scores}, indent=2))
     missing = len(BASES) * len(SEEDS) - len(scores)
-    text = f"    {report.command('benchmarks.quantized_quality')}\n\n{table(scores)}"
+    command = report.command("benchmarks.quantized_quality")
+    text = f"{report.machine()}.\n\n    {command}\n\n{table(scores)}"
     print(text + (f"\n\n{missing} runs are missing." if missing else ""))
     if options.markdown:
         if missing:

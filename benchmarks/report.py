@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -47,6 +48,12 @@ def command(module: str) -> str:
             words.append(word)
         skip = word == "--markdown" and not skip
     return shlex.join(["python", "-m", module, *words])
+
+
+def compilers(tpu: bool) -> str:
+    """Return the versions of JAX, which brings the compiler for GPUs, and of that for TPUs."""
+    text = f"jax {jax.__version__}"
+    return f"{text}, libtpu {importlib.metadata.version('libtpu')}" if tpu else text
 
 
 def write_section(document: pathlib.Path, name: str, text: str) -> None:

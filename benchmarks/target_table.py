@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from benchmarks import report
+from jax_lora.errors import DoesNotFitError
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.accelerators import parse_target
 from jax_lora.plan.arithmetic import weight_bytes
@@ -31,7 +32,11 @@ MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-3-8b", "llama-3-70b", "llama-3.
 BASES = {"bfloat16": "none", "NF4": "nf4"}
 # From the smallest memory to the largest.
 GPUS = ("l4:1", "l40s:1", "h100:1", "h100:2", "h100:4", "h100:8", "h100:16", "h100:32")
-TPUS = ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16")
+TPUS = (
+    *("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4"),
+    *("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4"),
+)
+LADDERS = {"GPU": GPUS, "TPU": TPUS}
 LENGTH = 2048
 
 
@@ -49,17 +54,17 @@ def main() -> None:
     keys = []
     for name in options.models:
         for base in BASES:
-            for ladder in (GPUS, TPUS) if options.tpu else (GPUS,):
-                key = f"{name}, {base}, {ladder[0].partition(':')[0]}"
+            for kind in LADDERS if options.tpu else ("GPU",):
+                key = f"{name}, {base}, {kind}"
                 keys.append(key)
                 if key not in found:
-                    found[key] = smallest(name, base, ladder)
+                    found[key] = smallest(name, base, LADDERS[kind])
                     options.file.write_text(json.dumps(found, indent=2))
     text = (
-        f"jax {jax.__version__}; one example of {LENGTH:,} tokens per device, rank 16 on all "
-        "linear layers. Several devices shard the base (`--mesh fsdp=N`). The bound is that of "
-        "memory bandwidth and matmuls of all devices together; communication is not part of it.\n\n"
-        f"    {report.command('benchmarks.target_table')}\n\n"
+        f"{report.compilers(options.tpu)}; one example of {LENGTH:,} tokens per device, rank 16 on "
+        "all linear layers. Several devices\nshard the base (`--mesh fsdp=N`). The bound is that "
+        "of memory bandwidth and matmuls of all devices together;\ncommunication is not part of it."
+        f"\n\n    {report.command('benchmarks.target_table')}\n\n"
         f"{table({key: found[key] for key in keys})}"
     )
     print(text)
@@ -75,7 +80,11 @@ def smallest(name: str, base: str, ladder: tuple[str, ...]) -> dict[str, Any] | 
         weights = weight_bytes(model.shape, 2, BASES[base])
         if weights / target.devices > target.device.memory:
             continue
-        plan = compiled(model, base, target_name)
+        try:
+            plan = compiled(model, base, target_name)
+        except DoesNotFitError:  # the compiler for TPUs compiles no other step
+            print(f"{name}, {base}, {target_name}: refused", file=sys.stderr)
+            continue
         print(f"{name}, {base}, {target_name}: {plan['peak'] / 1e9:.1f} GB", file=sys.stderr)
         if plan["fits"]:
             return plan

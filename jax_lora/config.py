@@ -274,8 +274,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _rank(where: str, value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise _refuse(where, value, "an integer of at least 1", "Typical ranks are 8 to 64.")
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+    if not whole or not 1 <= value < 2**31:  # larger ones may fit no float
+        fix = "Typical ranks are 8 to 64."
+        raise _refuse(where, value, "an integer of at least 1, and less than 2**31", fix)
     return int(value)
 
 

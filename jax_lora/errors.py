@@ -26,6 +26,10 @@ class ConfigError(LoraError, ValueError):
     """A setting is invalid (rank 0, alpha NaN, an unknown name)."""
 
 
+class DoesNotFitError(ConfigError):
+    """The compiler of a device refuses a training step that needs more memory than it has."""
+
+
 class NoMatchError(LoraError, ValueError):
     """A pattern of a configuration matches no kernel."""
 

@@ -132,8 +132,11 @@ def _draw_one_by_one(
     key: jax.Array, deviations: Mapping[str, float], shapes: Mapping[str, _Shape], dtype: Any
 ) -> dict[str, jax.Array]:
     """Sample every path with a function that is compiled once per shape."""
+    # The key of a path is computed by a function of its own, compiled once for all shapes.
     return {
-        path: _draw_compiled(key, _words(path), np.float32(deviation), shapes[path], dtype)
+        path: _draw_compiled(
+            _fold_compiled(key, _words(path)), np.float32(deviation), shapes[path], dtype
+        )
         for path, deviation in deviations.items()
     }
 
@@ -150,22 +153,24 @@ def _draw_in_loops(
             np.asarray([deviations[path] for path in members], np.float32),  # (paths,)
         )
         # Not `vmap`: some random number generators produce different bits under `vmap`.
-        rows = jax.lax.map(lambda row, shape=shape: _draw(key, row[0], row[1], shape, dtype), each)
+        rows = jax.lax.map(
+            lambda row, shape=shape: _draw(_fold(key, row[0]), row[1], shape, dtype), each
+        )
         drawn.update(zip(members, rows, strict=True))
     return drawn
 
 
-def _draw(key: jax.Array, words: Any, deviation: Any, shape: _Shape, dtype: Any) -> jax.Array:
+def _draw(key: jax.Array, deviation: Any, shape: _Shape, dtype: Any) -> jax.Array:
     # Sample a vector: with more axes XLA spends seconds on folding the counters of a large array,
     # and the bits are the same.
-    normal = jax.random.normal(_fold(key, words), (math.prod(shape),), jnp.float32)
+    normal = jax.random.normal(key, (math.prod(shape),), jnp.float32)
     # Without the barrier, XLA folds the deviation into the constants of `normal`, and the bits
     # depend on the surrounding function.
     a = (jax.lax.optimization_barrier(normal) * deviation).astype(dtype)
     return a.reshape(shape)
 
 
-_draw_compiled = jax.jit(_draw, static_argnums=(3, 4))
+_draw_compiled = jax.jit(_draw, static_argnums=(2, 3))
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
@@ -188,6 +193,9 @@ def _words(path: str) -> np.ndarray:
 
 def _fold(key: jax.Array, words: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, words[0]), words[1])
+
+
+_fold_compiled = jax.jit(_fold)
 
 
 def _check_rank(rank: int, kernel: Kernel) -> None:

@@ -4,11 +4,7 @@
 #
 # The environments are kept in .venv-matrix. All rows run, and the script fails at the end if one failed.
 # MATRIX_PYTHONS and MATRIX_JAXES choose other versions.
-#
-# Most XLA optimizations are disabled, which halves the time: the rows differ in the API of JAX, and
-# `make test` runs with all optimizations.
 set -u
-export JAX_DISABLE_MOST_OPTIMIZATIONS=${JAX_DISABLE_MOST_OPTIMIZATIONS:-1}
 ENVS=.venv-matrix
 TABLE=docs/compatibility.md
 PYTHONS=${MATRIX_PYTHONS:-3.11 3.12 3.13}

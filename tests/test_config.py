@@ -52,6 +52,8 @@ def test_the_order_of_patterns_counts():
         ({"rank": -3}, "rank", "at least 1"),
         ({"rank": 2.5}, "rank", "an integer"),
         ({"rank": True}, "rank", "an integer"),
+        ({"rank": 10**400}, "rank", "less than 2\\*\\*31"),
+        ({"rank_pattern": {"q": 10**400}}, "rank_pattern\\['q'\\]", "less than 2"),
         ({"alpha": math.nan}, "alpha", "finite"),
         ({"alpha": math.inf}, "alpha", "finite"),
         ({"alpha": 0}, "alpha", "above 0"),

@@ -1,5 +1,6 @@
 """docs/explorer.html is up to date, computes what the library computes, and is accessible."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -114,7 +115,9 @@ def test_it_computes_what_the_library_computes(builder, browser, state):
     choices = Choices(
         TrainSettings(rank=state["rank"], targets=targets, optimizer=state["optimizer"])
     )
-    method = method_of(model, choices)
+    method = dataclasses.replace(
+        method_of(model, choices), on_cpu=False
+    )  # the page is of accelerators
     length = state["length"]
     step = Step(batch_size=state["rows"], length=length, targets=length, remat=bool(state["remat"]))
     expected = side_by_side(method, step)
@@ -212,8 +215,7 @@ def test_an_invalid_url_shows_valid_values(browser):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1440, "light")])
 def test_it_fits_the_screen_with_readable_contrast(browser, width, scheme):
     resize(browser, width, scheme=scheme)
     for state in STATES:
@@ -259,5 +261,6 @@ def test_it_makes_no_requests_and_logs_no_errors(browser):
         browser.get_log(log)
     open_page(browser)
     assert browser.get_log("browser") == []
-    asked = requested_urls(browser)
+    # The browser's own start page, which a file cannot request, may still be loading.
+    asked = (url for url in requested_urls(browser) if not url.startswith("chrome:"))
     assert {url.split("#")[0] for url in asked} - {"about:blank", "data:,"} == {PAGE.as_uri()}

@@ -33,6 +33,7 @@ from jax_lora.storage import array_store, multihost
 from jax_lora.storage.atomic_writes import explained, made_folder, remove, remove_parts, write_file
 from jax_lora.storage.limits import expanded_limit, raise_hint
 from jax_lora.storage.locks import locked
+from jax_lora.storage.safe_paths import given_path
 
 _MANIFEST = "adapter.json"
 _SHOWN_VALUES = 10  # a different base model differs in every leaf; a message lists this many
@@ -73,7 +74,7 @@ def save_adapter(
       >>> bool((again.pairs["kernel"].a == adapter.pairs["kernel"].a).all())
       True
     """
-    folder = Path(path).absolute()
+    folder = given_path(path, CheckpointError).absolute()
     arrays = _to_host(folder, adapter)
     base_print = None if base is None else fingerprint(base)
     multihost.first_alone(lambda: _write(folder, arrays, base_print, overwrite))
@@ -209,7 +210,7 @@ def load_adapter(
     Warns:
       CheckpointWarning: `force` was necessary, or the checkpoint has no fingerprint.
     """
-    folder = Path(path).absolute()
+    folder = given_path(path, CheckpointError).absolute()
     what = _read_manifest(folder)
     declared = sum(leaf.nbytes for leaf in manifest.named_leaves(what.adapter).values())
     damage = [

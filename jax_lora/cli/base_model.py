@@ -18,7 +18,7 @@ from jax_lora.adapter import is_weight
 from jax_lora.cli.downloads import find_folder
 from jax_lora.cli.model_pin import check_model
 from jax_lora.data.tokenizer_identity import tokenizer_identity
-from jax_lora.errors import ModelError, StructureError, format_error
+from jax_lora.errors import ModelError, format_error
 from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.finetune.optimization_level import use_optimization_level
 from jax_lora.finetune.tasks import (
@@ -151,7 +151,6 @@ def load_base(
     Raises:
       ConfigError: A template is given for another task than causal-lm.
       ModelError: The folder cannot be read.
-      StructureError: A special token has no embedding in the model.
     """
     use_compile_cache()
     if mesh is not None:
@@ -175,18 +174,6 @@ def load_base(
         )
     if mesh is not None:
         params = gather_codes(params, mesh)
-    roles = ("bos_id", "eos_id", "mask_id")
-    special = {role: getattr(tokenizer, role, None) or 0 for role in roles}
-    role, index = max(special.items(), key=lambda item: item[1])
-    if index >= model.config.vocab_size:
-        raise StructureError(
-            format_error(
-                str(folder),
-                got=f"a tokenizer whose {role.removesuffix('_id')} token is number {index}",
-                expected=f"a token of the model's vocabulary of {model.config.vocab_size}",
-                fix="Copy the tokenizer from the model's own folder.",
-            )
-        )
     ready, frozen, start = prepare_model(task, model, params, tuple(labels), seed=seed)
     shown = BUNDLED if name in (None, BUNDLED) else _resolved(str(name), folder)
     return BaseModel(shown, folder, task, ready, {"params": frozen}, {"params": start}, tokenizer)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import jax
 
 from jax_lora.cli.peers import SILENCE, Peers, connect, gather, listen
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError, LoraError, format_error
 from jax_lora.storage import multihost
 
 AUTO, OFF = "auto", "off"
@@ -100,7 +100,8 @@ def joined(text: str, timeout: float = TIMEOUT) -> Iterator[None]:
         yield
     except BaseException as error:
         # A failed collective operation is the echo of a process that has ended; its name follows.
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        # JAX raises it as a JaxRuntimeError or, from an operation at its start, a ValueError.
+        if isinstance(error, RuntimeError | ValueError) and not isinstance(error, LoraError):
             _peers.await_report(5.0)
         _peers.leave(f"{error}" or type(error).__name__)
         raise

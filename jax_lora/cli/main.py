@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import jax_lora
 from jax_lora.cli.model_pin import pinned
 from jax_lora.cli.parser import Parser
 from jax_lora.errors import LoraError, format_error, install_command
@@ -18,6 +19,14 @@ PINNED = frozenset("train generate chat eval predict fuse export import push pla
 
 # The modules that the extra `cli` installs.
 CLI_MODULES = frozenset("grain jinja2 matplotlib rich tensorboardX tokenizers yaml".split())
+
+# The subcommands by purpose, in the order of the help.
+GROUPS = {
+    "fine-tune": ("train", "eval", "plot"),
+    "use an adapter": ("generate", "chat", "predict"),
+    "share an adapter": ("export", "import", "fuse", "push"),
+    "prepare a run": ("data", "plan", "init", "doctor"),
+}
 
 EXAMPLES = """\
 examples:
@@ -128,30 +137,51 @@ def make_parser() -> Parser:
 
     modules = {
         "train": train,
+        "eval": evaluate,
+        "plot": plot,
         "generate": generate,
         "chat": chat,
-        "eval": evaluate,
         "predict": predict,
-        "fuse": fuse,
         "export": export,
         "import": import_adapter,
+        "fuse": fuse,
         "push": push,
         "data": rows,
         "plan": plan,
         "init": write_config,
         "doctor": doctor,
-        "plot": plot,
     }
-
     parser = Parser(
         prog="jax-lora",
-        description="Fine-tune Hugging Face models with LoRA in JAX.",
+        usage="jax-lora SUBCOMMAND [options]",
+        description=_described({name: module.HELP for name, module in modules.items()}),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    subparsers = parser.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
+    general = parser.section("general")
+    general.add_argument(
+        "--version",
+        action="version",
+        version=f"jax-lora {jax_lora.__version__}",
+        help="show the version and exit",
+    )
+    general.add_argument("-h", "--help", action="help", help="show this help and exit")
+    # The description lists the subcommands, because argparse cannot group them.
+    subparsers = parser.add_subparsers(
+        prog="jax-lora", metavar="SUBCOMMAND", required=True, help=argparse.SUPPRESS
+    )
     for name, module in modules.items():
         subparser = add_subcommand(subparsers, name, module)
         add_general_options(subparser, reads_model=name in PINNED)
         subparser.set_defaults(run=module.run)
     return parser
+
+
+def _described(texts: Mapping[str, str]) -> str:
+    """Describe the command: its subcommands in groups."""
+    groups = (
+        "\n".join([f"{title}:", *(f"  {name:10}{texts[name]}" for name in names)])
+        for title, names in GROUPS.items()
+    )
+    return "\n\n".join(["Fine-tune Hugging Face models with LoRA in JAX.", *groups])

@@ -7,10 +7,17 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_lora.data.row_files import READERS, is_row_file
+from jax_lora.data.row_files import READERS, ending, is_row_file
 from jax_lora.data.rows import Row, RowFile, read_rows
-from jax_lora.data.text_folder import cut_documents, cut_near, read_text_folder
+from jax_lora.data.text_folder import (
+    cut_documents,
+    cut_near,
+    read_text_file,
+    read_text_folder,
+    text_of,
+)
 from jax_lora.errors import DataError, format_error
+from jax_lora.storage.safe_paths import given_path
 
 NAMES = {
     "train": ("train",),
@@ -18,6 +25,7 @@ NAMES = {
     "test": ("test",),
 }
 PACKED = ("", ".gz")
+TEXTS = (".txt", ".text", ".md")
 # One in 20 examples of a single file is for validation, and one in 20 for testing.
 HELD_OUT_SHARE = 20
 LONG_DOCUMENT = 4000  # characters; a twentieth of it is about 50 tokens
@@ -67,7 +75,7 @@ def read_data(path: str | Path) -> DataSet:
     Args:
       path: A folder with `train.jsonl` (or another format) and optionally `valid` (or `val`,
         `validation`) and `test`; or one file, with a fixed 5% of the examples for valid and 5% for
-        test; or a folder of plain text or source code, which is split in the same way.
+        test; or a folder of plain text or source code, or one text, split in the same way.
 
     Returns:
       The data set.
@@ -75,7 +83,7 @@ def read_data(path: str | Path) -> DataSet:
     Raises:
       DataError: The path does not exist, has no split, or has invalid examples.
     """
-    path = Path(path)
+    path = given_path(path, DataError)
     if path.is_dir():
         found = {name: file for name in NAMES if (file := _file_of(path, name)) is not None}
         if found:
@@ -84,18 +92,14 @@ def read_data(path: str | Path) -> DataSet:
         if texts is None:
             raise DataError(_missing(path, "a folder without train.jsonl and without texts"))
         return DataSet(path, _split(texts))
-    if path.is_file():
-        if not is_row_file(path):
-            raise DataError(_missing(path, f"a file that ends in {path.suffix!r}"))
-        return DataSet(path, _split(read_rows(path)))
-    raise DataError(_missing(path, "no such folder or file"))
+    return DataSet(path, _split(_read_file(path)))
 
 
 def read_whole(path: str | Path) -> RowFile:
     """Read one file, or a folder of texts, without a split.
 
     Args:
-      path: A file of rows; or a folder of texts, whose documents are cut into pieces.
+      path: A file of rows; or a text or a folder of texts, which are cut into pieces.
 
     Returns:
       The examples.
@@ -103,9 +107,9 @@ def read_whole(path: str | Path) -> RowFile:
     Raises:
       DataError: It is neither.
     """
-    path = Path(path)
+    path = given_path(path, DataError)
     if not path.is_dir():
-        return read_rows(path)
+        return _cut(_read_file(path))
     splits = [file.name for name in NAMES if (file := _file_of(path, name)) is not None]
     if splits:
         raise DataError(
@@ -119,17 +123,37 @@ def read_whole(path: str | Path) -> RowFile:
     texts = read_text_folder(path)
     if texts is None:
         raise DataError(_missing(path, "a folder without texts"))
-    return dataclasses.replace(texts, rows=tuple(cut_documents(texts.rows)))
+    return _cut(texts)
+
+
+def _cut(file: RowFile) -> RowFile:
+    whole = any(row.kind != "document" for row in file.rows)
+    return file if whole else dataclasses.replace(file, rows=tuple(cut_documents(file.rows)))
+
+
+def _read_file(path: Path) -> RowFile:
+    """Read rows, JSON Lines under any name, or a text."""
+    if not path.is_file():
+        raise DataError(_missing(path, "no such folder or file"))
+    if is_row_file(path):
+        return read_rows(path)
+    text, kind = text_of(path) or "", ending(path)
+    if text.lstrip().startswith("{"):
+        return read_rows(path)
+    if text and kind in TEXTS:
+        return read_text_file(path, text)
+    got = "a file without text" if kind in TEXTS else f"a file that ends in {path.suffix!r}"
+    raise DataError(_missing(path, got if path.suffix else "a file without an ending"))
 
 
 def _missing(path: Path, got: str) -> str:
-    kinds = ", ".join(READERS)
+    kinds = ", ".join(kind for kind in READERS if kind != ".jsonl")
     return format_error(
         str(path),
         got=got,
         expected="a folder with train.jsonl (and valid.jsonl, test.jsonl), a folder of texts, or "
-        f"one file; instead of .jsonl also {kinds}, optionally gzipped",
-        fix="Check the path of the data; JSON Lines need the ending .jsonl.",
+        f"one file; instead of .jsonl also {kinds}, optionally gzipped; or a .txt or .md file",
+        fix="Check the path of the data.",
     )
 
 

@@ -10,11 +10,13 @@ import numpy as np
 from jax_lora.data.added_tokens import special_tokens_of
 from jax_lora.data.tokenizer_backend import (
     check_embedded,
+    check_special,
     embedded_tokens,
     library_errors,
     read_backend,
 )
 from jax_lora.errors import ModelError, format_error
+from jax_lora.storage.safe_paths import given_path
 
 if TYPE_CHECKING:
     import tokenizers
@@ -72,7 +74,7 @@ class EncoderTokenizer:
         Raises:
           ModelError: A file is missing or damaged.
         """
-        folder = Path(folder)
+        folder = given_path(folder, ModelError)
         backend = read_backend(folder)
         mask = special_tokens_of(folder, backend.get_vocab()).get("mask_token")
         return cls(backend, folder, mask=mask, embedded=embedded_tokens(folder))
@@ -127,7 +129,7 @@ class EncoderTokenizer:
           The id.
 
         Raises:
-          ModelError: The tokenizer has no mask token.
+          ModelError: The tokenizer has no mask token, or the model has no embedding for it.
         """
         if self.mask_id is None:
             raise ModelError(
@@ -138,4 +140,5 @@ class EncoderTokenizer:
                     fix='Add "mask_token" to tokenizer_config.json.',
                 )
             )
+        check_special(self._folder, "mask", self.mask_id, self._backend)
         return self.mask_id

@@ -94,7 +94,7 @@ def _parsed_size(content: bytes) -> int:
 
 
 def read_raw(path: Path, content: bytes) -> RawFile:
-    """Read rows by the ending of the file's name.
+    """Read rows by the ending of the file's name; of another name, JSON Lines.
 
     Args:
       path: The file; only its name is used.
@@ -106,7 +106,7 @@ def read_raw(path: Path, content: bytes) -> RawFile:
     Raises:
       DataError: The whole file is not of its kind.
     """
-    return READERS[ending(path)](path, content)
+    return READERS.get(ending(path), _jsonl)(path, content)
 
 
 def ending(path: Path) -> str:

@@ -13,6 +13,7 @@ from jax_lora.data.formats import check_fields
 from jax_lora.data.problem import Problem
 from jax_lora.data.row_files import RawFile, read_content, read_raw
 from jax_lora.errors import DataError, format_error
+from jax_lora.storage.safe_paths import given_path
 
 SHOWN_PROBLEMS = 10
 SHOWN_CHARACTERS = 200
@@ -78,7 +79,7 @@ def read_rows(path: str | Path) -> RowFile:
       >>> read_rows(file).rows[0].kind
       'completions'
     """
-    path = Path(path)
+    path = given_path(path, DataError)
     content = read_content(path)
     raw = read_raw(path, content)
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""Read a folder of plain text or source code, with one document per file."""
+"""Read plain text: a file, or a folder of texts or source code, with one document per file."""
 
 from __future__ import annotations
 
@@ -27,16 +27,36 @@ def read_text_folder(folder: Path) -> RowFile | None:
         parts = path.relative_to(folder).parts
         if any(part.startswith(".") for part in parts) or not path.is_file():
             continue
-        text = None if path.is_symlink() else _text_of(path)
+        text = None if path.is_symlink() else text_of(path)
         if text is None:
             skipped += 1
             continue
-        name = "/".join(parts)
-        digest.update(f"{name}\0{len(text)}\0{text}".encode("utf-8", "surrogateescape"))
-        rows.append(Row(len(rows) + 1, "document", {"text": text, "file": name}))
+        row = _document(len(rows) + 1, text, "/".join(parts))
+        digest.update(_bytes_of(row))
+        rows.append(row)
     if not rows:
         return None
     return RowFile(folder, tuple(rows), len(rows), 0, digest.hexdigest(), skipped)
+
+
+def read_text_file(path: Path, text: str) -> RowFile:
+    """Return a text file as one document.
+
+    Args:
+      path: The file.
+      text: Its text.
+    """
+    row = _document(1, text, path.name)
+    return RowFile(path, (row,), 1, 0, hashlib.sha256(_bytes_of(row)).hexdigest())
+
+
+def _document(number: int, text: str, name: str) -> Row:
+    return Row(number, "document", {"text": text, "file": name})
+
+
+def _bytes_of(row: Row) -> bytes:
+    name, text = row.fields["file"], row.fields["text"]
+    return f"{name}\0{len(text)}\0{text}".encode("utf-8", "surrogateescape")
 
 
 def cut_documents(rows: Iterable[Row], longest: int = LONGEST_PIECE) -> Iterator[Row]:
@@ -57,7 +77,8 @@ def cut_near(text: str, at: int, start: int = 0) -> int:
     return next((end for end in ends if end), at)
 
 
-def _text_of(path: Path) -> str | None:
+def text_of(path: Path) -> str | None:
+    """Return the text of a file; None if it has none, is binary, or is too large."""
     try:
         if path.stat().st_size > LARGEST_TEXT:
             return None

@@ -11,12 +11,14 @@ from jax_lora.data.prompt_template import PromptTemplate
 from jax_lora.data.special_tokens import all_special_tokens, read_special_tokens
 from jax_lora.data.tokenizer_backend import (
     check_embedded,
+    check_special,
     embedded_tokens,
     eos_of_model,
     library_errors,
     read_backend,
 )
 from jax_lora.errors import DataError, ModelError, format_error
+from jax_lora.storage.safe_paths import given_path
 
 if TYPE_CHECKING:
     import tokenizers
@@ -75,9 +77,10 @@ class Tokenizer:
           The tokenizer.
 
         Raises:
-          ModelError: A file is missing or damaged, or no EOS token is defined.
+          ModelError: A file is missing or damaged, no EOS token is defined, or a special token
+            has no embedding in the model.
         """
-        folder = Path(folder)
+        folder = given_path(folder, ModelError)
         backend, special = read_backend(folder), read_special_tokens(folder)
         usual = all_special_tokens(folder)
         eos = special.get("eos_token") or eos_of_model(folder, backend) or usual.get("eos_token")
@@ -90,7 +93,10 @@ class Tokenizer:
                     fix='Add "eos_token" to tokenizer_config.json.',
                 )
             )
-        return cls(backend, folder, eos=eos, bos=usual.get("bos_token"), **templates)
+        tokenizer = cls(backend, folder, eos=eos, bos=usual.get("bos_token"), **templates)
+        for role, index in (("eos", tokenizer.eos_id), ("bos", tokenizer.bos_id)):
+            check_special(folder, role, index, backend)
+        return tokenizer
 
     @property
     def size(self) -> int:

@@ -58,7 +58,11 @@ _DOCUMENT = schema.fields(
     required=("model",),
 )
 _INDEX = schema.integer(0, _LARGEST_ID)
-_MODEL_SIZE = schema.fields({"vocab_size": schema.optional(schema.integer(1, _LARGEST_ID))})
+_VOCAB_SIZE = {"vocab_size": schema.optional(schema.integer(1, _LARGEST_ID))}
+# The text part of a multimodal model has a configuration of its own.
+_MODEL_SIZE = schema.fields(
+    _VOCAB_SIZE | {"text_config": schema.optional(schema.fields(_VOCAB_SIZE))}
+)
 _MODEL_EOS = schema.fields(
     {"eos_token_id": schema.optional(schema.either(_INDEX, schema.list_of(_INDEX)))}
 )
@@ -177,7 +181,8 @@ def embedded_tokens(folder: Path) -> int | None:
     Raises:
       ModelError: The file is damaged.
     """
-    return read_settings(folder / "config.json", _MODEL_SIZE).get("vocab_size")
+    settings = read_settings(folder / "config.json", _MODEL_SIZE)
+    return settings.get("vocab_size") or (settings.get("text_config") or {}).get("vocab_size")
 
 
 def check_embedded(ids: list[int], embedded: int | None, backend: tokenizers.Tokenizer) -> None:
@@ -201,6 +206,34 @@ def check_embedded(ids: list[int], embedded: int | None, backend: tokenizers.Tok
                 got=f"{backend.id_to_token(index)!r}, token {index}",
                 expected=f"tokens with an embedding, from 0 to {embedded - 1}",
                 fix="Remove this token from the text: the model has no embedding for it.",
+            )
+        )
+
+
+def check_special(
+    folder: Path, role: str, index: int | None, backend: tokenizers.Tokenizer
+) -> None:
+    """Raise if a token that is added to every example is behind the model's embedding table.
+
+    Args:
+      folder: The folder of the tokenizer and of the model.
+      role: Its role: "bos", "eos" or "mask".
+      index: The token, or None.
+      backend: The tokenizer.
+
+    Raises:
+      ModelError: The token has no embedding.
+    """
+    embedded = embedded_tokens(folder)
+    if embedded is not None and index is not None and index >= embedded:
+        raise ModelError(
+            format_error(
+                f"{folder}: {role}_token",
+                got=f"{backend.id_to_token(index)!r}, token {index}",
+                expected=f"a token with an embedding in the model, from 0 to {embedded - 1}: it is "
+                "added to every example",
+                fix=f'Name another token as "{role}_token" in tokenizer_config.json, or extend the '
+                "embedding table of the model.",
             )
         )
 

@@ -29,6 +29,7 @@ from jax_lora.storage.atomic_writes import (
 )
 from jax_lora.storage.json_files import json_checksum, read_json
 from jax_lora.storage.locks import LOCK, FolderLock, locked
+from jax_lora.storage.safe_paths import given_path
 from jax_lora.storage.yaml_files import read_yaml
 
 CHECKPOINT = re.compile(r"step-\d{6,}")
@@ -89,7 +90,7 @@ class RunFolder:
         if lock is None:
             with claimed(path) as lock:
                 return cls.prepare(path, lock)
-        path = Path(path)
+        path = given_path(path, CheckpointError)
         moved = None
         _refuse_other_files(path)
         with explained(path, CheckpointError):
@@ -126,7 +127,7 @@ class RunFolder:
         if lock is None:
             with claimed(path) as lock:
                 return cls.resume(path, checkpoint=checkpoint, lock=lock)
-        path = Path(path)
+        path = given_path(path, CheckpointError)
         _remove_unfinished(path)
         known = checkpoints_of(path)
         later = [name for name in known if int(name[5:]) > int(checkpoint[5:])]
@@ -253,7 +254,7 @@ def claimed(path: str | Path) -> Iterator[FolderLock]:
       ConfigError: The path is a file, or a folder that holds something else than a run.
       CheckpointError: Another process writes to the folder, or it cannot be written.
     """
-    folder = Path(path)
+    folder = given_path(path, CheckpointError)
     _refuse_other_files(folder)
     with made_folder(folder, CheckpointError), locked(folder, CheckpointError) as lock:
         yield lock
@@ -336,7 +337,7 @@ def find_checkpoint(path: str | Path, *, last: bool = False) -> Path:
     Raises:
       CheckpointError: There is no checkpoint.
     """
-    path = Path(path)
+    path = given_path(path, CheckpointError)
     if is_run(path):
         best = None if last else _best(path)
         if _is_checkpoint(path, best):

@@ -24,6 +24,7 @@ from jax_lora.finetune.run_folder import checkpoints_of, find_checkpoint, is_emp
 from jax_lora.storage import array_store
 from jax_lora.storage.atomic_writes import explained, remove, write_file
 from jax_lora.storage.json_files import json_checksum, read_json
+from jax_lora.storage.safe_paths import given_path
 
 RECORD, OPT_STATE = "training.json", "moments"  # "moments" holds any optimizer state
 NOTHING = "nothing"  # a placeholder array, because some optimizers have no state
@@ -76,7 +77,7 @@ def find_resumable(path: str | Path) -> Path | None:
         or is that of another checkpoint.
       ConfigError: The checkpoint holds an adapter without training state.
     """
-    path = Path(path)
+    path = given_path(path, CheckpointError)
     if not path.exists() or (path.is_dir() and is_empty(path)):
         return None
     if is_run(path) and not checkpoints_of(path):

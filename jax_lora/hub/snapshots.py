@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import HubError
+from jax_lora.errors import HubError, LoraError, ModelError
 from jax_lora.hub.hub_library import hub_errors, hub_library, transfer_line
 from jax_lora.hub.hub_name import HubName, find_hub_name
 from jax_lora.hub.repository_files import (
@@ -21,6 +21,7 @@ from jax_lora.hub.repository_files import (
     is_complete,
     wanted_files,
 )
+from jax_lora.storage.safe_paths import given_path
 
 # Says what starts, and is the context of the transfer with its progress bars.
 Reporting = Callable[[str], contextlib.AbstractContextManager[Any]]
@@ -33,6 +34,7 @@ def local_folder(
     reporting: Reporting = contextlib.nullcontext,
     *,
     weights: bool = True,
+    error: type[LoraError] = ModelError,
 ) -> Path:
     """Return the folder that a path or a Hub name means.
 
@@ -43,6 +45,7 @@ def local_folder(
       path: A path, or `owner/name` with or without `@revision`.
       reporting: Called with one line before a download, which then runs in the context.
       weights: Whether the weights are needed, or only the configuration and the tokenizer.
+      error: Class of the exception for a path that cannot exist.
 
     Returns:
       The folder; it may not exist if `path` is not a Hub name.
@@ -50,9 +53,10 @@ def local_folder(
     Raises:
       HubError: There is no such repository, it has no weights that can be read, or the download
         fails.
+      LoraError: An `error`, if the file system refuses the path.
     """
     name = find_hub_name(path)
-    return Path(path) if name is None else snapshot(name, reporting, weights=weights)
+    return given_path(path, error) if name is None else snapshot(name, reporting, weights=weights)
 
 
 def snapshot(

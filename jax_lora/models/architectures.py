@@ -71,10 +71,10 @@ class Llama(Decoder):
       >>> config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16,
       ...                      num_hidden_layers=2, num_attention_heads=2)
       >>> model, ids = Llama(config), jnp.array([[3, 1, 4]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
       >>> params["layers"]["attn"]["q_proj"]["kernel"].shape
       (2, 8, 8)
-      >>> model.apply({"params": params}, ids).shape
+      >>> jax.jit(model.apply)({"params": params}, ids).shape
       (1, 3, 16)
     """
 

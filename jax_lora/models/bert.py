@@ -45,8 +45,8 @@ class Bert(Encoder):
       >>> config = BertConfig(vocab_size=16, hidden_size=8, intermediate_size=16,
       ...                     num_hidden_layers=2, num_attention_heads=2)
       >>> model, ids = Bert(config), jnp.array([[3, 1, 4]])
-      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
-      >>> jax.jit(model.apply)({"params": params}, ids).shape
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]  # or jax.jit
+      >>> jax.eval_shape(model.apply, {"params": params}, ids).shape
       (1, 3, 16)
     """
 
@@ -133,8 +133,8 @@ class Roberta(Encoder):
       ...                        num_hidden_layers=2, num_attention_heads=2,
       ...                        head="sequence_classification")
       >>> model, ids = Roberta(config), jnp.array([[3, 5, 4]])
-      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
-      >>> jax.jit(model.apply)({"params": params}, ids).shape
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]  # or jax.jit
+      >>> jax.eval_shape(model.apply, {"params": params}, ids).shape
       (1, 2)
     """
 

@@ -91,7 +91,7 @@ def generate(
       >>> config = jl.models.LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=16,
       ...                                num_hidden_layers=2, num_attention_heads=2)
       >>> model, ids = jl.models.Llama(config), jnp.array([[0, 3], [1, 4]])
-      >>> params = model.init(jax.random.key(0), ids)["params"]
+      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
       >>> mask = jnp.array([[0, 1], [1, 1]])
       >>> ids, lengths = generate(model, params, ids, mask, max_new_tokens=3)
       >>> ids.shape, lengths.tolist()

@@ -124,8 +124,8 @@ class GPT2(CausalDecoder):
       >>> import jax, jax.numpy as jnp
       >>> config = GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=2, n_head=2)
       >>> model, ids = GPT2(config), jnp.array([[3, 1, 4]])
-      >>> params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
-      >>> jax.jit(model.apply)({"params": params}, ids).shape
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]  # or jax.jit
+      >>> jax.eval_shape(model.apply, {"params": params}, ids).shape
       (1, 3, 16)
     """
 

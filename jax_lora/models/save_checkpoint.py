@@ -6,7 +6,6 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jax_lora.models.read_config import arguments_to_config
 from jax_lora.models.text_parts import other_parts
 from jax_lora.storage.atomic_writes import made_folder, replacing_both
 from jax_lora.storage.locks import locked
+from jax_lora.storage.safe_paths import given_path
 from jax_lora.storage.safetensors_file import LazyTensor, write_tensors
 
 __all__ = ["save"]
@@ -45,7 +45,7 @@ def save(path: str | os.PathLike[str], model: Any, params: Mapping[str, Any]) ->
     family = family_of(model)
     flat = flatten_dict(dict(params), sep="/")
     _check(model, flat)
-    folder = Path(path)
+    folder = given_path(path, ModelError)
     tensors = _tensors(model.layout(), flat)
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"

@@ -287,8 +287,8 @@ class T5(CheckpointModel):
       >>> import jax, jax.numpy as jnp
       >>> config = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
       >>> model, text, answer = T5(config), jnp.array([[3, 1, 4]]), jnp.array([[0, 2]])
-      >>> params = jax.jit(model.init)(jax.random.key(0), text)["params"]
-      >>> jax.jit(model.apply)({"params": params}, text, decoder_input_ids=answer).shape
+      >>> params = jax.eval_shape(model.init, jax.random.key(0), text)["params"]  # or jax.jit
+      >>> jax.eval_shape(model.apply, {"params": params}, text, decoder_input_ids=answer).shape
       (1, 2, 16)
     """
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +33,7 @@ from jax_lora.peft.tied import tied_table
 from jax_lora.storage.atomic_writes import made_folder, replacing
 from jax_lora.storage.gguf_file import write_gguf
 from jax_lora.storage.locks import locked
+from jax_lora.storage.safe_paths import given_path
 
 GGUF = "adapter.gguf"
 # model_type in config.json -> llama.cpp's architecture.
@@ -118,7 +118,7 @@ def save_gguf(path: str | os.PathLike[str], adapter: Adapter, *, model: Any) -> 
         if kind == _REORDERED:
             factors = _reordered(module, factors, model.config)
         tensors |= _tensors_of(module, factors, sites[module])
-    folder = Path(path)
+    folder = given_path(path, AdapterFileError)
     check_finite(folder, tensors)
     metadata = {"general.architecture": kind, "general.type": "adapter", "adapter.type": "lora"}
     with made_folder(folder, AdapterFileError), locked(folder, AdapterFileError):

@@ -86,7 +86,7 @@ def load(
       >>> sorted(again.pairs) == sorted(adapter.pairs)
       True
     """
-    folder = local_folder(path)
+    folder = local_folder(path, error=AdapterFileError)
     restore_files(folder, WEIGHTS, CONFIG)
     tensors, config = read_tensors(folder, WEIGHTS), read_config(folder)
     return assemble(folder, tensors, config, variables, names=names, kernels=kernels, dtype=dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_lora.adapter import Adapter
+from jax_lora.errors import AdapterFileError
 from jax_lora.hub.snapshots import local_folder
 from jax_lora.peft.adapter_config import CONFIG, read_config
 from jax_lora.peft.load import WEIGHTS, assemble
@@ -67,7 +68,7 @@ def load_model(
       >>> model.config.tie_word_embeddings, list(adapter.pairs)
       (False, ['lm_head/kernel'])
     """
-    folder = local_folder(path)
+    folder = local_folder(path, error=AdapterFileError)
     restore_files(folder, WEIGHTS, CONFIG)
     tensors, config = read_tensors(folder, WEIGHTS), read_config(folder)
     # Imports Flax modules, which `load` does not need.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jax_lora.peft.adapter_config import DEFAULTS
 from jax_lora.peft.hf_modules import find_leaves, sites_of
 from jax_lora.peft.named_factors import assemble_factors, read_factors
 from jax_lora.peft.tensor_file import read_tensors
+from jax_lora.storage.safe_paths import given_path
 
 
 def load_loralib(
@@ -53,7 +53,7 @@ def load_loralib(
       AdapterFileError: The file is damaged or does not fit the base model. One message lists all
         problems.
     """
-    file = Path(path)
+    file = given_path(path, AdapterFileError)
     sites = sites_of(find_leaves(variables, names, kernels))
     tensors = read_tensors(file.parent, file.name)
     found, problems = read_factors(tensors, sites, ("lora_A", "lora_B"), transposed=True)

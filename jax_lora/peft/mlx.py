@@ -12,7 +12,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ from jax_lora.peft.save import adapted_leaves
 from jax_lora.peft.tensor_file import read_tensors, restore_files, write_files
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import read_json
+from jax_lora.storage.safe_paths import given_path
 
 WEIGHTS = "adapters.safetensors"
 _LAYER = re.compile(r"layers\.\d+\.(.*)")
@@ -83,7 +83,7 @@ def save_mlx(path: str | os.PathLike[str], adapter: Adapter, *, names: Mapping[s
         b = each.b if len(scales) == 1 else each.b * np.float32(each.scale / scale)
         tensors |= {f"{module}.lora_a": each.a, f"{module}.lora_b": b.astype(each.b.dtype)}
     text = json.dumps(_config(adapter, found, scale), indent=4, sort_keys=True)
-    write_files(Path(path), WEIGHTS, tensors, CONFIG, text)
+    write_files(given_path(path, AdapterFileError), WEIGHTS, tensors, CONFIG, text)
 
 
 def _uneven(found: Mapping[str, Factors], sites: Mapping[str, Site]) -> Iterator[str]:
@@ -132,7 +132,7 @@ def load_mlx(
       AdapterFileError: The files are damaged, are not of type "lora", or do not fit the base model.
         One message lists all problems.
     """
-    folder = Path(path)
+    folder = given_path(path, AdapterFileError)
     restore_files(folder, WEIGHTS, CONFIG)
     tensors = read_tensors(folder, WEIGHTS)
     settings = read_json(folder / CONFIG, AdapterFileError, "config_bytes")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 
 from jax_lora import paths
 from jax_lora.adapter import Adapter
-from jax_lora.errors import ConfigError, StructureError, format_error
+from jax_lora.errors import AdapterFileError, ConfigError, StructureError, format_error
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft import keys, vllm, whole_tensors
 from jax_lora.peft.adapter_config import CONFIG, config_text
@@ -26,6 +25,7 @@ from jax_lora.peft.load import WEIGHTS
 from jax_lora.peft.tensor_file import write_files
 from jax_lora.peft.their_config import their_config
 from jax_lora.peft.tied import HEAD, mirror, tied_table
+from jax_lora.storage.safe_paths import given_path
 
 TARGETS = (None, "vllm")
 _TABLES = ("embed_tokens", HEAD)  # for these, PEFT writes the base weight next to the factors
@@ -90,7 +90,7 @@ def save(
     if (table := tied_table(names)) is not None:
         tensors |= mirror(tensors, table)  # without these tensors, PEFT does not update the head
     _add_tables(tensors, config, sites, base)
-    write_files(Path(path), WEIGHTS, tensors, CONFIG, config_text(config))
+    write_files(given_path(path, AdapterFileError), WEIGHTS, tensors, CONFIG, config_text(config))
 
 
 def adapted_leaves(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Leaf]:

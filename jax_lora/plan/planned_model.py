@@ -26,6 +26,7 @@ from jax_lora.models.parameter_shapes import parameter_shapes
 from jax_lora.models.read_config import arguments_to_config, read_config
 from jax_lora.plan.arithmetic import KernelShape, ModelShape
 from jax_lora.plan.published import GPT3, GPT3_CONFIG, NAMES, PUBLISHED
+from jax_lora.storage.safe_paths import given_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def plan_folder(folder: str | Path, dtype: Any, name: str | None = None) -> Plan
     Raises:
       ModelError: The folder does not exist, or the model is not supported.
     """
-    config = read_config(Path(folder))
+    config = read_config(given_path(folder, ModelError))
     stored = _stored_dtype(json.loads(config.source))
     return of_config(config, dtype or stored, name or str(folder))
 

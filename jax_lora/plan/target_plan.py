@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import re
 import time
 from typing import Any
 
+import jax
+
+from jax_lora.errors import DoesNotFitError, format_error
 from jax_lora.finetune.optimization_level import at_optimization_level
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.accelerators import Target
@@ -107,14 +113,20 @@ def plan_for_target(
 
     Raises:
       ConfigError: The compiler is not installed, or does not support the target.
+      DoesNotFitError: The step needs more memory than the devices have, and their compiler refuses
+        it, as the compiler for TPUs does. For other devices, `fits` of the plan is False.
     """
     platform = ALIASES.get(target.device.platform, target.device.platform)
     devices = TargetDevices(abstract_devices(target), platform, compiler_options(target))
+    plan_with = functools.partial(_compile, model, settings, target, devices, length, targets)
     remat = settings.remat_on(platform)
-    found = _compile(model, settings, target, devices, length, targets, remat)
-    if settings.fits_remat and not found.fits:
-        return _compile(model, settings, target, devices, length, targets, "full")
-    return found
+    if not settings.fits_remat:
+        return plan_with(remat)
+    with contextlib.suppress(DoesNotFitError):
+        found = plan_with(remat)
+        if found.fits:
+            return found
+    return plan_with("full")
 
 
 def _compile(
@@ -131,7 +143,13 @@ def _compile(
         model, settings, length=length, targets=targets, remat=remat, target=devices
     )
     with at_optimization_level(target.device.platform, target.devices):
-        compiled = traced.lower().compile(compiler_options=dict(devices.options))
+        lowered = traced.lower()
+        try:
+            compiled = lowered.compile(compiler_options=dict(devices.options))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise _does_not_fit(target, remat, str(error)) from error
     seconds = time.perf_counter() - began
     text = compiled.as_text()
     traffic = hlo_traffic(text)
@@ -152,6 +170,22 @@ def _compile(
         else 0.0,
         tokens=tokens,
         seconds=seconds,
+    )
+
+
+def _does_not_fit(target: Target, remat: str, message: str) -> DoesNotFitError:
+    """Explain why the compiler refuses a step: "... (21.79G) exceeds available HBM (15.75G)."."""
+    sizes = re.search(r"\(([\d.]+[KMGT]?)\) exceeds [^(]*\(([\d.]+[KMGT]?)\)", message)
+    found = f"{sizes[1]}B" if sizes else message.strip().partition("\n")[0][:200]
+    most = f"at most {sizes[2]}B a device" if sizes else "a step that fits into its memory"
+    return DoesNotFitError(
+        format_error(
+            f"topology {target.name}",
+            got=f"a step that does not fit, with remat {remat!r}: {found}",
+            expected=most,
+            fix="Choose larger devices, share the model among more of them with a mesh such as "
+            "fsdp=4, quantize the base, or shorten the batch or its sequences.",
+        )
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from jax_lora.finetune.devices import AUTO
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.data_shapes import DataShapes
@@ -60,4 +62,5 @@ def target_lines(
         *(f"  {name:<19}{text}" for name, text in figures.items()),
         "",
         "The bound ignores launch times, caches and communication: expect half of it.",
+        *textwrap.wrap(f"Data: {data.note}." if data.note else "", 80, subsequent_indent="  "),
     ]

@@ -58,7 +58,11 @@ def abstract_devices(target: Target) -> Sequence[Any]:
             assert isinstance(device, Tpu)
             _set_tpu_environment(device, target)
             shape = "x".join(map(str, target.shape))
-            found = topologies.get_topology_desc(f"{target.kind}:{shape}", platform="tpu")
+            # A host has 2x2 chips, or the whole of a smaller shape.
+            host = (*(min(2, chips) for chips in target.shape[:2]), 1)
+            found = topologies.get_topology_desc(
+                f"{target.kind}:{shape}", platform="tpu", chips_per_host_bounds=host
+            )
     except Exception as error:  # the type depends on the plugin
         raise ConfigError(
             format_error(

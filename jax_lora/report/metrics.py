@@ -14,6 +14,7 @@ from jax_lora.report.wandb_log import WandbLog
 from jax_lora.storage import schema
 from jax_lora.storage.atomic_writes import append_text, explained, write_file
 from jax_lora.storage.json_files import parse_json, read_limited
+from jax_lora.storage.safe_paths import given_path
 
 JSONL, CSV, TENSORBOARD = "metrics.jsonl", "metrics.csv", "tensorboard"
 COLUMNS: tuple[str, ...] = (
@@ -112,7 +113,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
       DataError: The file is missing, empty or damaged.
     """
-    path = Path(path)
+    path = given_path(path, DataError)
     file = path / JSONL if path.is_dir() else path
     if not file.is_file():
         got = f"a folder without {JSONL}" if path.is_dir() else "no such file"

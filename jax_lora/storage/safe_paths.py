@@ -1,7 +1,8 @@
-"""Restrict file access to an untrusted folder: no file outside it is opened."""
+"""Check the paths that callers give, and open no file outside of an untrusted folder."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,40 @@ from jax_lora.storage.schema import shown
 
 _SHARED_BLOB = re.compile(r"(?P<folder>[0-9a-f]{2})[0-9a-f]{62}")
 _LONGEST_NAME = 255  # bytes; file systems refuse longer ones in many ways
+
+
+def given_path(path: str | os.PathLike[str], error: type[LoraError]) -> Path:
+    """Return a path that a caller gives, if the file system can have such a file.
+
+    The file need not exist. Without this check, a path that is too long, cannot be encoded or leads
+    through an unreadable folder would cause exceptions of many types.
+
+    Args:
+      path: The path.
+      error: Class of the exception to raise.
+
+    Raises:
+      LoraError: An `error`, if the file system refuses the path.
+
+    Example:
+      >>> given_path("no/such/file", LoraError).name
+      'file'
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as cause:  # a null byte is a ValueError
+        text = os.fspath(path)
+        raise error(
+            format_error(
+                text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}...",
+                got=getattr(cause, "strerror", None) or str(cause),
+                expected="a path that the file system accepts",
+                fix="Correct the path, or the permissions of the folders above it.",
+            )
+        ) from cause
+    return Path(path)
 
 
 def contained(folder: Path, name: Any, error: type[LoraError]) -> Path:

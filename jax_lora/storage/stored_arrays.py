@@ -6,6 +6,7 @@ size of each compressed chunk and each node of the index. A few kilobytes can st
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from jax_lora.storage.ocdbt_index import check_index
 _TREE = "_METADATA"  # Orbax's description of the tree, as JSON
 _ARRAY = ".zarray"  # zarr's description of an array, as JSON
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_MOST_CHUNKS = 2**16  # of an array, which has one for each device that saves it
 
 
 def check_stored(folder: Path, template: Mapping[str, Any]) -> None:
@@ -39,10 +41,12 @@ def check_stored(folder: Path, template: Mapping[str, Any]) -> None:
     _check_format(folder)
     check_index(folder)
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"{folder.as_uri()}/"}).result()
-    stored = {key.decode("utf-8", "replace") for key in store.list().result()}
+    # Keys are looked up and never listed: nodes of the index may be shared, and then a small index
+    # has more keys than memory can hold.
     for name, want in _named(template):
-        if f"{name}/{_ARRAY}" in stored:  # Orbax reports the others
-            _check_array(store, f"{name}/", want)
+        described = _value(store, f"{name}/{_ARRAY}")
+        if described is not None:  # Orbax reports the others
+            _check_array(store, f"{name}/", parse_json(described.decode("utf-8")), want)
 
 
 def _named(template: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -61,9 +65,8 @@ def _check_format(folder: Path) -> None:
         raise ValueError(f"{_TREE} describes another format of checkpoints")
 
 
-def _check_array(store: Any, prefix: str, want: Any) -> None:
+def _check_array(store: Any, prefix: str, stored: Any, want: Any) -> None:
     """Refuse an array that is larger than expected; others can be read, and then compared."""
-    stored = parse_json(_value(store, prefix + _ARRAY).decode("utf-8"))
     shape, dtype = _field(stored, "shape"), _dtype(_field(stored, "dtype"))
     most = math.prod(want.shape) * np.dtype(want.dtype).itemsize
     if dtype is None or not _are_sizes(shape) or math.prod(shape) * dtype.itemsize > most:
@@ -72,6 +75,7 @@ def _check_array(store: Any, prefix: str, want: Any) -> None:
     chunks = _field(stored, "chunks")
     if (
         not _are_sizes(chunks)
+        or 0 in chunks
         or len(chunks) != len(shape)
         or math.prod(chunks) > max(1, math.prod(shape))
     ):
@@ -80,12 +84,21 @@ def _check_array(store: Any, prefix: str, want: Any) -> None:
     if _field(compressor, "id") != "zstd" or _field(stored, "filters") is not None:
         raise ValueError(f"{prefix}{_ARRAY}: compression {str(compressor)[:80]}")
     size = math.prod(chunks) * dtype.itemsize
-    for key in store.list(_range(prefix)).result():
-        if key.decode("utf-8", "replace") == prefix + _ARRAY:
-            continue
-        if (found := _expanded_size(_value(store, key))) != size:
+    for key in _chunk_keys(prefix, shape, chunks, stored.get("dimension_separator", ".")):
+        frame = _value(store, key)
+        if frame is not None and (found := _expanded_size(frame)) != size:
             got = "an unknown number of" if found is None else found
             raise ValueError(f"{prefix}: a chunk of {got} bytes instead of {size}")
+
+
+def _chunk_keys(prefix: str, shape: list[int], chunks: list[int], separator: Any) -> Iterator[str]:
+    """Name the chunks that a reader looks up."""
+    counts = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
+    if math.prod(counts) > _MOST_CHUNKS or separator not in (".", "/"):
+        got = f"{math.prod(counts):,} chunks, separated by {separator!r:.20}"
+        raise ValueError(f"{prefix}{_ARRAY}: {got}; at most {_MOST_CHUNKS:,} are read")
+    for index in itertools.product(*map(range, counts)):
+        yield prefix + (separator.join(map(str, index)) or "0")
 
 
 def _field(value: Any, name: str) -> Any:
@@ -96,17 +109,9 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
 
 
-def _range(prefix: str) -> Any:
-    import tensorstore
-
-    return tensorstore.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord("/") + 1))
-
-
-def _value(store: Any, key: str | bytes) -> bytes:
+def _value(store: Any, key: str) -> bytes | None:
     found = store.read(key).result()
-    if found.state != "value":
-        raise ValueError(f"{key!r} is missing")
-    return found.value
+    return found.value if found.state == "value" else None
 
 
 def _dtype(name: Any) -> np.dtype | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +139,8 @@ def dora_of(tree, **config):
 
 
 @pytest.mark.skipif(
-    jax.config.read("jax_disable_most_optimizations"),
-    reason="XLA then rounds tanh(x) and tanh(x * 1) differently",
+    jax.__version_info__ >= (0, 11) and os.environ.get("JAX_LORA_OPTIMIZED_TESTS", "0") == "0",
+    reason="without optimizations, a newer XLA rounds tanh(x) and tanh(x * 1) differently",
 )
 @pytest.mark.parametrize(
     ("dtype", "jitted"),

@@ -2,9 +2,9 @@
 
 import gzip
 import json
+import os
 import resource
 import struct
-import time
 from typing import Any
 
 import pytest
@@ -71,15 +71,20 @@ BOMBS: dict[str, tuple[str, str, bytes]] = {
 }
 
 
+def used_seconds() -> float:
+    """Return the processor time of this process and its children, without that of others."""
+    return sum(os.times()[:4])
+
+
 def check(name: str, file: str, data: bytes, folder: Any) -> None:
     reader = READERS[name]
     reader.make(folder)
     reader.read(folder)
     (folder / file).write_bytes(reader.repair(data))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.monotonic()
+    start = used_seconds()
     assert attack(reader, folder) is None
-    assert time.monotonic() - start < MOST_SECONDS
+    assert used_seconds() - start < MOST_SECONDS
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_BYTES
 
 
@@ -109,10 +114,10 @@ def test_a_size_beyond_the_tensors_is_refused_at_once(model_folder, field, value
     whole = config.read_text()
     config.write_text(json.dumps(json.loads(whole) | {field: value}))
     try:
-        start = time.monotonic()
+        start = used_seconds()
         with pytest.raises(LoraError):
             READERS["model"].read(model_folder)
-        assert time.monotonic() - start < MOST_SECONDS
+        assert used_seconds() - start < MOST_SECONDS
     finally:
         config.write_text(whole)
 
@@ -144,7 +149,7 @@ def test_a_manifest_cannot_ask_for_more_than_is_stored(tmp_path, shape):
     values = json.loads(manifest.read_text())
     values["whole"] = {"x": {"shape": shape, "dtype": "float32", "checksum": "0" * 32}}
     manifest.write_bytes(reader.repair(json.dumps(values).encode()))
-    start = time.monotonic()
+    start = used_seconds()
     with pytest.raises(LoraError):
         reader.read(folder)
-    assert time.monotonic() - start < MOST_SECONDS
+    assert used_seconds() - start < MOST_SECONDS

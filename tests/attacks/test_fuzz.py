@@ -7,7 +7,7 @@ import pytest
 from tests.attacks.fuzz import fuzz
 from tests.attacks.readers import READERS
 
-SECONDS = float(os.environ.get("JAX_LORA_FUZZ_SECONDS", "8"))  # for each reader
+SECONDS = float(os.environ.get("JAX_LORA_FUZZ_SECONDS", "20"))  # for each reader
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """SIGKILL at random moments: what is on the disk is complete, and the run goes on to the bit.
 
-`JAX_LORA_KILLS` sets the number of kills of the trainer; the default keeps the suite short.
+`JAX_LORA_KILLS` sets the number of kills of the trainer; the default keeps the suite short. Many
+kills are spread over several runs, which the processes of `pytest -n` take one after another.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -30,7 +32,9 @@ from tests.attacks.training_command import run_command
 from tests.tiny_model import TINY, random_params, write_tokenizer
 
 STEPS = 40  # of the command
+ONE_LAYER = dataclasses.replace(TINY, num_hidden_layers=1)
 KILLS = int(os.environ.get("JAX_LORA_KILLS", "40"))
+RUNS = -(-KILLS // 100)
 
 
 @pytest.mark.slow
@@ -41,10 +45,11 @@ def test_the_process_that_forks_has_one_thread(forks):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_complete_and_goes_on_to_the_bit(tmp_path, forks):  # noqa: F811
-    draw, seen = random.Random(0), {}
+@pytest.mark.parametrize("run", range(RUNS))
+def test_a_killed_run_is_complete_and_goes_on_to_the_bit(run, tmp_path, forks):  # noqa: F811
+    draw, seen, kills = random.Random(run), {}, len(range(run, KILLS, RUNS))
     starting = forks(save_without_end, tmp_path)
-    for _ in range(KILLS):
+    for _ in range(kills):
         first = starting.line()
         assert first, "the run ended"
         time.sleep(draw.uniform(0, 0.4))  # a few checkpoints
@@ -62,21 +67,21 @@ def test_a_killed_run_is_complete_and_goes_on_to_the_bit(tmp_path, forks):  # no
         assert adapter_digest(tmp_path / "adapter") in seen.values()
         starting = forks(save_without_end, tmp_path)
     starting.kill()
-    assert len(seen) >= KILLS
+    assert len(seen) >= kills
     left = [each.name for each in (tmp_path / "run").iterdir()]
     assert len(left) < 12, left
 
 
 @pytest.mark.slow
 def test_a_killed_command_is_resumed_and_ends_with_the_same_adapter(tmp_path, forks):  # noqa: F811
-    model = write_tokenizer(tmp_path / "model")
-    save(model, Llama(TINY), random_params(Llama(TINY)))
+    model, llama = write_tokenizer(tmp_path / "model"), Llama(ONE_LAYER)
+    save(model, llama, random_params(llama))
     lines = (
         json.dumps({"prompt": f"how many {n % 10}?", "completion": f" {n % 7}"}) for n in range(40)
     )
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     words = ["train", str(model), "--data", str(tmp_path / "train.jsonl"), "--rank", "2"]
-    words += ["--iters", str(STEPS), "--targets", "q_proj"]
+    words += ["--iters", str(STEPS), "--targets", "q_proj", "--val-batches", "0"]
     words += ["--dropout", "0.1", "--progress", "json", "--adapter-path"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     child = forks(run_command, [*words, str(whole)])

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jax_lora.cli import main
+from jax_lora.finetune import devices
 from jax_lora.models import Llama, save
 from tests.tiny_model import TINY, random_params, write_tokenizer
 
@@ -19,6 +20,14 @@ ROWS = [
 def promotion():
     # Optax raises floats to its integer step count, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """The mesh "auto" is one of the eight devices, for which a step compiles faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "MOST_CPU_COPIES", 0)
         yield
 
 

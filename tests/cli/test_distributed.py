@@ -182,3 +182,31 @@ def test_nobody_reports_a_process_that_is_done(three):
     found[1].close()
     assert not found[0].await_report(0.2)
     assert not any(reports.values())
+
+
+@pytest.mark.parametrize(
+    "error, waits",
+    [
+        (jax.errors.JaxRuntimeError("Gloo all-reduce failed"), True),
+        (ValueError("UNKNOWN: Gloo all-reduce failed"), True),  # from an operation at its start
+        (ConfigError("rank: got 0"), False),
+    ],
+)
+def test_a_failed_collective_waits_for_the_name_of_the_process_that_ended(
+    error, waits, monkeypatch
+):
+    class Recorded:
+        waited, problem = False, None
+
+        def await_report(self, seconds):
+            self.waited = True
+
+        def leave(self, problem):
+            self.problem = problem
+
+    peers = Recorded()
+    monkeypatch.setattr(distributed, "_peers", None)
+    monkeypatch.setattr(distributed, "_join", lambda address, timeout: peers)
+    with pytest.raises(type(error)), distributed.joined("node1:8476,2,0"):
+        raise error
+    assert (peers.waited, peers.problem) == (waits, str(error))

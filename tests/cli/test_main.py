@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jax_lora.cli import main
-from jax_lora.cli.main import CLI_MODULES, make_parser
+from jax_lora.cli.main import CLI_MODULES, GROUPS, make_parser
 from jax_lora.cli.names import parse
 from jax_lora.cli.rows import SUBCOMMANDS
 from jax_lora.cli.system_info import CLI_PACKAGES
@@ -57,9 +57,10 @@ def test_training_twice_keeps_the_first_run(train, tmp_path, capsys):
 
 
 def test_the_config_of_a_run_reproduces_it(train, tmp_path, capsys):
-    assert train("--learning-rate", "0.02") == 0
+    assert train("--seed", "3") == 0
     shutil.copy(tmp_path / "adapters/config.yaml", tmp_path / "again.yaml")
     assert main(["train", "-c", "again.yaml", "--adapter-path", "again"]) == 0
+    assert "seed: 3\n" in (tmp_path / "again/config.yaml").read_text()
     first, again = (
         (tmp_path / run / "metrics.jsonl").read_text().splitlines()[0].split("learning_rate")[0]
         for run in ("adapters", "again")
@@ -68,10 +69,17 @@ def test_the_config_of_a_run_reproduces_it(train, tmp_path, capsys):
 
 
 def test_flags_override_the_config_file_which_overrides_the_defaults(train, tmp_path):
-    (tmp_path / "lora.yaml").write_text("learning-rate: 2e-3\nseed: 5\nrank: 8\n")
+    text = "learning-rate: 2e-4\nsteps-per-report: 7\nseed: 5\nrank: 8\n"
+    (tmp_path / "lora.yaml").write_text(text)
     assert train("-c", "lora.yaml", "--seed", "6", "--progress", "none") == 0
     config = (tmp_path / "adapters/config.yaml").read_text()
-    for line in ("learning_rate: 0.002", "seed: 6", "rank: 2", "batch_size: 4"):
+    for line in (
+        "learning_rate: 0.0002",
+        "steps_per_report: 7",
+        "seed: 6",
+        "rank: 2",
+        "batch_size: 4",
+    ):
         assert f"{line}\n" in config
 
 
@@ -300,7 +308,11 @@ def test_help_of_the_command_lists_the_subcommands(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    assert "usage: jax-lora" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "usage: jax-lora SUBCOMMAND" in out
+    parsers = {parser.prog.split()[-1] for parser in subcommands(make_parser())}
+    listed = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
+    assert {name for names in GROUPS.values() for name in names} <= parsers & listed
 
 
 @pytest.mark.parametrize(

@@ -151,10 +151,10 @@ def test_a_masked_language_model_learns_texts(tmp_path, capsys, architecture):
     data, run = write_splits(tmp_path / "data", rows), tmp_path / "run"
     common = ["train", str(model), "--data", str(data), "--adapter-path", str(run), *FAST]
     assert main([*common, "--epochs", "30"]) == 0
-    assert main(["eval", "--adapter-path", str(run), "--compare-base"]) == 0
+    file = tmp_path / "scores.json"
+    assert main(["eval", "--adapter-path", str(run), "--compare-base", "--json", str(file)]) == 0
     assert "accuracy" in capsys.readouterr().out
-    scores(capsys, "--adapter-path", run, "--compare-base", json_file=tmp_path / "scores.json")
-    found = json.loads((tmp_path / "scores.json").read_text())
+    found = json.loads(file.read_text())
     base, adapter = found["base"]["all"], found["adapter"]["all"]
     assert adapter["loss"] < 0.9 * base["loss"] and adapter["accuracy"] >= base["accuracy"]
     mask = "<mask>" if architecture == "roberta" else "[MASK]"

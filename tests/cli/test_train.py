@@ -13,6 +13,11 @@ from jax_lora.cli import main
 from jax_lora.cli.presets import PRESETS
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Keep the several devices of the mesh "auto" in the tests of this file."""
+
+
 def config(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from jax_lora.data.data_folder import read_data
+from jax_lora.data.data_folder import read_data, read_whole
 from jax_lora.data.rows import read_rows
 from jax_lora.errors import DataError
 from jax_lora.storage.limits import raise_hint
@@ -140,10 +140,40 @@ def test_a_folder_of_texts_is_a_document_a_file(tmp_path):
     assert train.rows[0].fields["file"].startswith("src/m")
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "rows.xlsx").write_bytes(b"PK")
-    with pytest.raises(DataError, match="a file that ends in '.xlsx'"):
-        read_data(tmp_path / "rows.xlsx")
+@pytest.mark.parametrize("read", [read_data, read_whole])
+@pytest.mark.parametrize(
+    ("name", "content", "got"),
+    [
+        ("rows.xlsx", b"PK\x03\x04\0", "a file that ends in '.xlsx'"),
+        ("run.yaml", b"rank: 8\n", "a file that ends in '.yaml'"),
+        ("book.txt", b" \n", "a file without text"),
+        ("book.txt", b"a\0b", "a file without text"),
+        ("rows", b"a,b\n", "a file without an ending"),
+        ("rows.gz", b"\x1f\x8b", "a file that ends in '.gz'"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, name, content, got, read):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"got:      {got}\n"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.dat", "rows"])
+def test_json_lines_have_any_name(tmp_path, name):
+    (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    assert [row.kind for row in read_whole(tmp_path / name).rows] == ["completions"] * 3
+    assert len(read_data(tmp_path / name).split("train").rows) == 3
+
+
+@pytest.mark.parametrize("name", ["book.txt", "notes.md"])
+def test_a_text_is_a_document(tmp_path, name):
+    text = "It was a dark night.\n" * 500  # 10,500 characters
+    (tmp_path / name).write_text(text)
+    data = read_data(tmp_path / name)
+    parts = [data.split(each).rows[0].fields["text"] for each in ("train", "valid", "test")]
+    assert "".join(parts) == text
+    pieces = [row.fields["text"] for row in read_whole(tmp_path / name).rows]
+    assert len(pieces) == 3 and "".join(pieces) == text
 
 
 @pytest.mark.parametrize(

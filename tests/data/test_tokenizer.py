@@ -45,6 +45,24 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
         Tokenizer.load(folder)
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["text model", "multimodal model"])
+def test_an_end_token_without_an_embedding_is_named(tmp_path, nested):
+    folder = write_tokenizer(tmp_path, special=["<stop>"])
+    index = Tokenizer.load(folder)._backend.token_to_id("<stop>")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<stop>"}))
+    size = {"vocab_size": index}
+    (folder / "config.json").write_text(json.dumps({"text_config": size} if nested else size))
+    with pytest.raises(ModelError, match=rf"eos_token\n  got:      '<stop>', token {index}\n"):
+        Tokenizer.load(folder)
+
+
+def test_a_start_token_without_an_embedding_is_named(tmp_path):
+    folder = write_tokenizer(tmp_path, bos="<|start|>")  # token 1
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 1}))
+    with pytest.raises(ModelError, match=r"bos_token\n  got:      '<\|start\|>', token 1\n"):
+        Tokenizer.load(folder)
+
+
 def test_damaged_and_missing_files_are_named(tmp_path):
     with pytest.raises(ModelError, match=r"tokenizer.json\n  got:      no such file"):
         Tokenizer.load(tmp_path)

@@ -1,5 +1,7 @@
 """The example adapt_to_code.py."""
 
+import contextlib
+import io
 import math
 import re
 import shutil
@@ -61,14 +63,18 @@ def test_the_sample_has_a_limited_size(script, code, monkeypatch):
 
 @pytest.fixture(scope="module")
 def adapted(script, code, tmp_path_factory):
-    """The folder of a short run, and its scores before and after."""
-    out = tmp_path_factory.mktemp("run") / "adapted"
-    return out, script.run(code, model_path(), steps=8, rank=4, out=out)
+    """The folder of a short run, its scores before and after, and what it prints."""
+    out, scores, run = tmp_path_factory.mktemp("run") / "adapted", [], script.run
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(script, "run", lambda *given: scores.extend(run(*given)))
+        script.main([str(code), "--steps", "8", "--rank", "4", "--out", str(out)])
+    return out, scores, printed.getvalue()
 
 
 @pytest.mark.slow
 def test_the_score_is_that_of_unpacked_files_and_improves(script, code, adapted):
-    out, (before, after) = adapted
+    out, (before, after), _ = adapted
     assert after.perplexity < before.perplexity / 2
     model, params = jl.models.load(model_path(), dtype="float32")
     adapter = jl.load_adapter(out / "step-000008", base={"params": params})
@@ -98,7 +104,7 @@ def by_file(model, variables, held_out):
 
 @pytest.mark.slow
 def test_generate_finds_the_adapter_its_model_and_its_dtype(adapted, capsys):
-    out, _ = adapted
+    out, *_ = adapted
     answers = []
     asked = ["generate", "--prompt", "def zorp_3(quux):", "--max-tokens", "16"]
     for more in ([], ["--adapter-path", str(out)]):
@@ -109,13 +115,13 @@ def test_generate_finds_the_adapter_its_model_and_its_dtype(adapted, capsys):
 
 
 @pytest.mark.slow
-def test_it_prints_its_results(script, code, capsys):
-    script.main([str(code), "--steps", "0", "--rank", "4"])
-    said = capsys.readouterr().out
+def test_it_prints_its_results(adapted):
+    out, scores, said = adapted
     assert "33 training files, 7 held out" in said and "7 of these are evaluated, 790 bytes" in said
     assert "93,696 of 4,389,632 parameters are trainable (2.1%)" in said
-    before, after = re.findall(r"perplexity .*", said)
-    assert before == after  # without a step
+    printed = re.findall(r"perplexity +([\d.]+), ([\d.]+) bits", said)
+    assert printed == [(f"{each.perplexity:.2f}", f"{each.bits_per_byte:.3f}") for each in scores]
+    assert f"--adapter-path {out}" in said
 
 
 @pytest.mark.parametrize("name", ["empty", "one", "missing"])

@@ -1,9 +1,11 @@
 """The example preference_dpo.py."""
 
+import contextlib
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import jax_lora as jl
@@ -21,6 +23,36 @@ def small(script):
     kernels = jl.find_kernels(model.apply, variables, pairs.ids[0])
     adapter = jl.lora_init(jax.random.key(0), variables, jl.LoraConfig(rank=2), kernels=kernels)
     return model, variables, pairs, adapter
+
+
+@pytest.fixture(scope="module")
+def differentiated(script, small):
+    """An adapter without a zero, its loss with the rest, and gradients of adapter and base."""
+    model, variables, pairs, adapter = small
+    moved = randomized(adapter)
+    loss = jax.value_and_grad(script.make_loss(model, 0.1), (0, 1), has_aux=True)
+    return moved, *jax.jit(loss)(moved, variables, pairs)
+
+
+@pytest.fixture(scope="module")
+def finished(script):
+    """The scores of a short run, what it prints, and its step: arguments, and compiled."""
+    made, step, printed = script.make_step, [], io.StringIO()
+
+    def make_step(*given):
+        jitted = made(*given)
+
+        def compiled(*arguments):
+            if not step:
+                step[:] = arguments, jitted.lower(*arguments).compile()
+            return step[1](*arguments)
+
+        return compiled
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(script, "make_step", make_step)
+        scores = script.run(steps=16, rank=4, beta=0.1, most=200)
+    return scores, printed.getvalue(), *step
 
 
 @pytest.mark.parametrize(
@@ -98,10 +130,9 @@ def test_log_probabilities_are_sums_over_response_tokens(script, small):
 
 
 @pytest.mark.slow
-def test_the_reference_does_not_depend_on_the_adapter(script, small):
-    model, variables, pairs, adapter = small
-    moved = randomized(adapter)
-    _, (margin, policy) = jax.jit(script.make_loss(model, 0.1))(moved, variables, pairs)
+def test_the_reference_does_not_depend_on_the_adapter(script, small, differentiated):
+    model, variables, pairs, _ = small
+    moved, (_, (margin, policy)), _ = differentiated
     ids, answer = (jnp.asarray(each).reshape(-1, script.LENGTH) for each in pairs)
     with_it, without = (
         script.log_probability(jax.jit(model.apply)(weights, ids), ids, answer).reshape(-1, 2)
@@ -113,21 +144,16 @@ def test_the_reference_does_not_depend_on_the_adapter(script, small):
 
 
 @pytest.mark.slow
-def test_only_the_adapter_has_a_gradient(script, small):
-    model, variables, pairs, adapter = small
-    gradient = jax.jit(jax.grad(script.make_loss(model, 0.1), (0, 1), has_aux=True))
-    of_adapter, of_base = gradient(randomized(adapter), variables, pairs)[0]
+def test_only_the_adapter_has_a_gradient(differentiated):
+    of_adapter, of_base = differentiated[-1]
     assert not any(leaf.any() for leaf in jax.tree.leaves(of_base))  # norms and head included
     assert all(leaf.any() for leaf in jax.tree.leaves(of_adapter))
 
 
 @pytest.mark.slow
-def test_a_step_has_one_copy_of_the_base(script, small):
-    model, variables, pairs, adapter = small
-    tx = optax.adam(1e-3)
-    given = adapter, tx.init(adapter), variables, pairs
-    step = script.make_step(script.make_loss(model, 0.1), tx)
-    memory = step.lower(*given).compile().memory_analysis()
+def test_a_step_has_one_copy_of_the_base(finished):
+    given, step = finished[2:]
+    memory = step.memory_analysis()
     assert memory is not None
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(each)) for each in given]
     # Buffers are aligned, which costs some bytes each; a second base would be 17 million more.
@@ -136,12 +162,11 @@ def test_a_step_has_one_copy_of_the_base(script, small):
 
 
 @pytest.mark.slow
-def test_it_learns_held_out_preferences(script, capsys):
-    before, after = script.run(steps=16, rank=4, beta=0.1, most=200)
+def test_it_learns_held_out_preferences(finished):
+    (before, after), said, *_ = finished
     assert before.margin == before.rewarded_more == 0
     np.testing.assert_allclose(before.loss, np.log(2), rtol=1e-6)  # a mean over 52 pairs rounds
     assert after.loss < 0.65 and after.margin > 0.2 and after.rewarded_more > 0.5
-    said = capsys.readouterr().out
     assert "200 training preferences, 52 held out" in said  # every test pair that fits
     assert "17.6 MB of parameters: base 17.2 MB, adapter 0.4 MB" in said
     assert "with a separate reference model: 34.7 MB" in said

@@ -1,5 +1,7 @@
 """The example two_processes.py."""
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -18,9 +20,13 @@ def losses(text):
 
 @pytest.fixture(scope="module")
 def two(script, tmp_path_factory):
-    """The adapter of two processes, and their output."""
-    out = tmp_path_factory.mktemp("two") / "adapter"
-    return out, script.run(2, steps=3, out=out, timeout=300)
+    """The adapter of two processes, their output, and what the example prints."""
+    out, said, run = tmp_path_factory.mktemp("two") / "adapter", [], script.run
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(script, "run", lambda *given: said.extend(run(*given)) or said)
+        script.main(["--steps", "3", "--out", str(out)])
+    return out, said, printed.getvalue()
 
 
 @pytest.mark.slow
@@ -34,7 +40,7 @@ def test_both_processes_see_all_devices_and_the_same_loss(two):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_adapter_as_one(script, two, tmp_path):
-    out, said = two
+    out, said, _ = two
     (alone,) = script.run(1, steps=3, out=tmp_path / "one", timeout=300)
     assert "process 0 of 1: 4 of 4 devices" in alone
     np.testing.assert_allclose(losses(alone), losses(said[0]), rtol=1e-5)
@@ -47,11 +53,10 @@ def test_two_processes_train_the_same_adapter_as_one(script, two, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_prints_its_results(script, tmp_path, capsys):
-    script.main(["--steps", "1", "--out", str(tmp_path / "adapter")])
-    said = capsys.readouterr().out.splitlines()
-    assert [line[:14] for line in said[:-1]] == ["process 0 of 2"] * 2 + ["process 1 of 2"] * 2
-    assert re.fullmatch(r"saved adapter: 0\.[4-9]\d MB", said[-1])  # compressed
+def test_it_prints_its_results(two):
+    lines = two[2].splitlines()
+    assert [line[:14] for line in lines[:-1]] == ["process 0 of 2"] * 2 + ["process 1 of 2"] * 2
+    assert re.fullmatch(r"saved adapter: 0\.[4-9]\d MB", lines[-1])  # compressed
 
 
 @pytest.mark.slow

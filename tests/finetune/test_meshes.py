@@ -71,7 +71,19 @@ MODELS = {
     "encoder": (Bert(ENCODER), masked_lm_loss),
     "encoder-decoder": (T5(ENCODER_DECODER), seq2seq_loss),
 }
-MESHES = ("data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2", "data=2,tensor=2,expert=2")
+# Every mesh with the decoder, and the other models where they have code of their own: experts that
+# are gathered or stay apart, a head with a bias, and two stacks of layers.
+PLACES = [
+    ("decoder", "data=8"),
+    ("decoder", "fsdp=8"),
+    ("decoder", "data=2,fsdp=4"),
+    ("decoder", "fsdp=4,tensor=2"),
+    ("decoder", "data=2,tensor=2,expert=2"),
+    ("mixture", "fsdp=8"),
+    ("mixture", "data=2,tensor=2,expert=2"),
+    ("encoder", "data=2,fsdp=4"),
+    ("encoder-decoder", "fsdp=4,tensor=2"),
+]
 FAST = {("decoder", "fsdp=8")}  # compiled once for the two tests that use it
 
 
@@ -159,8 +171,7 @@ def expected(name):
     ("name", "mesh"),
     [
         pytest.param(name, mesh, marks=[] if (name, mesh) in FAST else pytest.mark.slow)
-        for name in MODELS
-        for mesh in MESHES
+        for name, mesh in PLACES
     ],
 )
 def test_losses_and_gradients_are_those_of_one_device(name, mesh):
@@ -229,63 +240,66 @@ def test_the_second_step_is_not_compiled_again_and_the_optimizer_state_is_sharde
     assert state.step.sharding.is_fully_replicated
 
 
-@pytest.fixture
-def train(tmp_path):
-    """Train the decoder until a step, on a mesh or on one device; return the losses."""
+def trainer_of(mesh, steps, *, adapter=True, **options):
+    """A trainer of the decoder until a step, on a mesh or on one device, and its losses."""
+    model, loss = MODELS["decoder"]
+    variables, start = base("decoder")
+    mesh = None if mesh is None else mesh_of(mesh)
+    variables = variables if mesh is None else placed(variables, mesh)
+    losses = []
 
-    def run(mesh, steps, *, adapter=True, **options):
-        model, loss = MODELS["decoder"]
-        variables, start = base("decoder")
-        mesh = None if mesh is None else mesh_of(mesh)
-        variables = variables if mesh is None else placed(variables, mesh)
-        losses = []
+    class Losses(Callback):
+        def on_step(self, trainer, loss):
+            losses.append(loss)
 
-        class Losses(Callback):
-            def on_step(self, trainer, loss):
-                losses.append(loss)
-
-        trainer = Trainer(
-            functools.partial(loss, model.clone(mesh=mesh)),
-            variables,
-            start if adapter else None,
-            optax.sgd(0.01, momentum=0.9),
-            [batch_of(loss)],
-            steps=steps,
-            run=tmp_path / "run",
-            callbacks=[Losses()],
-            mesh=mesh,
-            **options,
-        )
-        trainer.train()
-        return losses, trainer
-
-    return run
+    trainer = Trainer(
+        functools.partial(loss, model.clone(mesh=mesh)),
+        variables,
+        start if adapter else None,
+        optax.sgd(0.01, momentum=0.9),
+        [batch_of(loss)],
+        steps=steps,
+        callbacks=[Losses()],
+        mesh=mesh,
+        **options,
+    )
+    return trainer, losses
 
 
+def trained(*arguments, **options):
+    trainer, losses = trainer_of(*arguments, **options)
+    trainer.train()
+    return losses, trainer.adapter
+
+
+@functools.cache
+def whole_run(adapter):
+    """Four steps on one device."""
+    return trained(None, 4, adapter=adapter)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("meshes", "adapter"),
     [
-        pytest.param(("fsdp=4,tensor=2", None), True, marks=pytest.mark.slow),
-        pytest.param((None, "data=2,fsdp=4"), True, marks=pytest.mark.slow),
-        pytest.param(("data=2,fsdp=4", "fsdp=4,tensor=2"), True, marks=pytest.mark.slow),
-        pytest.param(("fsdp=8", None), False, marks=pytest.mark.slow),
-        pytest.param((None, "data=8"), False, marks=pytest.mark.slow),
+        ((None, "data=2,fsdp=4"), True),
+        (("data=2,fsdp=4", "fsdp=4,tensor=2"), True),
+        (("fsdp=8", None), False),
     ],
 )
-def test_a_checkpoint_is_resumed_on_another_mesh(train, meshes, adapter):
+def test_a_checkpoint_is_resumed_on_another_mesh(tmp_path, meshes, adapter):
     first, second = meshes
-    losses, _ = train(first, 2, adapter=adapter)
-    more, trainer = train(second, 4, adapter=adapter, resume=True)
-    whole, other = train(None, 4, adapter=adapter)
+    losses, _ = trained(first, 2, adapter=adapter, run=tmp_path)
+    more, resumed = trained(second, 4, adapter=adapter, run=tmp_path, resume=True)
+    whole, expected = whole_run(adapter)
     np.testing.assert_allclose([*losses, *more], whole, rtol=1e-5)
-    leaves = zip(jax.tree.leaves(trainer.adapter), jax.tree.leaves(other.adapter), strict=True)
+    leaves = zip(jax.tree.leaves(resumed), jax.tree.leaves(expected), strict=True)
     for got, want in leaves:
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_without_shardings_on_the_mesh_the_model_is_replicated(train):
-    _, trainer = train("data=8", 1)
+def test_without_shardings_on_the_mesh_the_model_is_replicated():
+    trainer, _ = trainer_of("data=8", 1)
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(trainer.variables))
 
 

@@ -41,7 +41,11 @@ def promotion():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    save(path, MODEL, jax.tree.map(lambda leaf: leaf * 0.25, random_params(MODEL)))
+    save(
+        path,
+        MODEL,
+        jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(0.25), random_params(MODEL)),
+    )
     return path
 
 
@@ -54,8 +58,9 @@ def measured(folder, method, mesh=None):
     variables = {"params": params}
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     kernels = jl.find_kernels(model.apply, variables, ids)
-    adapter = jl.lora_init(jax.random.key(0), variables, jl.LoraConfig(rank=2), kernels=kernels)
-    adapter = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), randomized(adapter))
+    init = functools.partial(jl.lora_init, config=jl.LoraConfig(rank=2), kernels=kernels)
+    adapter = randomized(jax.eval_shape(init, jax.random.key(0), variables))
+    adapter = jax.tree.map(np.float64, adapter)
     batch = batch_of(causal_lm_loss)
     if mesh is not None:
         adapter = jax.device_put(adapter, jl.adapter_shardings(variables, adapter))
@@ -95,9 +100,8 @@ def test_factors_are_sharded_like_the_quantized_kernel(folder):
         model, params = load(folder, jnp.float64, quantize=method, sharding=place)
         shapes = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         kernels = jl.find_kernels(model.apply, {"params": params}, shapes)
-        adapter = jl.lora_init(
-            jax.random.key(0), {"params": params}, jl.LoraConfig(rank=2), kernels=kernels
-        )
+        init = functools.partial(jl.lora_init, config=jl.LoraConfig(rank=2), kernels=kernels)
+        adapter = jax.eval_shape(init, jax.random.key(0), {"params": params})
         found = jl.adapter_shardings({"params": params}, adapter)
         pair = found.pairs["params/layers/attn/q_proj/kernel"]
         assert isinstance(pair.a, NamedSharding)

@@ -113,8 +113,8 @@ def test_the_checkpoint_has_only_the_adapter_and_fits_the_base(make_trainer, tin
     assert all(np.any(pair.b) for pair in adapter.pairs.values())
 
 
-@pytest.mark.slow  # that a resumed run ends in the same bits is a fast test of the command
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.slow  # a fast test of the command does it with LoRA
+@pytest.mark.parametrize("kind", ["dora", "full"])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_run(make_trainer, log, kind):
     options = {"fine_tune_type": kind, "learning_rate": 3e-3, "save_every": 2}
     options |= {} if kind == "full" else {"dropout": 0.1}
@@ -171,9 +171,9 @@ def test_early_stopping_ends_a_run_without_improvement(make_trainer):
 
 def test_the_best_checkpoint_is_saved_unless_disabled(make_trainer, tmp_path):
     names = lambda folder: sorted(each.name for each in (tmp_path / folder).glob("step-*"))  # noqa: E731
-    make_trainer(folder="yes", iters=5).train()
-    make_trainer(folder="no", iters=5, save_best=False).train()
-    assert names("yes") == ["step-000003", "step-000005"] and names("no") == ["step-000005"]
+    make_trainer(folder="yes", steps_per_eval=4).train()
+    make_trainer(folder="no", steps_per_eval=4, save_best=False).train()
+    assert names("yes") == ["step-000004", "step-000006"] and names("no") == ["step-000006"]
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_the_same_seed_trains_the_same_adapter(make_trainer, tiny):
 
 def test_a_nan_loss_stops_the_run_and_saves_nothing(make_trainer, tiny, tmp_path):
     _, variables = tiny
-    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), variables)
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), variables)
     with pytest.raises(NonFiniteLossError, match=r"step 1, examples at lines \d, \d") as caught:
         make_trainer(variables=broken).train()
     assert "Lower the learning rate" in str(caught.value)
@@ -221,9 +221,9 @@ def test_the_next_step_starts_before_the_numbers_of_this_one_are_read(make_train
 
     monkeypatch.setattr(Trainer, "_start", note_start)
     monkeypatch.setattr(Trainer, "_finish", note_finish)
-    make_trainer(iters=5, steps_per_eval=3, save_every=100).train()
+    make_trainer(steps_per_eval=3, save_every=100).train()
     # Nothing starts behind step 2 until the validation after it, nor behind the last step.
     assert order == [
         *("start 0", "start 1", "read 0", "start 2", "read 1", "read 2"),
-        *("start 3", "start 4", "read 3", "read 4"),
+        *("start 3", "start 4", "read 3", "start 5", "read 4", "read 5"),
     ]

@@ -15,7 +15,9 @@ class CommandProcess:
     """Runs `jax-lora` and Python code in one process with other environment variables."""
 
     def __init__(self, folder, **variables):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **variables}
+        # One device, not the eight of the tests: of the same flag twice, the last counts.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, **variables}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             cwd=folder,

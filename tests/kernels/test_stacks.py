@@ -47,6 +47,7 @@ def init(**config):
     return jl.lora_init(jax.random.key(0), tree(), jl.LoraConfig(**config), kernels=kernels)
 
 
+@jax.jit
 def apply(adapter):
     return jl.lora_apply(model, on_materialize="error")(jl.combine(tree(), adapter), X)
 
@@ -71,7 +72,7 @@ def test_a_pattern_that_names_the_stack_is_for_all_its_layers_and_the_first_matc
 
 
 def test_factors_are_padded_with_zeros_to_the_largest_rank():
-    q = init(rank_pattern={"layers/3/attn/q": 5, "layers/0": 1}).pairs[Q]
+    q = jax.device_get(init(rank_pattern={"layers/3/attn/q": 5, "layers/0": 1})).pairs[Q]
     assert q.a.shape == (4, 6, 5) and q.b.shape == (4, 5, 5)
     for layer, rank in enumerate(q.ranks):
         assert q.a[layer, :, :rank].all() and not q.a[layer, :, rank:].any()
@@ -80,6 +81,7 @@ def test_factors_are_padded_with_zeros_to_the_largest_rank():
 def test_layers_of_equal_rank_start_as_they_would_without_patterns():
     adapter = init(rank=4, layers=[0, 2], rank_pattern={"layers/2/attn": 1})
     plain = init(rank=4)
+    adapter, plain = jax.device_get((adapter, plain))
     assert_bitwise(adapter.pairs[Q].a[0], plain.pairs[Q].a[0])
     assert_bitwise(adapter.pairs[Q].a[2, :, :1], plain.pairs[Q].a[2, :, :1])
     assert_bitwise(adapter.pairs["params/out/kernel"], plain.pairs["params/out/kernel"])
@@ -99,10 +101,12 @@ def test_layers_that_are_left_out_have_no_update():
     q = adapter.pairs[Q]
     assert (q.ranks, q.scale) == ((0, 2, 0, 2), 4.0)
     adapter = padded(randomized(adapter))
-    assert_close(apply(adapter), model(merged_tree(tree(), adapter), X), 1e-5)
-    merged = jl.merge(tree(), adapter)["params"]["layers"]["attn"]["q"]["kernel"]
+    want = jax.jit(lambda adapter: model(merged_tree(tree(), adapter), X))(adapter)
+    assert_close(apply(adapter), want, 1e-5)
+    merged = jax.jit(jl.merge)(tree(), adapter)["params"]["layers"]["attn"]["q"]["kernel"]
     base = tree()["params"]["layers"]["attn"]["q"]["kernel"]
-    assert_bitwise(merged[jnp.array([0, 2])], base[jnp.array([0, 2])])
+    merged, base = np.asarray(merged), np.asarray(base)
+    assert_bitwise(merged[[0, 2]], base[[0, 2]])
     assert (merged[1] != base[1]).any()
 
 
@@ -113,7 +117,7 @@ def padded(adapter):
         if pair.ranks is None:
             return pair
         used = np.float32(np.arange(pair.rank) < np.asarray(pair.ranks)[..., None])
-        a, b = pair.a * used[:, None, :], pair.b * used[:, :, None]
+        a, b = np.asarray(pair.a) * used[:, None, :], np.asarray(pair.b) * used[:, :, None]
         return jl.LoraPair(
             a, b, pair.in_axes, pair.out_axes, pair.stack_axes, pair.scale, pair.ranks
         )
@@ -129,7 +133,7 @@ def test_padding_is_zero_to_the_bit_after_twenty_steps_with_weight_decay():
     )
     start = adapter
     tx = optax.adamw(0.05, weight_decay=0.1)
-    state = tx.init(adapter)
+    state = jax.jit(tx.init)(adapter)
 
     @jax.jit
     def step(adapter, state):
@@ -140,6 +144,7 @@ def test_padding_is_zero_to_the_bit_after_twenty_steps_with_weight_decay():
 
     for _ in range(20):
         adapter, state = step(adapter, state)
+    start, adapter = jax.device_get((start, adapter))
     for path in (Q, V):
         pair, before = adapter.pairs[path], start.pairs[path]
         for layer, rank in enumerate(pair.ranks):

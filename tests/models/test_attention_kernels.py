@@ -48,17 +48,19 @@ def dense_attention(q, k, v, segments, window, soft_cap):
     return jnp.einsum("bhts,bshd->bthd", weights, v, precision="highest")
 
 
-def value_and_gradients(attention, qkv):
+def value_and_gradients(qkv, *attentions):
     weight = jnp.asarray(np.random.default_rng(2).normal(size=qkv[0].shape), jnp.float32)
-    loss = lambda q, k, v: jnp.sum(attention(q, k, v) * weight)  # noqa: E731
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*qkv)
+
+    def each(attention):
+        loss = lambda q, k, v: jnp.sum(attention(q, k, v) * weight)  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1, 2))
+
+    return jax.jit(lambda *qkv: [each(attention)(*qkv) for attention in attentions])(*qkv)
 
 
 def check(attention, qkv, segments=None, window=None, soft_cap=None):
-    ours = value_and_gradients(attention, qkv)
-    theirs = value_and_gradients(
-        lambda q, k, v: dense_attention(q, k, v, segments, window, soft_cap), qkv
-    )
+    dense = lambda q, k, v: dense_attention(q, k, v, segments, window, soft_cap)  # noqa: E731
+    ours, theirs = value_and_gradients(qkv, attention, dense)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
 
@@ -69,9 +71,7 @@ def check(attention, qkv, segments=None, window=None, soft_cap=None):
         (37, 4, 2, False, None, None),
         (37, 4, 2, True, 3.0, 5),
         pytest.param(32, 3, 3, True, None, 24, marks=pytest.mark.slow),
-        pytest.param(32, 3, 3, False, 3.0, None, marks=pytest.mark.slow),
-        pytest.param(9, 2, 1, True, None, None, marks=pytest.mark.slow),
-        pytest.param(9, 2, 1, False, None, 5, marks=pytest.mark.slow),
+        pytest.param(9, 2, 1, False, 3.0, None, marks=pytest.mark.slow),
     ],
 )
 def test_blocks_are_dense_attention(tokens, heads, groups, is_packed, soft_cap, window):
@@ -103,7 +103,6 @@ def test_blocks_skip_keys_of_earlier_segments_and_outside_the_window():
     [
         (40, 5.0, True),
         pytest.param(None, None, False, marks=pytest.mark.slow),
-        pytest.param(None, None, True, marks=pytest.mark.slow),
     ],
 )
 def test_splash_attention_is_dense_attention(window, soft_cap, is_packed):
@@ -139,9 +138,8 @@ def test_splash_attention_runs_on_the_rows_and_heads_of_each_device(axes, spec):
         *jax.device_put(qkv, rows)
     )
     assert got.sharding.is_equivalent_to(NamedSharding(mesh, spec), got.ndim)
-    np.testing.assert_allclose(
-        got, dense_attention(*qkv, segments, None, None), rtol=2e-4, atol=2e-4
-    )
+    dense = jax.jit(lambda *qkv: dense_attention(*qkv, segments, None, None))(*qkv)
+    np.testing.assert_allclose(got, dense, rtol=2e-4, atol=2e-4)
 
 
 def test_the_bias_for_cudnn_separates_segments():
@@ -153,11 +151,13 @@ def test_the_bias_for_cudnn_separates_segments():
     same = np.asarray(segments)[0][:, None] == np.asarray(segments)[0][None]
     np.testing.assert_array_equal(np.asarray(mask.bias[0, 0]) == 0, same)
     # The formula of the kernel, with this bias: what a mask of segments gives.
-    q, k, v = draw(1, 5, 2, 2, 8)
-    biased = jax.nn.dot_product_attention(q, k, v, mask.bias.astype(jnp.float32), is_causal=True)
-    np.testing.assert_allclose(
-        biased, dense_attention(q, k, v, segments, None, None), rtol=1e-5, atol=1e-6
-    )
+    biased, dense = jax.jit(
+        lambda *qkv: (
+            jax.nn.dot_product_attention(*qkv, np.float32(mask.bias), is_causal=True),
+            dense_attention(*qkv, segments, None, None),
+        )
+    )(*draw(1, 5, 2, 2, 8))
+    np.testing.assert_allclose(biased, dense, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_is_a_segment_of_its_own():
@@ -171,9 +171,10 @@ def test_padded_rows_have_finite_outputs_and_real_rows_ignore_padding():
     qkv = draw(1, 12, 2, 2, 8)
     real = jnp.asarray([[0] * 4 + [1] * 8], jnp.int32)
     (mask,) = make_masks("blocks", 12, 12, (real, None, None), [None], jnp.float32)
-    y = attend(*qkv, mask)
-    assert bool(jnp.isfinite(y).all())
-    alone = attend(*(x[:, 4:] for x in qkv), None)
+    y, alone = jax.jit(lambda *qkv: (attend(*qkv, mask), attend(*(x[:, 4:] for x in qkv), None)))(
+        *qkv
+    )
+    assert np.isfinite(y).all()
     np.testing.assert_allclose(y[:, 4:], alone, rtol=1e-5, atol=1e-6)
 
 

@@ -14,6 +14,7 @@ import jax_lora as jl
 from jax_lora.models import MixtralConfig, load
 from jax_lora.models.decoder_config import ExpertSizes
 from jax_lora.models.experts import SparseMLP, route
+from tests.lora_cases import random_tree
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "qwen3_moe" / "tied"
 CONFIG = MixtralConfig(
@@ -21,7 +22,7 @@ CONFIG = MixtralConfig(
 )
 SIZES = ExpertSizes(total=4, per_token=2, width=6, normalized=True)
 PART = SparseMLP(CONFIG, jnp.float32, SIZES)
-TOKENS = jax.random.normal(jax.random.key(1), (2, 5, 8))  # (batch, tokens, hidden)
+TOKENS = random_tree((2, 5, 8), 1)  # (batch, tokens, hidden)
 
 
 @pytest.fixture(scope="module")

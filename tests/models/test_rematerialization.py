@@ -23,6 +23,7 @@ from jax_lora.models import (
     Qwen3Config,
 )
 from jax_lora.plan.matmul_flops import matmul_flops
+from tests.foreign.model_cases import drawn, random_adapter
 from tests.lora_cases import equations
 
 SIZES = {
@@ -50,11 +51,9 @@ IDS = np.random.default_rng(0).integers(0, 32, (2, 12)).astype(np.int32)
 def case(name):
     """A model, its variables, and an adapter whose factors are both random."""
     model = MODELS[name]()
-    variables = jax.jit(model.init)(jax.random.key(0), IDS)
+    variables = drawn(jax.eval_shape(model.init, jax.random.key(0), IDS))
     kernels = jl.find_kernels(model.apply, variables, IDS)
-    adapter = jl.lora_init(jax.random.key(1), variables, jl.LoraConfig(rank=2), kernels=kernels)
-    draw = lambda leaf: jax.random.normal(jax.random.key(2), leaf.shape, leaf.dtype)  # noqa: E731
-    return model, variables, jax.tree.map(draw, adapter)
+    return model, variables, random_adapter(variables, kernels)
 
 
 def gradient_of(name, **attributes):
@@ -85,11 +84,8 @@ def traced(name, **attributes):
 def test_the_gradients_are_the_same(name, remat):
     expected, adapter = gradient_of(name, remat="none")
     got, _ = gradient_of(name, remat=remat)
-    pairs = zip(
-        jax.tree.leaves(jax.jit(got)(adapter)),
-        jax.tree.leaves(jax.jit(expected)(adapter)),
-        strict=True,
-    )
+    both = jax.jit(lambda adapter: (got(adapter), expected(adapter)))(adapter)
+    pairs = zip(*map(jax.tree.leaves, both), strict=True)
     for one, other in pairs:
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 

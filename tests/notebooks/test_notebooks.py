@@ -2,24 +2,33 @@
 
 import importlib.util
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from jax_lora.bundled import data_path, model_path
+from jax_lora.models import Llama, LlamaConfig, save
+from tests.tiny_model import random_params
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-# Inserted after the cell of parameters, so that a run takes seconds instead of half an hour.
+# Inserted after the cell of parameters, so that a run takes seconds instead of half an hour: few
+# steps of a model with the bundled tokenizer, four layers and a hidden size of 64.
 SMALL = {
     "01_what_is_lora": "D, RANK, STEPS = 512, 4, 20",
     "02_intrinsic_rank": (
-        "RANKS, LIMIT, RUNS = [1, 4], ['--limit', '4'], Path({folder!r})\n"
-        "STEPS = ['--iters', '4', '--val-batches', '1']"
+        "RANKS, LIMIT, RUNS = [4], ['--limit', '4'], Path({folder!r})\n"
+        "STEPS = [{model!r}, '--data', {data!r}, '--iters', '4', '--val-batches', '1']\n"
+        "model_path = lambda: Path({model!r})"
     ),
-    "03_finetune_and_serve": "RANK, STEPS, SERVE_STEPS = 4, 6, 3",
+    "03_finetune_and_serve": "MODEL, RANK, STEPS, SERVE_STEPS = Path({model!r}), 4, 6, 3",
     "04_functional_superpowers": (
-        "LEARNING_RATES, SEEDS, SWEEP_STEPS = [1e-3, 1e-2], 2, 3\nPRIVATE_STEPS, LANCZOS = 2, 4"
+        "LEARNING_RATES, SEEDS, SWEEP_STEPS = [1e-3, 1e-2], 2, 3\nPRIVATE_STEPS, LANCZOS = 2, 4\n"
+        "from pathlib import Path\nmodel_path = lambda: Path({model!r})"
     ),
 }
 # Move the sliders; every change redraws the figure.
@@ -44,17 +53,41 @@ def runner():
     return module
 
 
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_path() / name, folder)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    llama = Llama(config)
+    save(folder, llama, random_params(llama))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_it_runs(runner, name, tmp_path, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as on a typical machine
+def test_it_runs(runner, name, small_model, tmp_path, monkeypatch):
+    # One device, as on a typical machine: of the same flag twice, the last counts.
+    one = "--xla_force_host_platform_device_count=1"
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {one}")
     # The commands that a notebook runs share a compilation cache.
     monkeypatch.delenv("JAX_LORA_NO_CACHE", raising=False)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     if name == "01_what_is_lora":
         notebook.cells.append(nbformat.v4.new_code_cell(MOVE_THE_SLIDER))
-    small = SMALL[name].format(folder=str(tmp_path))
+    small = SMALL[name].format(folder=str(tmp_path), model=str(small_model), data=str(data_path()))
     done = runner.execute(notebook, NOTEBOOKS[name].parent, small, timeout=600)
     said = [json.dumps(output) for cell in done.cells for output in cell.get("outputs", [])]
     assert not [text for text in said if "Warning" in text]

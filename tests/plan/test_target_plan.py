@@ -5,16 +5,18 @@ import importlib.util
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from jax_lora.errors import ConfigError
+from jax_lora.errors import ConfigError, DoesNotFitError
 from jax_lora.finetune.settings import TrainSettings
+from jax_lora.plan import target_plan
 from jax_lora.plan.accelerators import ACCELERATORS, parse_target
 from jax_lora.plan.compiled_step import StepMemory
 from jax_lora.plan.data_shapes import BatchShape, DataShapes
 from jax_lora.plan.hlo_traffic import Collective
 from jax_lora.plan.planned_model import plan_shape
-from jax_lora.plan.target_plan import TargetPlan, attention_flops
+from jax_lora.plan.target_plan import TargetPlan, attention_flops, plan_for_target
 from jax_lora.plan.target_screen import target_lines
 from jax_lora.plan.topology import abstract_devices, compiler_options
 
@@ -92,8 +94,14 @@ def test_the_text_of_a_plan_fits_80_columns(target):
 def test_the_text_has_the_verdict_and_the_bound(changes, says):
     model = plan_shape("llama-3-8b", None)
     text = "\n".join(target_lines(model, TrainSettings(), DATA, plan_of(**changes)))
-    assert says in text
+    assert says in text and "Data:" not in text
     assert ("attention kernels" in text) == ("attention_flops" in changes)
+
+
+def test_the_text_says_what_was_assumed_of_the_data():
+    data = dataclasses.replace(DATA, note="none, so every example counts as 8192 tokens")
+    lines = target_lines(plan_shape("llama-3-8b", None), TrainSettings(), data, plan_of())
+    assert lines[-1] == "Data: none, so every example counts as 8192 tokens."
 
 
 @pytest.mark.parametrize(
@@ -113,6 +121,48 @@ def test_without_the_compiler_the_message_names_the_extra(target, package, extra
 def test_only_gpus_compile_without_autotuning():
     assert compiler_options(parse_target("a100:1"))["xla_gpu_autotune_level"] == "0"
     assert compiler_options(parse_target("v5p:1x1x1")) == {}
+
+
+REFUSED = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (21.79G) exceeds available HBM (15.75G). HLO module: jit_update."
+)
+
+
+@pytest.mark.parametrize(
+    ("remat", "message", "tried", "says"),
+    [
+        ("auto", REFUSED, ["names", "full"], "21.79GB"),
+        ("names", REFUSED, ["names"], "at most 15.75GB a device"),
+        ("full", "RESOURCE_EXHAUSTED: no memory", ["full"], "RESOURCE_EXHAUSTED: no memory"),
+    ],
+)
+def test_a_step_that_the_compiler_refuses_is_tried_with_less_memory_and_explained(
+    remat, message, tried, says, monkeypatch
+):
+    class Refused:
+        jaxpr = None
+
+        def lower(self):
+            return self
+
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError(message)
+
+    found = []
+
+    def trace(model, settings, *, remat, **rest):
+        found.append(remat)
+        return Refused(), 1
+
+    monkeypatch.setattr(target_plan, "trace_step", trace)
+    monkeypatch.setattr(target_plan, "abstract_devices", lambda target: ())
+    model, target = plan_shape("llama-3-8b", None), parse_target("v5e:1x1")
+    with pytest.raises(DoesNotFitError) as caught:
+        plan_for_target(model, TrainSettings(remat=remat), target, length=128, targets=128)
+    text = str(caught.value)
+    assert found == tried and says in text and "topology v5e:1x1" in text
+    assert f"remat {tried[-1]!r}" in text and "fsdp=4" in text
 
 
 _COMPILE = """

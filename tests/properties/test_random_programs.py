@@ -15,7 +15,7 @@ from tests.properties.judge import judge
 from tests.properties.run import report, run_range, summary
 from tests.properties.steps import draw_program
 
-QUICK, EACH, FULL = 12, 61, 500  # `make test` runs the first, `make test-slow` the rest
+QUICK, EACH, FULL = 12, 31, 167  # `make test` runs the first, `make test-slow` the rest
 
 
 def _hold(start, stop):

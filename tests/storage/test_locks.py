@@ -59,9 +59,8 @@ from pathlib import Path
 from jax_lora.errors import LoraError
 from jax_lora.storage.locks import FolderLock
 lock = FolderLock(Path(sys.argv[1]), LoraError)
-worker = os.fork()
-if worker:
-    print(worker, flush=True)
+if not os.fork():  # the worker says that it runs: its copy of the lock is closed by then
+    print(os.getpid(), flush=True)
 time.sleep(600)
 """
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_lora.storage import array_store
+from jax_lora.storage import array_store, stored_arrays
 from jax_lora.storage.ocdbt_index import check_index
 from jax_lora.storage.stored_arrays import check_stored
 
@@ -63,6 +63,8 @@ def test_arrays_that_were_written_are_read(saved):
         ({"chunks": [2**20, 2**10]}, "chunks"),
         ({"chunks": [-1, 3]}, "chunks"),
         ({"chunks": [40]}, "chunks"),
+        ({"chunks": [0, 3]}, "chunks"),
+        ({"dimension_separator": "x"}, "1 chunks, separated by 'x'"),
         ({"chunks": [40, 2]}, "a chunk of 480 bytes instead of 320"),
         ({"compressor": {"id": "blosc"}}, "compression"),
         ({"filters": [{"id": "delta"}]}, "compression"),
@@ -88,6 +90,21 @@ def test_other_metadata_is_refused_before_anything_is_read(folder, changed, mess
 def test_a_chunk_must_state_the_size_of_the_array(folder, frame):
     store(folder).write("0000.a/0.0", frame).result()
     with pytest.raises(ValueError, match="instead of 480"):
+        check_stored(folder, template())
+
+
+def test_every_chunk_that_a_reader_looks_up_is_checked(folder):
+    store(folder).write("0000.a/0/0", b"plain bytes").result()
+    check_stored(folder, template())  # no reader has this name for it
+    rewrite(folder, "0000.a", dimension_separator="/")
+    with pytest.raises(ValueError, match="instead of 480"):
+        check_stored(folder, template())
+
+
+def test_an_array_of_many_small_chunks_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(stored_arrays, "_MOST_CHUNKS", 100)
+    rewrite(folder, "0000.a", chunks=[1, 1])
+    with pytest.raises(ValueError, match="120 chunks.*at most 100 are read"):
         check_stored(folder, template())
 
 

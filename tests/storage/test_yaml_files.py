@@ -37,10 +37,10 @@ def read(path):
 def test_hostile_yaml_is_one_typed_error(name, tmp_path):
     text, reason = HOSTILE[name]
     (tmp_path / "a.yaml").write_text(text)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ConfigError, match=r"a.yaml\s+got:") as caught:
         read(tmp_path / "a.yaml")
-    assert reason in str(caught.value) and time.monotonic() - start < 2
+    assert reason in str(caught.value) and time.process_time() - start < 2
 
 
 def test_a_limit_says_how_to_raise_it(tmp_path, monkeypatch):

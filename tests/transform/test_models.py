@@ -13,12 +13,14 @@ import pytest
 from flax import nnx
 
 import jax_lora as jl
+from tests.foreign.model_cases import drawn
 from tests.lora_cases import (
     assert_bitwise,
     assert_close,
     assert_equals_merged,
     jit_by_operation,
     merged_tree,
+    random_tree,
     randomized,
 )
 
@@ -56,9 +58,25 @@ class Decoder(nn.Module):
         return embed.attend(x)
 
 
+@functools.cache
 def decoder(dtype=jnp.float32):
     model = Decoder(dtype)
     return model, jax.jit(model.init)(jax.random.key(0), TOKENS)
+
+
+@functools.cache
+def adapted(dtype=jnp.float32, targets="all-linear"):
+    """The decoder, its variables, its kernels, and an adapter of them, in one compiled function."""
+    model, variables = decoder(dtype)
+    kernels = jl.find_kernels(model.apply, variables, TOKENS)
+    config = jl.LoraConfig(rank=2, targets=targets if isinstance(targets, str) else list(targets))
+    init = jax.jit(functools.partial(jl.lora_init, config=config, kernels=kernels))
+    return model, variables, kernels, init(jax.random.key(0), variables)
+
+
+def everything(dtype=jnp.float32):
+    """`adapted`, with a pair on the embedding too."""
+    return adapted(dtype, tuple(adapted(dtype)[2]))
 
 
 # Flax's LayerNorm and Optax's schedules mix types themselves: with them, JAX's usual promotion.
@@ -69,10 +87,6 @@ mixed_types = pytest.mark.usefixtures("usual_promotion")
 def usual_promotion():
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def everything(kernels):
-    return jl.LoraConfig(rank=2, targets=list(kernels))
 
 
 def test_a_scanned_remat_decoder_has_the_right_kernels():
@@ -87,9 +101,7 @@ def test_a_scanned_remat_decoder_has_the_right_kernels():
 
 
 def test_all_linear_adapts_every_dense_kernel_of_the_decoder():
-    model, variables = decoder()
-    kernels = jl.find_kernels(model.apply, variables, TOKENS)
-    adapter = jl.lora_init(jax.random.key(0), variables, jl.LoraConfig(rank=2), kernels=kernels)
+    model, variables, kernels, adapter = adapted()
     assert len(adapter.pairs) == 6
     assert adapter.size == sum(kernels[path].pair_size(2) for path in adapter.pairs)
     assert adapter.pairs["params/layers/query/kernel"].a.shape == (LAYERS, D, 2)
@@ -100,9 +112,7 @@ def test_all_linear_adapts_every_dense_kernel_of_the_decoder():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("jitted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_step_zero_is_the_base_model_bit_by_bit(dtype, jitted):
-    model, variables = decoder(dtype)
-    kernels = jl.find_kernels(model.apply, variables, TOKENS)
-    adapter = jl.lora_init(jax.random.key(0), variables, everything(kernels), kernels=kernels)
+    model, variables, _, adapter = everything(dtype)
     base = jit_by_operation(model.apply) if jitted else model.apply
     lora = jl.lora_apply(model.apply, on_materialize="error")
     lora = jit_by_operation(lora) if jitted else lora
@@ -111,17 +121,13 @@ def test_step_zero_is_the_base_model_bit_by_bit(dtype, jitted):
 
 @pytest.mark.slow
 def test_the_decoder_equals_its_merged_self_without_materialising():
-    model, variables = decoder()
-    kernels = jl.find_kernels(model.apply, variables, TOKENS)
-    adapter = jl.lora_init(jax.random.key(0), variables, everything(kernels), kernels=kernels)
+    model, variables, _, adapter = everything()
     assert_equals_merged(model.apply, variables, TOKENS, adapter=randomized(adapter, size=0.1))
 
 
 @mixed_types
 def test_a_bfloat16_base_keeps_its_type_and_the_factors_theirs():
-    model, variables = decoder(jnp.bfloat16)
-    kernels = jl.find_kernels(model.apply, variables, TOKENS)
-    adapter = jl.lora_init(jax.random.key(0), variables, everything(kernels), kernels=kernels)
+    model, variables, _, adapter = everything(jnp.bfloat16)
 
     def loss(each):
         logits = jl.lora_apply(model.apply, on_materialize="error")(
@@ -134,13 +140,13 @@ def test_a_bfloat16_base_keeps_its_type_and_the_factors_theirs():
     for shape in (f"f32[{LAYERS},{D},{4 * D}]", f"f32[{D},{4 * D}]", f"f32[{4 * D},{D}]"):
         assert shape not in text  # no base-sized float32 array
     tx = optax.adam(1e-5)
-    state, start = tx.init(adapter), adapter
+    state, start = jax.jit(tx.init)(adapter), adapter
     step = jax.jit(lambda a, s: _update(tx, loss, a, s))
     for _ in range(3):
         adapter, state = step(adapter, state)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert {leaf.dtype for leaf in (*jax.tree.leaves(adapter), *moments)} == {jnp.dtype("float32")}
-    changed = jax.tree.map(lambda new, old: bool((new != old).any()), adapter, start)
+    changed = jax.tree.map(lambda new, old: np.any(np.asarray(new) != old), adapter, start)
     assert all(jax.tree.leaves(changed))
 
 
@@ -151,9 +157,7 @@ def _update(tx, loss, adapter, state):
 
 @pytest.mark.slow
 def test_differentiating_the_whole_tree_costs_what_the_adapter_alone_costs():
-    model, variables = decoder()
-    kernels = jl.find_kernels(model.apply, variables, TOKENS)
-    adapter = jl.lora_init(jax.random.key(0), variables, jl.LoraConfig(rank=2), kernels=kernels)
+    model, variables, kernels, adapter = adapted()
 
     def loss(tree):
         return (jl.lora_apply(model.apply)(tree, TOKENS) ** 2).mean()
@@ -171,14 +175,12 @@ def test_differentiating_the_whole_tree_costs_what_the_adapter_alone_costs():
     assert whole.memory_analysis().temp_size_in_bytes == alone.memory_analysis().temp_size_in_bytes
     assert_bitwise(whole(variables, adapter), alone(variables, adapter))
     zero = jl.partition(jax.grad(loss)(jl.combine(variables, adapter)))[0]
-    adapted = jl.paths.flatten_with_paths(zero)[0]
-    assert not any(leaf.any() for path, leaf in adapted if path in adapter.pairs)
+    leaves = jl.paths.flatten_with_paths(zero)[0]
+    assert not any(leaf.any() for path, leaf in leaves if path in adapter.pairs)
 
 
 def test_the_backward_pass_has_no_cotangent_of_a_kernel():
-    model, variables = decoder()
-    kernels = jl.find_kernels(model.apply, variables, TOKENS)
-    adapter = jl.lora_init(jax.random.key(0), variables, jl.LoraConfig(rank=2), kernels=kernels)
+    model, variables, kernels, adapter = adapted()
     loss = lambda a: (jl.lora_apply(model.apply)(jl.combine(variables, a), TOKENS) ** 2).mean()  # noqa: E731
     flat = {kernels[path].shape[1:] for path in adapter.pairs}
     products = []
@@ -212,15 +214,13 @@ def test_methods_mutable_collections_and_rngs():
         def encode(self, x):
             return nn.relu(self.encoder(x))
 
-    model, x = Model(), jax.random.normal(jax.random.key(1), (4, 6))
+    model, x = Model(), random_tree((4, 6))
     rngs = {"dropout": jax.random.key(5)}
-    variables = model.init({"params": jax.random.key(0), **rngs}, x)
-    adapter = randomized(
-        jl.lora_init(
-            jax.random.key(0), variables, jl.LoraConfig(rank=2, targets=["encoder", "head"])
-        )
-    )
-    combined, merged = jl.combine(variables, adapter), merged_tree(variables, adapter)
+    variables = jax.jit(model.init)({"params": jax.random.key(0), **rngs}, x)
+    config = jl.LoraConfig(rank=2, targets=["encoder", "head"])
+    init = functools.partial(jl.lora_init, config=config)
+    adapter = randomized(jax.eval_shape(init, jax.random.key(0), variables))
+    combined, merged = jl.combine(variables, adapter), jax.jit(merged_tree)(variables, adapter)
     run = jl.lora_apply(model.apply, on_materialize="error")
     for options in (
         {"method": "encode"},
@@ -230,7 +230,12 @@ def test_methods_mutable_collections_and_rngs():
         {"train": False, "mutable": ["intermediates"]},
         {"train": False, "capture_intermediates": True, "mutable": "intermediates"},
     ):
-        assert_close(run(combined, x, **options), model.apply(merged, x, **options), 1e-5)
+        got, want = jax.jit(
+            lambda *trees, options=options: [
+                fn(tree, x, **options) for fn, tree in zip((run, model.apply), trees, strict=True)
+            ]
+        )(combined, merged)
+        assert_close(got, want, 1e-5)
 
 
 def test_nnx_model():
@@ -243,26 +248,26 @@ def test_nnx_model():
         def __call__(self, x):
             return self.down(self.attention(nnx.gelu(self.up(x))))
 
-    graph, state = nnx.split(Model(nnx.Rngs(0)))
-    x = jax.random.normal(jax.random.key(1), (2, 4, 6))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
+    state, x = drawn(shapes), random_tree((2, 4, 6))
     forward = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
     kernels = jl.find_kernels(forward, state, x)
     assert kernels["attention/query/kernel"].out_axes == (1, 2)
     assert kernels["attention/out/kernel"].in_axes == (0, 1)
-    adapter = jl.lora_init(
-        jax.random.key(0), state, jl.LoraConfig(rank=2, targets=list(kernels)), kernels=kernels
-    )
-    run = jl.lora_apply(forward, on_materialize="error")
-    assert_bitwise(run(jl.combine(state, adapter), x), forward(state, x))
+    config = jl.LoraConfig(rank=2, targets=list(kernels))
+    init = jax.jit(functools.partial(jl.lora_init, config=config, kernels=kernels))
+    adapter = init(jax.random.key(0), state)
+    run = jit_by_operation(jl.lora_apply(forward, on_materialize="error"))
+    base = jit_by_operation(forward)
+    assert_bitwise(run(jl.combine(state, adapter), x), base(state, x))
     adapter = randomized(adapter)
-    assert_close(run(jl.combine(state, adapter), x), forward(merged_tree(state, adapter), x), 1e-5)
+    merged = jax.jit(merged_tree)(state, adapter)
+    assert_close(run(jl.combine(state, adapter), x), base(merged, x), 1e-5)
 
 
 @mixed_types
 def test_a_train_step_compiles_once_and_learns():
-    model, variables = decoder()
-    kernels = jl.find_kernels(model.apply, variables, TOKENS)
-    adapter = jl.lora_init(jax.random.key(0), variables, jl.LoraConfig(rank=2), kernels=kernels)
+    model, variables, kernels, adapter = adapted()
     tx = optax.adam(1e-2)
     traces = []
 
@@ -278,7 +283,7 @@ def test_a_train_step_compiles_once_and_learns():
         updates, state = tx.update(gradient, state, adapter)
         return optax.apply_updates(adapter, updates), state, value
 
-    state, losses = tx.init(adapter), []
+    state, losses = jax.jit(tx.init)(adapter), []
     for _ in range(20):
         adapter, state, value = step(adapter, state, TOKENS)
         losses.append(float(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import warnings
 
@@ -15,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 import jax_lora as jl
 from jax_lora.errors import MaterializeWarning
 from jax_lora.transform.table import RULES
-from tests.lora_cases import assert_close, merged_tree, random_tree, randomized
+from tests.lora_cases import adapt, assert_close, merged_tree, random_tree
 
-X = jax.random.normal(jax.random.key(2), (2, 6))
+X = random_tree((2, 6), 2)
 MESH = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
@@ -64,26 +65,21 @@ def primitive_name(name):
     return found
 
 
+@functools.cache
 def adapted():
     tree = {"w": random_tree((6, 6))}
-    return tree, randomized(
-        jl.lora_init(
-            jax.random.key(0),
-            tree,
-            jl.LoraConfig(rank=2, targets="w"),
-            kernels=jl.find_kernels(lambda p, x: x @ p["w"], tree, X),
-        )
-    )
+    return tree, adapt(lambda p, x: x @ p["w"], tree, X)
 
 
 def assert_forms_the_weight(name):
     tree, adapter = adapted()
     ours = lambda each: jl.lora_apply(PROGRAMS[name])(jl.combine(tree, each), X)  # noqa: E731
     theirs = lambda each: PROGRAMS[name](merged_tree(tree, each), X)  # noqa: E731
+    both = jax.jit(lambda each: [jax.jvp(side, (each,), (each,)) for side in (ours, theirs)])
     with pytest.warns(MaterializeWarning, match=rf"w at .*{__file__}") as caught:
-        value, tangent = jax.jvp(ours, (adapter,), (adapter,))
+        got, want = both(adapter)
     assert len(caught) == 1
-    assert_close((value, tangent), jax.jvp(theirs, (adapter,), (adapter,)), 1e-5)
+    assert_close(got, want, 1e-5)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -91,7 +87,7 @@ def test_the_programs_are_readable_on_this_jax(name):
     tree, adapter = adapted()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        jl.lora_apply(PROGRAMS[name])(jl.combine(tree, adapter), X)
+        jax.jit(jl.lora_apply(PROGRAMS[name]))(jl.combine(tree, adapter), X)
 
 
 def unreadable(monkeypatch, name, parameter):

@@ -22,7 +22,7 @@ FORMATS = ("chat", "completions", "text")
 
 def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    text = "data file of any format, or folder of texts (required)"
+    text = "data file of any format, or texts: a folder or a file (required)"
     add_name(parser, "--data", text, metavar="PATH", required=True)
     text = ".jsonl, .json, .csv or .tsv file to write (required)"
     add_name(parser, "--save-path", text, metavar="FILE", required=True)

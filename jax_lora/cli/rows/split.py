@@ -22,7 +22,7 @@ EXAMPLE = "jax-lora data split --data qa.jsonl --save-path qa --valid 0.1 --test
 
 def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    text = "data file of any format, or folder of texts (required)"
+    text = "data file of any format, or texts: a folder or a file (required)"
     add_name(parser, "--data", text, metavar="PATH", required=True)
     text = "folder to create (required)"
     add_name(parser, "--save-path", text, metavar="DIR", required=True)
