@@ -22,8 +22,9 @@ if os.environ.get("JAX_COMPILATION_CACHE_DIR", str(caches)).startswith(str(cache
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(caches / worker)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Tests compile much and compute little. XLA's newer emitters and the passes of its backend make
-# faster programs, not other ones; without them, tests take half the time. `make test-newest` runs
-# some with them. A flag that is unknown ends the process: jaxlib 0.12 has no other emitters.
+# programs faster, and round some values differently; without them, tests take half the time.
+# `make test-newest` runs some with them. A flag that is unknown ends the process: jaxlib 0.12 has
+# no other emitters.
 quick = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     quick.append("--xla_cpu_use_fusion_emitters=false")

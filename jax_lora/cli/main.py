@@ -92,7 +92,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (LoraError, OSError) as error:
         return _report(error, debug)
     except (RuntimeError, MemoryError) as error:
-        from jax_lora.cli.out_of_memory import is_out_of_memory, out_of_memory_message
+        from jax_lora.cli.out_of_memory import out_of_memory_message
+        from jax_lora.finetune.memory import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -9,20 +9,6 @@ from jax_lora.errors import format_error
 SHOWN = 5
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that a device or the machine is out of memory.
-
-    Args:
-      error: Any error.
-
-    Returns:
-      True for a `MemoryError`, and for JAX's RESOURCE_EXHAUSTED.
-    """
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-
-
 def out_of_memory_message(error: BaseException) -> str:
     """Describe an out-of-memory error.
 

@@ -140,5 +140,5 @@ class EncoderTokenizer:
                     fix='Add "mask_token" to tokenizer_config.json.',
                 )
             )
-        check_special(self._folder, "mask", self.mask_id, self._backend)
+        check_special(self._folder, "mask", self.mask_id, self._embedded, self._backend)
         return self.mask_id

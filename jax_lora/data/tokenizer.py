@@ -95,7 +95,7 @@ class Tokenizer:
             )
         tokenizer = cls(backend, folder, eos=eos, bos=usual.get("bos_token"), **templates)
         for role, index in (("eos", tokenizer.eos_id), ("bos", tokenizer.bos_id)):
-            check_special(folder, role, index, backend)
+            check_special(folder, role, index, tokenizer._embedded, backend)
         return tokenizer
 
     @property

@@ -211,7 +211,11 @@ def check_embedded(ids: list[int], embedded: int | None, backend: tokenizers.Tok
 
 
 def check_special(
-    folder: Path, role: str, index: int | None, backend: tokenizers.Tokenizer
+    folder: Path,
+    role: str,
+    index: int | None,
+    embedded: int | None,
+    backend: tokenizers.Tokenizer,
 ) -> None:
     """Raise if a token that is added to every example is behind the model's embedding table.
 
@@ -219,12 +223,12 @@ def check_special(
       folder: The folder of the tokenizer and of the model.
       role: Its role: "bos", "eos" or "mask".
       index: The token, or None.
+      embedded: How many tokens have an embedding, or None if that is unknown.
       backend: The tokenizer.
 
     Raises:
       ModelError: The token has no embedding.
     """
-    embedded = embedded_tokens(folder)
     if embedded is not None and index is not None and index >= embedded:
         raise ModelError(
             format_error(

@@ -1,4 +1,4 @@
-"""Measure the memory of this process and its devices."""
+"""Measure the memory of this process and its devices, and recognize that there is none left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ import sys
 from pathlib import Path
 
 import jax
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that a device or the machine is out of memory.
+
+    Args:
+      error: Any error.
+
+    Returns:
+      True for a `MemoryError`, and for JAX's RESOURCE_EXHAUSTED.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def counts_resident_memory() -> bool:

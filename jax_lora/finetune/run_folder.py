@@ -90,7 +90,7 @@ class RunFolder:
         if lock is None:
             with claimed(path) as lock:
                 return cls.prepare(path, lock)
-        path = given_path(path, CheckpointError)
+        path = Path(path)
         moved = None
         _refuse_other_files(path)
         with explained(path, CheckpointError):
@@ -127,7 +127,7 @@ class RunFolder:
         if lock is None:
             with claimed(path) as lock:
                 return cls.resume(path, checkpoint=checkpoint, lock=lock)
-        path = given_path(path, CheckpointError)
+        path = Path(path)
         _remove_unfinished(path)
         known = checkpoints_of(path)
         later = [name for name in known if int(name[5:]) > int(checkpoint[5:])]

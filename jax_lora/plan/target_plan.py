@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jax_lora.errors import DoesNotFitError, format_error
+from jax_lora.finetune.memory import is_out_of_memory
 from jax_lora.finetune.optimization_level import at_optimization_level
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.accelerators import Target
@@ -147,7 +148,7 @@ def _compile(
         try:
             compiled = lowered.compile(compiler_options=dict(devices.options))
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise _does_not_fit(target, remat, str(error)) from error
     seconds = time.perf_counter() - began

@@ -24,6 +24,9 @@ def given_path(path: str | os.PathLike[str], error: type[LoraError]) -> Path:
       path: The path.
       error: Class of the exception to raise.
 
+    Returns:
+      The path.
+
     Raises:
       LoraError: An `error`, if the file system refuses the path.
 

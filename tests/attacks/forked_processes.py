@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from tests.xla_flags import for_devices
+
 ROOT = Path(__file__).parents[2]
 PRELOADED = ["tests.attacks.saving_process", "tests.attacks.training_command"]
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "OPENBLAS_NUM_THREADS": "1",  # threads do not survive a fork
-    # One device, not the eight of the tests: of the same flag twice, the last counts.
-    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1",
+    "XLA_FLAGS": for_devices(1),
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # a child compiles nothing again
 }

@@ -65,7 +65,7 @@ def mutated(reader: Reader, random: Random, data: bytes) -> bytes:
 
 def attack(reader: Reader, folder: Path) -> str | None:
     """Read a folder, and say what is wrong with how the reader ends."""
-    start, began = sum(os.times()[:4]), time.monotonic()  # child processes are counted
+    start = clocks()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -76,7 +76,17 @@ def attack(reader: Reader, folder: Path) -> str | None:
         raise
     except BaseException as error:  # a panic of Rust is a BaseException
         return f"{type(error).__name__}: {str(error)[:300]}"
-    used, took = sum(os.times()[:4]) - start, time.monotonic() - began
+    return too_slow(start)
+
+
+def clocks() -> tuple[float, float]:
+    """Return the processor time of this process and its children, and the time of day."""
+    return sum(os.times()[:4]), time.monotonic()
+
+
+def too_slow(start: tuple[float, float]) -> str | None:
+    """Say how long it took since `start`, from `clocks`, if that is too long."""
+    used, took = (now - then for now, then in zip(clocks(), start, strict=True))
     slow = used > MOST_SECONDS or took > MOST_WAIT
     return f"took {took:.1f} s, {used:.1f} s of the processors" if slow else None
 

@@ -17,6 +17,7 @@ from jax_lora.finetune.run_folder import checkpoints_of
 from jax_lora.finetune.training_state import find_resumable
 from jax_lora.models import Llama, save
 from tests.tiny_model import TINY, random_params, write_tokenizer
+from tests.xla_flags import for_devices
 
 DEVICES = 4  # of all processes together
 LIMIT = 300  # seconds after which every process is killed
@@ -44,11 +45,9 @@ class Processes:
         self.folder, self.count, self.started = folder, count, []
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
-        flags = os.environ.get("XLA_FLAGS", "")  # of the same flag twice, the last counts
-        flags += f" --xla_force_host_platform_device_count={DEVICES // count}"
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": flags,
+            "XLA_FLAGS": for_devices(DEVICES // count),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         }
         self.outputs = [folder / f"{port}-{index}.txt" for index in range(count)]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.xla_flags import for_devices
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,9 +17,8 @@ class CommandProcess:
     """Runs `jax-lora` and Python code in one process with other environment variables."""
 
     def __init__(self, folder, **variables):
-        # One device, not the eight of the tests: of the same flag twice, the last counts.
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, **variables}
+        changed = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": for_devices(1)}
+        environment = {**os.environ, **changed, **variables}
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             cwd=folder,

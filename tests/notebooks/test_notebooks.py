@@ -1,8 +1,8 @@
 """The notebooks run with small settings, and their saved outputs are complete."""
 
+import dataclasses
 import importlib.util
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,8 +11,9 @@ import nbformat
 import pytest
 
 from jax_lora.bundled import data_path, model_path
-from jax_lora.models import Llama, LlamaConfig, save
-from tests.tiny_model import random_params
+from jax_lora.models import Llama, save
+from tests.tiny_model import TINY, random_params
+from tests.xla_flags import for_devices
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
@@ -58,7 +59,8 @@ def small_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model_path() / name, folder)
-    config = LlamaConfig(
+    config = dataclasses.replace(
+        TINY,
         vocab_size=4096,
         hidden_size=64,
         intermediate_size=96,
@@ -66,8 +68,6 @@ def small_model(tmp_path_factory):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=0,
         pad_token_id=1,
     )
     llama = Llama(config)
@@ -78,9 +78,7 @@ def small_model(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_it_runs(runner, name, small_model, tmp_path, monkeypatch):
-    # One device, as on a typical machine: of the same flag twice, the last counts.
-    one = "--xla_force_host_platform_device_count=1"
-    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {one}")
+    monkeypatch.setenv("XLA_FLAGS", for_devices(1))  # as on a typical machine
     # The commands that a notebook runs share a compilation cache.
     monkeypatch.delenv("JAX_LORA_NO_CACHE", raising=False)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
