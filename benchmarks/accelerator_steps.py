@@ -25,7 +25,7 @@ from jax_lora.init import lora_init
 from jax_lora.plan.accelerators import ACCELERATORS, Accelerator
 from jax_lora.plan.compiled_step import memory_of, optimizer_of, trace_step
 from jax_lora.plan.matmul_flops import matmul_flops
-from jax_lora.plan.planned_model import PlannedModel, of_config, plan_shape
+from jax_lora.plan.planned_model import PlannedModel, plan_config, plan_shape
 from jax_lora.plan.target_plan import attention_flops
 from jax_lora.transform.strategies import target_platform
 
@@ -64,7 +64,7 @@ def shape_of(name: str, rehearse: bool) -> Shape:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
     config = dataclasses.replace(model.module.config, **sizes, **heads, head_dim=16)
-    return Shape(of_config(config, jnp.bfloat16, name), 1, 32)
+    return Shape(plan_config(config, jnp.bfloat16, name), 1, 32)
 
 
 def accelerator_of(kind: str) -> Accelerator | None:

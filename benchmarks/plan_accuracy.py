@@ -40,10 +40,10 @@ from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.step import init_state, make_step
 from jax_lora.finetune.tasks import CAUSAL, loss_for
 from jax_lora.models import LlamaConfig
-from jax_lora.plan.compiled_step import abstract_adapter, abstract_batch, compile_step, memory_of
+from jax_lora.plan.compiled_step import abstract_adapter, abstract_batch, memory_of, trace_step
 from jax_lora.plan.methods import estimate
-from jax_lora.plan.planned_model import PlannedModel, of_config, plan_folder, plan_shape
-from jax_lora.plan.planning import Choices, method_of, step_of
+from jax_lora.plan.planned_model import PlannedModel, plan_config, plan_folder, plan_shape
+from jax_lora.plan.planning import method_of, step_of
 from jax_lora.plan.residuals import trace_residuals
 
 STEPS = 3
@@ -72,7 +72,7 @@ class Larger(Case):
             vocab_size=16384, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
             num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=1024,
         )  # fmt: skip
-        return of_config(config, self.dtype, "100M")
+        return plan_config(config, self.dtype, "100M")
 
 
 class Largest(Case):
@@ -124,18 +124,16 @@ def measure(case: Case) -> dict[str, Any]:
     """
     use_all_cores()
     model = case.model()
-    compiled, devices, _ = compile_step(
-        model, case.settings, length=case.length, targets=case.targets
-    )
+    traced, devices = trace_step(model, case.settings, length=case.length, targets=case.targets)
+    compiled = traced.lower().compile()
     planned = memory_of(compiled, devices)
     make = _makers(model, case)
     first, _ = _resident(compiled, make)
     again, arrays = _resident(compiled, make)
     real = memory_of(_real(model, case, arrays), devices)
-    choices = Choices(case.settings)
     by_formula = estimate(
-        method_of(model, choices, trace_residuals(model, case.settings)),
-        step_of(choices, case.length, case.targets, devices),
+        method_of(model, case.settings, trace_residuals(model, case.settings)),
+        step_of(case.settings, case.length, case.targets, devices),
     )
     if planned is None or real is None:
         raise SystemExit("this backend does not report the memory of compiled functions")

@@ -34,7 +34,7 @@ from jax_lora.data.examples import make_examples
 from jax_lora.data.rows import Row, RowFile
 from jax_lora.data.text_folder import read_text_folder
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import DataError, LoraError, format_error
+from jax_lora.errors import DataError, LoraError
 from jax_lora.finetune.losses import causal_lm_loss
 from jax_lora.finetune.run_folder import RunFolder
 
@@ -68,7 +68,7 @@ def split(code: Path) -> tuple[RowFile, RowFile]:
             f"a folder with both; one file in {HOLD_OUT_ONE_IN} is held out, by a hash of its name"
         )
         fix = "Check the path, or choose a folder with more text files."
-        raise DataError(format_error(str(code), got=got, expected=expected, fix=fix))
+        raise DataError(str(code), got=got, expected=expected, fix=fix)
     return dataclasses.replace(texts, rows=training), dataclasses.replace(texts, rows=held_out)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 import jax_lora as jl
-from jax_lora.errors import DataError, LoraError, format_error
+from jax_lora.errors import DataError, LoraError
 from jax_lora.models import Roberta, RobertaConfig, add_classifier, load
 
 PROBLEMS_SHOWN = 10
@@ -104,7 +104,7 @@ def _raise_if_any(path: Path, problems: list[str], expected: str) -> None:
 
 
 def _refusal(where: str, got: str, expected: str, fix: str) -> DataError:
-    return DataError(format_error(where, got=got, expected=expected, fix=fix))
+    return DataError(where, got=got, expected=expected, fix=fix)
 
 
 THINGS = "plot cast music ending script camera pace dialogue story humour".split()

@@ -15,7 +15,7 @@ from jax_lora import paths
 from jax_lora.algebra.base_weight import Recipe
 from jax_lora.algebra.low_rank import static
 from jax_lora.config import LoraConfig
-from jax_lora.errors import StructureError, format_error
+from jax_lora.errors import StructureError
 from jax_lora.storage import flax_state
 from jax_lora.updates import LoraPair, TokenRows, Update, WholeLeaf
 
@@ -56,12 +56,10 @@ class LoraWeight:
           StructureError: Always.
         """
         raise StructureError(
-            format_error(
-                self.path,
-                got=f"a {type(self).__name__} in a computation",
-                expected="an array",
-                fix="Call the function as jl.lora_apply(fn)(...), or merge the adapter first.",
-            )
+            self.path,
+            got=f"a {type(self).__name__} in a computation",
+            expected="an array",
+            fix="Call the function as jl.lora_apply(fn)(...), or merge the adapter first.",
         )
 
 
@@ -148,12 +146,10 @@ def plain_leaves(where: str, tree: Any) -> list[tuple[str, Any]]:
     for path, leaf in leaves:
         if is_adapted(leaf):
             raise StructureError(
-                format_error(
-                    f"{where}: {path}",
-                    got="a leaf that already has an adapter",
-                    expected="parameters without an adapter",
-                    fix="Split off the adapter first: variables, adapter = jl.partition(tree).",
-                )
+                f"{where}: {path}",
+                got="a leaf that already has an adapter",
+                expected="parameters without an adapter",
+                fix="Split off the adapter first: variables, adapter = jl.partition(tree).",
             )
     return leaves
 
@@ -163,12 +159,10 @@ def not_combined(
 ) -> StructureError:
     """Build the error for a tree without a `LoraWeight`."""
     return StructureError(
-        format_error(
-            where,
-            got="a tree without any LoraWeight",
-            expected=expected,
-            fix="Call jl.combine(variables, adapter) first.",
-        )
+        where,
+        got="a tree without any LoraWeight",
+        expected=expected,
+        fix="Call jl.combine(variables, adapter) first.",
     )
 
 
@@ -208,12 +202,10 @@ def combine(tree: Any, adapter: Adapter) -> Any:
     problems = _combine_problems(dict(leaves), adapter)
     if problems:
         raise StructureError(
-            format_error(
-                f"combine: {len(problems)} leaves of the adapter do not fit the tree",
-                got=problems,
-                expected="the parameters that the adapter was created for, not yet combined",
-                fix="Pass the tree that was passed to lora_init; jl.partition undoes jl.combine.",
-            )
+            f"combine: {len(problems)} leaves of the adapter do not fit the tree",
+            got=problems,
+            expected="the parameters that the adapter was created for, not yet combined",
+            fix="Pass the tree that was passed to lora_init; jl.partition undoes jl.combine.",
         )
     updates = adapter.updates
     return jax.tree.unflatten(

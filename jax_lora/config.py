@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora import paths
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.storage.json_files import parse_json
 
 INITIALIZERS = ("gaussian",)
@@ -60,10 +60,6 @@ class Patterns(FrozenMapping):
         return super().__eq__(other)
 
     __hash__ = FrozenMapping.__hash__
-
-    def first_match(self, path: str) -> str | None:
-        """Return the first pattern that matches the path, or None."""
-        return next((pattern for pattern in self._items if paths.matches(pattern, path)), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,12 +207,10 @@ class LoraConfig:
         for name in values:
             if name not in known:
                 raise ConfigError(
-                    format_error(
-                        f"LoraConfig: {name!r}",
-                        got="an unknown setting",
-                        expected=f"one of {', '.join(known)}",
-                        fix=f"Did you mean {paths.nearest(name, known, 1)[0]!r}?",
-                    )
+                    f"LoraConfig: {name!r}",
+                    got="an unknown setting",
+                    expected=f"one of {', '.join(known)}",
+                    fix=f"Did you mean {paths.nearest(name, known, 1)[0]!r}?",
                 )
         return cls(**values)
 
@@ -235,21 +229,17 @@ class LoraConfig:
             values = parse_json(text)
         except (ValueError, RecursionError) as error:
             raise ConfigError(
-                format_error(
-                    "LoraConfig.from_json",
-                    got=f"text that is not JSON ({error})",
-                    expected="the output of LoraConfig.to_json",
-                    fix="Check that the file is complete.",
-                )
+                "LoraConfig.from_json",
+                got=f"text that is not JSON ({error})",
+                expected="the output of LoraConfig.to_json",
+                fix="Check that the file is complete.",
             ) from error
         if not isinstance(values, dict):
             raise ConfigError(
-                format_error(
-                    "LoraConfig.from_json",
-                    got=f"a JSON {type(values).__name__}",
-                    expected="a JSON object of settings",
-                    fix="Write one with LoraConfig.to_json.",
-                )
+                "LoraConfig.from_json",
+                got=f"a JSON {type(values).__name__}",
+                expected="a JSON object of settings",
+                fix="Write one with LoraConfig.to_json.",
             )
         return cls.from_dict(values)
 
@@ -262,9 +252,7 @@ def _first_value(patterns: Mapping[str, Any], names: Sequence[str], default: Any
 
 
 def _refuse(where: str, value: Any, expected: str, fix: str) -> ConfigError:
-    return ConfigError(
-        format_error(f"LoraConfig: {where}", got=repr(value), expected=expected, fix=fix)
-    )
+    return ConfigError(f"LoraConfig: {where}", got=repr(value), expected=expected, fix=fix)
 
 
 def _is_number(value: Any) -> bool:

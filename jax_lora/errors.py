@@ -1,12 +1,10 @@
 """Exceptions and warnings of jax_lora.
 
 Every message has four parts: where the problem is, what was found, what was expected, and how to
-fix it. `format_error` builds them.
+fix it. An error is raised with them, as in `ConfigError(where, got=..., expected=..., fix=...)`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from jax_lora.printable import printable
 
@@ -15,11 +13,26 @@ class LoraError(Exception):
     """Base class of the errors that this library raises.
 
     Messages quote names from files, so control characters in them are escaped.
+
+    Args:
+      where: Where the problem is; or, without the other parts, the whole message.
+      got: As in `format_error`.
+      expected: As in `format_error`.
+      fix: As in `format_error`.
+
+    Example:
+      >>> print(ConfigError("rank", got=0, expected="an integer above 0", fix="Pass rank=8."))
+      rank
+        got:      0
+        expected: an integer above 0
+        fix:      Pass rank=8.
     """
 
-    def __init__(self, *args: object):
-        """Escape the message."""
-        super().__init__(*map(_printable, args))
+    def __init__(self, where: object, *, got: object = "", expected: str = "", fix: str = ""):
+        """Build the message."""
+        if expected:
+            where = format_error(where, got=got, expected=expected, fix=fix)
+        super().__init__(_printable(where))
 
 
 class ConfigError(LoraError, ValueError):
@@ -105,7 +118,7 @@ class MaterializeWarning(LoraWarning):
     """An operation without a low-rank rule materialized a full weight: correct, but slow."""
 
 
-def format_error(where: str, *, got: str | Sequence[str], expected: str, fix: str) -> str:
+def format_error(where: object, *, got: object, expected: str, fix: str) -> str:
     """Build a message in the layout that all messages of this library share.
 
     Args:
@@ -124,7 +137,8 @@ def format_error(where: str, *, got: str | Sequence[str], expected: str, fix: st
         expected: an integer above 0
         fix:      Pass rank=8.
     """
-    found = got if isinstance(got, str) else "".join(f"\n    {problem}" for problem in got)
+    problems = isinstance(got, list | tuple)
+    found = "".join(f"\n    {problem}" for problem in got) if problems else got
     message = f"{where}\n  got:      {found}\n  expected: {expected}\n  fix:      {fix}"
     return printable(message)
 

@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from jax_lora.adapter import Adapter, plain_leaves
 from jax_lora.config import LoraConfig
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.kernels.stacks import rank_mask, ranks_and_scales
 from jax_lora.kernels.targets import select, select_whole
@@ -85,25 +85,22 @@ def _own_copy(leaf: Any) -> Any:
 def _pairs(
     key: jax.Array, kernels: Mapping[str, Kernel], config: LoraConfig
 ) -> dict[str, LoraPair]:
-    empty = {path: _empty(kernel, config) for path, kernel in kernels.items()}
+    empty = {}
+    for path, kernel in kernels.items():
+        reach = ranks_and_scales(kernel, config)
+        _check_rank(reach.rank, kernel)
+        empty[path] = empty_pair(kernel, reach.rank, reach.scale, config.dtype, reach.ranks)
     bs = {path: jnp.zeros(pair.b.shape, config.dtype) for path, pair in empty.items()}
     # Inside a traced function every draw adds to the compile time, so draws share a loop there.
     traced = any(isinstance(array, Tracer) for array in (key, *bs.values()))
     draw = _draw_in_loops if traced else _draw_one_by_one
     deviations = {path: 1.0 / math.sqrt(kernel.in_size) for path, kernel in kernels.items()}
-    shapes = {path: pair.a.shape for path, pair in empty.items()}
-    a_of = draw(key, deviations, shapes, config.dtype)
+    a_of = draw(key, deviations, {path: pair.a.shape for path, pair in empty.items()}, config.dtype)
     return {
         # a: (*stack, *in, rank), b: (*stack, rank, *out)
         path: dataclasses.replace(pair, a=_padded(a_of[path], pair), b=bs[path])
         for path, pair in empty.items()
     }
-
-
-def _empty(kernel: Kernel, config: LoraConfig) -> LoraPair:
-    reach = ranks_and_scales(kernel, config)
-    _check_rank(reach.rank, kernel)
-    return empty_pair(kernel, reach.rank, reach.scale, config.dtype, reach.ranks)
 
 
 def _with_magnitude(base: Any, pair: LoraPair) -> LoraPair:
@@ -174,15 +171,7 @@ _draw_compiled = jax.jit(_draw, static_argnums=(2, 3))
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
-    """Derive a random key from a path. It is the same in every process and for every tree.
-
-    Args:
-      key: Random key.
-      path: Path of the leaf.
-
-    Returns:
-      The key of this path.
-    """
+    """Derive a random key from a path. It is the same in every process and for every tree."""
     return _fold(key, _words(path))
 
 
@@ -201,20 +190,16 @@ _fold_compiled = jax.jit(_fold)
 def _check_rank(rank: int, kernel: Kernel) -> None:
     if 0 in kernel.shape:
         raise ConfigError(
-            format_error(
-                f"LoraConfig: target {kernel.path}",
-                got=f"a kernel of shape {kernel.shape}, which has no elements",
-                expected="kernels with elements",
-                fix="Exclude it by choosing other targets.",
-            )
+            f"LoraConfig: target {kernel.path}",
+            got=f"a kernel of shape {kernel.shape}, which has no elements",
+            expected="kernels with elements",
+            fix="Exclude it by choosing other targets.",
         )
     largest = max(_ALWAYS_ALLOWED_RANK, kernel.in_size, kernel.out_size)
     if rank > largest:
         raise ConfigError(
-            format_error(
-                f"LoraConfig: rank of {kernel.path}",
-                got=f"{rank}",
-                expected=f"at most {largest} for a kernel of {kernel.in_size} by {kernel.out_size}",
-                fix="Typical ranks are 8 to 64.",
-            )
+            f"LoraConfig: rank of {kernel.path}",
+            got=f"{rank}",
+            expected=f"at most {largest} for a kernel of {kernel.in_size} by {kernel.out_size}",
+            fix="Typical ranks are 8 to 64.",
         )

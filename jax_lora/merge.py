@@ -97,12 +97,10 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
     lost = {path: why for path, each in adapter.updates.items() if (why := each.irreversible)}
     if lost:
         raise MergeError(
-            format_error(
-                f"unmerge: {', '.join(lost)}",
-                got="; ".join(dict.fromkeys(lost.values())),
-                expected="an adapter of LoRA pairs without magnitudes",
-                fix="Keep the base variables and use them instead: merge does not change them.",
-            )
+            f"unmerge: {', '.join(lost)}",
+            got="; ".join(dict.fromkeys(lost.values())),
+            expected="an adapter of LoRA pairs without magnitudes",
+            fix="Keep the base variables and use them instead: merge does not change them.",
         )
     return _with_update(merged, adapter, sign=-1)
 
@@ -146,13 +144,8 @@ def _merged_stack(base: jax.Array, pair: LoraPair, sign: int) -> tuple[jax.Array
         return _merged_leaf(base, pair.of_layer(a, b), sign)
 
     merged, each = jax.lax.map(merged_layer, (base, pair.a, pair.b))
-    report = _Report(
-        bad={name: jnp.sum(count) for name, count in each.bad.items()},
-        overflown=jnp.mean(each.overflown),
-        changed=jnp.mean(each.changed),
-        lost=jnp.mean(each.lost),
-    )
-    return merged, report
+    shares = jax.tree.map(jnp.mean, each)
+    return merged, dataclasses.replace(shares, bad=jax.tree.map(jnp.sum, each.bad))
 
 
 def _is_plain_stack(base: Any, update: Any) -> bool:
@@ -232,21 +225,15 @@ def _check(function_name: str, reports: dict[str, _Report], adapter: Adapter) ->
         share = float(report.lost) / max(float(report.changed), 1e-30)
         if share >= _LOST_SHARE_TO_WARN:
             lost.append((share, path))
-    _refuse(function_name, problems)
-    if lost:
-        _warn(function_name, sorted(lost, reverse=True))
-
-
-def _refuse(function_name: str, problems: Sequence[str]) -> None:
     if problems:
         raise MergeError(
-            format_error(
-                f"{function_name}: {len(problems)} arrays are not finite",
-                got=problems,
-                expected="finite adapter weights and results; the base model is unchanged",
-                fix="Use an earlier checkpoint, or merge into a base model of a wider type.",
-            )
+            f"{function_name}: {len(problems)} arrays are not finite",
+            got=problems,
+            expected="finite adapter weights and results; the base model is unchanged",
+            fix="Use an earlier checkpoint, or merge into a base model of a wider type.",
         )
+    if lost:
+        _warn(function_name, sorted(lost, reverse=True))
 
 
 def _warn(function_name: str, lost: Sequence[tuple[float, str]]) -> None:

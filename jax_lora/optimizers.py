@@ -18,7 +18,7 @@ import optax
 
 from jax_lora import updates
 from jax_lora.adapter import Adapter, LoraWeight, is_adapted, not_combined
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 
 # -----------------------------------------------------------------------------------------------
 # The mask
@@ -126,12 +126,10 @@ def _as_transformation(tx: Any) -> optax.GradientTransformation:
     if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
         return tx
     raise ConfigError(
-        format_error(
-            "masked_optimizer: tx",
-            got=f"{tx!r} of type {type(tx).__name__}",
-            expected="an Optax transformation, which has init and update",
-            fix="Pass an optimizer, as in jl.masked_optimizer(optax.adamw(1e-4)).",
-        )
+        "masked_optimizer: tx",
+        got=f"{tx!r} of type {type(tx).__name__}",
+        expected="an Optax transformation, which has init and update",
+        fix="Pass an optimizer, as in jl.masked_optimizer(optax.adamw(1e-4)).",
     )
 
 
@@ -199,17 +197,15 @@ def lora_plus(tx: optax.GradientTransformation, ratio: float) -> optax.GradientT
     """
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < np.inf:
         raise ConfigError(
-            format_error(
-                "lora_plus: ratio",
-                got=repr(ratio),
-                expected="a finite number above 0",
-                fix="Pass 1 for equal learning rates, or a value from 2 to 16.",
-            )
+            "lora_plus: ratio",
+            got=repr(ratio),
+            expected="a finite number above 0",
+            fix="Pass 1 for equal learning rates, or a value from 2 to 16.",
         )
-    faster = optax.stateless(lambda updates, _: jax.tree.map_with_path(_faster(ratio), updates))
-    return optax.chain(_as_transformation(tx), faster)
 
+    def faster(path: Any, leaf: Any) -> Any:
+        is_b = bool(path) and getattr(path[-1], "name", None) == "b"
+        return leaf * jnp.asarray(ratio, leaf.dtype) if is_b else leaf
 
-def _faster(ratio: float) -> Callable[[Any, Any], Any]:
-    is_b = lambda path: bool(path) and getattr(path[-1], "name", None) == "b"  # noqa: E731
-    return lambda path, leaf: leaf * jnp.asarray(ratio, leaf.dtype) if is_b(path) else leaf
+    scaled = optax.stateless(lambda updates, _: jax.tree.map_with_path(faster, updates))
+    return optax.chain(_as_transformation(tx), scaled)

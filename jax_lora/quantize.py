@@ -15,11 +15,17 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax_lora import paths
 from jax_lora.adapter import base_of, is_weight
 from jax_lora.algebra.base_weight import Recipe
-from jax_lora.algebra.weight_formats import METHODS, NF4, WeightFormat, is_finite, weight_format
 from jax_lora.config import LoraConfig
-from jax_lora.errors import ConfigError, StructureError, format_error
+from jax_lora.errors import ConfigError, StructureError
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.kernels.targets import select
+from jax_lora.quantization.weight_formats import (
+    METHODS,
+    NF4,
+    WeightFormat,
+    is_finite,
+    weight_format,
+)
 from jax_lora.storage import flax_state
 
 
@@ -125,21 +131,17 @@ def is_quantized(tree: Any) -> bool:
 def _quantized(path: str, leaf: Any, kernel: Kernel, method: str) -> QuantizedWeight:
     if is_weight(leaf):
         raise StructureError(
-            format_error(
-                f"quantize: {path}",
-                got=f"a {type(leaf).__name__}",
-                expected="an array",
-                fix="Call jl.quantize on the unquantized parameters, before jl.combine.",
-            )
+            f"quantize: {path}",
+            got=f"a {type(leaf).__name__}",
+            expected="an array",
+            fix="Call jl.quantize on the unquantized parameters, before jl.combine.",
         )
     if method == NF4 and isinstance(leaf, Tracer):
         raise StructureError(
-            format_error(
-                f"quantize: {path}",
-                got="an array inside jax.jit",
-                expected="concrete weights: NF4 is computed on the host",
-                fix="Call jl.quantize outside of jit.",
-            )
+            f"quantize: {path}",
+            got="an array inside jax.jit",
+            expected="concrete weights: NF4 is computed on the host",
+            fix="Call jl.quantize outside of jit.",
         )
     made = format_of(kernel, leaf.dtype, method)
     return quantized_weight(kernel, made, encode(path, made, leaf))
@@ -156,12 +158,10 @@ def check_method(method: str) -> None:
     """
     if method not in METHODS:
         raise ConfigError(
-            format_error(
-                "quantize: method",
-                got=repr(method),
-                expected=f"one of {', '.join(METHODS)}",
-                fix='Use "nf4" for the least memory, or "int8" for the highest accuracy.',
-            )
+            "quantize: method",
+            got=repr(method),
+            expected=f"one of {', '.join(METHODS)}",
+            fix='Use "nf4" for the least memory, or "int8" for the highest accuracy.',
         )
 
 
@@ -207,12 +207,10 @@ def encode(path: str, made: WeightFormat, w: Any) -> dict[str, Any]:
     finite = is_finite(arrays)
     if not isinstance(finite, Tracer) and not bool(finite):
         raise StructureError(
-            format_error(
-                f"quantize: {path}",
-                got="elements that are NaN or Inf",
-                expected="finite weights",
-                fix="Load the model again, or pass exclude to leave out this kernel.",
-            )
+            f"quantize: {path}",
+            got="elements that are NaN or Inf",
+            expected="finite weights",
+            fix="Load the model again, or pass exclude to leave out this kernel.",
         )
     return arrays
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax_lora import paths
 from jax_lora.adapter import Adapter, base_of, is_weight
 from jax_lora.algebra.base_weight import Recipe
-from jax_lora.errors import StructureError, format_error
+from jax_lora.errors import StructureError
 from jax_lora.quantize import QuantizedWeight
 from jax_lora.updates import LoraPair, TokenRows
 
@@ -85,11 +85,9 @@ def _along(sharding: Sharding, axes: Sequence[int | None]) -> Sharding:
 
 
 def _sharding(path: str, leaf: Any) -> Sharding:
-    if isinstance(leaf, Sharding):
-        return leaf
     if isinstance(leaf, Recipe):
         return _of_recipe(path, leaf)
-    found = getattr(leaf, "sharding", None)
+    found = leaf if isinstance(leaf, Sharding) else getattr(leaf, "sharding", None)
     if isinstance(found, Sharding):
         return found
     raise _unplaced(path, f"a {type(leaf).__name__} without a sharding")
@@ -97,24 +95,21 @@ def _sharding(path: str, leaf: Any) -> Sharding:
 
 def _of_recipe(path: str, recipe: Recipe) -> Sharding:
     """Return the sharding of a quantized weight; other recipes are on every device as a whole."""
-    if isinstance(recipe, QuantizedWeight):
-        found = _sharding(path, recipe.arrays["codes"])
-        if isinstance(found, NamedSharding):
-            missing = len(recipe.arrays["codes"].shape) - len(found.spec)
-            codes = (*found.spec, *(None,) * missing)
-            spec = recipe.make.weight_spec(codes)  # type: ignore[attr-defined]
-            return NamedSharding(found.mesh, PartitionSpec(*spec))
+    quantized = isinstance(recipe, QuantizedWeight)
+    array = recipe.arrays["codes"] if quantized else jax.tree.leaves(recipe.arrays)[0]
+    found, spec = _sharding(path, array), ()
+    if not isinstance(found, NamedSharding):
         return found
-    found = _sharding(path, jax.tree.leaves(recipe.arrays)[0])
-    return NamedSharding(found.mesh, PartitionSpec()) if isinstance(found, NamedSharding) else found
+    if quantized:
+        codes = (*found.spec, *(None,) * (len(array.shape) - len(found.spec)))
+        spec = recipe.make.weight_spec(codes)  # type: ignore[attr-defined]
+    return NamedSharding(found.mesh, PartitionSpec(*spec))
 
 
 def _unplaced(path: str, got: str) -> StructureError:
     return StructureError(
-        format_error(
-            f"adapter_shardings: {path}",
-            got=got,
-            expected="the variables of the base model, on their devices",
-            fix="Pass what jax.device_put returned, shapes with shardings, or the shardings.",
-        )
+        f"adapter_shardings: {path}",
+        got=got,
+        expected="the variables of the base model, on their devices",
+        fix="Pass what jax.device_put returned, shapes with shardings, or the shardings.",
     )

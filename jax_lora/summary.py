@@ -142,17 +142,15 @@ def _experts(leaves: Mapping[str, Any], adapter: Adapter) -> tuple[int, int] | N
 
 def _row(path: str, leaf: Any, update: Any) -> SummaryRow:
     row = SummaryRow(path, update.kind, tuple(leaf.shape), None, None, update.size)
-    return row if getattr(update, "rank", None) is None else _with_ranks(row, update)
-
-
-def _with_ranks(row: SummaryRow, pair: LoraPair) -> SummaryRow:
-    scales = np.asarray(pair.scale, float)
-    ranks = np.asarray(pair.rank if pair.ranks is None else pair.ranks)
+    if not isinstance(update, LoraPair):
+        return row
+    scales = np.asarray(update.scale, float)
+    ranks = np.asarray(update.rank if update.ranks is None else update.ranks)
     if scales.shape == ranks.shape and ranks.any():
         scales = scales[ranks > 0]  # a layer without an update has no scale
     return dataclasses.replace(
         row,
-        rank=pair.rank,
+        rank=update.rank,
         scale=(float(scales.min()), float(scales.max())),
         ranks=(int(ranks.min()), int(ranks.max())),
     )
@@ -196,8 +194,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _size(count: int) -> str:
-    units: Sequence[tuple[float, str]] = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-    for unit, name in units:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return f"{count} bytes"

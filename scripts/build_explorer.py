@@ -17,7 +17,7 @@ from explorer.translate import translate
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan import arithmetic, methods
 from jax_lora.plan.planned_model import PlannedModel, plan_shape
-from jax_lora.plan.planning import Choices, method_of
+from jax_lora.plan.planning import method_of
 from jax_lora.plan.published import NAMES
 
 PARTS = Path(__file__).parent / "explorer"
@@ -62,7 +62,7 @@ def describe(name: str) -> dict[str, Any]:
 def adapted_by(model: PlannedModel, name: str, choice: str) -> set[str]:
     """Return the paths of the kernels that the library adapts for a choice."""
     settings = TrainSettings(rank=1, targets=targets_of(name, choice))
-    return {kernel.path for kernel in method_of(model, Choices(settings)).adapted}
+    return {kernel.path for kernel in method_of(model, settings).adapted}
 
 
 def build() -> str:

@@ -222,7 +222,7 @@ def test_a_plan_above_a_limit_is_not_kept() -> None:
     def plan(case: ahead_of_time.Case, traffic: float) -> TargetPlan:
         memory = StepMemory(3 * 10**9, 0, 0, 10**9, 1, 1.0)
         target = parse_target(case.target)
-        return TargetPlan(target, case.remat, memory, traffic, {}, 1e12, 0.0, case.length, 1.0)
+        return TargetPlan(target, case.remat, memory, traffic, {}, 1e12, 0.0, case.length)
 
     cases = (*ahead_of_time.GPU_CASES, *ahead_of_time.TPU_CASES)
     low, high = ({case: plan(case, traffic) for case in cases} for traffic in (30e9, 346e9))

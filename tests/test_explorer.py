@@ -14,7 +14,7 @@ from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.arithmetic import Step
 from jax_lora.plan.methods import side_by_side
 from jax_lora.plan.planned_model import plan_shape, with_dtype
-from jax_lora.plan.planning import Choices, method_of
+from jax_lora.plan.planning import method_of
 from jax_lora.plan.units import show_bytes, show_count
 from tests.browser import open_browser, requested_urls, resize
 
@@ -112,11 +112,9 @@ def test_it_computes_what_the_library_computes(builder, browser, state):
     dtype = {2: "bfloat16", 4: "float32"}[state["precision"]]
     model = with_dtype(plan_shape(state["model"], None), dtype)
     targets = builder.targets_of(state["model"], state["targets"])
-    choices = Choices(
-        TrainSettings(rank=state["rank"], targets=targets, optimizer=state["optimizer"])
-    )
+    settings = TrainSettings(rank=state["rank"], targets=targets, optimizer=state["optimizer"])
     method = dataclasses.replace(
-        method_of(model, choices), on_cpu=False
+        method_of(model, settings), on_cpu=False
     )  # the page is of accelerators
     length = state["length"]
     step = Step(batch_size=state["rows"], length=length, targets=length, remat=bool(state["remat"]))

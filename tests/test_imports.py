@@ -25,7 +25,7 @@ LAYERS = [
     ["transform"],
     ["adapter"],
     ["updates"],
-    ["algebra", "kernels", "hub"],
+    ["algebra", "kernels", "hub", "quantization"],
     ["config"],
     ["storage", "bundled"],
     ["paths", "errors"],

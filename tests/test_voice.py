@@ -125,10 +125,10 @@ def docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def messages(tree: ast.Module) -> Iterator[str]:
-    """Yield the literals in the arguments of format_error(...), warnings.warn(...) and raise."""
+    """Yield the literals in the arguments of errors, format_error(...), warn(...) and raise."""
     for node in ast.walk(tree):
         name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-        if isinstance(node, ast.Raise) or name.split(".")[-1] in ("format_error", "warn"):
+        if isinstance(node, ast.Raise) or name.endswith(("Error", "format_error", "warn")):
             yield from _literals(node)
 
 
@@ -207,3 +207,4 @@ def test_a_plain_sentence_passes(sentence):
 def test_messages_are_found_in_code():
     code = 'raise Error(format_error(f"{path}: no list", got="of its own", fix=fix))\nx = "knows"'
     assert sorted(set(messages(ast.parse(code)))) == ["of its own", "{}: no list"]
+    assert sorted(set(messages(ast.parse('x = DataError("a", got="b")')))) == ["a", "b"]

@@ -31,31 +31,17 @@ Pair = tuple[NamedArray, NamedArray]
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """A plan of the low-rank product: how the axes of x pair with the axes of the factors.
+    """A plan of the low-rank product: how the axes of x pair with the axes of the factors."""
 
-    Args:
-      x_axes: The name of every axis of x; paired axes have the names of the weight's axes.
-      a_first: Whether x is multiplied with `a` first. It is multiplied with `b` first if it is
-        contracted with the output axes.
-      out_axes: The name of every axis of the result; None for an axis of size 1.
-      out_shape: Shape of the result.
-      scale: Multiplier of the product.
-      dtype: Type of the result.
-      precision: As in `lax.dot_general`.
-      x_first: Whether the axes of x precede those of the weight in the result, which saves a
-        transpose.
-      flatten: Whether to merge adjacent axes before the products.
-    """
-
-    x_axes: tuple[AxisName, ...]
-    a_first: bool
-    out_axes: tuple[AxisName | None, ...]
+    x_axes: tuple[AxisName, ...]  # paired axes have the names of the weight's axes
+    a_first: bool  # False if x is contracted with the output axes, and with `b` first
+    out_axes: tuple[AxisName | None, ...]  # of the result; None for an axis of size 1
     out_shape: tuple[int, ...]
     scale: float
-    dtype: Any
-    precision: Any = None
-    x_first: bool = True
-    flatten: bool = False
+    dtype: Any  # of the result
+    precision: Any = None  # as in `lax.dot_general`
+    x_first: bool = True  # whether the axes of x come first in the result: saves a transpose
+    flatten: bool = False  # whether to merge adjacent axes before the products
 
     def order(self, a: Any, b: Any) -> tuple[Any, Any]:
         """Return the values for `a` and `b` in the order in which x is multiplied."""
@@ -130,14 +116,8 @@ def project_down(
 ) -> list[NamedArray]:
     """Compute scale * x · first of each value, in one product if they sum the same axes.
 
-    Args:
-      plans: A projection per value, with equal precision.
-      x: Data, (tokens, in).
-      pairs: The factors of each value in the order of its plan: (in, r) and (r, out).
-      hidden: As in `named_array.product`.
-
-    Returns:
-      (tokens, r) per value.
+    The factors of a value, (in, r) and (r, out), are in the order of its plan; all plans have the
+    same precision. `hidden` is as in `named_array.product`. The results are (tokens, r).
     """
     paired = plans[0].paired_axes(*pairs[0])
     alike = all(plan.paired_axes(*pair) == paired for plan, pair in zip(plans, pairs, strict=True))
@@ -197,13 +177,6 @@ def project_up(
     """Multiply scale * x · first, (tokens, r), with the second factor, in the result's layout."""
     operands = (down, second.astype(down.array.dtype))
     left, right = operands if plan.x_first else operands[::-1]
-    result = product(
-        left,
-        right,
-        set(plan.out_axes),
-        plan.precision,
-        plan.dtype,
-        hidden=hidden,
-        flatten=plan.flatten,
-    )
+    options: dict[str, Any] = {"hidden": hidden, "flatten": plan.flatten}
+    result = product(left, right, set(plan.out_axes), plan.precision, plan.dtype, **options)
     return result.arranged(plan.out_axes, plan.out_shape)

@@ -32,32 +32,18 @@ def static(**options: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A weight W0 + scale * a @ b in factors, optionally multiplied by a gain.
+    """A weight W0 + scale * a @ b in factors, optionally multiplied by a gain."""
 
-    Args:
-      base: W0 after the moves so far, frozen: an array or a recipe.
-      axes: The name of every axis of W0; None for an axis of size 1 that no factor has.
-      path: Path of the leaf, for messages.
-      a: Down-projection, with the stack axes, the input axes and the rank. Both factors are None
-        for a base weight without an adapter.
-      b: Up-projection, with the stack axes, the rank and the output axes.
-      scale: Scale of the update.
-      key: Random key for dropout on the input of the factors, or None.
-      rate: Dropout rate; 0 without a key.
-      gain: Multiplier along stack and output axes (DoRA), or None.
-      addend: Bias along stack and output axes that is added to the result of a product over all
-        inputs, or None. It is not part of the weight.
-    """
-
-    base: Base
-    axes: Axes = static()
-    path: str = static()
-    a: NamedArray | None = None
-    b: NamedArray | None = None
+    base: Base  # W0 after the moves so far, frozen: an array or a recipe
+    axes: Axes = static()  # the name of every axis of W0; None for size 1, which no factor has
+    path: str = static()  # of the leaf, for messages
+    a: NamedArray | None = None  # (*stack, *in, rank); None, like b, without an adapter
+    b: NamedArray | None = None  # (*stack, rank, *out)
     scale: float = static(default=1.0)
-    key: Array | None = None
-    rate: float = static(default=0.0)
-    gain: NamedArray | None = None
+    key: Array | None = None  # random key for dropout on the input of the factors
+    rate: float = static(default=0.0)  # of dropout; 0 without a key
+    gain: NamedArray | None = None  # multiplier along stack and output axes (DoRA)
+    # Bias along stack and output axes, added to a product over all inputs; not part of the weight.
     addend: NamedArray | None = None
 
     @property
@@ -178,17 +164,11 @@ def times_gain(
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The parts of a product of data with a low-rank value.
+    """The parts of a product of data with a low-rank value."""
 
-    Args:
-      base: The product with W0, or with the whole weight if there is no `update`.
-      update: The low-rank product, or None.
-      again: The product of W0 with the data after dropout, if there is dropout and a gain.
-    """
-
-    base: Array
-    update: Array | None = None
-    again: Array | None = None
+    base: Array  # the product with W0, or with the whole weight if there is no `update`
+    update: Array | None = None  # the low-rank product
+    again: Array | None = None  # of W0 and the data after dropout, with both dropout and a gain
 
 
 def add_parts(value: LowRank, parts: Parts, axes: Collection[AxisName | None]) -> Array:

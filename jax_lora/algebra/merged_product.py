@@ -31,19 +31,11 @@ _FEW = 8  # largest rank computed as a sum of outer products; XLA does not fuse 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One of several `dot_general`s of the same x with an array of W0's shape.
+    """One of several `dot_general`s of the same x with an array of W0's shape."""
 
-    Args:
-      plan: How x pairs with the factors, and the precision and operand order of the model.
-      axes: The name of every axis of W0.
-      dimension_numbers: As in `lax.dot_general`.
-      preferred_element_type: As in `lax.dot_general`.
-      out_sharding: As in `lax.dot_general`, or None.
-    """
-
-    plan: Projection
-    axes: Axes
-    dimension_numbers: Any
+    plan: Projection  # how x pairs with the factors, and the model's precision and operand order
+    axes: Axes  # of W0
+    dimension_numbers: Any  # this and the following as in `lax.dot_general`
     preferred_element_type: Any
     out_sharding: Any
 

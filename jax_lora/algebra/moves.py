@@ -24,17 +24,11 @@ Step = Callable[[LowRank], LowRank | None]  # None: the update of the result is 
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """The effect of an operation on a weight.
+    """The effect of an operation on a weight."""
 
-    Args:
-      axes: The name of every axis of the result.
-      steps: The changes of the factors, in order.
-      adds: Whether another array is added, so that the result may be data.
-    """
-
-    axes: Axes
-    steps: tuple[Step, ...] = ()
-    adds: bool = False
+    axes: Axes  # of the result
+    steps: tuple[Step, ...] = ()  # the changes of the factors, in order
+    adds: bool = False  # whether another array is added, so that the result may be data
 
 
 def apply_move(value: LowRank, move: Move) -> LowRank | None:
@@ -89,13 +83,7 @@ def regroup(old: tuple[AxisName, ...], new: tuple[AxisName, ...], sizes: tuple[i
 
 
 def along_axis(name: AxisName | None, operation: AlongAxis, start: Any = None) -> Step:
-    """Slice, index or reverse one axis.
-
-    Args:
-      name: The axis.
-      operation: The operation along the axis.
-      start: Start of a slice, from which the dropout key of a layer is derived.
-    """
+    """Slice, index or reverse one axis; the dropout key of a layer is derived from its `start`."""
     on = _on_axis(name, lambda factor, axis: NamedArray(operation(factor.array, axis), factor.axes))
 
     def step(value: LowRank) -> LowRank | None:

@@ -25,12 +25,7 @@ _UNIT: tuple[AxisName] = ("batch dimension of size 1",)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NamedArray:
-    """An array with named axes.
-
-    Args:
-      array: The array.
-      axes: The name of every axis.
-    """
+    """An array with a name for every axis."""
 
     array: Any
     axes: tuple[AxisName, ...] = dataclasses.field(metadata={"static": True})

@@ -20,41 +20,26 @@ RANK = "rank"  # the rank axis, shared by a and b and absent from W0
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """The name of axes that are merged into one.
-
-    Args:
-      names: Names of the axes, in order.
-    """
+    """The name of axes that are merged into one, in order."""
 
     names: tuple[AxisName, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The name of one of the axes that an axis is split into.
+    """The name of one of the axes that an axis is split into."""
 
-    Args:
-      name: Name of the axis before it is split.
-      sizes: Sizes of all its parts.
-      position: Position of this part.
-    """
-
-    name: AxisName
-    sizes: tuple[int, ...]
-    position: int
+    name: AxisName  # of the axis before it is split
+    sizes: tuple[int, ...]  # of all its parts
+    position: int  # of this part
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """The name of an axis of the indices that select entries of an axis, such as layers or experts.
+    """The name of an axis of the indices that select entries of an axis: layers, or experts."""
 
-    Args:
-      name: Name of the axis whose entries are selected.
-      position: Position among the axes of the indices.
-    """
-
-    name: AxisName
-    position: int
+    name: AxisName  # of the axis whose entries are selected
+    position: int  # among the axes of the indices
 
 
 AxisName = int | str | tuple[str, int] | Merged | Split | Index | None

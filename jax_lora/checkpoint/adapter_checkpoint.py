@@ -28,10 +28,16 @@ from jax_lora.adapter import Adapter, base_of, is_weight, misfit
 from jax_lora.checkpoint import manifest
 from jax_lora.checkpoint.fingerprint import LeafFingerprint, differences, fingerprint
 from jax_lora.checkpoint.manifest import Manifest
-from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning, format_error
+from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning
 from jax_lora.storage import array_store, multihost
-from jax_lora.storage.atomic_writes import explained, made_folder, remove, remove_parts, write_file
-from jax_lora.storage.limits import expanded_limit, raise_hint
+from jax_lora.storage.atomic_writes import (
+    convert_os_errors,
+    made_folder,
+    remove,
+    remove_parts,
+    write_file,
+)
+from jax_lora.storage.limits import expanded_limit, limit_hint
 from jax_lora.storage.locks import locked
 from jax_lora.storage.safe_paths import given_path
 
@@ -83,16 +89,18 @@ def save_adapter(
 def _write(
     folder: Path, arrays: Adapter, base: Mapping[str, LeafFingerprint] | None, overwrite: bool
 ) -> None:
-    with explained(folder, CheckpointError):
+    with convert_os_errors(folder, CheckpointError):
         _check_free(folder, overwrite)
     name = f"arrays-{uuid.uuid4().hex[:12]}"
     with made_folder(folder, CheckpointError), locked(folder, CheckpointError):
         _check_free(folder, overwrite)  # again, as it may have been saved before it was locked
         _remove_unfinished(folder)
         try:
-            with explained(folder, CheckpointError):
+            with convert_os_errors(folder, CheckpointError):
                 array_store.write_arrays(folder / name, manifest.array_tree(arrays))
-                what = _describe(folder, name, arrays, base)
+                records = jax.tree.map(manifest.make_record, arrays)
+                files = array_store.checksums(folder / name)
+                what = Manifest(arrays.config, records, name, files, base)
                 text = json.dumps(what.to_dict(), indent=1, allow_nan=False)
                 write_file(folder / _MANIFEST, text, CheckpointError)
         except BaseException:
@@ -108,14 +116,9 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         got, fix = "a file of that name", "move the file"
     else:
         return
-    raise CheckpointError(
-        format_error(
-            f"save_adapter: {folder}",
-            got=got,
-            expected="a folder without an adapter, or a new folder",
-            fix=f"Save to another folder, or {fix}.",
-        )
-    )
+    expected = "a folder without an adapter, or a new folder"
+    fix = f"Save to another folder, or {fix}."
+    raise CheckpointError(f"save_adapter: {folder}", got=got, expected=expected, fix=fix)
 
 
 def _to_host(folder: Path, adapter: Adapter) -> Adapter:
@@ -127,13 +130,9 @@ def _to_host(folder: Path, adapter: Adapter) -> Adapter:
     problems = [f"{name} {why}" for name, leaf in leaves.items() if (why := _why_not(leaf))]
     if not problems:
         return arrays
+    fix = "Save an adapter from before the NaN loss, outside jit. Nothing was written."
     raise CheckpointError(
-        format_error(
-            f"save_adapter: {folder}",
-            got=problems,
-            expected="finite, concrete arrays",
-            fix="Save an adapter from before the NaN loss, outside jit. Nothing was written.",
-        )
+        f"save_adapter: {folder}", got=problems, expected="finite, concrete arrays", fix=fix
     )
 
 
@@ -146,13 +145,6 @@ def _why_not(leaf: Any) -> str | None:
         return f"is a {type(leaf).__name__} without values"
     bad = manifest.count_non_finite(leaf)
     return f"has {bad} elements that are NaN or Inf" if bad else None
-
-
-def _describe(
-    folder: Path, name: str, arrays: Adapter, base: Mapping[str, LeafFingerprint] | None
-) -> Manifest:
-    records = jax.tree.map(manifest.make_record, arrays)
-    return Manifest(arrays.config, records, name, array_store.checksums(folder / name), base)
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -234,14 +226,9 @@ def _read_manifest(folder: Path) -> Manifest:
     else:
         inside = sorted(each.name for each in folder.iterdir())[:8]
         got = f"a folder without {_MANIFEST}, holding {', '.join(inside) or 'nothing'}"
-    raise CheckpointError(
-        format_error(
-            f"load_adapter: {folder}",
-            got=got,
-            expected=f"a folder that save_adapter wrote, with {_MANIFEST}",
-            fix="Check the path. An interrupted save leaves no adapter.",
-        )
-    )
+    expected = f"a folder that save_adapter wrote, with {_MANIFEST}"
+    fix = "Check the path. An interrupted save leaves no adapter."
+    raise CheckpointError(f"load_adapter: {folder}", got=got, expected=expected, fix=fix)
 
 
 def _size_problems(folder: Path, declared: int) -> list[str]:
@@ -249,15 +236,15 @@ def _size_problems(folder: Path, declared: int) -> list[str]:
     stored = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if declared <= expanded_limit(stored):
         return []
-    hint = raise_hint("expanded_bytes")
+    hint = limit_hint("expanded_bytes")
     return [f"{folder.name}: arrays of {declared:,} bytes in {stored:,} bytes of files. {hint}"]
 
 
 def _read_arrays(folder: Path, what: Manifest) -> tuple[Any, list[str]]:
     """Read the arrays as NumPy; return them with a list of problems."""
-    template = manifest.array_tree(manifest.to_shape_dtype_structs(what.adapter))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), what.adapter)
     try:
-        arrays = array_store.read_arrays(folder / what.arrays, template)
+        arrays = array_store.read_arrays(folder / what.arrays, manifest.array_tree(shapes))
     except Exception as cause:  # Orbax raises many types for untrusted files
         return None, [f"{what.arrays}: {type(cause).__name__}: {cause}"]
     have = manifest.from_array_tree(what.adapter, arrays)
@@ -323,14 +310,9 @@ def _refusal(folder: Path, damage: list[str], mismatch: list[str]) -> Checkpoint
         fixes.append("Copy the folder again, or use an earlier checkpoint.")
     if mismatch:
         fixes.append("Load the base model it was trained on; force=True ignores the fingerprint.")
-    return kind(
-        format_error(
-            f"load_adapter: {folder}",
-            got=[*damage, *mismatch],
-            expected="an undamaged adapter, and the base model it was trained on",
-            fix=" ".join(fixes),
-        )
-    )
+    expected = "an undamaged adapter, and the base model it was trained on"
+    where, got = f"load_adapter: {folder}", [*damage, *mismatch]
+    return kind(where, got=got, expected=expected, fix=" ".join(fixes))
 
 
 def _warn(folder: Path, what: str) -> None:

@@ -27,32 +27,18 @@ _STEP = 0x9E3779B97F4A7C15
 
 @dataclasses.dataclass(frozen=True)
 class LeafFingerprint:
-    """The fingerprint of one leaf.
-
-    Args:
-      shape: Shape of the leaf.
-      dtype: Name of its dtype.
-      sample: Hash of sampled elements; None for a `jax.ShapeDtypeStruct`, or an array that is
-        partly on devices of other processes.
-    """
+    """The fingerprint of one leaf."""
 
     shape: tuple[int, ...]
     dtype: str
-    sample: str | None
+    sample: str | None  # of some elements; None if they are not on the devices of this process
 
 
 def fingerprint(tree: Any) -> dict[str, LeafFingerprint]:
-    """Compute the fingerprint of a base model.
+    """Compute the `LeafFingerprint` of every leaf of a base model, by path.
 
     A few hundred elements of every leaf are read, shard by shard, so that the cost does not depend
-    on the size of the model and no leaf is gathered.
-
-    Args:
-      tree: Parameters, as arrays or `jax.ShapeDtypeStruct`s. Adapters in a combined tree are
-        ignored.
-
-    Returns:
-      A `LeafFingerprint` by path.
+    on the size of the model and no leaf is gathered. Adapters in a combined tree are ignored.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,14 +50,9 @@ def fingerprint(tree: Any) -> dict[str, LeafFingerprint]:
 
 
 def differences(saved: Mapping[str, LeafFingerprint], tree: Any) -> dict[str, str]:
-    """Compare a base model with a saved fingerprint.
+    """Compare a base model with a saved fingerprint; return the differences by path.
 
-    Args:
-      saved: The fingerprint.
-      tree: The base model. For `jax.ShapeDtypeStruct`s, only paths, shapes and dtypes are compared.
-
-    Returns:
-      The differences by path; empty if the models are equal.
+    For `jax.ShapeDtypeStruct`s, only paths, shapes and dtypes are compared.
     """
     have = fingerprint(tree)
     problems = {path: "not in this base model" for path in saved if path not in have}
@@ -88,27 +69,26 @@ def differences(saved: Mapping[str, LeafFingerprint], tree: Any) -> dict[str, st
 
 
 def _leaf_fingerprint(leaf: Any) -> LeafFingerprint:
+    if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, Recipe)):
+        leaf = np.asarray(leaf)
+    return LeafFingerprint(tuple(leaf.shape), str(leaf.dtype), _sample(leaf))
+
+
+def _sample(leaf: Any) -> str | None:
+    """Hash sampled elements; None unless all elements are in reach of this process."""
     if isinstance(leaf, Recipe):
-        prints = [_leaf_fingerprint(array).sample for array in jax.tree.leaves(leaf.arrays)]
-        sample = None if None in prints else "".join(map(str, prints))
-        return LeafFingerprint(tuple(leaf.shape), str(leaf.dtype), sample)
-    if isinstance(leaf, jax.ShapeDtypeStruct) or not _within_reach(leaf):
-        return LeafFingerprint(tuple(leaf.shape), str(leaf.dtype), None)
-    leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    values = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    sample = hashlib.blake2b(_sampled(values).tobytes(), digest_size=8).hexdigest()
-    return LeafFingerprint(tuple(leaf.shape), str(leaf.dtype), sample)
-
-
-def _within_reach(leaf: Any) -> bool:
-    """Tell whether this process has all elements of a leaf."""
+        samples = [_sample(array) for array in jax.tree.leaves(leaf.arrays)]
+        return None if None in samples else "".join(map(str, samples))
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return None
     if not isinstance(leaf, jax.Array):
-        return True
-    return leaf.is_fully_addressable or leaf.is_fully_replicated
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        values = leaf
+    elif leaf.is_fully_addressable or leaf.is_fully_replicated:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        values = jax.random.key_data(leaf) if is_key else leaf
+    else:
+        return None
+    return hashlib.blake2b(_sampled(values).tobytes(), digest_size=8).hexdigest()
 
 
 def _sampled(leaf: Any) -> np.ndarray:

@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.adapter import Adapter
 from jax_lora.checkpoint.fingerprint import LeafFingerprint
 from jax_lora.config import LoraConfig
-from jax_lora.errors import CheckpointError, ConfigError, format_error
+from jax_lora.errors import CheckpointError, ConfigError
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import json_checksum, read_json
 from jax_lora.updates import LoraPair, TokenRows
@@ -37,26 +36,22 @@ _MAX_BYTES = 2**38  # a manifest that declares more than 256 GiB is damaged or m
 _MAX_SHOWN_PROBLEMS = 10
 
 _SIZES = schema.list_of(schema.integer(0, 2**40 - 1))
-_LEAF = schema.fields(
-    {"shape": _SIZES, "dtype": schema.TEXT, "checksum": schema.TEXT},
-    required=("shape", "dtype", "checksum"),
-)
+_LEAF = schema.record({"shape": _SIZES, "dtype": schema.TEXT, "checksum": schema.TEXT})
 _AXES = ("in_axes", "out_axes", "stack_axes")
-_PAIR = schema.fields(
+_PAIR = schema.record(
     {
         **dict.fromkeys(("a", "b", *VECTORS), _LEAF),
         **dict.fromkeys(_AXES, _SIZES),
         "scale": schema.either(schema.NUMBER, schema.list_of(schema.ANYTHING)),
         "ranks": schema.optional(schema.list_of(schema.ANYTHING)),
     },
-    required=("a", "b", *_AXES, "scale"),
+    optional=(*VECTORS, "ranks"),
 )
-_ROWS = schema.fields({"values": _LEAF, "indices": _SIZES}, required=("values", "indices"))
-_FINGERPRINT = schema.fields(
-    {"shape": _SIZES, "dtype": schema.TEXT, "sample": schema.optional(schema.TEXT)},
-    required=("shape", "dtype", "sample"),
+_ROWS = schema.record({"values": _LEAF, "indices": _SIZES})
+_FINGERPRINT = schema.record(
+    {"shape": _SIZES, "dtype": schema.TEXT, "sample": schema.optional(schema.TEXT)}
 )
-_FIELDS = schema.fields(
+_FIELDS = schema.record(
     {
         "config": schema.OBJECT,
         "pairs": schema.object_of(_PAIR),
@@ -66,19 +61,13 @@ _FIELDS = schema.fields(
         "files": schema.object_of(schema.TEXT),
         "base": schema.optional(schema.object_of(_FINGERPRINT)),
     },
-    required=("config", "pairs", "whole", "arrays", "files", "base"),
+    optional=("rows",),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafRecord:
-    """Shape, dtype and checksum of one array.
-
-    Args:
-      shape: Shape of the array.
-      dtype: Name of its dtype.
-      checksum: Hash of its bytes.
-    """
+    """Shape, name of the dtype, and hash of the bytes of one array."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -96,19 +85,12 @@ class Manifest:
 
     In the file, `whole` are the fully trained leaves (`modules_to_save`), `rows` the trained rows
     of token embeddings, and `seal` is a checksum of all other fields.
-
-    Args:
-      config: The configuration of the adapter.
-      adapter: The adapter, with a `LeafRecord` instead of each array.
-      arrays: Name of the folder with the arrays.
-      files: Checksums of the files in that folder.
-      base: Fingerprint of the base model, or None.
     """
 
     config: LoraConfig
-    adapter: Adapter
-    arrays: str
-    files: Mapping[str, str]
+    adapter: Adapter  # with a `LeafRecord` instead of each array
+    arrays: str  # name of the folder with the arrays
+    files: Mapping[str, str]  # checksums of the files in that folder
     base: Mapping[str, LeafFingerprint] | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,15 +100,17 @@ class Manifest:
             "version": VERSION,
             "config": self.config.to_dict(),
             "pairs": {path: _pair_to_dict(pair) for path, pair in self.adapter.pairs.items()},
-            "whole": {path: dataclasses.asdict(leaf) for path, leaf in self.adapter.whole.items()},
+            "whole": _as_dicts(self.adapter.whole),
             "rows": {path: _rows_to_dict(rows) for path, rows in self.adapter.rows.items()},
             "arrays": self.arrays,
             "files": dict(self.files),
-            "base": None
-            if self.base is None
-            else {path: dataclasses.asdict(leaf) for path, leaf in self.base.items()},
+            "base": None if self.base is None else _as_dicts(self.base),
         }
         return values | {"seal": json_checksum(values)}
+
+
+def _as_dicts(records: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: dataclasses.asdict(record) for name, record in records.items()}
 
 
 def array_tree(adapter: Adapter) -> dict[str, dict[str, Any]]:
@@ -183,55 +167,34 @@ def named_leaves(adapter: Adapter) -> dict[str, Any]:
 def read_manifest(path: Path) -> Manifest:
     """Read and validate adapter.json.
 
-    Args:
-      path: The file.
-
-    Returns:
-      The manifest.
-
     Raises:
       CheckpointError: The file is missing or is not JSON, has another format, a newer version or a
         wrong checksum, or its values do not describe an adapter.
     """
     values = read_json(path, CheckpointError)
     if values.get("format") != FORMAT:
-        raise _invalid_manifest(
-            path,
-            got=f"format {values.get('format')!r}",
-            expected=repr(FORMAT),
-            fix="Pass the folder of an adapter saved with jl.save_adapter.",
-        )
+        got = f"format {values.get('format')!r}"
+        fix = "Pass the folder of an adapter saved with jl.save_adapter."
+        raise CheckpointError(path, got=got, expected=repr(FORMAT), fix=fix)
     if values.get("version") not in _READABLE_VERSIONS:
-        raise _invalid_manifest(
-            path,
-            got=f"format version {values.get('version')!r}",
-            expected=f"version {VERSION} or earlier",
-            fix="Upgrade jax_lora to the version that saved it.",
-        )
+        got, expected = f"format version {values.get('version')!r}", f"version {VERSION} or earlier"
+        fix = "Upgrade jax_lora to the version that saved it."
+        raise CheckpointError(path, got=got, expected=expected, fix=fix)
     content = {key: value for key, value in values.items() if key != "seal"}
     if json_checksum(content) != values.get("seal"):
-        raise _invalid_manifest(
-            path,
-            got="contents that do not match their checksum",
-            expected="an unchanged file",
-            fix="Copy the folder again.",
-        )
-    fix = "Save the adapter again with jl.save_adapter."
-    expected = "a valid adapter manifest"
+        got, fix = "contents that do not match their checksum", "Copy the folder again."
+        raise CheckpointError(path, got=got, expected="an unchanged file", fix=fix)
+    expected, fix = "a valid adapter manifest", "Save the adapter again with jl.save_adapter."
     if wrong := list(schema.problems(values, _FIELDS)):
-        raise _invalid_manifest(path, wrong[:_MAX_SHOWN_PROBLEMS], expected, fix)
+        raise CheckpointError(path, got=wrong[:_MAX_SHOWN_PROBLEMS], expected=expected, fix=fix)
     try:
         return _from_dict(values)
     except (_InvalidManifestError, ConfigError) as cause:
-        raise _invalid_manifest(path, str(cause), expected, fix) from cause
+        raise CheckpointError(path, got=cause, expected=expected, fix=fix) from cause
 
 
 class _InvalidManifestError(ValueError):
     """A value of the manifest contradicts another one, or has no meaning."""
-
-
-def _invalid_manifest(path: Path, got: str | list[str], expected: str, fix: str) -> CheckpointError:
-    return CheckpointError(format_error(str(path), got=got, expected=expected, fix=fix))
 
 
 def _from_dict(values: dict[str, Any]) -> Manifest:
@@ -250,15 +213,13 @@ def _from_dict(values: dict[str, Any]) -> Manifest:
         )
     for name in values["files"]:
         _check_relative_path(name)
-    base = None if values["base"] is None else _base_from_dict(values["base"])
+    base = None
+    if values["base"] is not None:
+        base = {
+            path: LeafFingerprint(tuple(item["shape"]), item["dtype"], item["sample"])
+            for path, item in values["base"].items()
+        }
     return Manifest(config, adapter, values["arrays"], values["files"], base)
-
-
-def _base_from_dict(leaves: dict[str, Any]) -> dict[str, LeafFingerprint]:
-    return {
-        path: LeafFingerprint(tuple(item["shape"]), item["dtype"], item["sample"])
-        for path, item in leaves.items()
-    }
 
 
 def _current_config(settings: Mapping[str, Any], version: int) -> dict[str, Any]:
@@ -278,10 +239,8 @@ def _check_relative_path(name: str) -> None:
 
 def _pair_to_dict(pair: LoraPair) -> dict[str, Any]:
     return {
-        **{name: dataclasses.asdict(array) for name, array in pair.arrays.items()},
-        "in_axes": list(pair.in_axes),
-        "out_axes": list(pair.out_axes),
-        "stack_axes": list(pair.stack_axes),
+        **_as_dicts(pair.arrays),
+        **{name: list(getattr(pair, name)) for name in _AXES},
         "scale": pair.scale,  # nested tuples become nested lists
         "ranks": pair.ranks,
     }
@@ -385,14 +344,9 @@ def _leaf_from_dict(item: dict[str, Any]) -> LeafRecord:
 
 
 def leaf_problems(adapter: Adapter, arrays: Adapter) -> list[str]:
-    """Check arrays against the manifest.
+    """List the leaves with another shape, dtype or checksum than recorded, or with NaN or Inf.
 
-    Args:
-      adapter: The adapter of `LeafRecord`s.
-      arrays: The adapter of arrays, or of `jax.ShapeDtypeStruct`s.
-
-    Returns:
-      A line for every leaf with another shape, dtype or checksum, or with NaN or Inf.
+    The arrays may be `jax.ShapeDtypeStruct`s, which have no values to check.
     """
     problems = []
     actual_leaves = named_leaves(arrays)
@@ -416,8 +370,3 @@ def count_non_finite(array: Any) -> int:
     if not jnp.issubdtype(array.dtype, np.inexact):
         return 0
     return int(np.sum(~np.isfinite(np.asarray(array))))
-
-
-def to_shape_dtype_structs(adapter: Adapter) -> Adapter:
-    """Convert `LeafRecord`s to `jax.ShapeDtypeStruct`s."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), adapter)

@@ -24,7 +24,7 @@ from jax_lora.cli.parser import Parser
 from jax_lora.data.prompt_template import prompt_template_text
 from jax_lora.data.template_files import choose_template
 from jax_lora.data.tokenizer_identity import identity_changes
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.finetune.commit_mark import check_mark
 from jax_lora.finetune.memory import available_memory
 from jax_lora.finetune.run_folder import find_checkpoint, read_run_config
@@ -76,10 +76,10 @@ def find_checkpoint_and_config(path: str) -> tuple[Path, dict[str, Any]]:
 def _settings_of_peft(folder: Path) -> dict[str, Any]:
     """Return the base model that PEFT recorded, at its revision if it is a Hub name."""
     config = read_config(folder)
-    name = parse_hub_name(config["base_model_name_or_path"] or "")
+    local = config["base_model_name_or_path"]
+    name = parse_hub_name(local or "")
     if name is not None:
         return {"model": str(dataclasses.replace(name, revision=config["revision"]))}
-    local = config["base_model_name_or_path"]
     return {} if local is None else {"model": local}
 
 
@@ -93,15 +93,7 @@ def warn_if_tokenizer_changed(base: BaseModel, checkpoint: Path) -> None:
 
 
 def templates_of_run(settings: Mapping[str, Any], checkpoint: Path | None) -> dict[str, str | None]:
-    """Return the chat template and the prompt template of a run.
-
-    Args:
-      settings: From the run's config.yaml; they may be empty.
-      checkpoint: A checkpoint of the run, or None.
-
-    Returns:
-      The arguments of `Tokenizer.load`.
-    """
+    """Return the chat template and the prompt template of a run, for `Tokenizer.load`."""
     chat = None if checkpoint is None else read_run_template(checkpoint.parent)
     return {"chat_template": chat, "prompt_template": settings.get("prompt_template")}
 
@@ -112,16 +104,9 @@ def templates_of(
     settings: Mapping[str, Any],
     checkpoint: Path | None,
 ) -> dict[str, str | None]:
-    """Return the template of `add_template_options`, or those of a run.
+    """Return the template of `add_template_options`, or those of a run, for `Tokenizer.load`.
 
-    Args:
-      options: The options; a subcommand may have none of them.
-      name: The model's folder.
-      settings: From the run's config.yaml; they may be empty.
-      checkpoint: A checkpoint of the run, or None.
-
-    Returns:
-      The arguments of `Tokenizer.load`.
+    A subcommand may have none of these options, and a model no run.
 
     Raises:
       ConfigError: Both options are given, or there is no such template.
@@ -130,12 +115,10 @@ def templates_of(
     prompt = getattr(options, "prompt_template", None)
     if chat is not None and prompt is not None:
         raise ConfigError(
-            format_error(
-                "--chat-template and --prompt-template",
-                got="both",
-                expected="one of them",
-                fix="Remove one of them.",
-            )
+            "--chat-template and --prompt-template",
+            got="both",
+            expected="one of them",
+            fix="Remove one of them.",
         )
     if chat is not None:
         return {"chat_template": choose_template(model_folder(name), chat)}
@@ -152,24 +135,15 @@ def add_adapter_options(parser: Parser) -> None:
 
 
 def load_adapter_with_base(options: argparse.Namespace) -> LoadedAdapter:
-    """Load an adapter and its base model.
-
-    Args:
-      options: The values of `add_adapter_options`.
-
-    Returns:
-      The adapter and its base model, in the dtype of the training run.
-    """
+    """Load the adapter of `add_adapter_options`, and its base model in the dtype of the run."""
     checkpoint, settings = find_checkpoint_and_config(options.adapter_path)
     if is_full_model(checkpoint):
         raise ConfigError(
-            format_error(
-                f"--adapter-path {checkpoint}",
-                got="a full fine-tuning checkpoint",
-                expected="an adapter",
-                fix="A full fine-tuning checkpoint is already a Hugging Face folder. Use it "
-                "directly; no export or fusing is needed.",
-            )
+            f"--adapter-path {checkpoint}",
+            got="a full fine-tuning checkpoint",
+            expected="an adapter",
+            fix="A full fine-tuning checkpoint is already a Hugging Face folder. Use it "
+            "directly; no export or fusing is needed.",
         )
     name = options.model or settings.get("model", BUNDLED)
     base = load_base_of_run(name, settings, templates=templates_of_run(settings, checkpoint))
@@ -179,13 +153,6 @@ def load_adapter_with_base(options: argparse.Namespace) -> LoadedAdapter:
 
 def read_adapter(base: BaseModel, folder: Path) -> Adapter:
     """Read an adapter, in the format of a checkpoint or of PEFT.
-
-    Args:
-      base: The model that it was trained on.
-      folder: The checkpoint, or the folder of PEFT's files.
-
-    Returns:
-      The adapter.
 
     Raises:
       ConfigError: PEFT changed the base model before training.
@@ -197,12 +164,10 @@ def read_adapter(base: BaseModel, folder: Path) -> Adapter:
         command = ["jax-lora", "import", "--adapter-path", str(folder), "--model", base.name]
         command += ["--save-path", "RUN"]
         raise ConfigError(
-            format_error(
-                f"--adapter-path {folder}",
-                got="an adapter for a base model that PEFT changed before training",
-                expected="an adapter for the base model itself, or a run",
-                fix=f"Change the base model as PEFT did: {shlex.join(command)}",
-            )
+            f"--adapter-path {folder}",
+            got="an adapter for a base model that PEFT changed before training",
+            expected="an adapter for the base model itself, or a run",
+            fix=f"Change the base model as PEFT did: {shlex.join(command)}",
         )
     return adapter
 
@@ -216,8 +181,7 @@ def load_for_inference(
       options: The values of `--model` and `--adapter-path`.
       command: The subcommand, for messages.
       tasks: The tasks that the subcommand is for.
-      default: The model if neither the options nor the run name one, or None if a model is
-        required.
+      default: The model if neither the options nor the run name one; None: it is required.
 
     Returns:
       The base model, the variables, with the adapter merged, and the checkpoint, or None.
@@ -231,21 +195,16 @@ def load_for_inference(
     name = options.model or settings.get("model", default)
     if name is None:
         raise ConfigError(
-            format_error(
-                command,
-                got="no model",
-                expected=f"a model for {' or '.join(tasks)}",
-                fix="Add MODEL, or --adapter-path with the folder of a run.",
-            )
+            command,
+            got="no model",
+            expected=f"a model for {' or '.join(tasks)}",
+            fix="Add MODEL, or --adapter-path with the folder of a run.",
         )
     templates = templates_of(options, name, settings, checkpoint)
-    base = load_base_of_run(name, settings, command, tasks, templates)
-    variables = (
-        faster(base.variables)
-        if checkpoint is None
-        else merge_checkpoint(base, checkpoint, donate=True)
-    )
-    return base, variables, checkpoint
+    base = load_base_of_run(name, settings, command, tasks, templates=templates)
+    if checkpoint is None:
+        return base, faster(base.variables), None
+    return base, merge_checkpoint(base, checkpoint, donate=True), checkpoint
 
 
 def is_full_model(checkpoint: Path) -> bool:

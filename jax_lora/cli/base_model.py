@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_lora import bundled
@@ -18,7 +17,7 @@ from jax_lora.adapter import is_weight
 from jax_lora.cli.downloads import find_folder
 from jax_lora.cli.model_pin import check_model
 from jax_lora.data.tokenizer_identity import tokenizer_identity
-from jax_lora.errors import ModelError, format_error
+from jax_lora.errors import ModelError
 from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.finetune.optimization_level import use_optimization_level
 from jax_lora.finetune.tasks import (
@@ -96,9 +95,6 @@ def model_folder(name: str | None, *, weights: bool = True) -> Path:
       name: The folder or the Hub name; None or `"bundled"` means the one in the package.
       weights: Whether the weights are needed; without them, only a local folder has them.
 
-    Returns:
-      The folder.
-
     Raises:
       ModelError: It differs from what is pinned.
       HubError: The name cannot be found or downloaded.
@@ -145,9 +141,6 @@ def load_base(
       mesh: The mesh over which the parameters are sharded; None: one device.
       progress: The progress display, one of `jax_lora.report.reporters.KINDS`.
 
-    Returns:
-      The model.
-
     Raises:
       ConfigError: A template is given for another task than causal-lm.
       ModelError: The folder cannot be read.
@@ -156,16 +149,13 @@ def load_base(
     if mesh is not None:
         use_optimization_level(jax.default_backend(), mesh.size)
     folder = model_folder(name)
-    if dtype == "auto":
-        chosen = jnp.float32 if jax.default_backend() == "cpu" else None
-    else:
-        chosen = jnp.dtype(dtype)
+    usual = "float32" if jax.default_backend() == "cpu" else None
     task = choose_task(task, read_config(folder))
     tokenizer = tokenizer_for(task, folder, templates or {})
     with progress_bar(f"Loading {name or BUNDLED}", progress) as advance:
         model, params = load(
             folder,
-            dtype=chosen,
+            dtype=usual if dtype == "auto" else dtype,
             remat=remat,
             attention=attention,
             sharding=None if mesh is None else mesh_sharding(mesh),
@@ -175,14 +165,11 @@ def load_base(
     if mesh is not None:
         params = gather_codes(params, mesh)
     ready, frozen, start = prepare_model(task, model, params, tuple(labels), seed=seed)
-    shown = BUNDLED if name in (None, BUNDLED) else _resolved(str(name), folder)
+    shown = BUNDLED
+    if name not in (None, BUNDLED):  # a snapshot of the Hub is in a folder named for its commit
+        found = find_hub_name(str(name))
+        shown = str(folder) if found is None else f"{found.repo}@{folder.name}"
     return BaseModel(shown, folder, task, ready, {"params": frozen}, {"params": start}, tokenizer)
-
-
-def _resolved(name: str, folder: Path) -> str:
-    """Return the folder, or for a Hub name the name with the commit, after which it is named."""
-    found = find_hub_name(name)
-    return str(folder) if found is None else f"{found.repo}@{folder.name}"
 
 
 def load_base_of_run(
@@ -190,23 +177,12 @@ def load_base_of_run(
     settings: Mapping[str, Any],
     command: str = "",
     tasks: Sequence[str] = TASKS,
-    templates: Mapping[str, str | None] | None = None,
-    mesh: Mesh | None = None,
-    progress: str = "auto",
+    **loading: Any,
 ) -> BaseModel:
-    """Load the base model of a run, in the task and dtype of that run.
+    """Load the base model of a run, in the task and dtype of that run, for a subcommand.
 
-    Args:
-      name: The model's folder, or its Hub name.
-      settings: From the run's config.yaml; they may be empty.
-      command: The subcommand, for messages.
-      tasks: The tasks that the subcommand supports.
-      templates: As for `load_base`.
-      mesh: As in `load_base`.
-      progress: As in `load_base`.
-
-    Returns:
-      The model.
+    `settings` are those of the run and may be empty; `loading` are `templates`, `mesh` and
+    `progress` of `load_base`.
 
     Raises:
       ModelError: The model is for another task. The weights are not loaded.
@@ -215,12 +191,10 @@ def load_base_of_run(
     task = choose_task(settings.get("task", "auto"), read_config(folder))
     if task not in tasks:
         raise ModelError(
-            format_error(
-                f"{command} {folder}",
-                got=f"a model for {task}",
-                expected=f"a model for {' or '.join(tasks)}",
-                fix=f"Use jax-lora {'predict' if task in (CLASSES, MASKED) else 'generate'}.",
-            )
+            f"{command} {folder}",
+            got=f"a model for {task}",
+            expected=f"a model for {' or '.join(tasks)}",
+            fix=f"Use jax-lora {'predict' if task in (CLASSES, MASKED) else 'generate'}.",
         )
     return load_base(
         name,
@@ -229,7 +203,5 @@ def load_base_of_run(
         task=task,
         labels=settings.get("labels", ()),
         seed=settings.get("seed", 0),
-        templates=templates,
-        mesh=mesh,
-        progress=progress,
+        **loading,
     )

@@ -13,7 +13,7 @@ from jax_lora.cli.adapters import load_for_inference
 from jax_lora.cli.generate import add_inference_options, add_sampling_options, sampling
 from jax_lora.cli.options import add_template_options, at_least_one
 from jax_lora.cli.parser import Parser
-from jax_lora.errors import ConfigError, DataError, format_error
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.finetune.conversation import Conversation
 from jax_lora.finetune.generation import Generator
 from jax_lora.finetune.interrupts import Interrupts
@@ -82,12 +82,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _no_template(name: str) -> ConfigError:
     return ConfigError(
-        format_error(
-            "--system",
-            got=f"{name}, which has no chat template",
-            expected="a model whose chat template supports system messages",
-            fix="Remove --system, or use an instruction-tuned model.",
-        )
+        "--system",
+        got=f"{name}, which has no chat template",
+        expected="a model whose chat template supports system messages",
+        fix="Remove --system, or use an instruction-tuned model.",
     )
 
 

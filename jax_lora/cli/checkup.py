@@ -35,15 +35,7 @@ class Finding:
 
 
 def check(info: SystemInfo, cache: CompileCache) -> list[Finding]:
-    """Find the problems of a system.
-
-    Args:
-      info: System information.
-      cache: The cache of compiled functions.
-
-    Returns:
-      The findings, with those that stop a run first.
-    """
+    """Find the problems of a system; those that stop a run come first."""
     found = [
         *_packages(info.versions),
         *_devices(info),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_lora.errors import LoraError, format_error
+from jax_lora.errors import LoraError
 from jax_lora.storage import multihost
 
 
@@ -34,9 +34,6 @@ def device_map() -> list[dict[str, Any]]:
 def sum_over_devices() -> int:
     """Add the numbers 1 to N, one on each of the N devices of all processes.
 
-    Returns:
-      The sum, which every process has received.
-
     Raises:
       LoraError: It is not N (N + 1) / 2.
     """
@@ -51,12 +48,10 @@ def sum_over_devices() -> int:
     if total == expected:
         return total
     raise LoraError(
-        format_error(
-            f"the sum of 1 to {len(devices)} over all devices",
-            got=str(total),
-            expected=str(expected),
-            fix="Check the network between the hosts, and the versions of JAX and the driver.",
-        )
+        f"the sum of 1 to {len(devices)} over all devices",
+        got=str(total),
+        expected=str(expected),
+        fix="Check the network between the hosts, and the versions of JAX and the driver.",
     )
 
 

@@ -45,13 +45,7 @@ def add_distributed_option(parser: Any, **options: Any) -> None:
 
 
 def parse_address(text: str) -> Address | None:
-    """Read the value of `--distributed`.
-
-    Args:
-      text: "auto", or "HOST:PORT,COUNT,INDEX".
-
-    Returns:
-      The address; None for "auto".
+    """Read the value of `--distributed`, "HOST:PORT,COUNT,INDEX"; None for "auto".
 
     Raises:
       ConfigError: The text has another form, or the index is not below the count.
@@ -68,25 +62,19 @@ def parse_address(text: str) -> Address | None:
         if 0 < port < 65536 and index < count:
             return Address(host, port, count, index)
     raise ConfigError(
-        format_error(
-            "--distributed",
-            got=repr(text),
-            expected="auto, off, or HOST:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1",
-            fix="Type, for example, --distributed node1:8476,2,0 on node1, and "
-            "--distributed node1:8476,2,1 on the other host.",
-        )
+        "--distributed",
+        got=repr(text),
+        expected="auto, off, or HOST:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1",
+        fix="Type, for example, --distributed node1:8476,2,0 on node1, and "
+        "--distributed node1:8476,2,1 on the other host.",
     )
 
 
 @contextlib.contextmanager
-def joined(text: str, timeout: float = TIMEOUT) -> Iterator[None]:
+def joined(text: str) -> Iterator[None]:
     """Join the processes of a run; inside the block, JAX sees the devices of all of them.
 
-    An error in one process, or its death, ends all of them.
-
-    Args:
-      text: The value of `--distributed`.
-      timeout: Seconds until all processes must have started.
+    An error in one process, or its death, ends all of them. `text` is that of `--distributed`.
 
     Raises:
       ConfigError: The value is wrong, no cluster is found, or the processes do not meet.
@@ -95,7 +83,7 @@ def joined(text: str, timeout: float = TIMEOUT) -> Iterator[None]:
     if text == OFF:
         yield
         return
-    _peers = _join(parse_address(text), timeout)
+    _peers = _join(parse_address(text), TIMEOUT)
     try:
         yield
     except BaseException as error:
@@ -121,9 +109,7 @@ def end_process(code: int) -> int:
 
     Otherwise JAX would wait at the exit for processes that have ended.
     """
-    if _peers is None:
-        return code
-    _exit(code)
+    return code if _peers is None else _exit(code)
 
 
 def crash(error: BaseException) -> NoReturn:
@@ -143,20 +129,20 @@ def _join(address: Address | None, timeout: float) -> Peers:
     """Start `jax.distributed`, and connect the processes."""
     # A signal must reach the training loop, which saves a checkpoint.
     jax.config.update("jax_enable_preemption_service", False)
-    options: dict[str, Any] = {"heartbeat_timeout_seconds": 3 * SILENCE}
-    options["initialization_timeout"] = int(timeout)
+    options: dict[str, Any] = {
+        "heartbeat_timeout_seconds": 3 * SILENCE,
+        "initialization_timeout": int(timeout),
+    }
     if address is None:
         try:
             jax.distributed.initialize(**options)
         except (ValueError, RuntimeError, KeyError) as error:
             raise ConfigError(
-                format_error(
-                    "--distributed auto",
-                    got=f"no cluster: {error}",
-                    expected=f"one of {CLUSTERS}",
-                    fix="Give the address by hand in every process: --distributed "
-                    "HOST:PORT,COUNT,INDEX, for example node1:8476,2,0 and node1:8476,2,1.",
-                )
+                "--distributed auto",
+                got=f"no cluster: {error}",
+                expected=f"one of {CLUSTERS}",
+                fix="Give the address by hand in every process: --distributed "
+                "HOST:PORT,COUNT,INDEX, for example node1:8476,2,0 and node1:8476,2,1.",
             ) from error
         peers = _meet_by_broadcast(timeout)
     else:

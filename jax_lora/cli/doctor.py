@@ -29,9 +29,8 @@ jax-lora doctor --distributed node1:8476,2,0
 
 def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    parser.section("output").add_argument(
-        "--json", action="store_true", help="print one JSON object"
-    )
+    add = parser.section("output").add_argument
+    add("--json", action="store_true", help="print one JSON object")
     add_distributed_option(parser.section("several hosts"), nargs="?", const=AUTO)
 
 
@@ -75,14 +74,11 @@ def _info_lines(info: SystemInfo, cache: CompileCache) -> list[str]:
     state = cache.why_off or f"{show_bytes(cache.size)} of compiled functions"
     lines.append(_line("cache", state))
     lines.append(_line("", str(cache.folder)))
-    lines.append(_line("optimization", _level(info)))
+    level = _mesh_level(info)
+    level = "XLA's default" if level == DEFAULT else f"{level} for a step on a mesh"
+    lines.append(_line("optimization", level))
     lines += [_line("environment", f"{name}={v}") for name, v in info.environment.items()]
     return lines
-
-
-def _level(info: SystemInfo) -> str:
-    level = _mesh_level(info)
-    return "XLA's default" if level == DEFAULT else f"{level} for a step on a mesh"
 
 
 def _mesh_level(info: SystemInfo) -> str:

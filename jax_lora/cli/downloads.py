@@ -16,12 +16,6 @@ def transfer(line: str) -> Iterator[None]:
     """Print a line about a transfer, and let its progress bars control the terminal in a block.
 
     Both go to standard error, because standard output may be JSON.
-
-    Args:
-      line: What starts.
-
-    Yields:
-      Nothing.
     """
     print(line, file=sys.stderr)
     with contextlib.redirect_stderr(unscreened(sys.stderr)):
@@ -29,14 +23,11 @@ def transfer(line: str) -> Iterator[None]:
 
 
 def find_folder(name: str, *, weights: bool = True) -> Path:
-    """Return the folder that an option means: a local one, or that of a Hub name.
+    """Return the folder that an option means: a local one, which may not exist, or of a Hub name.
 
     Args:
       name: A path, or `owner/name` with or without `@revision`.
       weights: Whether the weights are needed, or only the configuration and the tokenizer.
-
-    Returns:
-      The folder; a path may not exist.
 
     Raises:
       HubError: The name cannot be found or downloaded.

@@ -8,15 +8,10 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jax_lora.cli.adapters import (
-    faster,
-    find_checkpoint_and_config,
-    merge_checkpoint,
-    templates_of,
-)
+from jax_lora.cli.adapters import faster, find_checkpoint_and_config, merge_checkpoint, templates_of
 from jax_lora.cli.base_model import BUNDLED, data_folder, load_base_of_run
 from jax_lora.cli.names import add_name
 from jax_lora.cli.options import (
@@ -45,17 +40,14 @@ jax-lora eval --adapter-path run --split valid --save-path scores.json
 LONGEST = 4096  # maximum sequence length of a model without a limit
 ROWS = 50  # examples per batch
 
-# Heading -> the cell of a score; a column without any value is left out.
-MEASURES: tuple[tuple[str, Callable[[Score], str | None]], ...] = (
-    ("loss", lambda score: f"{score.loss:.4f}"),
-    ("perplexity", lambda score: f"{score.perplexity:,.4g}"),
-    ("exact match", lambda score: None if score.exact is None else f"{score.exact:.1%}"),
-    ("accuracy", lambda score: None if score.accuracy is None else f"{score.accuracy:.1%}"),
-    ("F1", lambda score: None if score.f1 is None else f"{score.f1:.3f}"),
-    (
-        "execution match",
-        lambda score: None if score.execution is None else f"{score.execution:.1%}",
-    ),
+# Heading, attribute of a score, and format; a column is left out where a score has no value.
+MEASURES = (
+    ("loss", "loss", ".4f"),
+    ("perplexity", "perplexity", ",.4g"),
+    ("exact match", "exact", ".1%"),
+    ("accuracy", "accuracy", ".1%"),
+    ("F1", "f1", ".3f"),
+    ("execution match", "execution", ".1%"),
 )
 
 
@@ -72,13 +64,8 @@ def add_options(parser: Parser) -> None:
     add("--compare-base", action="store_true", help="evaluate the base model too")
     add("--split", default="test", choices=("train", "valid", "test"), help="the split [test]")
     add("--limit", type=at_least_one, metavar="N", help="evaluate the first N examples [all]")
-    add(
-        "--max-tokens",
-        type=at_least_one,
-        default=64,
-        metavar="N",
-        help="maximum number of completion tokens [64]",
-    )
+    text = "maximum number of completion tokens [64]"
+    add("--max-tokens", type=at_least_one, default=64, metavar="N", help=text)
     text = "examples per batch [50, or the next multiple for the mesh]"
     add("--batch-size", type=at_least_one, metavar="N", help=text)
     text = "shard over devices, as in data=2,fsdp=4,tensor=1,expert=1 [auto]"
@@ -156,10 +143,8 @@ def table(columns: Mapping[str, Mapping[str, Score]], width: int = 80) -> list[s
 
     Args:
       columns: Scores by group, by model.
-      width: Columns of the screen; models that do not fit side by side are below each other.
-
-    Returns:
-      The lines.
+      width: Columns of the screen. If the models do not fit side by side, they are below each
+        other, and headings have two lines.
 
     Example:
       >>> score = Score(rows=2, tokens=9, loss=0.5, exact=1.0)
@@ -169,30 +154,54 @@ def table(columns: Mapping[str, Mapping[str, Score]], width: int = 80) -> list[s
       all     2  0.5000   0.5000  1.649    1.649  100.0%   100.0%
     """
     groups = next(iter(columns.values()))
-    shown = [(head, show) for head, show in MEASURES if all(map(show, groups.values()))]
+    shown = [
+        measure
+        for measure in MEASURES
+        if all(getattr(score, measure[1]) is not None for score in groups.values())
+    ]
     grid = [["", "rows"], ["", ""], *([group, str(of.rows)] for group, of in groups.items())]
-    for head, show in shown:
+    for head, attribute, form in shown:
         for place, (model, scores) in enumerate(columns.items()):
             last = place == len(columns) - 1
             grid[0].append(head if last else "")
             grid[1].append(model)
             for line, group in zip(grid[2:], groups, strict=True):
-                line.append(show(scores[group]) or "")
+                line.append(format(getattr(scores[group], attribute), form))
     lines = _aligned(grid, len(columns))
-    if len(columns) == 1 or max(map(len, lines)) <= width:
-        return lines
-    both = {f"{group}, {model}": columns[model][group] for group in groups for model in columns}
-    heading, _, *below = table({"": both})
-    return [heading, *below]
+    return lines if max(map(len, lines)) <= width else _narrow(columns, shown)
+
+
+def _narrow(
+    columns: Mapping[str, Mapping[str, Score]], shown: Sequence[tuple[str, str, str]]
+) -> list[str]:
+    """Format scores with the models of a group below each other."""
+    words = [head.rpartition(" ") for head in ("rows", *(head for head, *_ in shown))]
+    grid = [["", "", *(top for top, _, _ in words)], ["", "", *(word for _, _, word in words)]]
+    for group in next(iter(columns.values())):
+        for place, (model, scores) in enumerate(columns.items()):
+            score = scores[group]
+            cells = (format(getattr(score, name), form) for _, name, form in shown)
+            grid.append(["" if place else group, model, str(score.rows), *cells])
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in grid
+    ]
 
 
 def _aligned(grid: list[list[str]], models: int) -> list[str]:
     """Pad the cells; a heading spans the columns of all models."""
     widths = [max(len(line[column]) for line in grid[1:]) for column in range(len(grid[0]))]
     widths[1] = max(widths[1], len("rows"))
+    heads = f"{'':{widths[0]}}  {'rows':>{widths[1]}}"
     for last in range(1 + models, len(widths), models):
         room = sum(widths[last - models + 1 : last + 1]) + 2 * (models - 1)
-        widths[last] += max(0, len(grid[0][last]) - room)
+        missing = max(0, len(grid[0][last]) - room)
+        widths[last] += missing
+        heads += "  " + grid[0][last].rjust(room + missing)
     lines = [
         "  ".join(
             cell.ljust(width) if place == 0 else cell.rjust(width)
@@ -200,8 +209,4 @@ def _aligned(grid: list[list[str]], models: int) -> list[str]:
         ).rstrip()
         for line in grid[1:]
     ]
-    heads = f"{'':{widths[0]}}  {'rows':>{widths[1]}}"
-    for last in range(1 + models, len(widths), models):
-        room = sum(widths[last - models + 1 : last + 1]) + 2 * (models - 1)
-        heads += "  " + grid[0][last].rjust(room)
     return [heads, *lines]

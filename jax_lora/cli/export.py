@@ -11,7 +11,7 @@ from jax_lora.checkpoint import save_adapter
 from jax_lora.cli.adapters import LoadedAdapter, add_adapter_options, load_adapter_with_base
 from jax_lora.cli.names import add_name
 from jax_lora.cli.parser import Parser
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.peft.gguf import GGUF
 
 HELP = "export an adapter for PEFT, vLLM, mlx-lm or llama.cpp"
@@ -27,18 +27,13 @@ def add_options(parser: Parser) -> None:
     add_name(parser, "--save-path", text, metavar="DIR", required=True)
     add = parser.section("format").add_argument
     add("--to", default="peft", choices=[*FORMATS], help="format [peft]")
-    add(
-        "--for",
-        dest="target",
-        choices=("vllm",),
-        help="server that will load the files; an adapter feature that it does not support is an "
-        "error [none]",
+    text = (
+        "server that will load the files; an adapter feature that it does not support is an error "
+        "[none]"
     )
-    add(
-        "--base-model",
-        metavar="NAME",
-        help="name of the base model in adapter_config.json [its Hub name, or its folder]",
-    )
+    add("--for", dest="target", choices=("vllm",), help=text)
+    text = "name of the base model in adapter_config.json [its Hub name, or its folder]"
+    add("--base-model", metavar="NAME", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -76,14 +71,10 @@ def conversion(folder: Path, file: str) -> str:
 def save_for_peft(
     folder: str | Path, loaded: LoadedAdapter, base_model: str | None, *, target: str | None = None
 ) -> None:
-    """Save an adapter in the format of PEFT.
+    """Save an adapter in the format of PEFT, for PEFT itself or for a server that loads the files.
 
-    Args:
-      folder: The folder to write.
-      loaded: The adapter and its base model.
-      base_model: Name of the base model in the configuration; None: its Hub name and commit, or
-        its folder.
-      target: The server that will load the files; None: PEFT itself.
+    The name of the base model in the configuration is by default its Hub name and commit, or its
+    folder.
     """
     base = loaded.base
     hub = base.hub_name if base_model is None else None
@@ -102,10 +93,8 @@ def _check(options: argparse.Namespace) -> None:
     for flag, value in (("--for", options.target), ("--base-model", options.base_model)):
         if value is not None and options.to != "peft":
             raise ConfigError(
-                format_error(
-                    f"{flag} {value}",
-                    got=f"--to {options.to}",
-                    expected="--to peft, the only format with this option",
-                    fix=f"Remove {flag}, or use --to peft.",
-                )
+                f"{flag} {value}",
+                got=f"--to {options.to}",
+                expected="--to peft, the only format with this option",
+                fix=f"Remove {flag}, or use --to peft.",
             )

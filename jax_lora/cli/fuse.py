@@ -18,7 +18,7 @@ from jax_lora.cli.export import conversion
 from jax_lora.cli.merge_quantized import ORIGINAL, QUANTIZED, merge_quantized
 from jax_lora.cli.names import add_name
 from jax_lora.cli.parser import Parser
-from jax_lora.errors import ConfigError, ModelError, format_error
+from jax_lora.errors import ConfigError, ModelError
 from jax_lora.finetune.settings import DTYPES
 from jax_lora.finetune.tasks import longest_input
 from jax_lora.merge import merge
@@ -58,15 +58,11 @@ def run(options: argparse.Namespace) -> int:
     base, source = loaded.base, loaded.base.folder
     if target.resolve() == source.resolve():
         raise _not_free(target, "the folder of the base model")
-    expected = None
+    variables = None
     if is_quantized(base.variables):
         loaded, variables = merge_quantized(loaded, options.into)
-        if options.check:
-            expected = adapted_logits(loaded)
-    else:
-        # Before the merge, which frees the base model: it is in memory once.
-        if options.check:
-            expected = adapted_logits(loaded)
+    expected = adapted_logits(loaded) if options.check else None
+    if variables is None:  # only now, because it frees the base model, which is in memory once
         variables = merge(base.variables, loaded.adapter, donate=True)
     params = _rounded(variables.pop("params"), options.dtype)
     if target.exists():
@@ -106,9 +102,6 @@ def adapted_logits(loaded: LoadedAdapter) -> jax.Array:
 
     An error of the merge would otherwise go unnoticed.
 
-    Args:
-      loaded: The base model and the adapter.
-
     Returns:
       (2, tokens, vocabulary) float32, on fixed random tokens.
     """
@@ -117,11 +110,7 @@ def adapted_logits(loaded: LoadedAdapter) -> jax.Array:
 
 
 def logit_difference(expected: jax.Array, folder: Path) -> tuple[float, float]:
-    """Compare the logits of a fused folder with those of the base model and the adapter.
-
-    Args:
-      expected: From `adapted_logits`.
-      folder: The fused folder; it is loaded again.
+    """Compare the logits of a fused folder, which is loaded again, with `adapted_logits`.
 
     Returns:
       The largest absolute difference, and the largest absolute logit.
@@ -147,4 +136,4 @@ def _check_free(target: Path, overwrite: bool) -> None:
 def _not_free(target: Path, got: str) -> ConfigError:
     fix = "Choose another --save-path, or add --overwrite to replace a fused model."
     expected = "a new or empty folder"
-    return ConfigError(format_error(f"--save-path {target}", got=got, expected=expected, fix=fix))
+    return ConfigError(f"--save-path {target}", got=got, expected=expected, fix=fix)

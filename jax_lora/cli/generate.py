@@ -12,15 +12,10 @@ from typing import Any
 from jax_lora.cli.adapters import load_for_inference
 from jax_lora.cli.base_model import BaseModel
 from jax_lora.cli.names import add_name
-from jax_lora.cli.options import (
-    ADAPTER_HELP,
-    add_model_option,
-    add_template_options,
-    at_least_one,
-)
+from jax_lora.cli.options import ADAPTER_HELP, add_model_option, add_template_options, at_least_one
 from jax_lora.cli.parser import Parser
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import ConfigError, DataError, format_error
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.finetune.generation import Generator
 from jax_lora.finetune.memory import peak_memory
 from jax_lora.finetune.prediction import complete
@@ -46,13 +41,8 @@ def add_options(parser: Parser) -> None:
     source.add_argument("--prompt", action="append", metavar="TEXT", help=text)
     text = r"file with one prompt per line; \n is a newline (or --prompt)"
     source.add_argument("--prompts", metavar="FILE", help=text)
-    add(
-        "--max-tokens",
-        type=at_least_one,
-        default=256,
-        metavar="N",
-        help="maximum number of completion tokens [256]",
-    )
+    text = "maximum number of completion tokens [256]"
+    add("--max-tokens", type=at_least_one, default=256, metavar="N", help=text)
     add("--chat", action="store_true", help="format prompts with the chat template")
     text = "system message, with --chat or a prompt template [none]"
     add("--system", metavar="TEXT", help=text)
@@ -128,23 +118,15 @@ def _completed(
     """Complete prompts with an encoder-decoder; also return the number of prompt tokens."""
     if options.temperature or options.chat or options.stop or options.stop_at_newline:
         raise ConfigError(
-            format_error(
-                "--temperature, --chat, --stop",
-                got=f"one of them for a {type(base.model).__name__}",
-                expected="none of them: decoding is greedy and ends at the end token",
-                fix="Remove the option.",
-            )
+            "--temperature, --chat, --stop",
+            got=f"one of them for a {type(base.model).__name__}",
+            expected="none of them: decoding is greedy and ends at the end token",
+            fix="Remove the option.",
         )
     most = longest_input(base.model)
     ids = [base.tokenizer.encode(prompt, max_length=most).ids for prompt in prompts]
-    completions = complete(
-        base.model,
-        variables,
-        base.tokenizer,
-        ids,
-        max_tokens=options.max_tokens,
-        rows=min(len(prompts), MAX_BATCH_SIZE),
-    )
+    sizes = {"max_tokens": options.max_tokens, "rows": min(len(prompts), MAX_BATCH_SIZE)}
+    completions = complete(base.model, variables, base.tokenizer, ids, **sizes)
     return completions, sum(map(len, ids))
 
 
@@ -156,9 +138,13 @@ def _ids(tokenizer: Any, text: str) -> Sequence[int]:
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `add_sampling_options` as arguments of a `Generator`."""
+    stops = [_unescaped(text) for text in options.stop]
+    temperature = options.temperature
+    if temperature is None:
+        temperature = 1.0 if options.top_k or options.top_p != 1 else 0.0
     return {
-        "stop": _stops(options),
-        "temperature": _temperature(options),
+        "stop": (*stops, "\n") if options.stop_at_newline else tuple(stops),
+        "temperature": temperature,
         "top_k": options.top_k or None,
         "top_p": options.top_p,
         "seed": options.seed,
@@ -166,23 +152,21 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, options: argparse.Namespace) -> list[int]:
-    if not options.chat and tokenizer.formats_prompts:
+    if options.chat:
+        turns = [{"role": "user", "content": prompt}]
+        if options.system is not None:
+            turns.insert(0, {"role": "system", "content": options.system})
+        return tokenizer.encode(tokenizer.render(turns, answer_next=True))
+    if tokenizer.formats_prompts:
         return tokenizer.encode(tokenizer.format_prompt(prompt, options.system or ""))
-    if options.system is not None and not options.chat:
-        raise ConfigError(
-            format_error(
-                "--system",
-                got="no --chat",
-                expected="--chat, which formats prompts with the chat template",
-                fix="Add --chat, or put the system message into the prompt.",
-            )
-        )
-    if not options.chat:
-        return tokenizer.encode(prompt)
-    turns = [{"role": "user", "content": prompt}]
     if options.system is not None:
-        turns.insert(0, {"role": "system", "content": options.system})
-    return tokenizer.encode(tokenizer.render(turns, answer_next=True))
+        raise ConfigError(
+            "--system",
+            got="no --chat",
+            expected="--chat, which formats prompts with the chat template",
+            fix="Add --chat, or put the system message into the prompt.",
+        )
+    return tokenizer.encode(prompt)
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -201,23 +185,9 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 def _bad_file(path: str, got: str) -> DataError:
     fix = "Check the path, or use --prompt."
     where = f"--prompts {path}"
-    return DataError(
-        format_error(where, got=got, expected="a text file with one prompt per line", fix=fix)
-    )
+    return DataError(where, got=got, expected="a text file with one prompt per line", fix=fix)
 
 
 def _unescaped(text: str) -> str:
     # A shell passes \n as two characters.
     return text.replace("\\n", "\n")
-
-
-def _stops(options: argparse.Namespace) -> tuple[str, ...]:
-    stops = [_unescaped(text) for text in options.stop]
-    return (*stops, "\n") if options.stop_at_newline else tuple(stops)
-
-
-def _temperature(options: argparse.Namespace) -> float:
-    """Return the temperature; 1 by default if --top-k or --top-p asks for sampling."""
-    if options.temperature is not None:
-        return options.temperature
-    return 1.0 if options.top_k or options.top_p != 1 else 0.0

@@ -16,13 +16,12 @@ from jax_lora.cli.downloads import find_folder
 from jax_lora.cli.names import add_name
 from jax_lora.cli.options import add_model_option
 from jax_lora.cli.parser import Parser
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.finetune.run_folder import RunFolder, claimed
 from jax_lora.finetune.settings import DTYPES
 from jax_lora.finetune.tasks import CLASSES
 from jax_lora.models.save_checkpoint import save
 from jax_lora.models.tokenizer_files import copy_companions
-from jax_lora.storage.locks import FolderLock
 
 HELP = "import an adapter from PEFT or mlx-lm"
 EXAMPLE = "jax-lora import --adapter-path peft --model path/to/model --save-path run"
@@ -53,21 +52,17 @@ def run(options: argparse.Namespace) -> int:
     source = find_folder(options.adapter_path)
     kind = options.source or _detect_format(source)
     with claimed(options.save_path) as lock:
-        return _import(options, source, kind, lock)
-
-
-def _import(options: argparse.Namespace, source: Path, kind: str, lock: FolderLock) -> int:
-    loaded = load_base(options.model, options.dtype)
-    base, adapter = _read(kind, source, loaded)
-    folder, moved = RunFolder.prepare(options.save_path, lock)
-    if moved is not None:
-        print(f"the earlier run in {folder.path} is now in {moved}")
-    with folder.emptied_on_failure():
-        if base.model is not loaded.model:
-            base = _keep_base(base, folder.path / "base", source)
-        note = f"Imported from the adapter in {options.adapter_path}."
-        folder.write_config(_settings(base, adapter), note=note)
-        folder.save(0, lambda path: save_adapter(path, adapter, base=base.variables))
+        loaded = load_base(options.model, options.dtype)
+        base, adapter = _read(kind, source, loaded)
+        folder, moved = RunFolder.prepare(options.save_path, lock)
+        if moved is not None:
+            print(f"the earlier run in {folder.path} is now in {moved}")
+        with folder.emptied_on_failure():
+            if base.model is not loaded.model:
+                base = _keep_base(base, folder.path / "base", source)
+            note = f"Imported from the adapter in {options.adapter_path}."
+            folder.write_config(_settings(base, adapter), note=note)
+            folder.save(0, lambda path: save_adapter(path, adapter, base=base.variables))
     count = len(adapter.pairs) + len(adapter.whole) + len(adapter.rows)
     found = f"{count} adapted leaves, {adapter.size:,} parameters"
     print(f"{folder.path}: {found}, from {options.adapter_path}")
@@ -86,12 +81,10 @@ def _detect_format(folder: Path) -> str:
     else:
         got = "no such folder"
     raise ConfigError(
-        format_error(
-            f"import {folder}",
-            got=got,
-            expected=f"a folder with one of {', '.join(MARKS.values())}",
-            fix=f"Check the path, or add --from {'|'.join(MARKS)}.",
-        )
+        f"import {folder}",
+        got=got,
+        expected=f"a folder with one of {', '.join(MARKS.values())}",
+        fix=f"Check the path, or add --from {'|'.join(MARKS)}.",
     )
 
 
@@ -107,19 +100,10 @@ def _read(kind: str, folder: Path, base: BaseModel) -> tuple[BaseModel, Adapter]
 
 
 def _keep_base(base: BaseModel, target: Path, adapter: Path) -> BaseModel:
-    """Save a changed base model in the run folder, where the other subcommands find it.
-
-    Args:
-      base: The changed model, with the name of the original model.
-      target: The folder to create.
-      adapter: The folder of the adapter; if it has a tokenizer, that has the added tokens.
-
-    Returns:
-      The base model with its new name.
-    """
+    """Save a changed base model in the run folder, where the other subcommands find it."""
     save(target, base.model, base.variables["params"])
     copy_companions(base.folder, target)
-    copy_companions(adapter, target)
+    copy_companions(adapter, target)  # its tokenizer, if there is one, has the added tokens
     print(f"{target}: {base.name} with the changes that PEFT made before training")
     return dataclasses.replace(base, name=str(target), folder=target)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 
 import jax_lora
 from jax_lora.cli.model_pin import pinned
-from jax_lora.cli.parser import Parser
-from jax_lora.errors import LoraError, format_error, install_command
+from jax_lora.cli.parser import Parser, listed
+from jax_lora.errors import LoraError, install_command
 from jax_lora.report.screen import screened
 
 DONE, BAD_INPUT, OUT_OF_MEMORY, NON_FINITE, INTERRUPTED = 0, 2, 3, 4, 130
@@ -81,12 +80,10 @@ def _run(arguments: Sequence[str] | None) -> int:
         if (error.name or "").partition(".")[0] not in CLI_MODULES:
             raise
         missing = LoraError(
-            format_error(
-                f"the package {error.name}",
-                got="not installed",
-                expected="the packages that the command needs in addition to the library",
-                fix=install_command("cli"),
-            )
+            f"the package {error.name}",
+            got="not installed",
+            expected="the packages that the command needs in addition to the library",
+            fix=install_command("cli"),
         )
         return _report(missing.with_traceback(error.__traceback__), debug)
     except (LoraError, OSError) as error:
@@ -157,7 +154,6 @@ def make_parser() -> Parser:
         usage="jax-lora SUBCOMMAND [options]",
         description=_described({name: module.HELP for name, module in modules.items()}),
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     general = parser.section("general")
@@ -168,10 +164,8 @@ def make_parser() -> Parser:
         help="show the version and exit",
     )
     general.add_argument("-h", "--help", action="help", help="show this help and exit")
-    # The description lists the subcommands, because argparse cannot group them.
-    subparsers = parser.add_subparsers(
-        prog="jax-lora", metavar="SUBCOMMAND", required=True, help=argparse.SUPPRESS
-    )
+    parser.set_defaults(run=parser.show_help)
+    subparsers = parser.add_subcommands()
     for name, module in modules.items():
         subparser = add_subcommand(subparsers, name, module)
         add_general_options(subparser, reads_model=name in PINNED)
@@ -182,7 +176,6 @@ def make_parser() -> Parser:
 def _described(texts: Mapping[str, str]) -> str:
     """Describe the command: its subcommands in groups."""
     groups = (
-        "\n".join([f"{title}:", *(f"  {name:10}{texts[name]}" for name in names)])
-        for title, names in GROUPS.items()
+        listed(title, {name: texts[name] for name in names}) for title, names in GROUPS.items()
     )
     return "\n\n".join(["Fine-tune Hugging Face models with LoRA in JAX.", *groups])

@@ -10,7 +10,7 @@ from jax_lora.adapter import combine, is_weight
 from jax_lora.cli.adapters import LoadedAdapter, templates_of_run
 from jax_lora.cli.base_model import BUNDLED, data_folder, load_base_of_run
 from jax_lora.data.data_folder import read_data
-from jax_lora.errors import ConfigError, LoraError, format_error
+from jax_lora.errors import ConfigError, LoraError
 from jax_lora.finetune.evaluation import Evaluation
 from jax_lora.finetune.tasks import longest_input
 from jax_lora.merge import merge
@@ -28,10 +28,6 @@ def merge_quantized(trained: LoadedAdapter, into: str) -> tuple[LoadedAdapter, A
     Merged into the quantized weights, an update smaller than a quantization step is lost. The share
     of the update that is kept is measured and printed.
 
-    Args:
-      trained: The adapter and its quantized base model.
-      into: `"original"` or `"quantized"`.
-
     Returns:
       The adapter with the model that it was merged into, and the merged variables, as arrays.
 
@@ -46,12 +42,10 @@ def merge_quantized(trained: LoadedAdapter, into: str) -> tuple[LoadedAdapter, A
     original = load_base_of_run(name, settings, templates=templates)
     if is_quantized(original.variables):
         raise ConfigError(
-            format_error(
-                f"fuse {name}",
-                got="a model that is stored quantized",
-                expected="the original weights",
-                fix="Add --into quantized, or --model with the folder of the original.",
-            )
+            f"fuse {name}",
+            got="a model that is stored quantized",
+            expected="the original weights",
+            fix="Add --into quantized, or --model with the folder of the original.",
         )
     trained = dataclasses.replace(trained, base=original)
     return trained, merge(original.variables, trained.adapter)

@@ -15,14 +15,7 @@ _PIN: ContextVar[tuple[str, set[Path]] | None] = ContextVar("pin", default=None)
 
 @contextlib.contextmanager
 def pinned(file: str | None) -> Iterator[None]:
-    """Check models against a file of hashes in a block.
-
-    Args:
-      file: The output of `sha256sum`, or None to check nothing.
-
-    Yields:
-      Nothing.
-    """
+    """Check models in a block against a file, the output of `sha256sum`; None: check nothing."""
     token = _PIN.set(None if file is None else (file, set()))
     try:
         yield
@@ -32,9 +25,6 @@ def pinned(file: str | None) -> Iterator[None]:
 
 def check_model(folder: Path) -> None:
     """Raise if a model's folder differs from the file of hashes; it is read once.
-
-    Args:
-      folder: The model's folder.
 
     Raises:
       ModelError: A file differs.

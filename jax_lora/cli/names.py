@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from jax_lora.cli.parser import Parser
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 
 PLACES_TITLE = "model, data and output"
 _CONVERTED = {"--data": ("PATH",), "--save-path": ("-o", "--output")}
@@ -41,15 +42,10 @@ def add_name(
     into: Any = None,
     **settings: Any,
 ) -> None:
-    """Add an option of `ALIASES` with its other spellings.
+    """Add an option of `ALIASES` with its other spellings, one of which may be required.
 
-    Args:
-      parser: The subcommand's parser.
-      option: `--model`, `--data`, `--adapter-path` or `--save-path`.
-      text: Its help text.
-      required: Whether one of the spellings must be given.
-      into: The argument group; None: that of all such options.
-      **settings: Further arguments of `add_argument`.
+    It is added to the argument group `into`, by default that of all such options, with further
+    settings of `add_argument`.
     """
     place = into or parser.section(PLACES_TITLE)
     dest = _dest(option)
@@ -94,13 +90,6 @@ class _Noted(argparse.Action):
 def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; words without an option set the options that they are aliases of.
 
-    Args:
-      parser: The parser of the command.
-      arguments: The arguments; None: those of the process.
-
-    Returns:
-      The values, by the names of the options.
-
     Raises:
       ConfigError: Two spellings of an option have different values, or one is missing.
     """
@@ -114,7 +103,9 @@ def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace
     words += rest
     many = verb == "plot"
     if any(each.startswith("-") for each in rest) or (len(words) > len(aliases) and not many):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        near = difflib.get_close_matches(rest[0], parser.options_of(verb), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if many:
         options.adapter_path = [*(options.adapter_path or []), *words] or None
     else:
@@ -122,12 +113,10 @@ def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace
     for option in getattr(options, "required", ()):
         if getattr(options, _dest(option), None) is None:
             raise ConfigError(
-                format_error(
-                    verb,
-                    got=f"no {option}",
-                    expected=f"a value for {option}",
-                    fix=f"Add {option}; jax-lora {verb} --help has an example.",
-                )
+                verb,
+                got=f"no {option}",
+                expected=f"a value for {option}",
+                fix=f"Add {option}; jax-lora {verb} --help has an example.",
             )
     return options
 
@@ -148,10 +137,8 @@ def _fill(
         if getattr(options, dest) != word:
             option = "--" + dest.replace("_", "-")
             raise ConfigError(
-                format_error(
-                    f"{aliases[dest]} and {option}",
-                    got=f"{word} and {getattr(options, dest)}",
-                    expected=f"one value for {option}",
-                    fix="Remove one of them.",
-                )
+                f"{aliases[dest]} and {option}",
+                got=f"{word} and {getattr(options, dest)}",
+                expected=f"one value for {option}",
+                fix="Remove one of them.",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import textwrap
@@ -13,7 +14,7 @@ from typing import Any
 
 from jax_lora.cli.names import ALIASES, add_name, words_of
 from jax_lora.cli.parser import Parser
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.storage import schema
 from jax_lora.storage.yaml_files import read_yaml
@@ -34,22 +35,18 @@ _LISTS = ("targets", "labels", "log", "sample_prompt")
 
 
 def add_subcommand(subparsers: Any, name: str, module: ModuleType) -> Parser:
-    """Add a subcommand: its options, its description, and its example.
+    """Add a subcommand, and return its parser.
 
     Args:
       subparsers: From `add_subparsers`.
       name: Name of the subcommand.
       module: A module with `HELP`, `EXAMPLE` and `add_options`.
-
-    Returns:
-      The subcommand's parser.
     """
     parser = subparsers.add_parser(
         name,
         help=module.HELP,
         description=_wrapped(str(module.__doc__)),
-        epilog="example:\n" + "\n".join(f"  {line}" for line in module.EXAMPLE.splitlines()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in module.EXAMPLE.splitlines()),
         add_help=False,  # the section of general options comes last
     )
     module.add_options(parser)
@@ -93,14 +90,7 @@ def add_template_options(section: Any, default: str = "of the run, or the model'
 
 
 def add_model_option(parser: Any, shown: str, text: str = MODEL_HELP, **settings: Any) -> None:
-    """Add `--model`.
-
-    Args:
-      parser: The subcommand's parser.
-      shown: The default in the help text.
-      text: The help text.
-      **settings: Further arguments of `add_name`.
-    """
+    """Add `--model`, whose default is `shown` in the help text, with settings of `add_name`."""
     add_name(parser, "--model", f"{text} [{shown}]", metavar="PATH", **settings)
 
 
@@ -109,14 +99,7 @@ _PLACES = schema.fields(dict.fromkeys(PLACES, schema.optional(schema.TEXT)))
 
 
 def read_config_file(path: str | Path, allowed: Iterable[str]) -> dict[str, Any]:
-    """Read a YAML file of options.
-
-    Args:
-      path: The file; its keys are the names of flags, with `-` or `_`.
-      allowed: The allowed names.
-
-    Returns:
-      Values by name.
+    """Read a YAML file of options; its keys are the names of flags, with `-` or `_`.
 
     Raises:
       ConfigError: The file cannot be read, or has an unknown key or a path that is not a string.
@@ -133,7 +116,7 @@ def read_config_file(path: str | Path, allowed: Iterable[str]) -> dict[str, Any]
     wrong = list(schema.problems(named, _PLACES))
     if wrong:
         expected, fix = "paths and names as strings", 'Quote it, as in data: "2024".'
-        raise ConfigError(format_error(f"-c {path}", got=wrong, expected=expected, fix=fix))
+        raise ConfigError(f"-c {path}", got=wrong, expected=expected, fix=fix)
     # YAML reads 2e-4 as a string, because it requires a decimal point: 2.0e-4.
     return {key: value if key in PLACES else _number(value) for key, value in named.items()}
 
@@ -145,43 +128,23 @@ def refuse_unknown(path: str | Path, named: Mapping[str, Any], allowed: list[str
             near = difflib.get_close_matches(key, allowed, n=1)
             fix = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(allowed)}."
             raise ConfigError(
-                format_error(
-                    f"-c {path}", got=f"the key {key!r}", expected="a known option", fix=fix
-                )
+                f"-c {path}", got=f"the key {key!r}", expected="a known option", fix=fix
             )
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
     return value
 
 
 def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Collect the options that were written on the command line.
-
-    Args:
-      options: Parsed with `argparse.SUPPRESS` as the default of each of them.
-      names: Their names.
-
-    Returns:
-      Values by name.
-    """
+    """Collect the options of these names, whose default is `argparse.SUPPRESS`, that were given."""
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def make_settings(values: Mapping[str, Any]) -> TrainSettings:
-    """Create settings from values, with defaults for the rest.
-
-    Args:
-      values: Values by name.
-
-    Returns:
-      The settings.
-    """
+    """Create settings from values by name, with defaults for the rest."""
     return TrainSettings(**{name: _converted(name, value) for name, value in values.items()})
 
 
@@ -200,12 +163,6 @@ def _converted(name: str, value: Any) -> Any:
 
 def at_least_one(text: str) -> int:
     """Parse a count, for argparse.
-
-    Args:
-      text: The argument.
-
-    Returns:
-      The integer.
 
     Raises:
       argparse.ArgumentTypeError: Not an integer of at least 1.

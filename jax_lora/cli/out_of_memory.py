@@ -6,23 +6,16 @@ import jax
 
 from jax_lora.errors import format_error
 
-SHOWN = 5
+_SHOWN_ARRAYS = 5
 
 
 def out_of_memory_message(error: BaseException) -> str:
-    """Describe an out-of-memory error.
-
-    Args:
-      error: The error.
-
-    Returns:
-      The message, with the largest live arrays and the flags that save memory.
-    """
+    """Describe an out-of-memory error, with the largest live arrays and flags that save memory."""
     arrays = sorted(jax.live_arrays(), key=lambda array: -array.nbytes)
     total = sum(array.nbytes for array in arrays)
     first = str(error).strip().partition("\n")[0][:200] or type(error).__name__
     lines = [first, f"{total / 1e9:.2f} GB in {len(arrays)} live arrays, the largest:"]
-    lines += [f"{a.dtype} {a.shape}, {a.nbytes / 1e9:.3f} GB" for a in arrays[:SHOWN]]
+    lines += [f"{a.dtype} {a.shape}, {a.nbytes / 1e9:.3f} GB" for a in arrays[:_SHOWN_ARRAYS]]
     return format_error(
         "out of memory",
         got="\n    ".join(lines),

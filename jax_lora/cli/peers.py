@@ -112,14 +112,11 @@ class Peers:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the port at which the other processes connect.
+    """Open the port at which the other processes connect, on all addresses of this host.
 
     Args:
       host: The address to name in an error.
       port: The port; 0: any.
-
-    Returns:
-      The listening socket, on all addresses of this host.
 
     Raises:
       ConfigError: The port is in use.
@@ -128,25 +125,15 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(("", port), backlog=1024)
     except OSError as error:
         raise ConfigError(
-            format_error(
-                f"--distributed: port {port} on {host}",
-                got=str(error),
-                expected="a free port on the host of process 0",
-                fix="Choose another port, the same in every process.",
-            )
+            f"--distributed: port {port} on {host}",
+            got=str(error),
+            expected="a free port on the host of process 0",
+            fix="Choose another port, the same in every process.",
         ) from error
 
 
 def gather(server: socket.socket, count: int, timeout: float) -> Peers:
-    """Wait in process 0 for all other processes.
-
-    Args:
-      server: From `listen`; it is closed.
-      count: Number of processes.
-      timeout: Seconds.
-
-    Returns:
-      The connections.
+    """Wait in process 0 for all other processes, and close `server`, which is from `listen`.
 
     Raises:
       ConfigError: Some process does not connect, or has another number of processes or an index
@@ -171,28 +158,19 @@ def gather(server: socket.socket, count: int, timeout: float) -> Peers:
                 continue
             if number != count:
                 got = f"a process with COUNT {number}, while process 0 has COUNT {count}"
-                raise _refusal([*links.values(), link], got, count)
-            if index in links or not 0 < index < count:
+            elif index in links or not 0 < index < count:
                 got = f"two processes with INDEX {index}"
-                raise _refusal([*links.values(), link], got, count)
-            links[index] = link
+            else:
+                links[index] = link
+                continue
+            raise _refusal([*links.values(), link], got, count)
     for link in links.values():
         _send(_kept(link), {"met": True})
     return Peers(0, links)
 
 
 def connect(hosts: Sequence[str], port: int, count: int, index: int, timeout: float) -> Peers:
-    """Connect to process 0, which may start later.
-
-    Args:
-      hosts: Addresses of its host; the first one that answers is used.
-      port: Its port.
-      count: Number of processes.
-      index: The index of this process, at least 1.
-      timeout: Seconds.
-
-    Returns:
-      The connection.
+    """Connect to process 0, which may start later, at the first of the hosts that answers.
 
     Raises:
       ConfigError: Process 0 cannot be reached, or refuses the processes.
@@ -219,13 +197,11 @@ def connect(hosts: Sequence[str], port: int, count: int, index: int, timeout: fl
             break
         time.sleep(0.2)
     raise ConfigError(
-        format_error(
-            f"--distributed: process {index} of {count}",
-            got=f"{hosts[0]}:{port} cannot be reached in {timeout:.0f} s: {problem}",
-            expected="process 0, which listens at this address",
-            fix="Start process 0 on that host, use an address that this host can resolve, and open "
-            "the port in the firewall.",
-        )
+        f"--distributed: process {index} of {count}",
+        got=f"{hosts[0]}:{port} cannot be reached in {timeout:.0f} s: {problem}",
+        expected="process 0, which listens at this address",
+        fix="Start process 0 on that host, use an address that this host can resolve, and open "
+        "the port in the firewall.",
     )
 
 

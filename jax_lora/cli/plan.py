@@ -17,8 +17,8 @@ from jax_lora.cli.base_model import BUNDLED, data_folder, model_folder
 from jax_lora.cli.names import add_name
 from jax_lora.cli.options import DEFAULTS, given
 from jax_lora.cli.parser import Parser
-from jax_lora.cli.resolve_config import choose
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.cli.resolve_config import Choice, choose
+from jax_lora.errors import ConfigError
 from jax_lora.finetune.compile_cache import use_compile_cache
 from jax_lora.finetune.devices import use_all_cores
 from jax_lora.plan.accelerators import parse_target
@@ -27,7 +27,7 @@ from jax_lora.plan.data_shapes import DataShapes, data_shapes
 from jax_lora.plan.fit import SHARE, Fit, fit, formula_total
 from jax_lora.plan.plan_tables import fit_lines, plan_lines
 from jax_lora.plan.planned_model import PlannedModel, plan_folder, plan_shape, with_dtype
-from jax_lora.plan.planning import Choices, Plan, make_plan, matmul_rate, why_not_compiled
+from jax_lora.plan.planning import Plan, make_plan, matmul_rate, why_not_compiled
 from jax_lora.plan.published import NAMES
 from jax_lora.plan.target_plan import plan_for_target
 from jax_lora.plan.target_screen import target_lines
@@ -50,11 +50,8 @@ def add_options(parser: Parser) -> None:
     add = parser.section("plan").add_argument
     text = f"plan for these shapes instead of MODEL: a config.json, or {', '.join(NAMES)} [none]"
     add("--shape", metavar="NAME", help=text)
-    add(
-        "--fit",
-        metavar="BYTES",
-        help="suggest changes that fit into this memory, such as 24GB, 16GiB, 800MB [none]",
-    )
+    text = "suggest changes that fit into this memory, such as 24GB, 16GiB, 800MB [none]"
+    add("--fit", metavar="BYTES", help=text)
     text = "also compile the training step, for models of up to 1.5 billion parameters [yes]"
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "compile for devices that are not here: h100:1, h100:8, v5e:2x4, v6e:1x1, ... [none]"
@@ -64,105 +61,92 @@ def add_options(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the plan, and return the exit code."""
     memory = None if options.fit is None else read_bytes(options.fit)
-    places, choices = _choose(options)
+    choice = _choose(options)
     if options.topology is not None:
-        return _run_for_target(options, places, choices)
+        return _run_for_target(options, choice)
     use_all_cores()
     use_compile_cache()
     on_cpu = jax.default_backend() == "cpu"
-    model, data = _model_and_data(options, places, choices, "float32" if on_cpu else None)
-    plan = make_plan(model, data, choices, compiling=options.compile)
+    model, data = _model_and_data(options, choice, "float32" if on_cpu else None)
+    plan = make_plan(model, data, choice.settings, compiling=options.compile)
     rate = matmul_rate(jnp.dtype(model.dtype))
     found = None if memory is None else _fit(plan, memory, options.compile)
     if options.save_path != "-":
         print("\n".join(plan_lines(plan, rate)))
         if found is not None and memory is not None:
-            command = _command(options, places, found)
+            command = _command(options, choice, found)
             print("\n" + "\n".join(fit_lines(found, memory, command)))
     if options.save_path is not None:
         _write_json(options.save_path, _as_dict(plan, rate, found))
     return 0
 
 
-def _run_for_target(options: argparse.Namespace, places: dict[str, Any], choices: Choices) -> int:
+def _run_for_target(options: argparse.Namespace, choice: Choice) -> int:
     """Print what a step needs on devices that are not here."""
     if options.fit is not None:
         raise ConfigError(
-            format_error(
-                "--fit",
-                got="--topology as well",
-                expected="one of them: --topology compares with the memory of its devices",
-                fix="Leave --fit out.",
-            )
+            "--fit",
+            got="--topology as well",
+            expected="one of them: --topology compares with the memory of its devices",
+            fix="Leave --fit out.",
         )
     target = parse_target(options.topology)
     jax.config.update("jax_platforms", "cpu")  # nothing runs on a device
-    model, data = _model_and_data(options, places, choices, training_dtype=None)
+    model, data = _model_and_data(options, choice, training_dtype=None)
     if model.module is None or not model.decodes:
         raise ConfigError(
-            format_error(
-                "--topology",
-                got=model.name,
-                expected="a decoder that this package implements",
-                fix="Leave --topology out: the formulas cover other models.",
-            )
+            "--topology",
+            got=model.name,
+            expected="a decoder that this package implements",
+            fix="Leave --topology out: the formulas cover other models.",
         )
     length, targets, _ = data.largest
-    plan = plan_for_target(model, choices.settings, target, length=length, targets=targets)
+    plan = plan_for_target(model, choice.settings, target, length=length, targets=targets)
     if options.save_path != "-":
-        print("\n".join(target_lines(model, choices.settings, data, plan)))
+        print("\n".join(target_lines(model, choice.settings, data, plan)))
     if options.save_path is not None:
         _write_json(options.save_path, plan.as_dict() | {"model": model.name, "dtype": model.dtype})
     return 0
 
 
-def _choose(options: argparse.Namespace) -> tuple[dict[str, Any], Choices]:
+def _choose(options: argparse.Namespace) -> Choice:
     """Resolve the settings as `train` does."""
-    if options.shape is not None:
-        named = getattr(options, "model", None)
-        if named is not None:
-            raise ConfigError(
-                format_error(
-                    f"--shape {options.shape}",
-                    got=f"also the model {named}",
-                    expected="either --shape or MODEL",
-                    fix="Remove MODEL, or --shape.",
-                )
-            )
-        # Without a model name, `choose` would use the settings of the bundled model.
-        options = argparse.Namespace(**{**vars(options), "model": options.shape})
-    choice = choose(options)
-    places = {
-        "model": None if options.shape else choice.model,
-        "data": choice.data,
-        "asked": "max_seq_length" in choice.asked,
-    }
-    return places, Choices(choice.settings)
+    if options.shape is None:
+        return choose(options)
+    named = getattr(options, "model", None)
+    if named is not None:
+        raise ConfigError(
+            f"--shape {options.shape}",
+            got=f"also the model {named}",
+            expected="either --shape or MODEL",
+            fix="Remove MODEL, or --shape.",
+        )
+    # Without a model name, `choose` would use the settings of the bundled model.
+    choice = choose(argparse.Namespace(**{**vars(options), "model": options.shape}))
+    return dataclasses.replace(choice, model=None)
 
 
 def _model_and_data(
-    options: argparse.Namespace,
-    places: dict[str, Any],
-    choices: Choices,
-    training_dtype: str | None = "float32",
+    options: argparse.Namespace, choice: Choice, training_dtype: str | None
 ) -> tuple[PlannedModel, DataShapes]:
     """Find the shapes of the model and of the data; --shape has no default data.
 
     `training_dtype` is what dtype "auto" means; None: the dtype of the files.
     """
-    dtype, data = choices.settings.dtype, places.get("data")
+    dtype, data = choice.settings.dtype, choice.data
     if options.shape is not None:
         model = plan_shape(options.shape, None if dtype == "auto" else dtype)
         folder = None
         data = None if data is None else data_folder(data)
     else:
-        folder = model_folder(places.get("model"), weights=options.pin is not None)
-        name = places.get("model") or BUNDLED
-        model = plan_folder(folder, training_dtype if dtype == "auto" else dtype, str(name))
+        folder = model_folder(choice.model, weights=options.pin is not None)
+        name = choice.model or BUNDLED
+        model = plan_folder(folder, training_dtype if dtype == "auto" else dtype, name)
         # The bundled data tells nothing about a run of another model.
         data = data_folder(data) if data is not None or name == BUNDLED else None
-    shapes = data_shapes(data, folder, choices.settings, model.max_length, asked=places["asked"])
-    if data is not None and places.get("data") is None:
+    asked = "max_seq_length" in choice.asked
+    shapes = data_shapes(data, folder, choice.settings, model.max_length, asked=asked)
+    if data is not None and choice.data is None:
         shapes = dataclasses.replace(shapes, source=BUNDLED)
     return model, shapes
 
@@ -178,15 +162,15 @@ def _fit(plan: Plan, memory: float, compiling: bool) -> Fit:
     formula = formula_total(plan.model, length, targets)
     # On a CPU, products of 16-bit arrays are slow and need float32 copies: bfloat16 is not advised.
     dtype = "" if jax.default_backend() == "cpu" else plan.model.dtype
-    more = 0.0 if plan.compiled is None else _all_memory(plan.compiled) - formula(plan.choices)
+    more = 0.0 if plan.compiled is None else _all_memory(plan.compiled) - formula(plan.settings)
     tries = _TRIES if compiling and plan.compiled is not None else 0
     while True:
-        total = lambda choices, more=more: formula(choices) + more  # noqa: E731
-        found = fit(plan.choices, memory, total, dtype=dtype, length=length)
+        total = lambda settings, more=more: formula(settings) + more  # noqa: E731
+        found = fit(plan.settings, memory, total, dtype=dtype, length=length)
         compiled = _compiled(plan, found) if tries and found.changes else None
         if compiled is None or compiled <= SHARE * memory:
             return found
-        more, tries = compiled - formula(found.choices), tries - 1
+        more, tries = compiled - formula(found.settings), tries - 1
 
 
 def _all_memory(step: StepMemory) -> float:
@@ -196,8 +180,8 @@ def _all_memory(step: StepMemory) -> float:
 
 def _compiled(plan: Plan, found: Fit) -> float | None:
     """Compile the suggested step for its memory; None if that is impossible."""
-    settings = found.choices.settings
-    if not found.fits or why_not_compiled(plan.model, found.choices):
+    settings = found.settings
+    if not found.fits or why_not_compiled(plan.model):
         return None
     model = with_dtype(plan.model, settings.dtype)
     length, targets, _ = plan.data.largest
@@ -206,15 +190,15 @@ def _compiled(plan: Plan, found: Fit) -> float | None:
     return None if step is None else _all_memory(step)
 
 
-def _command(options: argparse.Namespace, places: dict[str, Any], found: Fit) -> str:
+def _command(options: argparse.Namespace, choice: Choice, found: Fit) -> str:
     """Build the command that trains with the suggested changes."""
     words = ["jax-lora", "train"]
     if options.shape is not None:
         words.append("MODEL")
-    elif places.get("model"):
-        words.append(shlex.quote(str(places["model"])))
-    if places.get("data"):
-        words += ["--data", shlex.quote(str(places["data"]))]
+    elif choice.model:
+        words.append(shlex.quote(choice.model))
+    if choice.data:
+        words += ["--data", shlex.quote(choice.data)]
     if options.config:
         words += ["-c", shlex.quote(options.config)]
     changed = " ".join(change.flags for change in found.changes)
@@ -263,6 +247,7 @@ def _as_dict(plan: Plan, rate: float, found: Fit | None) -> dict[str, Any]:
         "compiled": None
         if plan.compiled is None
         else dataclasses.asdict(plan.compiled) | {"peak": plan.compiled.peak},
+        "process": plan.process,
         "not_compiled": plan.why or None,
         "fit": None
         if found is None

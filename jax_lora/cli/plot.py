@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jax_lora.cli.names import add_name
 from jax_lora.cli.parser import Parser
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.report.curves import read_curves
 
 HELP = "plot the loss curves of runs"
@@ -42,12 +42,10 @@ def run(options: argparse.Namespace) -> int:
     target = Path(options.save_path or "loss.png")
     if target.suffix != ".png":
         raise ConfigError(
-            format_error(
-                f"--save-path {target}",
-                got=f"the extension {target.suffix!r}",
-                expected="the extension .png",
-                fix=f"Use --save-path {target.with_suffix('.png')}.",
-            )
+            f"--save-path {target}",
+            got=f"the extension {target.suffix!r}",
+            expected="the extension .png",
+            fix=f"Use --save-path {target.with_suffix('.png')}.",
         )
     write_plot(curves, target, log=options.log_y)
     print(target)

@@ -18,7 +18,7 @@ from jax_lora.cli.parser import Parser
 from jax_lora.data.encoder_examples import texts_of
 from jax_lora.data.encoder_tokenizer import EncodedText
 from jax_lora.data.rows import Row, RowFile, read_rows
-from jax_lora.errors import ConfigError, DataError, format_error
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.finetune.prediction import Candidate, fill_masks, predict_classes
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.tasks import CLASSES, MASKED, encode_examples, longest_input, make_batches
@@ -80,12 +80,10 @@ def _classes(
     """Yield the label of each text, its probability, and the probabilities of all labels."""
     if options.top is not None:
         raise ConfigError(
-            format_error(
-                f"--top {options.top}",
-                got=f"{base.name}, a model for {CLASSES}",
-                expected=f"a model for {MASKED}",
-                fix="Remove --top: the output has the probabilities of all labels.",
-            )
+            f"--top {options.top}",
+            got=f"{base.name}, a model for {CLASSES}",
+            expected=f"a model for {MASKED}",
+            fix="Remove --top: the output has the probabilities of all labels.",
         )
     settings = TrainSettings(max_seq_length=base.model.config.max_position_embeddings)
     # Labels in the file are not needed, and may differ from the model's.
@@ -123,14 +121,12 @@ def _masked(base: BaseModel, file: RowFile, row: Row) -> EncodedText:
     encoded = base.tokenizer.encode(*texts_of(file, row), max_length=most)
     if base.tokenizer.mask_id not in encoded.ids:
         raise DataError(
-            format_error(
-                f"{file.path}:{row.line}",
-                got=f"no mask token in the first {most} tokens"
-                if encoded.cut
-                else "a text without a mask token",
-                expected=f"{mask} instead of each token to predict",
-                fix=f'Write, for example, "The capital of France is {mask}."',
-            )
+            f"{file.path}:{row.line}",
+            got=f"no mask token in the first {most} tokens"
+            if encoded.cut
+            else "a text without a mask token",
+            expected=f"{mask} instead of each token to predict",
+            fix=f'Write, for example, "The capital of France is {mask}."',
         )
     return encoded
 

@@ -18,7 +18,7 @@ from jax_lora.cli.export import save_for_peft
 from jax_lora.cli.names import add_name
 from jax_lora.cli.options import add_model_option
 from jax_lora.cli.parser import Parser
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.hub.hub_name import HubName, parse_hub_name
 from jax_lora.hub.repository_files import ADAPTER, CONFIG, is_peft, wanted_files
 from jax_lora.hub.uploads import upload
@@ -61,12 +61,10 @@ def _repository(options: argparse.Namespace) -> HubName:
     name = parse_hub_name(options.save_path)
     if name is None or name.revision is not None:
         raise ConfigError(
-            format_error(
-                f"--save-path {options.save_path}",
-                got="not the name of a repository",
-                expected="owner/name",
-                fix="Write your account, a slash and a name; a branch is --revision BRANCH.",
-            )
+            f"--save-path {options.save_path}",
+            got="not the name of a repository",
+            expected="owner/name",
+            fix="Write your account, a slash and a name; a branch is --revision BRANCH.",
         )
     return dataclasses.replace(name, revision=options.revision)
 
@@ -78,39 +76,31 @@ def _folder(options: argparse.Namespace) -> Iterator[Path]:
         options.adapter_path, options.model = options.model, None
     if options.adapter_path is None:
         raise ConfigError(
-            format_error(
-                "push",
-                got="no --adapter-path and no --model",
-                expected="a run, an adapter or a model to upload",
-                fix="Add --adapter-path, or --model with the folder of a merged model.",
-            )
+            "push",
+            got="no --adapter-path and no --model",
+            expected="a run, an adapter or a model to upload",
+            fix="Add --adapter-path, or --model with the folder of a merged model.",
         )
     source = Path(options.adapter_path)
     if not is_peft(source) and not (source / CONFIG).is_file():
         source, _ = find_checkpoint_and_config(options.adapter_path)
         if not is_full_model(source):
             with tempfile.TemporaryDirectory() as scratch:
-                _write_adapter(Path(scratch), options)
+                trained = load_adapter_with_base(options)
+                # A local path says nothing to others, so only the folder's name is uploaded.
+                local = None if trained.base.hub_name else trained.base.folder.name
+                save_for_peft(scratch, trained, options.base_model or local)
                 yield Path(scratch)
             return
     for flag, value in (("--model", options.model), ("--base-model", options.base_model)):
         if value is not None:
             raise ConfigError(
-                format_error(
-                    f"{flag} {value}",
-                    got=f"{source}, whose files are uploaded unchanged",
-                    expected="a run or a checkpoint of an adapter in --adapter-path",
-                    fix=f"Remove {flag}.",
-                )
+                f"{flag} {value}",
+                got=f"{source}, whose files are uploaded unchanged",
+                expected="a run or a checkpoint of an adapter in --adapter-path",
+                fix=f"Remove {flag}.",
             )
     yield source
-
-
-def _write_adapter(folder: Path, options: argparse.Namespace) -> None:
-    trained = load_adapter_with_base(options)
-    # The path of a local folder says nothing to others, so only its name is uploaded.
-    local = None if trained.base.hub_name else trained.base.folder.name
-    save_for_peft(folder, trained, options.base_model or local)
 
 
 def _files(folder: Path) -> list[str]:

@@ -18,11 +18,10 @@ from jax_lora.cli.options import (
     read_config_file,
     refuse_unknown,
 )
-from jax_lora.cli.presets import PRESETS
+from jax_lora.cli.presets import OF_BUNDLED, PRESETS
 from jax_lora.data.prompt_template import prompt_template_text
 from jax_lora.data.template_files import SUFFIX
-from jax_lora.errors import ConfigError, format_error
-from jax_lora.finetune import recipe
+from jax_lora.errors import ConfigError
 from jax_lora.finetune.resume import refuse_edited_config
 from jax_lora.finetune.run_folder import CONFIG, read_run_config
 from jax_lora.finetune.run_template import read_run_template
@@ -60,13 +59,7 @@ class Choice:
 
 
 def choose(options: argparse.Namespace) -> Choice:
-    """Resolve the options.
-
-    Args:
-      options: The parsed command line.
-
-    Returns:
-      The resolved options.
+    """Resolve the options of the parsed command line.
 
     Raises:
       ConfigError: Values are invalid, or contradict each other.
@@ -84,7 +77,7 @@ def choose(options: argparse.Namespace) -> Choice:
         _refuse_alpha_and_scale(source, layer)
     model = _layered(layers).get("model")
     if model in (None, BUNDLED) and not earlier and options.preset is None:
-        layers = [recipe.BUNDLED, *layers]
+        layers = [OF_BUNDLED, *layers]
     values = _layered(layers)
     if checkpoint is not None and earlier:  # a run is resumed in its own folder
         values["adapter_path"] = str(checkpoint.parent)
@@ -121,13 +114,11 @@ def _checkpoint(
     checkpoint = find_resumable(run if resume == "auto" else resume)
     if checkpoint is None and resume != "auto":
         raise ConfigError(
-            format_error(
-                f"--resume {resume}",
-                got="no run with a checkpoint there",
-                expected="the folder of a run, or one of its checkpoints",
-                fix="Check the path. --resume without a path resumes the run in --adapter-path, "
-                "or starts it.",
-            )
+            f"--resume {resume}",
+            got="no run with a checkpoint there",
+            expected="the folder of a run, or one of its checkpoints",
+            fix="Check the path. --resume without a path resumes the run in --adapter-path, "
+            "or starts it.",
         )
     return checkpoint
 
@@ -163,10 +154,8 @@ def _refuse_alpha_and_scale(source: str, layer: Mapping[str, Any]) -> None:
     alpha, scale = layer.get("alpha"), layer.get("scale")
     if alpha is not None and scale is not None:
         raise ConfigError(
-            format_error(
-                f"--alpha and --scale in {source}",
-                got=f"{alpha!r} and {scale!r}",
-                expected="one of them: the scale is alpha / rank",
-                fix="Remove one of them.",
-            )
+            f"--alpha and --scale in {source}",
+            got=f"{alpha!r} and {scale!r}",
+            expected="one of them: the scale is alpha / rank",
+            fix="Remove one of them.",
         )

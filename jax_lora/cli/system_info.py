@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from jax_lora.report.versions import version_of
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors")
 # Package -> purpose.
@@ -89,15 +90,12 @@ def collect_system_info(root: Path = Path("/"), run_folder: Path = Path(".")) ->
     Args:
       root: Root of the file system.
       run_folder: Folder that a run writes to.
-
-    Returns:
-      The system information.
     """
     devices, error = _devices()
     memory, free = _memory(root)
     cores = os.cpu_count() or 1
     return SystemInfo(
-        versions={name: _version(name) for name in (*REQUIRED, *CLI_PACKAGES, *OPTIONAL)},
+        versions={name: version_of(name) for name in (*REQUIRED, *CLI_PACKAGES, *OPTIONAL)},
         devices=devices,
         devices_error=error,
         drivers=tuple(
@@ -116,13 +114,6 @@ def collect_system_info(root: Path = Path("/"), run_folder: Path = Path(".")) ->
             if name.startswith(("JAX_", "XLA_")) or name == "CUDA_VISIBLE_DEVICES"
         },
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> tuple[tuple[Device, ...], str]:
@@ -144,7 +135,9 @@ def _device(device: Any) -> Device:
 def _memory(root: Path) -> tuple[int | None, int | None]:
     """Return total and free memory, within the limits of the container."""
     total, free = _host_memory(root)
-    limit, used = _container_memory(root)
+    # The limit and the usage of the container.
+    limit = _read_int(root / "sys/fs/cgroup/memory.max")
+    used = _read_int(root / "sys/fs/cgroup/memory.current")
     if total is None or limit is None or used is None or limit >= total:
         return total, free
     return limit, limit - used if free is None else min(free, limit - used)
@@ -158,12 +151,6 @@ def _host_memory(root: Path) -> tuple[int | None, int | None]:
         return None, None
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
     return sizes.get("MemTotal"), sizes.get("MemAvailable")
-
-
-def _container_memory(root: Path) -> tuple[int | None, int | None]:
-    """Return the memory limit and usage of the container, or None without a limit."""
-    limit = _read_int(root / "sys/fs/cgroup/memory.max")
-    return limit, _read_int(root / "sys/fs/cgroup/memory.current")
 
 
 def _usable_cores(root: Path, cores: int) -> float:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import shlex
 import tempfile
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 import jax_lora
+from jax_lora.adapter import LoraPair
 from jax_lora.checkpoint.fingerprint import fingerprint
 from jax_lora.cli.base_model import BUNDLED, BaseModel, data_folder, load_base, model_folder
 from jax_lora.cli.distributed import joined
@@ -27,7 +30,7 @@ from jax_lora.data.data_folder import DataSet, read_data
 from jax_lora.data.examples import Examples
 from jax_lora.data.packing import speedup
 from jax_lora.data.template_files import choose_template
-from jax_lora.errors import ConfigError, LoraError, format_error
+from jax_lora.errors import ConfigError, LoraError
 from jax_lora.finetune.callbacks import Callback, Checkpoint, EarlyStop, Report, Validate
 from jax_lora.finetune.devices import data_mesh, make_mesh, use_all_cores
 from jax_lora.finetune.memory import device_memory
@@ -50,11 +53,11 @@ from jax_lora.finetune.tasks import (
 )
 from jax_lora.finetune.trainable import Trainable
 from jax_lora.finetune.trainer import Trainer
-from jax_lora.finetune.training_state import read_record
+from jax_lora.finetune.training_state import read_record, steps_done
 from jax_lora.models.mesh_sharding import DATA
 from jax_lora.models.read_config import read_config
-from jax_lora.plan.fit_remat import fit_remat
-from jax_lora.plan.planned_model import of_config
+from jax_lora.plan.compiled_step import fit_remat
+from jax_lora.plan.planned_model import plan_config
 from jax_lora.report.events import Reporter, RunPlan, RunResult
 from jax_lora.report.loss_plot import write_run_plot
 from jax_lora.report.metrics import MetricsLog
@@ -189,19 +192,13 @@ def _train(choice: Choice, processes: ProcessGroup, locks: list[FolderLock]) -> 
 
 
 def _metrics(folder: RunFolder, inputs: Inputs, record: dict[str, Any] | None) -> MetricsLog:
-    settings = inputs.settings
+    settings, step = inputs.settings, 0 if record is None else steps_done(record)
     return MetricsLog(
         folder.path,
         tensorboard="tensorboard" in settings.log,
         wandb=settings.as_dict() if "wandb" in settings.log else None,
-        resume_at=_steps_done(record),
+        resume_at=step if isinstance(step, int) else 0,
     )
-
-
-def _steps_done(record: dict[str, Any] | None) -> int:
-    ledger = {} if record is None else record.get("ledger")
-    step = ledger.get("step") if isinstance(ledger, dict) else 0
-    return step if isinstance(step, int) else 0
 
 
 def _write_plot(run: Path) -> None:
@@ -219,7 +216,10 @@ def _print_next(inputs: Inputs, folder: RunFolder, result: RunResult, progress: 
             f"Resume: jax-lora train --resume {shlex.quote(str(folder.path))}",
         ]
     else:
-        lines = [f"Next: {_next(inputs, folder, result)}"]
+        verb = f"eval --adapter-path {shlex.quote(str(folder.path))} --compare-base"
+        if inputs.settings.fine_tune_type == "full":
+            verb = f"generate {shlex.quote(str(result.checkpoint))} --prompt TEXT"
+        lines = [f"Next: jax-lora {verb}"]
     if progress not in ("json", "none"):
         print("\n".join(lines))
     return INTERRUPTED if result.interrupted else DONE
@@ -248,10 +248,7 @@ def _read(choice: Choice) -> Inputs:
         task=task,
         labels=labels,
         seed=settings.seed,
-        templates={
-            "chat_template": chat_template,
-            "prompt_template": settings.prompt_template,
-        },
+        templates={"chat_template": chat_template, "prompt_template": settings.prompt_template},
         mesh=mesh,
         progress=choice.progress,
     )
@@ -273,6 +270,8 @@ def _read(choice: Choice) -> Inputs:
         chat_template=chat_template,
         mesh=mesh,
     )
+    # An absolute path is valid in any working directory.
+    place = BUNDLED if choice.data in (None, BUNDLED) else str(Path(choice.data).resolve())
     inputs = Inputs(
         base=base,
         data=data,
@@ -280,7 +279,7 @@ def _read(choice: Choice) -> Inputs:
         valid=_examples(data, "valid", base, settings) if "valid" in data.splits else None,
         trainable=trainable,
         settings=settings,
-        places={"model": base.place, "data": _place(choice.data)},
+        places={"model": base.place, "data": place},
         mesh=mesh or data_mesh(settings.batch_size, (trainable.frozen, trainable.start)),
     )
     return _with_fitting_remat(inputs)
@@ -290,12 +289,10 @@ def _named_data(choice: Choice) -> str | None:
     """Return the name of the data; another model than the bundled one has no default."""
     if choice.data is None and choice.model not in (None, BUNDLED):
         raise ConfigError(
-            format_error(
-                f"train {choice.model}",
-                got="no --data",
-                expected="the data to train this model on",
-                fix="Add --data PATH, or --data bundled for the bundled text-to-SQL task.",
-            )
+            f"train {choice.model}",
+            got="no --data",
+            expected="the data to train this model on",
+            fix="Add --data PATH, or --data bundled for the bundled text-to-SQL task.",
         )
     return choice.data
 
@@ -310,7 +307,7 @@ def _with_fitting_remat(inputs: Inputs) -> Inputs:
     if not settings.pack:
         length = min(length, max(len(example.ids) for example in examples))
     remat = fit_remat(
-        of_config(base.model.config, base.dtype, base.name),
+        plan_config(base.model.config, base.dtype, base.name),
         settings,
         memory,
         length=length,
@@ -328,12 +325,7 @@ def _check_task(task: str, settings: TrainSettings) -> None:
     for flag, given in (("--pack", settings.pack), ("--sample-prompt", settings.sample_prompt)):
         if given:
             raise ConfigError(
-                format_error(
-                    flag,
-                    got=f"the task {task}",
-                    expected=f"the task {CAUSAL}",
-                    fix=f"Remove {flag}.",
-                )
+                flag, got=f"the task {task}", expected=f"the task {CAUSAL}", fix=f"Remove {flag}."
             )
 
 
@@ -344,18 +336,11 @@ def _check_samples(settings: TrainSettings, mesh: Mesh | None) -> None:
     sharded = [f"{name}={size}" for name, size in mesh.shape.items() if name != DATA and size > 1]
     if sharded:
         raise ConfigError(
-            format_error(
-                "--sample-prompt with several processes",
-                got=f"the mesh {settings.mesh!r}, which shards the model over {sharded[0]}",
-                expected="a mesh with data alone: the first process completes the prompts",
-                fix="Remove --sample-prompt, or use jax-lora generate after the run.",
-            )
+            "--sample-prompt with several processes",
+            got=f"the mesh {settings.mesh!r}, which shards the model over {sharded[0]}",
+            expected="a mesh with data alone: the first process completes the prompts",
+            fix="Remove --sample-prompt, or use jax-lora generate after the run.",
         )
-
-
-def _place(name: str | None) -> str:
-    """Return an absolute path, which is valid in any working directory."""
-    return BUNDLED if name in (None, BUNDLED) else str(Path(name).resolve())
 
 
 def _examples(data: DataSet, split: str, base: BaseModel, settings: TrainSettings) -> Examples:
@@ -455,10 +440,14 @@ def _dry_run(inputs: Inputs, progress: str, shown: bool) -> int:
 
 
 def _plan(inputs: Inputs, steps: int, notes: list[str]) -> RunPlan:
+    train, valid = inputs.train.rows, inputs.valid
+    tokens = sum(example.tokens for example in train)
+    held_out = "no validation split" if valid is None else f"{len(valid.rows):,} valid"
+    counts = f"{len(train):,} train, {held_out}"
     return RunPlan(
         model=f"{inputs.base.name}, {inputs.base.size:,} parameters",
         adapter=_describe(inputs),
-        data=f"{inputs.data.path}: {_counts(inputs.train, inputs.valid)}",
+        data=f"{inputs.data.path}: {counts}; {tokens:,} tokens per epoch",
         steps=steps,
         notes=(*notes, *_notes(inputs)),
         hints=tuple(_hints(inputs)),
@@ -486,14 +475,14 @@ def _describe(inputs: Inputs) -> str:
         return f"none, full fine-tuning: {share}"
     config = trained.start.config
     kind = "DoRA of rank" if config.use_dora else "rank"
-    kernels = len(trained.start.pairs)
-    return f"{kind} {config.rank}, alpha {config.alpha:g}, {kernels} kernels, {share}"
+    kernels = sum(map(_kernels, trained.start.pairs.values()))
+    return f"{kind} {config.rank}, alpha {config.alpha:g}, {kernels} adapted kernels, {share}"
 
 
-def _counts(train: Examples, valid: Examples | None) -> str:
-    tokens = sum(example.tokens for example in train.rows)
-    held_out = f", {len(valid.rows)} valid" if valid is not None else ", no validation split"
-    return f"{len(train.rows)} train{held_out}; {tokens:,} tokens per epoch"
+def _kernels(pair: LoraPair) -> int:
+    """Count the kernels of a stack that have an update."""
+    stack = pair.a.shape[: len(pair.stack_axes)]
+    return math.prod(stack) if pair.ranks is None else int(np.count_nonzero(pair.ranks))
 
 
 def _notes(inputs: Inputs) -> list[str]:
@@ -528,9 +517,3 @@ def _resumed(checkpoint: Path, done: int, steps: int, stretched: bool) -> list[s
     if stretched:
         notes.append("the number of steps has changed, and with it the learning rate schedule")
     return notes
-
-
-def _next(inputs: Inputs, folder: RunFolder, result: RunResult) -> str:
-    if inputs.settings.fine_tune_type == "full":
-        return f"jax-lora generate {shlex.quote(str(result.checkpoint))} --prompt TEXT"
-    return f"jax-lora eval --adapter-path {shlex.quote(str(folder.path))} --compare-base"

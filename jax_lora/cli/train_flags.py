@@ -16,8 +16,7 @@ from jax_lora.cli.options import (
     add_model_option,
 )
 from jax_lora.cli.parser import Parser
-from jax_lora.cli.presets import PRESETS
-from jax_lora.finetune import recipe
+from jax_lora.cli.presets import OF_BUNDLED, PRESETS
 from jax_lora.finetune.schedule import SHAPES
 from jax_lora.finetune.settings import DTYPES, QUANTIZE, REMATS, TASKS, TRUNCATIONS, TURNS, TYPES
 from jax_lora.models.attention_mask import ATTENTION
@@ -123,9 +122,10 @@ def _add_flag(group: Any, name: str, kind: Any, values: Any, text: str) -> None:
 
 def _default(name: str) -> str:
     """Return the default, and that of the bundled model if it differs."""
-    plain, own = DEFAULTS[name], recipe.BUNDLED.get(name)
+    plain, own = DEFAULTS[name], OF_BUNDLED.get(name)
     if plain is None or plain == ():
         return ""
     shown = {True: "yes", False: "no"}.get(plain, plain) if isinstance(plain, bool) else plain
     shown = ",".join(plain) if isinstance(plain, tuple) else shown
+    shown = f"{plain:g}" if isinstance(plain, float) else shown
     return f" [{shown}{f'; bundled model: {own:g}' if own is not None else ''}]"

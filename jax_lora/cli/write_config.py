@@ -18,7 +18,7 @@ from jax_lora.cli.names import add_name
 from jax_lora.cli.options import DEFAULTS, PLACES
 from jax_lora.cli.parser import Parser
 from jax_lora.cli.presets import PRESETS
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.storage.atomic_writes import write_file
 
 HELP = "write a commented configuration file for train -c"
@@ -44,12 +44,10 @@ def run(options: argparse.Namespace) -> int:
     text = make_text(options.preset)
     if os.path.lexists(path):
         raise ConfigError(
-            format_error(
-                f"init {path}",
-                got="an existing file, which is unchanged",
-                expected="a new name",
-                fix="Choose another name with --save-path.",
-            )
+            f"init {path}",
+            got="an existing file, which is unchanged",
+            expected="a new name",
+            fix="Choose another name with --save-path.",
         )
     write_file(path, text, ConfigError)
     print(f"{path}: every option of train with its default")
@@ -58,14 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def make_text(preset: str | None = None) -> str:
-    """Create the text of the file from the options of `train`.
-
-    Args:
-      preset: A name in `PRESETS`, whose values are active in the file; or None.
-
-    Returns:
-      YAML for `train -c`.
-    """
+    """Create YAML for `train -c` from its options; the values of a preset are active in it."""
     chosen = PRESETS[preset] if preset else {}
     lines = [
         "# Options of jax-lora train. Remove the # from a line to set an option. Flags of the",
@@ -93,31 +84,12 @@ def _value(value: Any) -> str:
 
 
 def train_options() -> dict[str, str]:
-    """List the options that `train` reads from a file.
-
-    Returns:
-      Name -> help text.
-    """
-    recorder = _Recorder()
-    train_flags.add_options(recorder)  # pyright: ignore[reportArgumentType]  only these methods are called
-    texts, allowed = recorder.texts, {*DEFAULTS, *PLACES}
-    return {key: text for key, text in texts.items() if key in allowed}
-
-
-class _Recorder:
-    """Records the options that are added to it, instead of a parser."""
-
-    prog = "jax-lora train"
-
-    def __init__(self) -> None:
-        self.texts: dict[str, str] = {}
-
-    def add_argument(self, *flags: str, **settings: Any) -> None:
-        long = next((flag for flag in flags if flag.startswith("--")), flags[0])
-        key = settings.get("dest") or long.removeprefix("--").replace("-", "_")
-        choices = settings.get("choices")
-        text = str(settings.get("help", "")).replace("%%", "%")
-        self.texts[key] = text + (f": {', '.join(map(str, choices))}" if choices else "")
-
-    def section(self, *_: Any) -> _Recorder:
-        return self
+    """Return the help texts of the options that `train` reads from a file, by name."""
+    parser = Parser(prog="jax-lora train")
+    train_flags.add_options(parser)
+    return {
+        action.dest: str(action.help).replace("%%", "%")
+        + (f": {', '.join(map(str, action.choices))}" if action.choices else "")
+        for action in parser._actions
+        if action.dest in (*DEFAULTS, *PLACES)
+    }

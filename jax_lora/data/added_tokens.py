@@ -35,15 +35,7 @@ _IDS = schema.object_of(_ID)
 
 
 def special_tokens_of(folder: Path, vocabulary: Mapping[str, int]) -> dict[str, str]:
-    """Return the special tokens of a folder: the named ones, and usual ones of the vocabulary.
-
-    Args:
-      folder: The folder.
-      vocabulary: Ids by token.
-
-    Returns:
-      The texts by role.
-    """
+    """Return special tokens by role: those a folder names, and usual ones of the vocabulary."""
     found = all_special_tokens(folder)
     named = read_special_tokens(folder)
     return {role: text for role, text in found.items() if role in named or text in vocabulary}
@@ -52,15 +44,10 @@ def special_tokens_of(folder: Path, vocabulary: Mapping[str, int]) -> dict[str, 
 def read_added_tokens(
     folder: Path, vocabulary: Mapping[str, int], more: tuple[str, ...] = ()
 ) -> list[Document]:
-    """List the tokens that are found in a text before it is split.
+    """List the tokens that are found in a text before it is split, in the format of tokenizer.json.
 
-    Args:
-      folder: The folder, with `added_tokens.json` and `tokenizer_config.json`.
-      vocabulary: Ids by token.
-      more: Further special tokens.
-
-    Returns:
-      The tokens in the format of tokenizer.json, by id. A token without an id gets the next one.
+    The special tokens of the folder and `more` are among them. They are in the order of their ids;
+    a token without an id gets the next one.
 
     Raises:
       ModelError: A file is damaged.
@@ -69,7 +56,7 @@ def read_added_tokens(
     mapped = read_settings(folder / "special_tokens_map.json", _SETTINGS) | settings
     named = [mapped.get(role) for role in ROLES]
     named += [*(mapped.get("additional_special_tokens") or []), *more]
-    named += list(special_tokens_of(folder, vocabulary).values())
+    named += special_tokens_of(folder, vocabulary).values()
     tokens: dict[str, Document] = {}
     for each in named:
         text = text_of(each)
@@ -79,11 +66,7 @@ def read_added_tokens(
     ids = dict(read_settings(folder / "added_tokens.json", _IDS))
     for index, each in settings.get("added_tokens_decoder", {}).items():
         special = each["content"] in tokens or bool(each.get("special"))
-        tokens[each["content"]] = {
-            "content": each["content"],
-            **_flags(each),
-            "special": special,
-        }
+        tokens[each["content"]] = {"content": each["content"], **_flags(each), "special": special}
         ids[each["content"]] = int(index) if index.isdecimal() else -1
     for text in ids:
         tokens.setdefault(text, {"content": text} | _flags({}))

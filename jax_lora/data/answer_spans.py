@@ -11,7 +11,7 @@ from jax_lora.data.chat_template import Rendering
 from jax_lora.data.content_marks import mark, unmark
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.data.turns import target_turns
-from jax_lora.errors import DataError, format_error
+from jax_lora.errors import DataError
 
 Span = tuple[int, int]  # start and end (exclusive), in characters
 
@@ -30,13 +30,6 @@ def answer_spans(
     and the headers are each rendered once for every sequence of roles, so the time is linear in the
     number of messages, and templates may change a response once another message follows.
 
-    Args:
-      messages: The turns.
-      text: The rendered conversation.
-      tokenizer: The model's tokenizer.
-      tools: Descriptions of the tools that the model may call.
-      learn_from: Index of the first turn that is included in the loss.
-
     Returns:
       The spans, and the number of responses that were not found.
 
@@ -48,12 +41,10 @@ def answer_spans(
     spans = [span for index in wanted if (span := locate(index)) is not None]
     if not spans:
         raise DataError(
-            format_error(
-                "the chat template",
-                got="a conversation in which no response follows its rendered prompt",
-                expected="at least one response right after the generation prompt",
-                fix='Write the row as "prompt" and "completion".',
-            )
+            "the chat template",
+            got="a conversation in which no response follows its rendered prompt",
+            expected="at least one response right after the generation prompt",
+            fix='Write the row as "prompt" and "completion".',
         )
     return spans, len(wanted) - len(spans)
 
@@ -158,10 +149,7 @@ class _Locator:
 def _beside(marks: Sequence[int], index: int) -> tuple[int | None, int | None]:
     """Return the marked messages before and after a response."""
     before, after = bisect.bisect_left(marks, index), bisect.bisect_right(marks, index)
-    return (
-        marks[before - 1] if before else None,
-        marks[after] if after < len(marks) else None,
-    )
+    return (marks[before - 1] if before else None, marks[after] if after < len(marks) else None)
 
 
 def _roles(messages: list[dict[str, Any]], first: int | None, last: int | None) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from jax_lora.data.collators import (
     Bucket,
     Collator,
+    MaskedBatch,
     MaskedCollator,
     collate_causal,
     collate_packed,
@@ -29,14 +30,11 @@ Plan = list[tuple[Bucket, Sequence[Documents]]]  # the batches of an epoch
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """All batches of a data set, by step.
+    """All batches of a data set, by step, in an order that differs from epoch to epoch.
 
     Args:
-      examples: The examples of the data set.
-      rows: Rows per batch.
-      seed: Random seed of the order, which differs from epoch to epoch.
+      examples, rows, seed, collate: As for `of`.
       buckets: The shapes, from short to long, each with the indices of its examples.
-      collate: Creates the arrays of a batch.
     """
 
     examples: tuple[Example, ...]
@@ -116,7 +114,7 @@ class Batches:
         if own is None:
             return self.at(step)
         if isinstance(self.collate, MaskedCollator):  # each row draws after the rows before it
-            return type(batch := self.at(step))(*(array[own] for array in batch))
+            return MaskedBatch(*(array[own] for array in self.at(step)))
         shape, members = self._planned(step)
         some = [members[row] for row in own if row < len(members)]
         return self._collated(step, shape, some, rows=len(own))
@@ -158,18 +156,10 @@ class Batches:
         epoch, position = divmod(step, self.per_epoch)
         return self._epoch(epoch)[position]
 
-    def _epoch(self, epoch: int) -> Plan:
-        """Return the plan of an epoch; cached, because prefetching can be one epoch ahead."""
-        plan = self._plans.get(epoch)
-        if plan is None:
-            plan = self._plans[epoch] = self._plan(epoch)
-            for other in [each for each in self._plans if abs(each - epoch) > 1]:
-                self._plans.pop(other, None)
-        return plan
-
     @functools.cached_property
-    def _plans(self) -> dict[int, Plan]:
-        return {}
+    def _epoch(self) -> Callable[[int], Plan]:
+        """Return the plan of an epoch; cached, because prefetching can be one epoch ahead."""
+        return functools.lru_cache(maxsize=2)(self._plan)
 
     def _plan(self, epoch: int) -> Plan:
         """Shuffle the rows of every shape, split them into batches, and shuffle the batches."""
@@ -204,14 +194,7 @@ def _rounded(tokens: int) -> int:
 
 
 def choose_buckets(examples: Sequence[Example], count: int) -> tuple[Bucket, ...]:
-    """Choose the bucket lengths that minimize padding.
-
-    Args:
-      examples: The examples.
-      count: Maximum number of lengths.
-
-    Returns:
-      The shapes, from short to long.
+    """Choose at most `count` bucket lengths that minimize padding, from short to long.
 
     Example:
       >>> row = lambda n: Example(np.zeros(n, np.int32), np.ones(n, bool), 1)

@@ -65,8 +65,7 @@ class MaskedBatch(NamedTuple):
 
     Attributes:
       ids: (rows, length) int32, after masking.
-      mask: (rows, length) int32, 1 at real tokens.
-      types: (rows, length) int32, 0 in the first text and 1 in the second.
+      mask, types: As in `ClassificationBatch`.
       at: (rows, targets) int32, positions of the masked tokens.
       labels: (rows, targets) int32, the original tokens.
       weights: (rows, targets) float32.
@@ -99,27 +98,18 @@ class Seq2SeqBatch(NamedTuple):
     weights: np.ndarray
 
 
-Collator = Callable[[Sequence[Sequence[Any]], int, Bucket, np.random.Generator], Any]
+Rows = Sequence[Sequence[Any]]  # the examples of each row
+Rng = np.random.Generator
+Collator = Callable[[Rows, int, Bucket, Rng], Any]
 
 
-def collate_causal(
-    examples: Sequence[Sequence[Any]], rows: int, shape: Bucket, rng: np.random.Generator
-) -> Batch:
+def collate_causal(examples: Rows, rows: int, shape: Bucket, rng: Rng) -> Batch:
     """Make a batch with one example per row."""
-    return _causal(examples, rows, shape)[0]
+    return collate_packed(examples, rows, shape, rng)._replace(positions=None, segments=None)
 
 
-def collate_packed(
-    examples: Sequence[Sequence[Any]], rows: int, shape: Bucket, rng: np.random.Generator
-) -> Batch:
+def collate_packed(examples: Rows, rows: int, shape: Bucket, rng: Rng) -> Batch:
     """Make a batch with several examples per row; none attends to another."""
-    batch, positions, segments = _causal(examples, rows, shape)
-    return batch._replace(positions=positions, segments=segments)
-
-
-def _causal(
-    examples: Sequence[Sequence[Any]], rows: int, shape: Bucket
-) -> tuple[Batch, np.ndarray, np.ndarray]:
     ids = np.zeros((rows, shape.length), np.int32)
     at = np.zeros((rows, shape.targets), np.int32)
     labels, weights = np.zeros_like(at), np.zeros(at.shape, np.float32)
@@ -138,7 +128,7 @@ def _causal(
             labels[row, chosen] = example.ids[places + 1]
             weights[row, chosen] = 1.0
             start, count = here.stop, chosen.stop
-    return Batch(ids, at, labels, weights), positions, segments
+    return Batch(ids, at, labels, weights, positions, segments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,30 +143,13 @@ class ClassificationCollator:
     pad_id: int = 0
     types: int = 2
 
-    def __call__(
-        self,
-        examples: Sequence[Sequence[Any]],
-        rows: int,
-        shape: Bucket,
-        rng: np.random.Generator,
-    ) -> ClassificationBatch:
+    def __call__(self, examples: Rows, rows: int, shape: Bucket, rng: Rng) -> ClassificationBatch:
         """Make a batch."""
-        ids, mask = pad_sequences(
-            [each.ids for (each,) in examples], rows, shape.length, self.pad_id
-        )
-        types = _token_types(examples, rows, shape, self.types)
+        ids, mask, types = _texts(examples, rows, shape, self)
         labels, weights = np.zeros(rows, np.int32), np.zeros(rows, np.float32)
         for row, (example,) in enumerate(examples):
             labels[row], weights[row] = max(example.label, 0), 1.0
         return ClassificationBatch(ids, mask, types, labels, weights)
-
-
-def _token_types(
-    examples: Sequence[Sequence[Any]], rows: int, shape: Bucket, count: int
-) -> np.ndarray:
-    """Pad token types, without those that the model does not have."""
-    types = pad_sequences([each.types for (each,) in examples], rows, shape.length, 0)[0]
-    return np.minimum(types, count - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,17 +171,9 @@ class MaskedCollator:
     pad_id: int = 0
     types: int = 2
 
-    def __call__(
-        self,
-        examples: Sequence[Sequence[Any]],
-        rows: int,
-        shape: Bucket,
-        rng: np.random.Generator,
-    ) -> MaskedBatch:
+    def __call__(self, examples: Rows, rows: int, shape: Bucket, rng: Rng) -> MaskedBatch:
         """Make a batch; the masked tokens differ from step to step."""
-        ids, mask = pad_sequences(
-            [each.ids for (each,) in examples], rows, shape.length, self.pad_id
-        )
+        ids, mask, types = _texts(examples, rows, shape, self)
         at = np.zeros((rows, shape.targets), np.int32)
         labels, weights = np.zeros_like(at), np.zeros(at.shape, np.float32)
         for row, (example,) in enumerate(examples):
@@ -220,7 +185,6 @@ class MaskedCollator:
             ids[row, places[draw < 0.8]] = self.mask_id
             replaced = places[draw >= 0.9]
             ids[row, replaced] = rng.integers(self.vocabulary, size=len(replaced))
-        types = _token_types(examples, rows, shape, self.types)
         return MaskedBatch(ids, mask, types, at, labels, weights)
 
 
@@ -236,23 +200,26 @@ class Seq2SeqCollator:
     start_id: int = 0
     pad_id: int = 0
 
-    def __call__(
-        self,
-        examples: Sequence[Sequence[Any]],
-        rows: int,
-        shape: Bucket,
-        rng: np.random.Generator,
-    ) -> Seq2SeqBatch:
+    def __call__(self, examples: Rows, rows: int, shape: Bucket, rng: Rng) -> Seq2SeqBatch:
         """Make a batch."""
-        ids, mask = pad_sequences(
-            [each.ids for (each,) in examples], rows, shape.length, self.pad_id
-        )
+        prompts = [each.ids for (each,) in examples]
+        ids, mask = pad_sequences(prompts, rows, shape.length, self.pad_id)
         completions = [each.completion for (each,) in examples]
         labels, real = pad_sequences(completions, rows, shape.targets, self.pad_id)
         real[len(examples) :] = 0
         decoder_ids = np.full_like(labels, self.start_id)
         decoder_ids[:, 1:] = labels[:, :-1]
         return Seq2SeqBatch(ids, mask, decoder_ids, labels, real.astype(np.float32))
+
+
+def _texts(
+    examples: Rows, rows: int, shape: Bucket, collator: ClassificationCollator | MaskedCollator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pad texts: their ids, masks and token types, without types that the model does not have."""
+    texts = [each for (each,) in examples]
+    ids, mask = pad_sequences([each.ids for each in texts], rows, shape.length, collator.pad_id)
+    types, _ = pad_sequences([each.types for each in texts], rows, shape.length, 0)
+    return ids, mask, np.minimum(types, collator.types - 1)
 
 
 def pad_sequences(

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from jax_lora.data.problem import Problem
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 
 _COLUMNS: ContextVar[Mapping[str, str] | None] = ContextVar("columns", default=None)
 
@@ -27,12 +27,10 @@ def parse_columns(text: str) -> dict[str, str]:
     found = {field.strip(): name.strip() for field, _, name in pairs}
     if len(found) < len(pairs) or not all(found) or not all(found.values()):
         raise ConfigError(
-            format_error(
-                "columns",
-                got=repr(text),
-                expected="FIELD=COLUMN, separated by commas",
-                fix="Write, for example, prompt=question,completion=answer.",
-            )
+            "columns",
+            got=repr(text),
+            expected="FIELD=COLUMN, separated by commas",
+            fix="Write, for example, prompt=question,completion=answer.",
         )
     return found
 
@@ -57,8 +55,8 @@ def renaming(columns: str | None) -> Iterator[None]:
 def rename(value: Any) -> Any:
     """Rename the columns of an example; only the named ones and the fields beside them remain.
 
-    Returns:
-      The example, or a `Problem` if a column is missing.
+    Raises:
+      Problem: A column is missing.
     """
     columns = _COLUMNS.get()
     if not columns or not isinstance(value, dict):
@@ -66,7 +64,7 @@ def rename(value: Any) -> Any:
     for name in columns.values():
         if name not in value:
             have = ", ".join(f'"{each}"' for each in list(value)[:10]) or "none"
-            return Problem(
+            raise Problem(
                 f'no column "{name}"; the columns are {have}',
                 "Correct the name of the column in columns.",
             )

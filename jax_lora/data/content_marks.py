@@ -11,10 +11,10 @@ _MARK = re.compile(f"{_OPEN}([0-9]+)([<>]){_CLOSE}")
 
 
 def mark(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mark both ends of the content of every message but lone responses and empty ones.
+    """Mark both ends of the content of every message, except empty ones and most responses.
 
-    White space at the ends stays outside, as templates may trim it. A response is marked only
-    beside another response, because templates look for reasoning at its start.
+    White space at the ends stays outside the marks, because templates may trim it. A response is
+    marked only next to another response, because templates look for reasoning at its start.
     """
     return [_marked(messages, index) for index in range(len(messages))]
 
@@ -23,7 +23,7 @@ def unmark(text: str) -> tuple[str, dict[int, tuple[int, int]]]:
     """Remove the marks from a rendered conversation.
 
     Returns:
-      The text without marks, and the start and end of each content whose two marks are in it.
+      The text without marks, and the start and end of each content with both marks in the text.
     """
     pieces, ends = [], {"<": {}, ">": {}}
     before = length = 0
@@ -41,14 +41,8 @@ def _marked(messages: list[dict[str, Any]], index: int) -> dict[str, Any]:
     message = messages[index]
     content = message["content"]
     core = content.strip()
-    if not core or _is_lone_response(messages, index):
+    responses = [turn["role"] == "assistant" for turn in messages[max(0, index - 1) : index + 2]]
+    if not core or (message["role"] == "assistant" and sum(responses) == 1):
         return message
     start, end = (f"{_OPEN}{index}{side}{_CLOSE}" for side in "<>")
     return {**message, "content": content.replace(core, f"{start}{core}{end}", 1)}
-
-
-def _is_lone_response(messages: list[dict[str, Any]], index: int) -> bool:
-    beside = messages[max(0, index - 1) : index + 2]
-    return messages[index]["role"] == "assistant" and (
-        sum(message["role"] == "assistant" for message in beside) == 1
-    )

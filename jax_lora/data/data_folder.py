@@ -16,14 +16,10 @@ from jax_lora.data.text_folder import (
     read_text_folder,
     text_of,
 )
-from jax_lora.errors import DataError, format_error
+from jax_lora.errors import DataError
 from jax_lora.storage.safe_paths import given_path
 
-NAMES = {
-    "train": ("train",),
-    "valid": ("valid", "val", "validation"),
-    "test": ("test",),
-}
+NAMES = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 PACKED = ("", ".gz")
 TEXTS = (".txt", ".text", ".md")
 # One in 20 examples of a single file is for validation, and one in 20 for testing.
@@ -59,12 +55,10 @@ class DataSet:
             have = ", ".join(self.splits) or "none"
             files = " or ".join(f"{stem}.jsonl" for stem in NAMES[name])
             raise DataError(
-                format_error(
-                    str(self.path),
-                    got=f"the splits: {have}",
-                    expected=f'a "{name}" split: {files}',
-                    fix=f"Add {NAMES[name][0]}.jsonl to the folder.",
-                )
+                str(self.path),
+                got=f"the splits: {have}",
+                expected=f'a "{name}" split: {files}',
+                fix=f"Add {NAMES[name][0]}.jsonl to the folder.",
             )
         return self.splits[name]
 
@@ -90,7 +84,7 @@ def read_data(path: str | Path) -> DataSet:
             return DataSet(path, {name: read_rows(file) for name, file in found.items()})
         texts = read_text_folder(path)
         if texts is None:
-            raise DataError(_missing(path, "a folder without train.jsonl and without texts"))
+            raise _missing(path, "a folder without train.jsonl and without texts")
         return DataSet(path, _split(texts))
     return DataSet(path, _split(_read_file(path)))
 
@@ -113,16 +107,14 @@ def read_whole(path: str | Path) -> RowFile:
     splits = [file.name for name in NAMES if (file := _file_of(path, name)) is not None]
     if splits:
         raise DataError(
-            format_error(
-                str(path),
-                got=f"a folder with {', '.join(splits)}",
-                expected="one file, or a folder of texts",
-                fix=f"Give one of its files, such as {path / splits[0]}.",
-            )
+            str(path),
+            got=f"a folder with {', '.join(splits)}",
+            expected="one file, or a folder of texts",
+            fix=f"Give one of its files, such as {path / splits[0]}.",
         )
     texts = read_text_folder(path)
     if texts is None:
-        raise DataError(_missing(path, "a folder without texts"))
+        raise _missing(path, "a folder without texts")
     return _cut(texts)
 
 
@@ -134,7 +126,7 @@ def _cut(file: RowFile) -> RowFile:
 def _read_file(path: Path) -> RowFile:
     """Read rows, JSON Lines under any name, or a text."""
     if not path.is_file():
-        raise DataError(_missing(path, "no such folder or file"))
+        raise _missing(path, "no such folder or file")
     if is_row_file(path):
         return read_rows(path)
     text, kind = text_of(path) or "", ending(path)
@@ -143,12 +135,12 @@ def _read_file(path: Path) -> RowFile:
     if text and kind in TEXTS:
         return read_text_file(path, text)
     got = "a file without text" if kind in TEXTS else f"a file that ends in {path.suffix!r}"
-    raise DataError(_missing(path, got if path.suffix else "a file without an ending"))
+    raise _missing(path, got if path.suffix else "a file without an ending")
 
 
-def _missing(path: Path, got: str) -> str:
+def _missing(path: Path, got: str) -> DataError:
     kinds = ", ".join(kind for kind in READERS if kind != ".jsonl")
-    return format_error(
+    return DataError(
         str(path),
         got=got,
         expected="a folder with train.jsonl (and valid.jsonl, test.jsonl), a folder of texts, or "
@@ -158,19 +150,15 @@ def _missing(path: Path, got: str) -> str:
 
 
 def _file_of(folder: Path, name: str) -> Path | None:
-    names = [
-        f"{stem}{kind}{packed}" for stem in NAMES[name] for kind in READERS for packed in PACKED
-    ]
-    files = [folder / each for each in names if is_row_file(folder / each)]
-    files = [file for file in files if file.is_file()]
+    endings = [f"{kind}{packed}" for kind in READERS for packed in PACKED]
+    files = [folder / f"{stem}{each}" for stem in NAMES[name] for each in endings]
+    files = [file for file in files if is_row_file(file) and file.is_file()]
     if len(files) > 1:
         raise DataError(
-            format_error(
-                str(folder),
-                got=f"{' and '.join(file.name for file in files)}",
-                expected=f'one file for the "{name}" split',
-                fix="Move the other files out of the folder.",
-            )
+            str(folder),
+            got=f"{' and '.join(file.name for file in files)}",
+            expected=f'one file for the "{name}" split',
+            fix="Move the other files out of the folder.",
         )
     return files[0] if files else None
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jax_lora.data.encoder_tokenizer import EncodedText, EncoderTokenizer
-from jax_lora.data.examples import Examples
+from jax_lora.data.examples import Examples, too_long
 from jax_lora.data.rows import Row, RowFile
-from jax_lora.errors import DataError, format_error
+from jax_lora.errors import DataError
 
 MASKED_SHARE = 0.15
 NO_LABEL = -1
@@ -23,9 +22,7 @@ class TextExample:
     """A text, or a pair of texts, for an encoder.
 
     Args:
-      ids: (tokens,) int32.
-      types: (tokens,) int32, 0 in the first text and 1 in the second.
-      special: (tokens,) booleans, True at special tokens.
+      ids, types, special: As in `EncodedText`.
       line: Line of the example in its file.
       label: Index of its class; `NO_LABEL` without one.
       targets: Number of targets: 1 for a class, the number of masked tokens otherwise.
@@ -103,18 +100,14 @@ def classification_examples(
     numbers = {name: number for number, name in enumerate(labels)}
 
     def encode(row: Row) -> tuple[Any, bool]:
-        texts = texts_of(file, row)
-        with _at(file, row):
-            encoded = tokenizer.encode(*texts, max_length=max_length)
+        encoded = _encoded(file, row, tokenizer, max_length)
         label = row.fields.get("label")
         if label is not None and label not in numbers:
             raise DataError(
-                format_error(
-                    f"{file.path}:{row.line}",
-                    got=f"the label {label!r}",
-                    expected=f"one of {', '.join(map(repr, labels))}",
-                    fix="Correct the label, or add examples with it to the training split.",
-                )
+                file.where(row),
+                got=f"the label {label!r}",
+                expected=f"one of {', '.join(map(repr, labels))}",
+                fix="Correct the label, or add examples with it to the training split.",
             )
         number = NO_LABEL if label is None else numbers[label]
         return TextExample(*encoded[:3], line=row.line, label=number), encoded.cut
@@ -141,9 +134,7 @@ def masked_lm_examples(
     """
 
     def encode(row: Row) -> tuple[Any, bool]:
-        texts = texts_of(file, row)
-        with _at(file, row):
-            encoded = tokenizer.encode(*texts, max_length=max_length)
+        encoded = _encoded(file, row, tokenizer, max_length)
         usable = int((~encoded.special).sum())
         if not usable:
             return None, encoded.cut
@@ -185,7 +176,7 @@ def seq2seq_examples(
     def encode(row: Row) -> tuple[Any, bool]:
         if row.kind != "completions":
             raise _wrong_kind(file, row, 'an example with "prompt" and "completion"')
-        with _at(file, row):
+        with file.located(row):
             both = [
                 tokenizer.encode(row.fields[name], max_length=max_length)
                 for name in ("prompt", "completion")
@@ -215,12 +206,10 @@ def find_labels(file: RowFile) -> tuple[str, ...]:
     found = {row.fields["label"] for row in file.rows}
     if len(found) < 2:
         raise DataError(
-            format_error(
-                str(file.path),
-                got=f"{len(file.rows)} examples with the label {min(found)!r}",
-                expected="at least two classes",
-                fix="Add examples of other classes.",
-            )
+            str(file.path),
+            got=f"{len(file.rows)} examples with the label {min(found)!r}",
+            expected="at least two classes",
+            fix="Add examples of other classes.",
         )
     numeric = all(label.lstrip("-").isdecimal() for label in found)
     return tuple(sorted(found, key=int if numeric else str))
@@ -246,24 +235,19 @@ def texts_of(file: RowFile, row: Row) -> tuple[str, str | None]:
     raise _wrong_kind(file, row, 'an example with "text", or "text_a" and "text_b"')
 
 
-@contextlib.contextmanager
-def _at(file: RowFile, row: Row) -> Iterator[None]:
-    """Name the example in the errors of a block."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{file.path}:{row.line}: {error}") from error
+def _encoded(file: RowFile, row: Row, tokenizer: EncoderTokenizer, max_length: int) -> EncodedText:
+    texts = texts_of(file, row)
+    with file.located(row):
+        return tokenizer.encode(*texts, max_length=max_length)
 
 
 def _wrong_kind(file: RowFile, row: Row, expected: str) -> DataError:
     fields = ", ".join(f'"{name}"' for name in list(row.fields)[:10])
     return DataError(
-        format_error(
-            f"{file.path}:{row.line}",
-            got=f"an example with the fields {fields}",
-            expected=expected,
-            fix="Rename the fields, or choose another task.",
-        )
+        file.where(row),
+        got=f"an example with the fields {fields}",
+        expected=expected,
+        fix="Rename the fields, or choose another task.",
     )
 
 
@@ -275,14 +259,7 @@ def _collect(
     for row in file.rows:
         example, was_cut = encode(row)
         if was_cut and truncate == "error":
-            raise DataError(
-                format_error(
-                    f"{file.path}:{row.line}",
-                    got=f"more than {max_length} tokens",
-                    expected=f"at most {max_length} (max_seq_length)",
-                    fix='Raise max_seq_length, or set truncate to "right" or "drop".',
-                )
-            )
+            raise too_long(file.where(row), f"more than {max_length} tokens", max_length)
         if example is None or (was_cut and truncate == "drop"):
             dropped.append(row.line)
             continue
@@ -290,11 +267,9 @@ def _collect(
         examples.append(example)
     if not examples:
         raise DataError(
-            format_error(
-                str(file.path),
-                got=f"{len(dropped)} examples, all dropped at a maximum of {max_length} tokens",
-                expected="at least one usable example",
-                fix="Raise max_seq_length.",
-            )
+            str(file.path),
+            got=f"{len(dropped)} examples, all dropped at a maximum of {max_length} tokens",
+            expected="at least one usable example",
+            fix="Raise max_seq_length.",
         )
     return Examples(tuple(examples), cut, tuple(dropped))

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jax_lora.data.added_tokens import special_tokens_of
-from jax_lora.data.tokenizer_backend import (
-    check_embedded,
-    check_special,
-    embedded_tokens,
-    library_errors,
-    read_backend,
-)
-from jax_lora.errors import ModelError, format_error
-from jax_lora.storage.safe_paths import given_path
-
-if TYPE_CHECKING:
-    import tokenizers
+from jax_lora.data.base_tokenizer import BaseTokenizer
+from jax_lora.data.tokenizer_backend import library_errors
+from jax_lora.errors import ModelError
 
 
 class EncodedText(NamedTuple):
@@ -38,51 +29,22 @@ class EncodedText(NamedTuple):
     cut: bool
 
 
-class EncoderTokenizer:
+class EncoderTokenizer(BaseTokenizer):
     """Text to ids and back, for BERT, RoBERTa, and T5.
 
     Args:
-      backend: What `tokenizers.Tokenizer.from_file` returns.
-      folder: The tokenizer's folder, for messages.
-      mask: The mask token's text, or None.
-      embedded: How many tokens have an embedding in the model; None: all.
+      folder: A Hugging Face folder.
+
+    Raises:
+      ModelError: A file is missing or damaged.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        folder: Path,
-        *,
-        mask: str | None,
-        embedded: int | None = None,
-    ):
+    def __init__(self, folder: Path):
         """Look up the mask token."""
-        self._backend, self._folder, self._embedded = backend, folder, embedded
-        self.mask_text = mask
-        self.mask_id = None if mask is None else backend.token_to_id(mask)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> EncoderTokenizer:
-        """Load `tokenizer.json` and the special tokens of a folder.
-
-        Args:
-          folder: A Hugging Face folder.
-
-        Returns:
-          The tokenizer.
-
-        Raises:
-          ModelError: A file is missing or damaged.
-        """
-        folder = given_path(folder, ModelError)
-        backend = read_backend(folder)
-        mask = special_tokens_of(folder, backend.get_vocab()).get("mask_token")
-        return cls(backend, folder, mask=mask, embedded=embedded_tokens(folder))
-
-    @property
-    def size(self) -> int:
-        """Count the tokens, added ones included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        super().__init__(folder)
+        special = special_tokens_of(folder, self._backend.get_vocab())
+        self.mask_text = mask = special.get("mask_token")
+        self.mask_id = None if mask is None else self._backend.token_to_id(mask)
 
     def encode(self, text: str, pair: str | None = None, *, max_length: int) -> EncodedText:
         """Turn a text, or a pair of texts, into ids.
@@ -106,7 +68,7 @@ class EncoderTokenizer:
             if cut:
                 backend.enable_truncation(max_length, strategy="longest_first")
                 encoding = backend.encode(text, pair)
-            check_embedded(encoding.ids, self._embedded, backend)
+            self._check_embedded(encoding.ids)
             return EncodedText(
                 np.asarray(encoding.ids, np.int32),
                 np.asarray(encoding.type_ids, np.int32),
@@ -114,31 +76,17 @@ class EncoderTokenizer:
                 cut,
             )
 
-    def decode(self, ids: list[int]) -> str:
-        """Turn ids into text, without special tokens."""
-        with library_errors(self._folder):
-            return self._backend.decode(list(ids), skip_special_tokens=True)
-
-    def require_mask(self, folder: Path | str) -> int:
-        """Return the mask token's id.
-
-        Args:
-          folder: Where the tokenizer came from, for the message.
-
-        Returns:
-          The id.
+    def require_mask(self) -> None:
+        """Check that there is a mask token, with an embedding in the model.
 
         Raises:
           ModelError: The tokenizer has no mask token, or the model has no embedding for it.
         """
         if self.mask_id is None:
             raise ModelError(
-                format_error(
-                    str(folder),
-                    got="a tokenizer without a mask token",
-                    expected="a mask token, as masked language models need",
-                    fix='Add "mask_token" to tokenizer_config.json.',
-                )
+                str(self._folder),
+                got="a tokenizer without a mask token",
+                expected="a mask token, as masked language models need",
+                fix='Add "mask_token" to tokenizer_config.json.',
             )
-        check_special(self._folder, "mask", self.mask_id, self._embedded, self._backend)
-        return self.mask_id
+        self._check_special("mask", self.mask_id)

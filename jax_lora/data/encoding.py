@@ -12,7 +12,7 @@ from jax_lora.data.rows import Row
 from jax_lora.data.template_worker import REASONING
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.data.turns import target_turns
-from jax_lora.errors import DataError, format_error
+from jax_lora.errors import DataError
 
 
 class Encoded(NamedTuple):
@@ -113,12 +113,10 @@ def _text(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
 def _labeled(row: dict[str, Any], tokenizer: Tokenizer, turns: str) -> Encoded:
     if "text" not in row:
         raise DataError(
-            format_error(
-                "the fields",
-                got='a pair of texts, "text_a" and "text_b"',
-                expected='"text", or "prompt" and "completion"',
-                fix="Rename the fields; pairs of texts are for encoders such as BERT.",
-            )
+            "the fields",
+            got='a pair of texts, "text_a" and "text_b"',
+            expected='"text", or "prompt" and "completion"',
+            fix="Rename the fields; pairs of texts are for encoders such as BERT.",
         )
     return _text(row, tokenizer, turns)
 
@@ -168,12 +166,10 @@ def _check_tools_are_in(text: str, tools: Any) -> None:
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str) and name not in text:
             raise DataError(
-                format_error(
-                    '"tools"',
-                    got=f"a chat template that does not show the tool {name!r}",
-                    expected="a template that writes the descriptions of tools",
-                    fix='Describe the tools in a system message, or remove "tools".',
-                )
+                '"tools"',
+                got=f"a chat template that does not show the tool {name!r}",
+                expected="a template that writes the descriptions of tools",
+                fix='Describe the tools in a system message, or remove "tools".',
             )
 
 
@@ -195,13 +191,11 @@ def _check_turns_are_in(
         other[index] = messages[index] | {name: f"{said.rstrip()} ..."}
         if tokenizer.render(other, tools=tools) == text:
             raise DataError(
-                format_error(
-                    f'"messages"[{index}]',
-                    got=f'a chat template that does not show the "{name}" of this turn '
-                    f"({messages[index]['role']})",
-                    expected="a template that shows every turn",
-                    fix=f'Write "{name}" into the content of another turn, or remove it.',
-                )
+                f'"messages"[{index}]',
+                got=f'a chat template that does not show the "{name}" of this turn '
+                f"({messages[index]['role']})",
+                expected="a template that shows every turn",
+                fix=f'Write "{name}" into the content of another turn, or remove it.',
             )
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jax_lora.data.encoding import Encoded, encode_row, renderings
+from jax_lora.data.encoding import encode_row, renderings
 from jax_lora.data.rows import Row, RowFile
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import DataError, format_error
+from jax_lora.errors import DataError
 
 RENDERED_AHEAD = 64  # rows
 
@@ -73,7 +73,7 @@ def make_examples(
     """Tokenize every example of a file.
 
     EOS is appended as a target token, unless it is already there. Prompts, and the turns of a chat
-    that are not the assistant's, have no loss.
+    other than the assistant's, are masked from the loss.
 
     Args:
       file: The examples.
@@ -94,52 +94,45 @@ def make_examples(
     dropped: list[int] = []
     cut = unlocated = pieces = 0
     for row in _rendered_ahead(file.rows, tokenizer):
-        try:
+        with file.located(row):
             encoded = encode_row(row, tokenizer, mask_prompt=mask_prompt, turns=turns)
-        except DataError as error:
-            raise DataError(f"{file.path}:{row.line}: {error}") from error
         unlocated += encoded.unlocated
-        whole = _example(encoded, row.line)
+        ids, loss_mask = np.asarray(encoded.ids, np.int32), np.asarray(encoded.loss_mask, bool)
+        whole = Example(ids, loss_mask, row.line, encoded.raw)
         if len(whole.ids) <= max_length:
             kept = [whole]
         elif row.kind == "document":
             kept = list(_pieces(whole, max_length))
             pieces += len(kept)
         elif truncate == "error":
-            where = f"{file.path}:{row.line}"
-            raise DataError(_too_long(where, len(whole.ids), max_length))
+            raise too_long(file.where(row), f"{len(whole.ids)} tokens", max_length)
+        elif truncate == "right":
+            cut += 1
+            kept = [_part(whole, 0, max_length)]
         else:
-            cut += truncate == "right"
-            kept = [_part(whole, 0, max_length if truncate == "right" else 0)]
+            kept = []
         # The first token is never predicted, so an example needs a target token after it.
         useful = [example for example in kept if example.loss_mask[1:].any()]
         examples += useful
         dropped += [] if useful else [row.line]
     if not examples:
         raise DataError(
-            format_error(
-                str(file.path),
-                got=f"{len(dropped)} examples without a target token in the first {max_length}",
-                expected="at least one example with a target token",
-                fix="Raise max_seq_length, or shorten the prompts.",
-            )
+            str(file.path),
+            got=f"{len(dropped)} examples without a target token in the first {max_length}",
+            expected="at least one example with a target token",
+            fix="Raise max_seq_length, or shorten the prompts.",
         )
     return Examples(tuple(examples), cut, tuple(dropped), unlocated, pieces)
 
 
 def _rendered_ahead(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[Row]:
-    """Yield the rows, with the chats among the next ones rendered in one go."""
+    """Yield the rows. The chats of `RENDERED_AHEAD` rows at a time are rendered together."""
     for start in range(0, len(rows), RENDERED_AHEAD):
         some = rows[start : start + RENDERED_AHEAD]
         chats = [each for row in some for each in renderings(row)]
         if chats:
             tokenizer.render_ahead(chats)
         yield from some
-
-
-def _example(encoded: Encoded, line: int) -> Example:
-    ids, loss_mask = np.asarray(encoded.ids, np.int32), np.asarray(encoded.loss_mask, bool)
-    return Example(ids, loss_mask, line, encoded.raw)
 
 
 def _pieces(example: Example, length: int) -> Iterator[Example]:
@@ -154,10 +147,11 @@ def _part(example: Example, start: int, stop: int) -> Example:
     return dataclasses.replace(example, ids=ids, loss_mask=example.loss_mask[start:stop], raw=raw)
 
 
-def _too_long(where: str, length: int, max_length: int) -> str:
-    return format_error(
+def too_long(where: str, got: str, max_length: int) -> DataError:
+    """Return the exception for an example that `truncate="error"` refuses."""
+    return DataError(
         where,
-        got=f"{length} tokens",
+        got=got,
         expected=f"at most {max_length} (max_seq_length)",
         fix='Raise max_seq_length, or set truncate to "right" or "drop".',
     )

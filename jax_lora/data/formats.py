@@ -19,20 +19,19 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
-from jax_lora.data.beside import (
+from jax_lora.data.context_fields import (
     SYSTEM,
     TOOLS,
-    check_beside,
+    check_other_fields,
     history_of,
     system_of,
     tools_of,
     with_system,
 )
-from jax_lora.data.problem import Problem, check_characters, check_text, kind_of
-from jax_lora.data.turns import check_turns, target_turns, without_foreign_arguments
-from jax_lora.storage.json_files import parse_json
+from jax_lora.data.problem import Problem, check_text, kind_of
+from jax_lora.data.turns import check_turns, parsed_json, target_turns, without_foreign_arguments
 
-Checked = tuple[str, dict[str, Any]] | Problem
+Checked = tuple[str, dict[str, Any]]
 
 SHOWN_NAMES, LONGEST_NAME = 10, 80  # of fields, in messages
 
@@ -61,25 +60,26 @@ def check_fields(value: Any) -> Checked:
 
     Returns:
       The format (`"completions"`, `"text"`, `"labeled"` or `"chat"`) and the fields, including
-      unused ones; or the problem.
+      unused ones.
+
+    Raises:
+      Problem: The fields are of no known format, or a field is invalid.
 
     Example:
       >>> check_fields({"text": "Once upon a time"})[0]
       'text'
       >>> check_fields({"instruction": "Add.", "input": "2 3", "output": "5"})[1]["completion"]
       '5'
-      >>> check_fields({"input": "a"}).reason
-      'no known format; the fields are "input"'
     """
     if not isinstance(value, dict):
         kind = type(value).__name__
-        return Problem(f"a JSON {kind} where an object is needed", 'Write {"text": "..."}.')
+        raise Problem(f"a JSON {kind} where an object is needed", 'Write {"text": "..."}.')
     for keys, check in _FORMATS:
         if keys <= {*value}:
             return check(value)
     names = tuple(str(name)[:LONGEST_NAME] for name in islice(value, SHOWN_NAMES))
     fields = ", ".join(f'"{name}"' for name in names) or "none"
-    return Problem(f"no known format; the fields are {fields}", _fix(names))
+    raise Problem(f"no known format; the fields are {fields}", _fix(names))
 
 
 def unused_fields(fields: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def unused_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache
 def _fix(names: tuple[str, ...]) -> str:
-    """Suggest the name closest to a misspelled one or the supported names, and the columns."""
+    """Suggest a correction of a misspelled name, or the supported names and --columns."""
     columns = ""
     if len(names) > 1:
         columns = f" Or name the columns, for example prompt={names[0]},completion={names[1]}."
@@ -104,99 +104,69 @@ def _fix(names: tuple[str, ...]) -> str:
 
 
 def _chat(row: dict[str, Any]) -> Checked:
-    turns = check_turns(row["messages"], '"messages"')
-    return turns if isinstance(turns, Problem) else _conversation(row, turns)
+    return _conversation(row, check_turns(row["messages"], '"messages"'))
 
 
 def _conversation(row: dict[str, Any], turns: list[dict[str, Any]], learn_from: int = 0) -> Checked:
-    refused = check_beside(row, (*SYSTEM, *TOOLS))
+    check_other_fields(row, (*SYSTEM, *TOOLS))
     tools = tools_of(row)
-    both = with_system(row, turns)
-    if refused is not None:
-        return refused
-    if isinstance(tools, Problem):
-        return tools
-    if isinstance(both, Problem):
-        return both
-    both = without_foreign_arguments(both, tools)
-    learn_from += (len(both) - len(turns)) * bool(learn_from)
+    both = without_foreign_arguments(with_system(row, turns), tools)
+    if learn_from:  # the system prompt may have become a turn before the others
+        learn_from += len(both) - len(turns)
     if not any(turn["role"] == "assistant" for turn in both[learn_from:]):
-        return Problem(
+        raise Problem(
             'no turn has the role "assistant": no target tokens', "Add an assistant turn."
         )
     if not target_turns(both, learn_from):
-        return Problem("every response has a weight of 0: no target tokens", "Delete the example.")
+        raise Problem("every response has a weight of 0: no target tokens", "Delete the example.")
     fields = {name: row[name] for name in row if name not in (*SYSTEM, *TOOLS, "conversations")}
     return "chat", fields | {"messages": both, "tools": tools, "learn_from": learn_from}
 
 
 def _completion(row: dict[str, Any]) -> Checked:
-    lists = [isinstance(row[name], list) for name in ("prompt", "completion")]
-    if all(lists):
-        return _completion_of_turns(row)
-    for name in ("prompt", "completion"):
-        problem = check_text(row, name, may_be_empty=name == "prompt")
-        if problem:
-            return problem
-    return check_beside(row, ()) or ("completions", row)
-
-
-def _completion_of_turns(row: dict[str, Any]) -> Checked:
-    both = []
-    for name in ("prompt", "completion"):
-        turns = check_turns(row[name], f'"{name}"')
-        if isinstance(turns, Problem):
-            return turns
-        both.append(turns)
-    prompt, completion = both
-    return _conversation(row, prompt + completion, learn_from=len(prompt))
+    names = ("prompt", "completion")
+    if all(isinstance(row[name], list) for name in names):
+        prompt, completion = (check_turns(row[name], f'"{name}"') for name in names)
+        return _conversation(row, prompt + completion, learn_from=len(prompt))
+    for name in names:
+        check_text(row, name, may_be_empty=name == "prompt")
+    check_other_fields(row, ())
+    return "completions", row
 
 
 def _text(row: dict[str, Any]) -> Checked:
-    return check_text(row, "text") or check_beside(row, ()) or ("text", row)
+    check_text(row, "text")
+    check_other_fields(row, ())
+    return "text", row
 
 
 def _labeled(row: dict[str, Any]) -> Checked:
     """Check a text, or a pair of texts, with an optional class, which becomes a string."""
     names = ("text_a", "text_b") if "text_a" in row else ("text",)
     for name in names:
-        problem = check_text(row, name, may_be_empty=name == "text_b")
-        if problem:
-            return problem
+        check_text(row, name, may_be_empty=name == "text_b")
     label = row.get("label")
     if label is None:
         return "labeled", row
     # A class is a string in CSV, and a string, an integer or a boolean in JSON.
     if not isinstance(label, str | int) or label == "":
-        return Problem(f'"label" is {kind_of(label)}, not a class', "Write a name or an integer.")
+        raise Problem(f'"label" is {kind_of(label)}, not a class', "Write a name or an integer.")
     name = str(label).lower() if isinstance(label, bool) else str(label)
     return "labeled", row | {"label": name}
 
 
-def _question(*names: str) -> Callable[[dict[str, Any]], Checked]:
+def _question(question: str, context: str, answer: str) -> Callable[[dict[str, Any]], Checked]:
     """Check a question, an optional context and an answer, in the layout of Alpaca."""
-    question, context, answer = names
 
     def check(row: dict[str, Any]) -> Checked:
         for name in (question, answer):
-            problem = check_text(row, name)
-            if problem:
-                return problem
-        given = row.get(context)
-        if given is not None and not isinstance(given, str):
-            return Problem(
-                f'"{context}" is {kind_of(given)}, not a string', f'Make "{context}" a string.'
-            )
-        refused = check_beside(row, (*SYSTEM, "history"))
+            check_text(row, name)
+        given = row.get(context) or ""
+        if row.get(context) is not None:
+            check_text(row, context, may_be_empty=True)
+        check_other_fields(row, (*SYSTEM, "history"))
         system, history = system_of(row), history_of(row)
-        refused = refused or check_characters(given or "", f'"{context}"')
-        if refused is not None:
-            return refused
-        if isinstance(system, Problem):
-            return system
-        if isinstance(history, Problem):
-            return history
-        question_given = (row[question].strip(), (given or "").strip())
+        question_given = (row[question].strip(), given.strip())
         rest = {name: row[name] for name in row if name not in (*SYSTEM, "history")}
         return "completions", rest | {
             "prompt": _layout(system, history, *question_given),
@@ -219,7 +189,7 @@ def _layout(system: str, history: list[tuple[str, str]], question: str, given: s
 def _as_turns(
     system: str, history: list[tuple[str, str]], question: tuple[str, str], answer: str
 ) -> list[dict[str, Any]]:
-    """Return the conversation without the layout's headings."""
+    """Return the conversation as turns, for templates: without the headings of `_layout`."""
     said = [("system", system)] if system else []
     for asked, answered in history:
         said += [("user", asked), ("assistant", answered)]
@@ -230,7 +200,7 @@ def _as_turns(
 def _sharegpt(row: dict[str, Any]) -> Checked:
     entries = row["conversations"]
     if not isinstance(entries, list) or not entries:
-        return Problem(
+        raise Problem(
             f'"conversations" is {kind_of(entries)}, not a list of turns',
             'Write [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}].',
         )
@@ -238,28 +208,24 @@ def _sharegpt(row: dict[str, Any]) -> Checked:
     for index, each in enumerate(entries):
         where = f'"conversations"[{index}]'
         if not isinstance(each, dict) or not {"from", "value"} <= {*each}:
-            return Problem(f'{where} has no "from" and "value"', "Add both fields.")
-        turn = _speaker(each)
+            raise Problem(f'{where} has no "from" and "value"', "Add both fields.")
+        turn = _sharegpt_turn(each)
         if turn is None:
             known = ", ".join(SPEAKERS)
-            return Problem(f"{where}: unknown speaker {each['from']!r:.40}", f"Use one of {known}.")
+            raise Problem(f"{where}: unknown speaker {each['from']!r:.40}", f"Use one of {known}.")
         turns.append(turn)
-    checked = check_turns(turns, '"conversations"')
-    return checked if isinstance(checked, Problem) else _conversation(row, checked)
+    return _conversation(row, check_turns(turns, '"conversations"'))
 
 
-def _speaker(entry: dict[str, Any]) -> dict[str, Any] | None:
-    """Convert one entry of ShareGPT to a turn, with its other fields."""
+def _sharegpt_turn(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """Convert an entry to a turn with its other fields; None for an unknown speaker."""
     role = SPEAKERS.get(entry["from"]) if isinstance(entry["from"], str) else None
     if role is None:
         return None
     rest = {name: entry[name] for name in entry if name not in ("from", "value")}
     if entry["from"] != "function_call":
         return rest | {"role": role, "content": entry["value"]}
-    try:
-        call = parse_json(entry["value"]) if isinstance(entry["value"], str) else entry["value"]
-    except (ValueError, RecursionError):
-        call = entry["value"]
+    call = parsed_json(entry["value"])
     calls = call if isinstance(call, list) else [call]
     wrapped = [{"type": "function", "function": each} for each in calls]
     return rest | {"role": role, "content": None, "tool_calls": wrapped}

@@ -26,10 +26,7 @@ for group in map(metadata.row_group, range(metadata.num_row_groups)):
 
 
 def check_footer(content: bytes) -> None:
-    """Raise if pyarrow cannot read the footer of a file.
-
-    Args:
-      content: The whole file.
+    """Check that pyarrow can read the footer of a file, given its whole content.
 
     Raises:
       ValueError: The footer is damaged, or too large.

@@ -29,14 +29,7 @@ class PageTotals(NamedTuple):
 
 
 def page_totals(content: bytes, metadata: Any) -> PageTotals:
-    """Add up the pages of all columns.
-
-    Args:
-      content: The whole file.
-      metadata: A `pyarrow.parquet.FileMetaData`.
-
-    Returns:
-      The sums.
+    """Add up the pages of all columns of a file, from its content and its `FileMetaData`.
 
     Raises:
       ValueError: A page header is damaged, or a page is not where the footer places it.
@@ -46,10 +39,10 @@ def page_totals(content: bytes, metadata: Any) -> PageTotals:
         group = metadata.row_group(index)
         for number in range(group.num_columns):
             column = group.column(number)
-            start, end = _span(column, len(content))
-            while start < end:
-                header, start = _Thrift(content, end).structure(start)
-                start += _integer(header, _STORED)
+            pages, at = _pages(column, content), 0
+            while at < len(pages):
+                header, at = _structure(pages, at)
+                at += _integer(header, _STORED)
                 size += _integer(header, _SIZE)
                 inner = next((header[each] for each in _DATA_HEADERS if each in header), {})
                 found = _integer(inner, _NUM_VALUES) if inner else 0
@@ -58,15 +51,15 @@ def page_totals(content: bytes, metadata: Any) -> PageTotals:
     return PageTotals(size, values, listed)
 
 
-def _span(column: Any, length: int) -> tuple[int, int]:
+def _pages(column: Any, content: bytes) -> memoryview:
     offsets = [column.data_page_offset]
     if column.has_dictionary_page and column.dictionary_page_offset:
         offsets.append(column.dictionary_page_offset)
     start = min(offsets)
     end = start + column.total_compressed_size
-    if not 0 <= start <= end <= length:
+    if not 0 <= start <= end <= len(content):
         raise ValueError(f"column {column.path_in_schema!r:.80} is outside the file")
-    return start, end
+    return memoryview(content)[start:end]
 
 
 def _integer(structure: Any, field: int) -> int:
@@ -76,75 +69,74 @@ def _integer(structure: Any, field: int) -> int:
     return value
 
 
-class _Thrift:
-    """Reads one structure as integers and structures by field number; other values are skipped."""
+def _structure(data: memoryview, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """Read integers and structures by field number, and the place behind; skip other values."""
+    found: dict[int, Any] = {}
+    field = 0
+    while True:
+        head, at = _byte(data, at)
+        if head == 0:
+            return found, at
+        if head >> 4:
+            field += head >> 4
+        else:
+            field, at = _zigzag(data, at)
+        found[field], at = _value(data, at, head & 15, depth)
 
-    def __init__(self, content: bytes, end: int):
-        self._content, self._end = content, end
 
-    def structure(self, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-        found: dict[int, Any] = {}
-        field = 0
-        while True:
-            head, at = self._byte(at)
-            if head == 0:
-                return found, at
-            if head >> 4:
-                field += head >> 4
-            else:
-                field, at = self._zigzag(at)
-            found[field], at = self._value(head & 15, at, depth)
-
-    def _value(self, kind: int, at: int, depth: int) -> tuple[Any, int]:
-        if depth > _DEEPEST:
-            raise ValueError("a damaged page header")
-        match kind:
-            case 1 | 2:  # a Boolean, which is in the kind
-                return None, at
-            case 3:
-                return None, self._within(at + 1)
-            case 4 | 5 | 6:
-                return self._zigzag(at)
-            case 7:
-                return None, self._within(at + 8)
-            case 8:
-                length, at = self._varint(at)
-                return None, self._within(at + length)
-            case 9 | 10:
-                return None, self._list(at, depth)
-            case 12:
-                return self.structure(at, depth + 1)
+def _value(data: memoryview, at: int, kind: int, depth: int) -> tuple[Any, int]:
+    if depth > _DEEPEST:
         raise ValueError("a damaged page header")
+    match kind:
+        case 1 | 2:  # a Boolean, which is in the kind
+            return None, at
+        case 3:
+            return None, _within(data, at + 1)
+        case 4 | 5 | 6:
+            return _zigzag(data, at)
+        case 7:
+            return None, _within(data, at + 8)
+        case 8:
+            length, at = _varint(data, at)
+            return None, _within(data, at + length)
+        case 9 | 10:
+            return None, _end_of_list(data, at, depth)
+        case 12:
+            return _structure(data, at, depth + 1)
+    raise ValueError("a damaged page header")
 
-    def _list(self, at: int, depth: int) -> int:
-        head, at = self._byte(at)
-        length = head >> 4
-        if length == 15:
-            length, at = self._varint(at)
-        for _ in range(length):
-            kind = head & 15
-            # In a list, a Boolean takes a byte.
-            at = self._within(at + 1) if kind in (1, 2) else self._value(kind, at, depth + 1)[1]
-        return at
 
-    def _byte(self, at: int) -> tuple[int, int]:
-        self._within(at + 1)
-        return self._content[at], at + 1
+def _end_of_list(data: memoryview, at: int, depth: int) -> int:
+    head, at = _byte(data, at)
+    length, kind = head >> 4, head & 15
+    if length == 15:
+        length, at = _varint(data, at)
+    for _ in range(length):
+        # In a list, a Boolean takes a byte.
+        at = _within(data, at + 1) if kind in (1, 2) else _value(data, at, kind, depth + 1)[1]
+    return at
 
-    def _varint(self, at: int) -> tuple[int, int]:
-        value = 0
-        for shift in range(0, 70, 7):
-            part, at = self._byte(at)
-            value |= (part & 127) << shift
-            if part < 128:
-                return value, at
-        raise ValueError("a damaged page header")
 
-    def _zigzag(self, at: int) -> tuple[int, int]:
-        value, at = self._varint(at)
-        return (value >> 1) ^ -(value & 1), at
+def _zigzag(data: memoryview, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    return (value >> 1) ^ -(value & 1), at
 
-    def _within(self, at: int) -> int:
-        if at > self._end:
-            raise ValueError("a page header that is cut off")
-        return at
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        part, at = _byte(data, at)
+        value |= (part & 127) << shift
+        if part < 128:
+            return value, at
+    raise ValueError("a damaged page header")
+
+
+def _byte(data: memoryview, at: int) -> tuple[int, int]:
+    return data[_within(data, at + 1) - 1], at + 1
+
+
+def _within(data: memoryview, at: int) -> int:
+    if at > len(data):
+        raise ValueError("a page header that is cut off")
+    return at

@@ -12,8 +12,8 @@ from typing import Any
 
 from jax_lora.data.parquet_footer import check_footer
 from jax_lora.data.parquet_pages import page_totals
-from jax_lora.errors import DataError, format_error
-from jax_lora.storage.limits import expanded_limit, raise_hint
+from jax_lora.errors import DataError
+from jax_lora.storage.limits import expanded_limit, limit_hint
 
 _BATCH = 4096  # examples
 # In this encoding a text repeats the start of the one before it, and a batch is decoded at once.
@@ -23,14 +23,7 @@ BYTES_OF_EXAMPLE = 300  # in memory, without its texts
 
 
 def parquet_rows(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """Read all examples of a Parquet file.
-
-    Args:
-      path: The file, for messages.
-      content: Its bytes.
-
-    Returns:
-      The values by column, without those that are null.
+    """Read all examples of a Parquet file, without the values that are null.
 
     Raises:
       DataError: The file is damaged, or expands to more than the limit.
@@ -66,12 +59,10 @@ def parquet_rows(path: Path, content: bytes) -> list[dict[str, Any]]:
     except Exception as error:  # pyarrow raises many types for damaged files
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise DataError(
-            format_error(
-                str(path),
-                got=f"no Parquet file that can be read: {reason}",
-                expected="a Parquet file, with text in UTF-8",
-                fix="Copy the file again.",
-            )
+            str(path),
+            got=f"no Parquet file that can be read: {reason}",
+            expected="a Parquet file, with text in UTF-8",
+            fix="Copy the file again.",
         ) from error
 
 
@@ -85,12 +76,10 @@ class _Budget:
         """Raise if something of this size is beyond the budget."""
         if size > self._left:
             raise DataError(
-                format_error(
-                    str(self._path),
-                    got="a small file of examples that expand to far more than a text does",
-                    expected="examples that expand to about the size of the file",
-                    fix=raise_hint("expansion"),
-                )
+                str(self._path),
+                got="a small file of examples that expand to far more than a text does",
+                expected="examples that expand to about the size of the file",
+                fix=limit_hint("expansion"),
             )
 
     def spend(self, size: int) -> None:

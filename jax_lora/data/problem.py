@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 
-class Problem(NamedTuple):
-    """Why an example is invalid, and how to fix it."""
+class Problem(Exception):
+    """Why an example is invalid, and how to fix it; the checks of its fields raise it."""
 
-    reason: str
-    fix: str
+    def __init__(self, reason: str, fix: str):
+        """Keep both texts."""
+        super().__init__(reason, fix)
+        self.reason, self.fix = reason, fix
 
 
-def check_text(row: dict[str, Any], name: str, *, may_be_empty: bool = False) -> Problem | None:
-    """Check a field that must be a string.
+def check_text(row: dict[str, Any], name: str, *, may_be_empty: bool = False) -> None:
+    """Check that a field is a string, and is not empty unless it may be.
 
-    Args:
-      row: The fields of the example.
-      name: The field's name.
-      may_be_empty: Whether an empty string is valid.
-
-    Returns:
-      The problem, or None.
+    Raises:
+      Problem: It is not.
     """
     text = row[name]
     if not isinstance(text, str):
-        return Problem(f'"{name}" is {kind_of(text)}, not a string', f'Make "{name}" a string.')
+        raise Problem(f'"{name}" is {kind_of(text)}, not a string', f'Make "{name}" a string.')
     if not text and not may_be_empty:
-        return Problem(f'"{name}" is empty: no target tokens', "Add text, or delete the example.")
-    return check_characters(text, f'"{name}"')
+        raise Problem(f'"{name}" is empty: no target tokens', "Add text, or delete the example.")
+    check_characters(text, f'"{name}"')
 
 
-def check_characters(text: str, where: str) -> Problem | None:
+def check_characters(text: str, where: str) -> None:
     """Reject unpaired surrogates, which no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return Problem(
+        raise Problem(
             f"{where} has half of a surrogate pair at character {error.start + 1}",
             "Replace it with a complete character.",
-        )
-    return None
+        ) from error
 
 
 def kind_of(value: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.data.template_files import read_template
-from jax_lora.errors import ConfigError, DataError, format_error
+from jax_lora.errors import ConfigError, DataError
 
 PROMPT, SYSTEM = "prompt", "system"
 
@@ -51,24 +51,15 @@ class PromptTemplate:
     def format(self, prompt: str, system: str = "") -> str:
         """Return the text that a completion follows.
 
-        Args:
-          prompt: The prompt.
-          system: The system message, or `""`.
-
-        Returns:
-          The text.
-
         Raises:
           DataError: There is a system message, and the template has no `{system}`.
         """
         if system and not self._has_system:
             raise DataError(
-                format_error(
-                    "the system message",
-                    got="a prompt template without {system}",
-                    expected="a template with {system}",
-                    fix="Add {system} to the prompt template, or remove the system message.",
-                )
+                "the system message",
+                got="a prompt template without {system}",
+                expected="a template with {system}",
+                fix="Add {system} to the prompt template, or remove the system message.",
             )
         values = {PROMPT: prompt, SYSTEM: system}
         text, skipping = "", False
@@ -99,7 +90,12 @@ class PromptTemplate:
                 system = content
                 continue
             if role != expected or turn.get("tool_calls"):
-                raise _bad_turn(index, role, expected)
+                raise DataError(
+                    f"turn {index} of the conversation",
+                    got=f"the role {role!r}",
+                    expected=f"{expected!r}: a prompt template formats user and assistant in turn",
+                    fix="Use a chat template, which supports other conversations.",
+                )
             if role == "user":
                 text, system, expected = text + self.format(content, system), "", "assistant"
             else:
@@ -128,21 +124,8 @@ def prompt_template_text(value: str, *, escaped: bool = True) -> str:
 
 def _refused(text: Any, got: str) -> ConfigError:
     return ConfigError(
-        format_error(
-            f"prompt_template {text!r:.200}",
-            got=got,
-            expected="{prompt} once, {system} at most once, and no other field",
-            fix="Write {{ and }} for literal braces, as in 'Question: {prompt}\\nAnswer:'.",
-        )
-    )
-
-
-def _bad_turn(index: int, role: str, expected: str) -> DataError:
-    return DataError(
-        format_error(
-            f"turn {index} of the conversation",
-            got=f"the role {role!r}",
-            expected=f"{expected!r}: a prompt template formats user and assistant in turn",
-            fix="Use a chat template, which supports other conversations.",
-        )
+        f"prompt_template {text!r:.200}",
+        got=got,
+        expected="{prompt} once, {system} at most once, and no other field",
+        fix="Write {{ and }} for literal braces, as in 'Question: {prompt}\\nAnswer:'.",
     )

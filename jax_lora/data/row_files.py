@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 from jax_lora.data.parquet_rows import BYTES_OF_EXAMPLE, parquet_rows
 from jax_lora.data.problem import Problem, kind_of
 from jax_lora.data.table_text import read_table_text, table_separator
-from jax_lora.errors import DataError, format_error, install_command
+from jax_lora.errors import DataError, install_command
 from jax_lora.storage.json_files import TooDeepError, check_depth, unique_keys
-from jax_lora.storage.limits import expanded_limit, limit, raise_hint
+from jax_lora.storage.limits import expanded_limit, limit, limit_hint
 
 BOM = b"\xef\xbb\xbf"
 WIDEST_CELL = 2**24
@@ -53,12 +53,6 @@ class RawFile(NamedTuple):
 def read_content(path: Path) -> bytes:
     """Read a file whole, unpacked if it is gzipped.
 
-    Args:
-      path: The file.
-
-    Returns:
-      Its bytes.
-
     Raises:
       DataError: It cannot be read, is damaged, or is larger than anything that can be meant.
     """
@@ -77,7 +71,7 @@ def read_content(path: Path) -> bytes:
         got = f"a damaged gzip file: {error}" if damaged else getattr(error, "strerror", None)
         raise _unreadable(path, got or str(error), "Check the path of the data.") from error
     if len(content) > most or (path.suffix == ".gz" and _parsed_size(content) > most):
-        raise _unreadable(path, f"more than {most:,} bytes of text and values", raise_hint(name))
+        raise _unreadable(path, f"more than {most:,} bytes of text and values", limit_hint(name))
     if content.startswith(GZIP):
         fix = f"Rename it to {path.name}.gz" if path.suffix != ".gz" else "Unpack it once"
         raise _unreadable(path, "gzipped bytes", f"{fix}.")
@@ -95,13 +89,6 @@ def _parsed_size(content: bytes) -> int:
 
 def read_raw(path: Path, content: bytes) -> RawFile:
     """Read rows by the ending of the file's name; of another name, JSON Lines.
-
-    Args:
-      path: The file; only its name is used.
-      content: Its bytes, unpacked.
-
-    Returns:
-      The rows.
 
     Raises:
       DataError: The whole file is not of its kind.
@@ -145,7 +132,6 @@ def _json(path: Path, content: bytes) -> RawFile:
         lines = _jsonl(path, content)  # many data sets call JSON Lines .json
         if lines.rows and isinstance(lines.rows[0].value, dict):
             return lines
-    if isinstance(value, Problem):
         raise _unreadable(path, value.reason, value.fix)
     if isinstance(value, dict):
         value = next((value[key] for key in LISTS if key in value), value)
@@ -155,11 +141,9 @@ def _json(path: Path, content: bytes) -> RawFile:
     return _rows_of(value)
 
 
-def _rows_of(values: list[Any]) -> RawFile:
-    shown = (json.dumps(each, ensure_ascii=False)[:1000] for each in values)
-    rows = [
-        RawRow(n, text, each) for n, (text, each) in enumerate(zip(shown, values, strict=True), 1)
-    ]
+def _rows_of(values: list[Any], show: Callable[[Any], str] | None = None) -> RawFile:
+    show = show or (lambda value: json.dumps(value, ensure_ascii=False)[:1000])
+    rows = [RawRow(number, show(each), each) for number, each in enumerate(values, start=1)]
     return RawFile(rows, len(rows), 0)
 
 
@@ -211,9 +195,7 @@ def _parquet(path: Path, content: bytes) -> RawFile:
         raise _unreadable(path, "the package pyarrow is not installed", fix) from error
     shown = reprlib.Repr()  # without the whole text of a long row
     shown.maxdict, shown.maxlist, shown.maxstring = 20, 10, 300
-    plain = [_without_nulls(row) for row in values]
-    rows = [RawRow(number, shown.repr(row), row) for number, row in enumerate(plain, start=1)]
-    return RawFile(rows, len(rows), 0)
+    return _rows_of([_without_nulls(row) for row in values], shown.repr)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -257,7 +239,7 @@ def _parse(raw: bytes, *, last: bool) -> Any:
             "Put one whole JSON object on every line.",
         )
     except (TooDeepError, RecursionError):
-        return Problem("nested too deeply", f"Flatten the row. {raise_hint('json_depth')}")
+        return Problem("nested too deeply", f"Flatten the row. {limit_hint('json_depth')}")
     except ValueError as error:  # a duplicate key, or an integer of thousands of digits
         fix = "Keep one of two equal keys; shorten or quote a long number."
         return Problem(f"not JSON that can be read: {error}", fix)
@@ -269,6 +251,4 @@ def _text(raw: bytes) -> str:
 
 def _unreadable(path: Path, got: str, fix: str) -> DataError:
     kinds = ", ".join(READERS)
-    return DataError(
-        format_error(str(path), got=got, expected=f"a readable file of rows: {kinds}", fix=fix)
-    )
+    return DataError(str(path), got=got, expected=f"a readable file of rows: {kinds}", fix=fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from jax_lora.data.columns import rename
 from jax_lora.data.formats import check_fields
 from jax_lora.data.problem import Problem
 from jax_lora.data.row_files import RawFile, read_content, read_raw
-from jax_lora.errors import DataError, format_error
+from jax_lora.errors import DataError
 from jax_lora.storage.safe_paths import given_path
 
 SHOWN_PROBLEMS = 10
@@ -55,6 +56,18 @@ class RowFile:
     digest: str = ""
     skipped: int = 0
 
+    def where(self, row: Row) -> str:
+        """Return the place of a row, for messages."""
+        return f"{self.path}:{row.line}"
+
+    @contextlib.contextmanager
+    def located(self, row: Row) -> Iterator[None]:
+        """Add the place of a row to the `DataError` of a block."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{self.where(row)}: {error}") from error
+
 
 def read_rows(path: str | Path) -> RowFile:
     r"""Read a file of rows and check every one of them.
@@ -86,24 +99,22 @@ def read_rows(path: str | Path) -> RowFile:
     refused: list[str] = []  # the first of them
     count = 0
     for number, shown, value in raw.rows:
-        value = rename(value)
-        checked = value if isinstance(value, Problem) else check_fields(value)
-        if isinstance(checked, Problem):
+        try:
+            if isinstance(value, Problem):
+                raise value
+            rows.append(Row(number, *check_fields(rename(value))))
+        except Problem as problem:
             count += 1
             if count <= SHOWN_PROBLEMS:
-                refused.append(_shown(path, number, shown, checked))
-        else:
-            rows.append(Row(number, *checked))
+                refused.append(_shown(path, number, shown, problem))
     if refused:
         raise DataError(_refusal(path, refused, count, len(rows), raw))
     if not rows:
         raise DataError(
-            format_error(
-                str(path),
-                got=f"no row in {raw.lines} lines",
-                expected="at least one row",
-                fix='Write rows such as {"prompt": "...", "completion": "..."}.',
-            )
+            str(path),
+            got=f"no row in {raw.lines} lines",
+            expected="at least one row",
+            fix='Write rows such as {"prompt": "...", "completion": "..."}.',
         )
     digest = hashlib.sha256(content).hexdigest()
     return RowFile(path, tuple(rows), raw.lines, raw.blank, digest)
@@ -132,8 +143,7 @@ def boolean_field(rows: tuple[Row, ...]) -> str | None:
     Returns:
       The name of the first field that is true or false in every row, or None.
     """
-    candidates: Iterator[str] = iter(rows[0].fields) if rows else iter(())
-    for name in candidates:
+    for name in rows[0].fields if rows else ():
         if all(isinstance(row.fields.get(name), bool) for row in rows):
             return name
     return None

@@ -62,13 +62,7 @@ class SentencePieceModel:
 
 
 def parse_sentencepiece(data: bytes) -> SentencePieceModel:
-    """Parse a SentencePiece model.
-
-    Args:
-      data: The contents of `tokenizer.model`.
-
-    Returns:
-      The model.
+    """Parse the content of a `tokenizer.model`.
 
     Raises:
       ValueError: It is not a SentencePiece model, or of a kind that is not supported.
@@ -175,13 +169,9 @@ def _check_charsmap(data: bytes) -> None:
 
 
 def merges_of(model: SentencePieceModel) -> Iterator[list[str]]:
-    """Yield the pairs of tokens that a BPE model merges, the first ones first.
+    """Yield the pairs that a BPE model merges: every split of a normal token into two of them.
 
-    Args:
-      model: The model; the tokens with the highest scores are merged first.
-
-    Yields:
-      The pairs: every split of a normal token into two of them.
+    The tokens with the highest scores are merged first.
     """
     scores = {piece.text: piece.score for piece in model.pieces if piece.kind == NORMAL}
     for text in sorted(scores, key=lambda text: -scores[text]):

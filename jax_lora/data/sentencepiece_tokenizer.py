@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.data.added_tokens import read_added_tokens
+from jax_lora.data.post_processor import template_processing
 from jax_lora.data.sentencepiece_model import (
     BPE,
     CONTROL,
@@ -23,7 +24,7 @@ from jax_lora.data.special_tokens import (
     read_special_tokens,
     tokenizer_kind,
 )
-from jax_lora.errors import ModelError, format_error
+from jax_lora.errors import ModelError
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import read_limited
 
@@ -34,23 +35,14 @@ _EXTRA_IDS = 100  # of T5
 _FLAG = schema.optional(schema.BOOLEAN)
 _SETTINGS = schema.fields(
     {
-        "add_bos_token": _FLAG,
-        "add_eos_token": _FLAG,
-        "add_prefix_space": _FLAG,
-        "legacy": _FLAG,
+        **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "legacy"), _FLAG),
         "extra_ids": schema.optional(schema.integer(0, 10_000)),
     }
 )
 
 
 def sentencepiece_document(file: Path) -> Document:
-    """Describe the tokenizer of a folder with a SentencePiece model.
-
-    Args:
-      file: The folder's `tokenizer.model` or `spiece.model`.
-
-    Returns:
-      The tokenizer, in the format of tokenizer.json.
+    """Describe the tokenizer of a folder with a `tokenizer.model` or `spiece.model`.
 
     Raises:
       ModelError: The file is damaged, or of a kind that is not supported.
@@ -59,12 +51,10 @@ def sentencepiece_document(file: Path) -> Document:
         model = parse_sentencepiece(read_limited(file, ModelError, "tokenizer_bytes"))
     except ValueError as error:
         raise ModelError(
-            format_error(
-                str(file),
-                got=str(error)[:200],
-                expected="a SentencePiece model, of the type unigram or BPE",
-                fix="Copy the file, or tokenizer.json, from the model's own folder.",
-            )
+            str(file),
+            got=str(error)[:200],
+            expected="a SentencePiece model, of the type unigram or BPE",
+            fix="Copy the file, or tokenizer.json, from the model's own folder.",
         ) from error
     folder = file.parent
     settings = read_settings(folder / SETTINGS, _SETTINGS)
@@ -151,35 +141,15 @@ def _ends(
 ) -> Document | None:
     """Return what puts BOS and EOS around a text: BOS for decoders, EOS for T5."""
     named, is_t5 = read_special_tokens(folder), _is_t5(folder)
-    tokens = {
-        "bos": named.get("bos_token", model.bos),
-        "eos": named.get("eos_token", model.eos),
-    }
-    adds = {"bos": settings.get("add_bos_token"), "eos": settings.get("add_eos_token")}
-    adds = {end: (end == "eos") == is_t5 if add is None else add for end, add in adds.items()}
-    ends = {end: token for end, token in tokens.items() if adds[end] and token in vocabulary}
-    if not ends:
-        return None
 
-    def around(*sequences: str) -> list[Document]:
-        pieces: list[Document] = []
-        for kind, name in enumerate(sequences):
-            parts: list[Document] = [{"Sequence": {"id": name, "type_id": kind}}]
-            special = {
-                end: [{"SpecialToken": {"id": text, "type_id": kind}}] for end, text in ends.items()
-            }
-            pieces += [*special.get("bos", []), *parts, *special.get("eos", [])]
-        return pieces
+    def end(name: str, usual: str | None, is_usual: bool) -> list[str]:
+        adds = settings.get(f"add_{name}_token")
+        text = named.get(f"{name}_token", usual)
+        is_added = is_usual if adds is None else adds
+        return [text] if is_added and text is not None and text in vocabulary else []
 
-    return {
-        "type": "TemplateProcessing",
-        "single": around("A"),
-        "pair": around("A", "B"),
-        "special_tokens": {
-            text: {"id": text, "ids": [vocabulary[text]], "tokens": [text]}
-            for text in ends.values()
-        },
-    }
+    before, after = end("bos", model.bos, not is_t5), end("eos", model.eos, is_t5)
+    return template_processing(before, after, vocabulary) if before or after else None
 
 
 def _is_t5(folder: Path) -> bool:

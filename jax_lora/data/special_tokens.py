@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import ModelError, format_error
+from jax_lora.errors import ModelError
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import read_json
 
@@ -33,34 +33,16 @@ _OF_MODEL_TYPE = {
     "bert": "Bert",
     "roberta": "Roberta",
     "gpt2": "GPT2",
-    "qwen2": "Qwen2",
-    "qwen2_moe": "Qwen2",
-    "qwen3": "Qwen2",
-    "qwen3_moe": "Qwen2",
-    "llama": "Llama",
-    "mistral": "Llama",
-    "mistral3": "Llama",
-    "ministral3": "Llama",
-    "mixtral": "Llama",
-    "phi3": "Llama",
-    "gemma": "Gemma",
-    "gemma2": "Gemma",
-    "gemma3": "Gemma",
-    "gemma3_text": "Gemma",
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2"),
+    **dict.fromkeys(("llama", "mistral", "mistral3", "ministral3", "mixtral", "phi3"), "Llama"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "Gemma"),
     "t5": "T5",
 }
 _MODEL = schema.fields({"model_type": schema.ANYTHING})
 
 
 def read_settings(file: Path, kind: schema.Kind) -> dict[str, Any]:
-    """Read a JSON file of settings.
-
-    Args:
-      file: The file; it may be absent.
-      kind: What the settings should be.
-
-    Returns:
-      The settings; empty if there is no such file.
+    """Read a JSON file of settings; without such a file, there are none.
 
     Raises:
       ModelError: The file is damaged, or a setting does not fit.
@@ -71,24 +53,16 @@ def read_settings(file: Path, kind: schema.Kind) -> dict[str, Any]:
     problems = list(schema.problems(settings, kind))
     if problems:
         raise ModelError(
-            format_error(
-                str(file),
-                got=problems[:_SHOWN_PROBLEMS],
-                expected="a JSON object of settings",
-                fix="Copy the file from the model's own folder.",
-            )
+            str(file),
+            got=problems[:_SHOWN_PROBLEMS],
+            expected="a JSON object of settings",
+            fix="Copy the file from the model's own folder.",
         )
     return settings
 
 
 def read_special_tokens(folder: Path) -> dict[str, str]:
     """Read the texts of the special tokens that a folder names, by role such as `"eos_token"`.
-
-    Args:
-      folder: The folder.
-
-    Returns:
-      The texts by role.
 
     Raises:
       ModelError: A file is damaged, or a token is not a text.
@@ -99,16 +73,13 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
 def all_special_tokens(folder: Path) -> dict[str, str]:
     """Return the special tokens of a folder: the named ones, and usual ones for other roles.
 
-    Args:
-      folder: The folder; null for a role means that there is no such token.
-
-    Returns:
-      The texts by role.
+    Null for a role means that there is no such token.
 
     Raises:
       ModelError: A file is damaged, or a token is not a text.
     """
-    both = usual_special_tokens(tokenizer_kind(folder)) | _named(folder)
+    usual = zip(ROLES, _OF_CLASS.get(tokenizer_kind(folder) or "", ()), strict=False)
+    both = dict(usual) | _named(folder)
     return {role: text for role, text in both.items() if text is not None}
 
 
@@ -118,32 +89,11 @@ def _named(folder: Path) -> dict[str, str | None]:
     return {role: text_of(settings[role]) for role in ROLES if role in settings}
 
 
-def usual_special_tokens(kind: str | None) -> dict[str, str]:
-    """Return the special tokens that a kind of tokenizers has unless its settings name others.
-
-    Args:
-      kind: From `tokenizer_kind`.
-
-    Returns:
-      The texts by role.
-
-    Example:
-      >>> usual_special_tokens("T5")
-      {'eos_token': '</s>', 'unk_token': '<unk>', 'pad_token': '<pad>'}
-    """
-    texts = _OF_CLASS.get(kind or "", ())
-    return {role: text for role, text in zip(ROLES, texts, strict=False) if text is not None}
-
-
 def tokenizer_kind(folder: Path) -> str | None:
     """Return the class of a folder's tokenizer without `Tokenizer` and `Fast`, such as `"GPT2"`.
 
-    Args:
-      folder: The folder.
-
-    Returns:
-      The class of `tokenizer_config.json`, or the one that is usual for the architecture in
-      `config.json`, or None.
+    It is that of `tokenizer_config.json`, or the one that is usual for the architecture in
+    `config.json`, or None.
 
     Raises:
       ModelError: A file is damaged.

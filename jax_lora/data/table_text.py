@@ -34,12 +34,8 @@ def read_table_text(content: bytes) -> str:
 def table_separator(text: str, usual: str) -> tuple[str, str]:
     """Find what separates the cells, from the first line or from Excel's line `sep=;`.
 
-    Args:
-      text: The table.
-      usual: The separator that wins a tie.
-
     Returns:
-      The separator, and the table without Excel's line.
+      The separator, of which the usual one wins a tie, and the table without Excel's line.
 
     Example:
       >>> table_separator("prompt;completion", ",")[0]

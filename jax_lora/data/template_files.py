@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.data.special_tokens import SETTINGS, read_settings
-from jax_lora.errors import ConfigError, LoraError, ModelError, format_error
+from jax_lora.errors import ConfigError, LoraError, ModelError
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import read_limited
-from jax_lora.storage.limits import limit, raise_hint
 from jax_lora.storage.safe_paths import contained
 
 DEFAULT, TOOLS = "default", "tool_use"
@@ -31,13 +30,7 @@ _TEMPLATES = schema.fields(
 
 
 def read_templates(folder: Path) -> dict[str, str]:
-    """Read the chat templates of a folder by name.
-
-    Args:
-      folder: The model's folder.
-
-    Returns:
-      The templates; that of a file comes before that of the settings of the same name.
+    """Read the chat templates of a folder by name; a file comes before the settings.
 
     Raises:
       ModelError: A file is damaged or too large.
@@ -49,12 +42,6 @@ def read_templates(folder: Path) -> dict[str, str]:
 def template_files(folder: Path) -> dict[str, str]:
     """Read the chat templates that have a file for themselves, by name.
 
-    Args:
-      folder: The model's folder.
-
-    Returns:
-      The templates.
-
     Raises:
       ModelError: A file is too large or not UTF-8, is a link that leaves the folder, or there are
         too many.
@@ -63,12 +50,10 @@ def template_files(folder: Path) -> dict[str, str]:
     additional = sorted((folder / FOLDER).glob(f"*{SUFFIX}"))
     if len(additional) > _MOST_FILES:
         raise ModelError(
-            format_error(
-                str(folder / FOLDER),
-                got=f"{len(additional)} chat templates",
-                expected=f"at most {_MOST_FILES}",
-                fix="Move those that are not used out of the folder.",
-            )
+            str(folder / FOLDER),
+            got=f"{len(additional)} chat templates",
+            expected=f"at most {_MOST_FILES}",
+            fix="Move those that are not used out of the folder.",
         )
     for file in additional:
         files[file.name.removesuffix(SUFFIX)] = contained(folder / FOLDER, file.name, ModelError)
@@ -94,12 +79,10 @@ def read_template(file: Path, error: type[LoraError]) -> str:
         text = read_limited(file, error, "template_bytes").decode("utf-8")
     except (OSError, UnicodeDecodeError) as cause:
         raise error(
-            format_error(
-                str(file),
-                got=str(cause)[:200],
-                expected="a template, in UTF-8",
-                fix="Check the path, and that the file is complete.",
-            )
+            str(file),
+            got=str(cause)[:200],
+            expected="a template, in UTF-8",
+            fix="Check the path, and that the file is complete.",
         ) from cause
     return text.replace("\r\n", "\n")
 
@@ -122,18 +105,12 @@ def choose_template(folder: Path, choice: str) -> str:
         return read_template(Path(choice), ConfigError)
     templates = read_templates(folder)
     if choice not in templates:
-        names = ", ".join(sorted(templates))
-        raise ConfigError(
-            format_error(
-                "chat_template",
-                got=repr(choice),
-                expected=f"a file that ends in {SUFFIX}, or "
-                + (f"one of the templates of {folder}: {names}" if names else "a template's name"),
-                fix="Choose one of these names, or give a file."
-                if names
-                else f"Give a file: {folder} has no chat template.",
-            )
-        )
+        named, fix = "a template's name", f"Give a file: {folder} has no chat template."
+        if names := ", ".join(sorted(templates)):
+            named = f"one of the templates of {folder}: {names}"
+            fix = "Choose one of these names, or give a file."
+        expected = f"a file that ends in {SUFFIX}, or {named}"
+        raise ConfigError("chat_template", got=repr(choice), expected=expected, fix=fix)
     return templates[choice]
 
 
@@ -141,20 +118,6 @@ def source_of(folder: Path) -> Path:
     """Return the file with a folder's default template, or the folder."""
     files = (folder / name for name in (FILE, SETTINGS, _OLDER))
     return next((file for file in files if file.is_file()), folder)
-
-
-def check_template_size(where: str, template: str) -> None:
-    """Raise `ModelError` if a template is larger than the limit `template_bytes`."""
-    size = len(template.encode("utf-8", "surrogatepass"))
-    if size > limit("template_bytes"):
-        raise ModelError(
-            format_error(
-                where,
-                got=f"{size:,} bytes",
-                expected=f"at most {limit('template_bytes'):,}",
-                fix=raise_hint("template_bytes"),
-            )
-        )
 
 
 def _inside(file: Path) -> dict[str, str]:

@@ -21,7 +21,6 @@ from typing import IO, Any, cast
 
 from jax_lora.data import template_worker
 from jax_lora.data.template_worker import HEAD, OUTPUT, decode, encode, framed
-from jax_lora.storage.limits import limit
 
 START_SECONDS = 60.0  # for a cold disk; it takes 0.1 seconds otherwise
 EXPANSION = 6  # bytes of JSON for a byte of text, at most
@@ -57,15 +56,6 @@ class TemplateLimits:
     seconds: float
     memory: int
     output: int
-
-    @classmethod
-    def configured(cls) -> TemplateLimits:
-        """Return the limits of `jax_lora.storage.limits`."""
-        return cls(
-            seconds=limit("template_seconds"),
-            memory=limit("template_memory_bytes"),
-            output=limit("template_output_bytes"),
-        )
 
 
 class TemplateProcess:
@@ -113,7 +103,7 @@ class TemplateProcess:
         return TemplateProcess, (self._template, self._tokens, self._limits)
 
     def _running(self) -> _Child:
-        if self._child is None or self._child.ended():
+        if self._child is None or self._child.process.poll() is not None:
             self._stop()
             child = self._child = _Child(self._limits)
             self._end = weakref.finalize(self, child.stop)
@@ -151,24 +141,21 @@ class _Child:
         self._most = EXPANSION * limits.output + 2**16
         self._owner = os.getpid()
         # -I and -S: no variable of the environment and no file of the folder changes the process.
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(template_worker.__file__))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
         )
-        self._requests = cast(IO[bytes], self._process.stdin)
-        self._answers = cast(IO[bytes], self._process.stdout)
-
-    def ended(self) -> bool:
-        return self._process.poll() is not None
+        self._requests = cast(IO[bytes], self.process.stdin)
+        self._answers = cast(IO[bytes], self.process.stdout)
 
     def ask(self, message: bytes, seconds: float) -> Any:
         """Send a message and wait for the answer."""
         until = time.monotonic() + seconds
         # Where pipes cannot be polled (Windows), the end of the process ends the wait.
-        timer = None if hasattr(select, "poll") else threading.Timer(seconds, self._process.kill)
+        timer = None if hasattr(select, "poll") else threading.Timer(seconds, self.process.kill)
         if timer is not None:
             timer.start()
         try:
@@ -191,16 +178,16 @@ class _Child:
     def _exit_code(self) -> int | None:
         """Return the exit code of a process that closed its pipes, so is about to end."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=1)
-        return self._process.returncode
+            self.process.wait(timeout=1)
+        return self.process.returncode
 
     def stop(self) -> None:
         """End the process, and close the pipes. A fork of its parent only closes them."""
         if os.getpid() != self._owner:
-            self._process.returncode = 0  # the parent waits for it
+            self.process.returncode = 0  # the parent waits for it
         else:
-            self._process.kill()
-            self._process.wait()
+            self.process.kill()
+            self.process.wait()
         self._requests.close()
         self._answers.close()
 

@@ -47,7 +47,8 @@ def main() -> None:
     except ImportError as error:
         send(target, {"error": str(error)})
         return
-    _limit_memory(settings["memory"])
+    _set_limit("RLIMIT_CORE", 0)
+    _set_limit("RLIMIT_AS", settings["memory"])
     send(target, {"ready": True})
     template = _Template(environment, settings)
     while True:
@@ -58,7 +59,8 @@ def main() -> None:
             return
         if requests is None:
             return
-        _limit_processor_time(settings["seconds"])
+        # Let the system end this process if the parent does not: it may have ended itself.
+        _set_limit("RLIMIT_CPU", math.ceil(time.process_time() + settings["seconds"]) + 1)
         answers = list(template.answers(requests))
         send(target, answers)
         if answers and answers[-1].get("limit") == MEMORY:
@@ -190,7 +192,7 @@ def make_environment() -> Any:
         "dict": Dict(),
         "namespace": Namespace,
         "raise_exception": raise_exception,
-        "strftime_now": _now,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
     }
     environment.globals.update(functions)
     return environment
@@ -207,10 +209,6 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
 
 
 def _render(template: Any, names: dict[str, Any], most: int) -> str:
@@ -235,16 +233,6 @@ def _as_templates_expect(message: dict[str, Any]) -> dict[str, Any]:
     if reasoning is None:
         return present
     return {"thinking": reasoning, **present, "reasoning_content": reasoning}
-
-
-def _limit_memory(most: int) -> None:
-    _set_limit("RLIMIT_CORE", 0)
-    _set_limit("RLIMIT_AS", most)
-
-
-def _limit_processor_time(seconds: float) -> None:
-    """Let the system end this process if the parent does not: it may have ended itself."""
-    _set_limit("RLIMIT_CPU", math.ceil(time.process_time() + seconds) + 1)
 
 
 def _set_limit(name: str, most: int) -> None:

@@ -14,15 +14,12 @@ LARGEST_TEXT = 2**24  # bytes; larger files are probably data
 
 
 def read_text_folder(folder: Path) -> RowFile | None:
-    """Read all text files in a folder and its subfolders.
+    """Read the text files in a folder and its subfolders as documents, in the order of the paths.
 
-    Args:
-      folder: The folder. Hidden files and folders, links, binaries and empty files are skipped.
-
-    Returns:
-      One document per file, in the order of the paths; None if there is no text.
+    Hidden files and folders, links, binaries and empty files are skipped. Without a text, return
+    None.
     """
-    rows, skipped, digest = [], 0, hashlib.sha256()
+    rows, skipped = [], 0
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if any(part.startswith(".") for part in parts) or not path.is_file():
@@ -31,32 +28,25 @@ def read_text_folder(folder: Path) -> RowFile | None:
         if text is None:
             skipped += 1
             continue
-        row = _document(len(rows) + 1, text, "/".join(parts))
-        digest.update(_bytes_of(row))
-        rows.append(row)
-    if not rows:
-        return None
-    return RowFile(folder, tuple(rows), len(rows), 0, digest.hexdigest(), skipped)
+        rows.append(_document(len(rows) + 1, text, "/".join(parts)))
+    return _row_file(folder, rows, skipped) if rows else None
 
 
 def read_text_file(path: Path, text: str) -> RowFile:
-    """Return a text file as one document.
-
-    Args:
-      path: The file.
-      text: Its text.
-    """
-    row = _document(1, text, path.name)
-    return RowFile(path, (row,), 1, 0, hashlib.sha256(_bytes_of(row)).hexdigest())
+    """Return a text file as one document."""
+    return _row_file(path, [_document(1, text, path.name)])
 
 
 def _document(number: int, text: str, name: str) -> Row:
     return Row(number, "document", {"text": text, "file": name})
 
 
-def _bytes_of(row: Row) -> bytes:
-    name, text = row.fields["file"], row.fields["text"]
-    return f"{name}\0{len(text)}\0{text}".encode("utf-8", "surrogateescape")
+def _row_file(path: Path, rows: list[Row], skipped: int = 0) -> RowFile:
+    digest = hashlib.sha256()
+    for row in rows:
+        name, text = row.fields["file"], row.fields["text"]
+        digest.update(f"{name}\0{len(text)}\0{text}".encode("utf-8", "surrogateescape"))
+    return RowFile(path, tuple(rows), len(rows), 0, digest.hexdigest(), skipped)
 
 
 def cut_documents(rows: Iterable[Row], longest: int = LONGEST_PIECE) -> Iterator[Row]:

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jax_lora.data.base_tokenizer import BaseTokenizer
 from jax_lora.data.chat_template import ChatTemplate, Rendering
 from jax_lora.data.prompt_template import PromptTemplate
-from jax_lora.data.special_tokens import all_special_tokens, read_special_tokens
-from jax_lora.data.tokenizer_backend import (
-    check_embedded,
-    check_special,
-    embedded_tokens,
-    eos_of_model,
-    library_errors,
-    read_backend,
+from jax_lora.data.special_tokens import (
+    SETTINGS,
+    all_special_tokens,
+    read_settings,
+    read_special_tokens,
 )
-from jax_lora.errors import DataError, ModelError, format_error
-from jax_lora.storage.safe_paths import given_path
+from jax_lora.data.tokenizer_backend import library_errors
+from jax_lora.errors import DataError, ModelError
+from jax_lora.storage import schema
 
-if TYPE_CHECKING:
-    import tokenizers
+_INDEX = schema.integer(0, 2**31 - 1)
+_MODEL_EOS = schema.fields(
+    {"eos_token_id": schema.optional(schema.either(_INDEX, schema.list_of(_INDEX)))}
+)
 
 
-class Tokenizer:
+class Tokenizer(BaseTokenizer):
     """Encode text to ids and decode ids to text, with at most one BOS token.
 
     Args:
-      backend: A `tokenizers.Tokenizer`.
-      folder: The tokenizer's folder. The chat template is loaded from it on first use.
-      eos: Text of the EOS token.
-      bos: Text of the BOS token, or None.
+      folder: A Hugging Face folder. Its chat template is loaded on first use.
       chat_template: Another chat template than the folder's, or None.
       prompt_template: The format of prompts, instead of a chat template, or None.
+
+    Raises:
+      ModelError: A file is missing or damaged, no EOS token is defined, or a special token has no
+        embedding in the model.
 
     Example:
       >>> import jax_lora.bundled
@@ -43,65 +45,37 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        folder: Path,
-        *,
-        eos: str,
-        bos: str | None,
-        chat_template: str | None = None,
-        prompt_template: str | None = None,
+        self, folder: Path, *, chat_template: str | None = None, prompt_template: str | None = None
     ):
         """Look up the special tokens."""
-        self._backend, self._folder = backend, folder
+        super().__init__(folder)
+        special, usual = read_special_tokens(folder), all_special_tokens(folder)
+        eos = special.get("eos_token") or self._eos_of_model() or usual.get("eos_token")
+        eos_id = None if eos is None else self._backend.token_to_id(eos)
+        if eos is None or eos_id is None:
+            raise ModelError(
+                str(folder / SETTINGS),
+                got=f"eos_token {eos!r}",
+                expected="an EOS token that is in the vocabulary, so that generation can stop",
+                fix='Add "eos_token" to tokenizer_config.json.',
+            )
         self.chosen_template = chat_template
         self._prompts = None if prompt_template is None else PromptTemplate(prompt_template)
-        self._embedded = embedded_tokens(folder)
-        self.eos_text = eos
-        self.eos_id = self._id(eos)
+        self.eos_text, self.eos_id = eos, eos_id
         # A tokenizer can define BOS without adding it (GPT-2), so the backend's output decides.
         with library_errors(folder):
-            starts = backend.encode("a").ids[:1]
-        uses_bos = bos is not None and starts == [self._id(bos)]
+            starts = self._backend.encode("a").ids[:1]
+        bos = usual.get("bos_token")
+        uses_bos = bos is not None and starts == [self._backend.token_to_id(bos)]
         self.bos_id = starts[0] if uses_bos else None
+        self._check_special("eos", self.eos_id)
+        self._check_special("bos", self.bos_id)
 
-    @classmethod
-    def load(cls, folder: str | Path, **templates: str | None) -> Tokenizer:
-        """Load the tokenizer and the special tokens of a folder.
-
-        Args:
-          folder: A Hugging Face folder.
-          **templates: `chat_template` and `prompt_template`, as in the class.
-
-        Returns:
-          The tokenizer.
-
-        Raises:
-          ModelError: A file is missing or damaged, no EOS token is defined, or a special token
-            has no embedding in the model.
-        """
-        folder = given_path(folder, ModelError)
-        backend, special = read_backend(folder), read_special_tokens(folder)
-        usual = all_special_tokens(folder)
-        eos = special.get("eos_token") or eos_of_model(folder, backend) or usual.get("eos_token")
-        if eos is None or backend.token_to_id(eos) is None:
-            raise ModelError(
-                format_error(
-                    str(folder / "tokenizer_config.json"),
-                    got=f"eos_token {eos!r}",
-                    expected="an EOS token that is in the vocabulary, so that generation can stop",
-                    fix='Add "eos_token" to tokenizer_config.json.',
-                )
-            )
-        tokenizer = cls(backend, folder, eos=eos, bos=usual.get("bos_token"), **templates)
-        for role, index in (("eos", tokenizer.eos_id), ("bos", tokenizer.bos_id)):
-            check_special(folder, role, index, tokenizer._embedded, backend)
-        return tokenizer
-
-    @property
-    def size(self) -> int:
-        """Return the vocabulary size, added tokens included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+    def _eos_of_model(self) -> str | None:
+        """Return the text of the EOS token in config.json, the first if there are several."""
+        index = read_settings(self._folder / "config.json", _MODEL_EOS).get("eos_token_id")
+        index = (index[0] if index else None) if isinstance(index, list) else index
+        return None if index is None else self._backend.id_to_token(index)
 
     def encode(self, text: str) -> list[int]:
         """Encode text, with one leading BOS if the tokenizer uses BOS.
@@ -113,36 +87,24 @@ class Tokenizer:
           The ids.
 
         Raises:
-          DataError: The text begins with two BOS tokens.
+          DataError: A token has no embedding in the model, or the text begins with two BOS tokens.
         """
         return self.encode_with_ends(text)[0]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Encode text, and return the end offset of every token in characters.
-
-        Args:
-          text: Any text.
-
-        Returns:
-          The ids, and the end offset of each.
-
-        Raises:
-          DataError: A token has no embedding in the model, or the text begins with two BOS tokens.
-        """
+        """Encode text as `encode` does; return the ids, and the end of each in characters."""
         with library_errors(self._folder):
             encoding = self._backend.encode(text, add_special_tokens=False)
         ids, ends = list(encoding.ids), [end for _, end in encoding.offsets]
-        check_embedded(ids, self._embedded, self._backend)
+        self._check_embedded(ids)
         if self.bos_id is None:
             return ids, ends
         if ids[:2] == [self.bos_id, self.bos_id]:
             raise DataError(
-                format_error(
-                    f"the text {text[:60]!r}",
-                    got="two BOS tokens at the start",
-                    expected="exactly one",
-                    fix="Remove BOS from the text or from the chat template.",
-                )
+                f"the text {text[:60]!r}",
+                got="two BOS tokens at the start",
+                expected="exactly one",
+                fix="Remove BOS from the text or from the chat template.",
             )
         if ids[:1] == [self.bos_id]:
             return ids, ends
@@ -167,11 +129,6 @@ class Tokenizer:
     def formats_prompts(self) -> bool:
         """Return whether there is a prompt template."""
         return self._prompts is not None
-
-    def decode(self, ids: list[int]) -> str:
-        """Decode ids, without special tokens."""
-        with library_errors(self._folder):
-            return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def decode_all(self, ids: list[int]) -> str:
         """Decode ids, special tokens included."""
@@ -204,20 +161,15 @@ class Tokenizer:
             return self._chat_template.render(messages, answer_next=answer_next, tools=tools)
         if tools:
             raise DataError(
-                format_error(
-                    '"tools"',
-                    got="a prompt template, which does not show them",
-                    expected="a chat template that writes the descriptions of tools",
-                    fix='Use a chat template, or remove "tools".',
-                )
+                '"tools"',
+                got="a prompt template, which does not show them",
+                expected="a chat template that writes the descriptions of tools",
+                fix='Use a chat template, or remove "tools".',
             )
         return self._prompts.render(messages, self.eos_text)
 
     def render_ahead(self, renderings: list[Rendering]) -> None:
         """Render conversations that `render` is about to be called with, in one go.
-
-        Args:
-          renderings: The arguments of the calls.
 
         Raises:
           ModelError: The tokenizer has no chat template.
@@ -237,7 +189,3 @@ class Tokenizer:
     def _special(self) -> set[int]:
         added = self._backend.get_added_tokens_decoder()
         return {index for index, token in added.items() if token.special}
-
-    def _id(self, token: str) -> int:
-        index = self._backend.token_to_id(token)
-        return -1 if index is None else index

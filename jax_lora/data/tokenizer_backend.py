@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from jax_lora.data.regex_trial import regex_problem
 from jax_lora.data.sentencepiece_tokenizer import sentencepiece_document
-from jax_lora.data.special_tokens import read_settings
 from jax_lora.data.vocabulary_files import byte_level_document, word_piece_document
-from jax_lora.errors import DataError, LoraError, ModelError, format_error
+from jax_lora.errors import LoraError, ModelError
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import parse_object, read_limited
 
@@ -34,37 +33,20 @@ _ID = schema.integer(0, _LARGEST_ID)
 _PIECES = schema.list_of(schema.TEXT, 2)
 _MERGES = schema.list_of(schema.either(schema.TEXT, _PIECES))
 _ADDED = schema.fields({"id": _ID, "content": schema.TEXT}, required=("id", "content"))
-_TEXTS = schema.optional(schema.TEXT)
+_TEXT = schema.optional(schema.TEXT)
+_TEXTS = ("type", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+_STEPS = ("pre_tokenizer", "normalizer", "post_processor", "decoder")
 _VOCABULARY = schema.Kind("an object, or a list", lambda value: isinstance(value, dict | list))
 _DOCUMENT = schema.fields(
     {
         "model": schema.fields(
-            {
-                "type": _TEXTS,
-                "vocab": _VOCABULARY,
-                "merges": _MERGES,
-                "unk_token": _TEXTS,
-                "continuing_subword_prefix": _TEXTS,
-                "end_of_word_suffix": _TEXTS,
-            },
+            {"vocab": _VOCABULARY, "merges": _MERGES, **dict.fromkeys(_TEXTS, _TEXT)},
             required=("vocab",),
         ),
         "added_tokens": schema.list_of(_ADDED),
-        "pre_tokenizer": schema.optional(schema.OBJECT),
-        "normalizer": schema.optional(schema.OBJECT),
-        "post_processor": schema.optional(schema.OBJECT),
-        "decoder": schema.optional(schema.OBJECT),
+        **dict.fromkeys(_STEPS, schema.optional(schema.OBJECT)),
     },
     required=("model",),
-)
-_INDEX = schema.integer(0, _LARGEST_ID)
-_VOCAB_SIZE = {"vocab_size": schema.optional(schema.integer(1, _LARGEST_ID))}
-# The text part of a multimodal model has a configuration of its own.
-_MODEL_SIZE = schema.fields(
-    _VOCAB_SIZE | {"text_config": schema.optional(schema.fields(_VOCAB_SIZE))}
-)
-_MODEL_EOS = schema.fields(
-    {"eos_token_id": schema.optional(schema.either(_INDEX, schema.list_of(_INDEX)))}
 )
 
 
@@ -76,12 +58,8 @@ def tokenizer_file(folder: Path) -> Path | None:
 def read_document(folder: Path) -> dict[str, Any]:
     """Read what a folder's tokenizer is, in the format of tokenizer.json.
 
-    Args:
-      folder: The folder, with one of `tokenizer.json`, `tokenizer.model` or `spiece.model`
-        (SentencePiece), `vocab.json` and `merges.txt`, or `vocab.txt`.
-
-    Returns:
-      The tokenizer.
+    The folder has one of `tokenizer.json`, `tokenizer.model` or `spiece.model` (SentencePiece),
+    `vocab.json` and `merges.txt`, or `vocab.txt`.
 
     Raises:
       ModelError: No such file is there, or it is damaged.
@@ -94,12 +72,6 @@ def read_document(folder: Path) -> dict[str, Any]:
 
 def read_backend(folder: Path) -> tokenizers.Tokenizer:
     """Read a folder's tokenizer, with truncation and padding switched off.
-
-    Args:
-      folder: The folder, as for `read_document`.
-
-    Returns:
-      The tokenizer.
 
     Raises:
       ModelError: A file is missing, damaged, or contradicts itself.
@@ -116,28 +88,17 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(json.dumps(document))
         backend.no_truncation()
         backend.no_padding()
-    if file.name != FILE:
-        _check_ids(file, document, backend)
+    # The library counts on: an added token may get another id than its file says.
+    for token in document["added_tokens"] if file.name != FILE else ():
+        text, index = token["content"], token["id"]
+        if backend.token_to_id(text) != index:
+            raise _refusal(file, f"the added token {text[:40]!r} with the id {index}")
     return backend
-
-
-def _check_ids(file: Path, document: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
-    """Raise if an added token has another id than its file says: the library counts on."""
-    for token in document["added_tokens"]:
-        text, index = token["content"], backend.token_to_id(token["content"])
-        if index != token["id"]:
-            raise _refusal(file, f"the added token {text[:40]!r} with the id {token['id']}")
 
 
 @contextlib.contextmanager
 def library_errors(folder: Path) -> Iterator[None]:
     """Convert the errors of the tokenizers library, Rust's panics included.
-
-    Args:
-      folder: The tokenizer's folder, for the message.
-
-    Yields:
-      Nothing.
 
     Raises:
       ModelError: The block raised an error.
@@ -149,97 +110,6 @@ def library_errors(folder: Path) -> Iterator[None]:
     except BaseException as error:  # a panic is a BaseException, of a class that is not public
         got = f"{type(error).__name__}: {str(error)[:200]}"
         raise _refusal(tokenizer_file(folder) or folder, got) from error
-
-
-def eos_of_model(folder: Path, backend: tokenizers.Tokenizer) -> str | None:
-    """Return the text of the EOS token in config.json, the first if there are several.
-
-    Args:
-      folder: The folder.
-      backend: Its tokenizer.
-
-    Returns:
-      The text, or None.
-
-    Raises:
-      ModelError: The file is damaged.
-    """
-    index = read_settings(folder / "config.json", _MODEL_EOS).get("eos_token_id")
-    index = (index[0] if index else None) if isinstance(index, list) else index
-    return None if index is None else backend.id_to_token(index)
-
-
-def embedded_tokens(folder: Path) -> int | None:
-    """Return how many tokens have an embedding, from the folder's `config.json` if it has one.
-
-    Args:
-      folder: The folder.
-
-    Returns:
-      The number, or None.
-
-    Raises:
-      ModelError: The file is damaged.
-    """
-    settings = read_settings(folder / "config.json", _MODEL_SIZE)
-    return settings.get("vocab_size") or (settings.get("text_config") or {}).get("vocab_size")
-
-
-def check_embedded(ids: list[int], embedded: int | None, backend: tokenizers.Tokenizer) -> None:
-    """Raise if a token is behind the end of the model's embedding table.
-
-    Some tokenizers name tokens that their model does not have, such as Gemma 3's image token.
-
-    Args:
-      ids: The tokens of a text.
-      embedded: From `embedded_tokens`.
-      backend: The tokenizer.
-
-    Raises:
-      DataError: A token has no embedding.
-    """
-    if embedded is not None and ids and max(ids) >= embedded:
-        index = max(ids)
-        raise DataError(
-            format_error(
-                "the tokens",
-                got=f"{backend.id_to_token(index)!r}, token {index}",
-                expected=f"tokens with an embedding, from 0 to {embedded - 1}",
-                fix="Remove this token from the text: the model has no embedding for it.",
-            )
-        )
-
-
-def check_special(
-    folder: Path,
-    role: str,
-    index: int | None,
-    embedded: int | None,
-    backend: tokenizers.Tokenizer,
-) -> None:
-    """Raise if a token that is added to every example is behind the model's embedding table.
-
-    Args:
-      folder: The folder of the tokenizer and of the model.
-      role: Its role: "bos", "eos" or "mask".
-      index: The token, or None.
-      embedded: How many tokens have an embedding, or None if that is unknown.
-      backend: The tokenizer.
-
-    Raises:
-      ModelError: The token has no embedding.
-    """
-    if embedded is not None and index is not None and index >= embedded:
-        raise ModelError(
-            format_error(
-                f"{folder}: {role}_token",
-                got=f"{backend.id_to_token(index)!r}, token {index}",
-                expected=f"a token with an embedding in the model, from 0 to {embedded - 1}: it is "
-                "added to every example",
-                fix=f'Name another token as "{role}_token" in tokenizer_config.json, or extend the '
-                "embedding table of the model.",
-            )
-        )
 
 
 def _tokenizer_json(file: Path) -> dict[str, Any]:
@@ -258,13 +128,11 @@ _FILES: Mapping[str, Callable[[Path], dict[str, Any]]] = {
 
 def _refusal(file: Path, got: str | list[str]) -> ModelError:
     return ModelError(
-        format_error(
-            str(file),
-            got=got,
-            expected="a tokenizer in the format of the tokenizers library, a SentencePiece model, "
-            "vocab.json with merges.txt, or vocab.txt",
-            fix="Copy tokenizer.json, or these files, from the model's own folder.",
-        )
+        str(file),
+        got=got,
+        expected="a tokenizer in the format of the tokenizers library, a SentencePiece model, "
+        "vocab.json with merges.txt, or vocab.txt",
+        fix="Copy tokenizer.json, or these files, from the model's own folder.",
     )
 
 

@@ -33,8 +33,8 @@ def tokenizer_identity(
       ModelError: A file is damaged.
     """
     tokenizer = {} if tokenizer_file(folder) is None else read_document(folder)
-    special = _read(folder / "special_tokens_map.json") or {}
-    settings = special | (_read(folder / "tokenizer_config.json") or {})
+    special = _read(folder / "special_tokens_map.json")
+    settings = special | _read(folder / "tokenizer_config.json")
     ends = [end_ids] if isinstance(end_ids, int) else sorted(end_ids or ())
     return {
         "tokenizer": json_checksum({k: v for k, v in tokenizer.items() if k not in _UNUSED}),
@@ -73,7 +73,7 @@ def _chat_templates(folder: Path, settings: dict[str, Any]) -> Any:
     files = template_files(folder)
     default = files.pop(DEFAULT, None) or settings.get("chat_template")
     if default is None:
-        default = (_read(folder / "chat_template.json") or {}).get("chat_template")
+        default = _read(folder / "chat_template.json").get("chat_template")
     return [default, files] if files else default
 
 
@@ -81,5 +81,5 @@ def _text(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read(file: Path, size: str = "json_bytes") -> dict[str, Any] | None:
-    return read_json(file, ModelError, size) if file.is_file() else None
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file, ModelError) if file.is_file() else {}

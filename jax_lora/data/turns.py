@@ -7,38 +7,28 @@ from typing import Any
 from jax_lora.data.problem import Problem, check_characters, kind_of
 from jax_lora.storage.json_files import parse_json
 
-# The marks of OpenAI, Axolotl and ms-swift for the turns that are learned.
+# Fields in which OpenAI, Axolotl and ms-swift mark the turns that are included in the loss.
 _UNUSED_MARKS = ("train_detail", "training_detail", "token_weights", "loss_scale")
 _MARKS = ("weight", "train", "training", "loss", *_UNUSED_MARKS)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def check_turns(turns: Any, where: str) -> list[dict[str, Any]] | Problem:
+def check_turns(turns: Any, where: str) -> list[dict[str, Any]]:
     """Check a conversation, and write every turn's content as one string.
 
-    Args:
-      turns: The value of the field.
-      where: The field's name in quotes, for messages.
-
-    Returns:
-      The turns, or the first problem.
+    Raises:
+      Problem: A turn is invalid; the first one is reported.
     """
     if not isinstance(turns, list) or not turns:
-        return Problem(
+        raise Problem(
             f"{where} is {kind_of(turns)}, not a list of turns",
             'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].',
         )
-    checked = []
-    for index, turn in enumerate(turns):
-        one = _check_turn(turn, f"{where}[{index}]")
-        if isinstance(one, Problem):
-            return one
-        checked.append(one)
-    return checked
+    return [_check_turn(turn, f"{where}[{index}]") for index, turn in enumerate(turns)]
 
 
 def target_turns(messages: list[dict[str, Any]], learn_from: int = 0) -> list[int]:
-    """Return the indices of the responses that are included in the loss."""
+    """Return the indices of the responses, from `learn_from` on, that are included in the loss."""
     return [
         index
         for index, turn in enumerate(messages)
@@ -46,28 +36,24 @@ def target_turns(messages: list[dict[str, Any]], learn_from: int = 0) -> list[in
     ]
 
 
-def check_tools(tools: Any, name: str = "tools") -> list[dict[str, Any]] | Problem | None:
-    """Check the descriptions of the tools that a model may call.
+def check_tools(tools: Any, name: str) -> list[dict[str, Any]] | None:
+    """Check the descriptions of the tools that a model may call; None if there are none.
 
-    Args:
-      tools: The value of the field.
-      name: The field's name.
-
-    Returns:
-      The descriptions; None if there are none; or the problem.
+    Raises:
+      Problem: The value is not a list of objects.
     """
     if tools is None or tools == []:
         return None
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         return [_without_null_parameters(tool) for tool in tools]
-    return Problem(
+    raise Problem(
         f'"{name}" is {kind_of(tools)}, not a list of objects',
         'Write [{"type": "function", "function": {"name": "...", "parameters": {...}}}].',
     )
 
 
 def _without_null_parameters(value: Any) -> Any:
-    """Remove the parameters of other tools, which files converted from Arrow contain as null."""
+    """Remove null parameters, because in files from Arrow every tool has those of all tools."""
     if isinstance(value, list):
         return [_without_null_parameters(each) for each in value]
     if not isinstance(value, dict):
@@ -81,15 +67,7 @@ def _without_null_parameters(value: Any) -> Any:
 def without_foreign_arguments(
     turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None
 ) -> list[dict[str, Any]]:
-    """Remove null arguments that the called tool does not have, from files converted from Arrow.
-
-    Args:
-      turns: Checked turns.
-      tools: The checked descriptions of the tools, if any.
-
-    Returns:
-      The turns.
-    """
+    """Remove null arguments that the called tool does not have, from files converted from Arrow."""
     known: dict[str, Any] = {}
     for tool in tools or ():
         function = tool.get("function", tool)
@@ -119,35 +97,27 @@ def _own_arguments(call: dict[str, Any], known: dict[str, Any]) -> dict[str, Any
     return call | {"function": function | {"arguments": arguments}}
 
 
-def _check_turn(turn: Any, where: str) -> dict[str, Any] | Problem:
+def _check_turn(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        return Problem(f"{where} is {kind_of(turn)}, not an object", "Give it a role and content.")
+        raise Problem(f"{where} is {kind_of(turn)}, not an object", "Give it a role and content.")
     turn = _as_tool_call(turn)
     calls = turn.get("tool_calls") or None
     for name in ("role", "content"):
         if name not in turn and not (name == "content" and calls):
-            return Problem(f'{where} has no "{name}"', f'Add "{name}" to the turn.')
+            raise Problem(f'{where} has no "{name}"', f'Add "{name}" to the turn.')
     if not isinstance(turn["role"], str):
         kind = kind_of(turn["role"])
-        return Problem(f'{where}: "role" is {kind}, not a string', "Make it a string.")
+        raise Problem(f'{where}: "role" is {kind}, not a string', "Make it a string.")
     if turn["role"] not in ROLES:
         roles = ", ".join(ROLES)
-        return Problem(f"{where}: unknown role {turn['role'][:40]!r}", f"Use one of {roles}.")
+        raise Problem(f"{where}: unknown role {turn['role'][:40]!r}", f"Use one of {roles}.")
     content = _content(turn.get("content"), where, may_be_null=bool(calls))
-    if isinstance(content, Problem):
-        return content
-    marked = _weight(turn, where)
-    if isinstance(marked, Problem):
-        return marked
-    checked = {**marked, "content": content}
-    if calls is None:
-        return checked
-    calls = _check_calls(calls, where)
-    return calls if isinstance(calls, Problem) else checked | {"tool_calls": calls}
+    checked = {**_weight(turn, where), "content": content}
+    return checked if calls is None else checked | {"tool_calls": _check_calls(calls, where)}
 
 
 def _as_tool_call(turn: dict[str, Any]) -> dict[str, Any]:
-    """Write the older `function_call` and the role `function` as tool calls and their results."""
+    """Convert the older `function_call` and role `function` to `tool_calls` and role `tool`."""
     if turn.get("role") == "function":
         turn = {**turn, "role": "tool"}
     call = turn.get("function_call")
@@ -157,30 +127,30 @@ def _as_tool_call(turn: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "tool_calls": [{"type": "function", "function": call}]} if call else rest
 
 
-def _weight(turn: dict[str, Any], where: str) -> dict[str, Any] | Problem:
-    """Write the marks that exclude a turn from the loss as a weight of 0; others are removed."""
+def _weight(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    """Replace the marks of a turn with a weight of 0 if they exclude it, or remove them."""
     marks = {name: turn[name] for name in _MARKS if turn.get(name) is not None}
     rest = {name: value for name, value in turn.items() if name not in _MARKS}
     for name, value in marks.items():
         if name in _UNUSED_MARKS:
-            return Problem(f'{where}: "{name}" is not used', f'Remove "{name}".')
+            raise Problem(f'{where}: "{name}" is not used', f'Remove "{name}".')
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            return Problem(
+            raise Problem(
                 f'{where}: "{name}" is {value!r:.40}', "Write 1 to learn the turn, 0 to mask it."
             )
         if value and turn["role"] != "assistant":
-            return Problem(
+            raise Problem(
                 f'{where}: "{name}" is {value!r} in a turn of the {turn["role"]}',
-                f'Only assistant turns are learned; remove "{name}".',
+                f'Only assistant turns are included in the loss; remove "{name}".',
             )
-    learned = {bool(value) for value in marks.values()}
-    if len(learned) > 1:
+    included = {bool(value) for value in marks.values()}
+    if len(included) > 1:
         names = " and ".join(f'"{name}"' for name in marks)
-        return Problem(f"{where}: {names} disagree", "Remove one of them.")
-    return {**rest, "weight": 0} if False in learned and turn["role"] == "assistant" else rest
+        raise Problem(f"{where}: {names} disagree", "Remove one of them.")
+    return {**rest, "weight": 0} if False in included and turn["role"] == "assistant" else rest
 
 
-def _content(content: Any, where: str, *, may_be_null: bool) -> str | Problem:
+def _content(content: Any, where: str, *, may_be_null: bool) -> str:
     """Return the content as one string; join it if it is a list of text parts."""
     if content is None and may_be_null:
         return ""
@@ -188,34 +158,36 @@ def _content(content: Any, where: str, *, may_be_null: bool) -> str | Problem:
         for part in content:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type")
-                return Problem(
+                raise Problem(
                     f'{where}: a part of "content" has the type {kind!r:.40}, not "text"',
                     "Only text is supported; remove the part.",
                 )
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        return Problem(
+        raise Problem(
             f'{where}: "content" is {kind_of(content)}, not a string', "Make it a string."
         )
-    return check_characters(content, where) or content
+    check_characters(content, where)
+    return content
 
 
-def _check_calls(calls: Any, where: str) -> list[dict[str, Any]] | Problem:
+def _check_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Check tool calls, and parse arguments that are given as a JSON string."""
     if not isinstance(calls, list):
-        return Problem(f'{where}: "tool_calls" is {kind_of(calls)}, not a list', "Make it a list.")
+        raise Problem(f'{where}: "tool_calls" is {kind_of(calls)}, not a list', "Make it a list.")
     checked = []
     for number, call in enumerate(calls):
         at = f'{where}: "tool_calls"[{number}]'
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            return Problem(
+            raise Problem(
                 f"{at} has no function name",
                 'Write {"type": "function", "function": {"name": "...", "arguments": {...}}}.',
             )
-        arguments = _arguments(function.get("arguments", {}))
-        if arguments is None:
-            return Problem(
+        arguments = function.get("arguments", {})
+        arguments = {} if arguments == "" else parsed_json(arguments)
+        if not isinstance(arguments, dict):
+            raise Problem(
                 f'{at}: "arguments" are not a JSON object',
                 "Write them as an object, or as its JSON.",
             )
@@ -225,10 +197,9 @@ def _check_calls(calls: Any, where: str) -> list[dict[str, Any]] | Problem:
     return checked
 
 
-def _arguments(value: Any) -> dict[str, Any] | None:
-    if isinstance(value, str):
-        try:
-            value = parse_json(value or "{}")
-        except (ValueError, RecursionError):
-            return None
-    return value if isinstance(value, dict) else None
+def parsed_json(value: Any) -> Any:
+    """Return the value of a string that is JSON, and any other value as it stands."""
+    try:
+        return parse_json(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.data.added_tokens import read_added_tokens, special_tokens_of
+from jax_lora.data.post_processor import template_processing
 from jax_lora.data.special_tokens import SETTINGS, read_settings, tokenizer_kind
-from jax_lora.errors import ModelError, format_error
+from jax_lora.errors import ModelError
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import read_json, read_limited
 
@@ -37,12 +38,6 @@ _SETTINGS = schema.fields(dict.fromkeys(_FLAGS, _FLAG))
 
 def byte_level_document(file: Path) -> Document:
     """Describe the byte-level BPE of a folder with `vocab.json` and `merges.txt`.
-
-    Args:
-      file: The folder's `vocab.json`.
-
-    Returns:
-      The tokenizer, in the format of tokenizer.json.
 
     Raises:
       ModelError: A file is missing or damaged, or the tokenizer is of another class.
@@ -81,29 +76,18 @@ def byte_level_document(file: Path) -> Document:
         ends = {name: _end(special, f"{name}_token", vocabulary, file) for name in ("sep", "cls")}
         document["post_processor"] = {
             "type": "RobertaProcessing",
-            **ends,
+            **{name: (text, vocabulary[text]) for name, text in ends.items()},
             "trim_offsets": True,
             "add_prefix_space": space,
         }
     elif settings.get("add_bos_token"):
-        bos, index = _end(special, "bos_token", vocabulary, file)
-        document["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [_special(bos, 0), _sequence("A", 0)],
-            "pair": [_special(bos, 0), _sequence("A", 0), _special(bos, 1), _sequence("B", 1)],
-            "special_tokens": {bos: {"id": bos, "ids": [index], "tokens": [bos]}},
-        }
+        bos = _end(special, "bos_token", vocabulary, file)
+        document["post_processor"] = template_processing([bos], [], vocabulary)
     return document
 
 
 def word_piece_document(file: Path) -> Document:
     """Describe the WordPiece tokenizer of a folder with `vocab.txt`.
-
-    Args:
-      file: The folder's `vocab.txt`, with one token a line.
-
-    Returns:
-      The tokenizer, in the format of tokenizer.json.
 
     Raises:
       ModelError: A file is damaged, or the tokenizer is of another class.
@@ -120,7 +104,6 @@ def word_piece_document(file: Path) -> Document:
     usual = {"unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]"}
     special = usual | special_tokens_of(folder, vocabulary)
     sep, cls = (_end(special, f"{name}_token", vocabulary, file) for name in ("sep", "cls"))
-    first = [_special(cls[0], 0), _sequence("A", 0), _special(sep[0], 0)]
     return {
         "model": {
             "type": "WordPiece",
@@ -138,14 +121,7 @@ def word_piece_document(file: Path) -> Document:
             "lowercase": settings.get("do_lower_case") is not False,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": first,
-            "pair": [*first, _sequence("B", 1), _special(sep[0], 1)],
-            "special_tokens": {
-                text: {"id": text, "ids": [index], "tokens": [text]} for text, index in (sep, cls)
-            },
-        },
+        "post_processor": template_processing([cls], [sep], vocabulary, before_second=False),
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
     }
 
@@ -166,42 +142,28 @@ def _lines(file: Path) -> list[str]:
     return text.replace("\r\n", "\n").split("\n")
 
 
-def _end(
-    special: dict[str, str], role: str, vocabulary: dict[str, int], file: Path
-) -> tuple[str, int]:
-    """Return the text and the id of a special token that is put around a text."""
+def _end(special: dict[str, str], role: str, vocabulary: dict[str, int], file: Path) -> str:
+    """Return a special token that is put around a text."""
     text = special.get(role)
     if text is None or text not in vocabulary:
         raise _damaged(file, f"no {role} ({text!r}) among its {len(vocabulary):,} tokens")
-    return text, vocabulary[text]
-
-
-def _special(text: str, kind: int) -> Document:
-    return {"SpecialToken": {"id": text, "type_id": kind}}
-
-
-def _sequence(name: str, kind: int) -> Document:
-    return {"Sequence": {"id": name, "type_id": kind}}
+    return text
 
 
 def _damaged(file: Path, got: str | list[str]) -> ModelError:
     return ModelError(
-        format_error(
-            str(file),
-            got=got,
-            expected="the vocabulary of a tokenizer",
-            fix="Copy the file, or tokenizer.json, from the model's own folder.",
-        )
+        str(file),
+        got=got,
+        expected="the vocabulary of a tokenizer",
+        fix="Copy the file, or tokenizer.json, from the model's own folder.",
     )
 
 
 def _unsupported(file: Path, got: str) -> ModelError:
     return ModelError(
-        format_error(
-            str(file),
-            got=got,
-            expected=f"tokenizer.json, or one of {', '.join((*_BYTE_LEVEL, *_WORD_PIECE))}",
-            fix="Copy tokenizer.json from the model's own folder, or write it: load the folder "
-            "with AutoTokenizer of transformers, and call its save_pretrained.",
-        )
+        str(file),
+        got=got,
+        expected=f"tokenizer.json, or one of {', '.join((*_BYTE_LEVEL, *_WORD_PIECE))}",
+        fix="Copy tokenizer.json from the model's own folder, or write it: load the folder "
+        "with AutoTokenizer of transformers, and call its save_pretrained.",
     )

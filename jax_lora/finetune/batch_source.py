@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_lora.errors import DataError, StructureError, format_error
+from jax_lora.errors import DataError, StructureError
 
 AHEAD = 2  # batches to prefetch
 
@@ -52,40 +52,32 @@ def as_source(batches: Any) -> BatchSource:
       batches: A sequence (one epoch, repeated), a function of the step, an iterable (restarted at
         its end), or a `BatchSource`.
 
-    Returns:
-      The source.
-
     Raises:
       StructureError: The batches are of another type, or an empty sequence.
     """
     if hasattr(batches, "at") and hasattr(batches, "per_epoch"):
         return batches
     if isinstance(batches, Sequence) and len(batches) > 0:
-        return _Epoch(batches)
+        return _Plain(lambda step: batches[step % len(batches)], len(batches))
     if callable(batches):
-        return _Function(batches)
+        return _Plain(batches)
     if isinstance(batches, Iterable) and not isinstance(batches, Sequence):
-        return _Stream(batches)
+        return _Plain(_Stream(batches))
     raise StructureError(
-        format_error(
-            "batches",
-            got=f"an empty {type(batches).__name__}"
-            if isinstance(batches, Sequence)
-            else f"a {type(batches).__name__}",
-            expected="a sequence of batches, a function from a step to a batch, or an iterable",
-            fix="Pass a list of batches, or lambda step: batch.",
-        )
+        "batches",
+        got=f"an empty {type(batches).__name__}"
+        if isinstance(batches, Sequence)
+        else f"a {type(batches).__name__}",
+        expected="a sequence of batches, a function from a step to a batch, or an iterable",
+        fix="Pass a list of batches, or lambda step: batch.",
     )
 
 
 def all_batches(batches: Any) -> Iterable[Any]:
-    """Return the batches of a validation set, in order.
+    """Return an iterable for one pass over the batches of a validation set.
 
     Args:
       batches: A sequence or another iterable of batches, or `jax_lora.data.batches.Batches`.
-
-    Returns:
-      An iterable for one pass.
 
     Raises:
       StructureError: The batches are an iterator, which would be empty at the second validation.
@@ -95,12 +87,10 @@ def all_batches(batches: Any) -> Iterable[Any]:
     if isinstance(batches, Iterable) and not isinstance(batches, Iterator):
         return batches
     raise StructureError(
-        format_error(
-            "validation batches",
-            got=f"a {type(batches).__name__}",
-            expected="a sequence, or an iterable that can be read again",
-            fix="Pass list(batches).",
-        )
+        "validation batches",
+        got=f"a {type(batches).__name__}",
+        expected="a sequence, or an iterable that can be read again",
+        fix="Pass list(batches).",
     )
 
 
@@ -118,24 +108,23 @@ def tokens_of(source: BatchSource, step: int, batch: Any, weight: float) -> Toke
 
 
 def load_ahead(source: BatchSource | RowShare, start: int, stop: int) -> Iterator[Any]:
-    """Iterate over the batches of a range of steps, and prefetch them in the background.
-
-    Args:
-      source: The batches.
-      start: The first step.
-      stop: The step after the last one.
-
-    Returns:
-      The batches in order.
-    """
-    try:
-        import grain
-    except ImportError:  # an optional package; without it, nothing is prefetched
+    """Iterate over the batches of steps `start` to `stop - 1`, prefetched in the background."""
+    grain = import_grain()
+    if grain is None:  # an optional package; without it, nothing is prefetched
         return (source.at(step) for step in range(start, stop))
     # One thread, because streams are read in order.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
     steps: Any = _Steps(source, start, stop)
     return iter(grain.MapDataset.source(steps).to_iter_dataset(options))
+
+
+def import_grain() -> Any:
+    """Import the optional package grain; without it, return None, and nothing is prefetched."""
+    try:
+        import grain
+    except ImportError:
+        return None
+    return grain
 
 
 class _Steps:
@@ -178,9 +167,10 @@ def take_rows(batch: Any, choose: Callable[[int], Any]) -> Any:
 
 
 class _Plain:
-    """A source without information about its batches."""
+    """A function of the step, without information about its batches."""
 
-    per_epoch: int | None = None
+    def __init__(self, at: Callable[[int], Any], per_epoch: int | None = None):
+        self.at, self.per_epoch = at, per_epoch
 
     def describe(self, step: int) -> str:
         return f"batch {step}"
@@ -190,30 +180,13 @@ class _Plain:
         return f"batches of {', '.join(shapes)}"
 
 
-class _Epoch(_Plain):
-    """A sequence of batches, repeated."""
-
-    def __init__(self, batches: Sequence[Any]):
-        self._batches, self.per_epoch = batches, len(batches)
-
-    def at(self, step: int) -> Any:
-        return self._batches[step % len(self._batches)]
-
-
-class _Function(_Plain):
-    """A function of the step."""
-
-    def __init__(self, function: Callable[[int], Any]):
-        self.at = function
-
-
-class _Stream(_Plain):
-    """An iterable, which is read in order and restarted at its end."""
+class _Stream:
+    """An iterable as a function of the step; it is read in order and restarted at its end."""
 
     def __init__(self, batches: Iterable[Any]):
         self._batches, self._iterator, self._next = batches, iter(batches), 0
 
-    def at(self, step: int) -> Any:
+    def __call__(self, step: int) -> Any:
         if step < self._next:
             self._iterator, self._next = iter(self._batches), 0
         while self._next < step:  # a resumed run skips earlier batches
@@ -228,10 +201,8 @@ class _Stream(_Plain):
             except StopIteration:
                 self._iterator = iter(self._batches)
         raise DataError(
-            format_error(
-                "batches",
-                got=f"an iterable that ended after {self._next - 1} batches",
-                expected="a batch for each step, or an iterable that can be read again",
-                fix="Pass fewer steps, a list, or a function from a step to a batch.",
-            )
+            "batches",
+            got=f"an iterable that ended after {self._next - 1} batches",
+            expected="a batch for each step, or an iterable that can be read again",
+            fix="Pass fewer steps, a list, or a function from a step to a batch.",
         )

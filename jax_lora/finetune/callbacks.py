@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax_lora.finetune.batch_source import all_batches
 from jax_lora.report.events import Reporter, RunResult, Validation
+from jax_lora.report.plain_reporter import PlainReporter
 
 if TYPE_CHECKING:
     from jax_lora.finetune.trainer import Trainer
@@ -81,11 +82,8 @@ class Report(Callback):
         schedule: Callable[[int], Any] | None = None,
     ):
         """Choose how to show a run."""
-        if reporter is None:
-            from jax_lora.report.plain_reporter import PlainReporter
-
-            reporter = PlainReporter(sys.stdout)
-        self._every, self._reporter, self._schedule = every, reporter, schedule
+        self._every, self._schedule = every, schedule
+        self._reporter = PlainReporter(sys.stdout) if reporter is None else reporter
         self._log: Log = log or (lambda values: None)
 
     def on_compile(self, trainer: Trainer, shape: str, number: int) -> None:

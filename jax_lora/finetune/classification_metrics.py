@@ -18,12 +18,7 @@ def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
 def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean over the classes of F1, the harmonic mean of precision and recall.
 
-    Args:
-      predicted: (examples,) integers.
-      labels: (examples,) integers. Classes that occur in neither array are not counted.
-
-    Returns:
-      From 0 to 1.
+    Classes that occur in neither array are not counted.
 
     Example:
       >>> macro_f1(np.array([0, 1, 1, 1]), np.array([0, 1, 1, 0])) == (2 / 3 + 4 / 5) / 2

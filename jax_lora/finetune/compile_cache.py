@@ -30,9 +30,7 @@ class CompileCache:
     @property
     def size(self) -> int:
         """Return the size of the cached files in bytes."""
-        if not self.folder.is_dir():
-            return 0
-        return sum(_size(file) for file in self.folder.rglob("*"))
+        return sum(map(_size, self.folder.rglob("*")))
 
 
 def use_compile_cache() -> CompileCache:
@@ -44,11 +42,10 @@ def use_compile_cache() -> CompileCache:
       The cache, with the reason if it is disabled.
     """
     found = find_compile_cache()
-    if found.why_off:
-        return found
-    jax.config.update("jax_compilation_cache_dir", str(found.folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    if not found.why_off:
+        jax.config.update("jax_compilation_cache_dir", str(found.folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     return found
 
 
@@ -58,7 +55,12 @@ def find_compile_cache() -> CompileCache:
     Returns:
       The cache in `JAX_COMPILATION_CACHE_DIR`, or else in the user's cache folder.
     """
-    folder = _folder()
+    if os.environ.get(FOLDER):
+        folder = Path(os.environ[FOLDER])
+    elif os.environ.get("XDG_CACHE_HOME"):
+        folder = Path(os.environ["XDG_CACHE_HOME"]) / "jax_lora" / _machine()
+    else:
+        folder = Path("~/.cache/jax_lora/xla").expanduser() / _machine()
     if os.environ.get(OFF, "0") not in ("", "0"):
         return CompileCache(folder, f"{OFF} is set")
     try:
@@ -68,14 +70,6 @@ def find_compile_cache() -> CompileCache:
     if not os.access(folder, os.W_OK | os.X_OK):
         return CompileCache(folder, "the folder cannot be written to")
     return CompileCache(folder)
-
-
-def _folder() -> Path:
-    if os.environ.get(FOLDER):
-        return Path(os.environ[FOLDER])
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "jax_lora" / _machine()
-    return Path("~/.cache/jax_lora/xla").expanduser() / _machine()
 
 
 def _machine() -> str:

@@ -19,7 +19,12 @@ class Conversation:
         self._tokenizer = tokenizer
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[dict[str, str]] = []
-        self.has_template = self._try_template()
+        try:
+            tokenizer.render([{"role": "user", "content": "?"}], answer_next=True)
+        except ModelError:
+            self.has_template = False
+        else:
+            self.has_template = True
 
     def reset(self) -> None:
         """Remove all turns."""
@@ -40,9 +45,6 @@ class Conversation:
     def prompt(self, room: int) -> tuple[list[int], int]:
         """Return the prompt for the next response, and remove the oldest turns if it is too long.
 
-        Args:
-          room: Maximum number of tokens.
-
         Returns:
           The ids, and the number of removed turns. The last turn is never removed, so there can be
           more than `room` ids.
@@ -60,10 +62,3 @@ class Conversation:
         else:
             text = "".join(turn["content"] for turn in self._turns)
         return self._tokenizer.encode(text)
-
-    def _try_template(self) -> bool:
-        try:
-            self._tokenizer.render([{"role": "user", "content": "?"}], answer_next=True)
-        except ModelError:
-            return False
-        return True

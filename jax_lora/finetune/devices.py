@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.models.mesh_sharding import AXES, DATA, ROW_AXES, row_spec
 
 AUTO = "auto"
@@ -38,12 +38,7 @@ def use_all_cores() -> None:
 
 
 def data_mesh(rows: int, base: Any, devices: Sequence[Any] | None = None) -> Mesh:
-    """Choose the devices that share the rows of a batch.
-
-    Args:
-      rows: Rows of a micro-batch.
-      base: Parameters of the base model.
-      devices: The devices; None: all of this process.
+    """Choose the devices, by default of all of this process, that share the rows of a batch.
 
     Returns:
       A mesh with the axis `"data"`, whose size divides the rows.
@@ -58,13 +53,7 @@ def data_mesh(rows: int, base: Any, devices: Sequence[Any] | None = None) -> Mes
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """Read the sizes of the axes of a mesh.
-
-    Args:
-      text: Names and sizes, such as "data=2,fsdp=4".
-
-    Returns:
-      The sizes by name, in the order of `AXES`.
+    """Read the sizes of the axes of a mesh by name, in the order of `AXES`.
 
     Raises:
       ConfigError: A name is unknown or occurs twice, or a size is not an integer of at least 1.
@@ -78,12 +67,10 @@ def mesh_sizes(text: str) -> dict[str, int]:
         name, _, size = (each.strip() for each in part.partition("="))
         if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
             raise ConfigError(
-                format_error(
-                    f"mesh {text!r}",
-                    got=f"{part.strip()!r}",
-                    expected=f"a size of at least 1 for some of {', '.join(AXES)}, each once",
-                    fix='Write for example "data=2,fsdp=4", or "auto".',
-                )
+                f"mesh {text!r}",
+                got=f"{part.strip()!r}",
+                expected=f"a size of at least 1 for some of {', '.join(AXES)}, each once",
+                fix='Write for example "data=2,fsdp=4", or "auto".',
             )
         sizes[name] = int(size)
     return {name: sizes[name] for name in AXES if name in sizes}
@@ -98,9 +85,6 @@ def make_mesh(text: str, rows: int, devices: Sequence[Any] | None = None) -> Mes
       rows: Rows of a micro-batch.
       devices: The devices; None: those of all processes.
 
-    Returns:
-      The mesh, or None.
-
     Raises:
       ConfigError: The product of the sizes is not the number of devices, or the rows cannot be
         split over `data` and `fsdp`.
@@ -114,30 +98,21 @@ def make_mesh(text: str, rows: int, devices: Sequence[Any] | None = None) -> Mes
     product = math.prod(sizes.values())
     if product != len(devices):
         raise ConfigError(
-            format_error(
-                f"mesh {text!r}",
-                got=f"{product} devices",
-                expected=f"{len(devices)}, the number of devices here",
-                fix=f'Change the sizes so that their product is {len(devices)}, or use "auto".',
-            )
+            f"mesh {text!r}",
+            got=f"{product} devices",
+            expected=f"{len(devices)}, the number of devices here",
+            fix=f'Change the sizes so that their product is {len(devices)}, or use "auto".',
         )
     split = math.prod(sizes.get(name, 1) for name in ROW_AXES)
     if rows % split:
         raise ConfigError(
-            format_error(
-                f"batch_size with the mesh {text!r}",
-                got=f"{rows} examples",
-                expected=f"a multiple of {split}, because data and fsdp share the examples",
-                fix="Change the batch size, or the sizes of data and fsdp.",
-            )
+            f"batch_size with the mesh {text!r}",
+            got=f"{rows} examples",
+            expected=f"a multiple of {split}, because data and fsdp share the examples",
+            fix="Change the batch size, or the sizes of data and fsdp.",
         )
     types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Replicate every array on all devices."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def split_rows(batch: Any, mesh: Mesh) -> Any:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,16 +62,17 @@ class Score:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-class _Work:
-    """Counts examples, and tells how many are done."""
+def _counter(total: int, advance: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """Return a function that adds done examples, and tells how many are done."""
+    done = 0
 
-    def __init__(self, total: int, advance: Callable[[int, int], None] | None):
-        self._done, self._total, self._advance = 0, total, advance
+    def add(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
+        if advance is not None:
+            advance(done, total)
 
-    def add(self, count: int) -> None:
-        self._done = min(self._done + count, self._total)
-        if self._advance is not None:
-            self._advance(self._done, self._total)
+    return add
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +111,18 @@ class Evaluation:
         Returns:
           Scores by group, `"all"` first.
         """
-        mesh, place = self.mesh, {}
+        mesh = self.mesh
         devices = 1 if mesh is None else mesh.size
         groups, prompted = self._groups(), self._prompted()
-        work = _Work(len(prompted) + sum(map(len, groups.values())), advance)
+        work = _counter(len(prompted) + sum(map(len, groups.values())), advance)
         measure = make_validation(loss_for(self.task, model.clone(mesh=mesh), devices=devices))
         split = (lambda batch: batch) if mesh is None else functools.partial(split_rows, mesh=mesh)
-        place["place"] = lambda batch: work.add(self.rows) or split(batch)
+        place = lambda batch: work(self.rows) or split(batch)  # noqa: E731
         answers = self._answers(model, variables, prompted, work)
         scores = {}
         for name, rows in groups.items():
             batches = self._batches(model, rows)
-            loss, tokens = _mean_loss(measure, variables, batches, **place)
+            loss, tokens = _mean_loss(measure, variables, batches, place=place)
             score = Score(len(rows), round(tokens), loss)
             if self.task == CLASSES:
                 score = _classified(model, variables, batches, score)
@@ -133,15 +133,7 @@ class Evaluation:
         return scores
 
     def loss(self, model: Any, variables: Any) -> float:
-        """Compute the mean loss of the targets of all examples.
-
-        Args:
-          model: A model of `jax_lora.models`.
-          variables: `{"params": params}`, with or without an adapter.
-
-        Returns:
-          The loss.
-        """
+        """Compute the mean loss of the targets of all examples."""
         measure = make_validation(loss_for(self.task, model))
         return _mean_loss(measure, variables, self._batches(model, self.file.rows))[0]
 
@@ -168,20 +160,20 @@ class Evaluation:
         return [row for row in self.file.rows if generates and row.kind == "completions"]
 
     def _answers(
-        self, model: Any, variables: Any, rows: Sequence[Row], work: _Work
+        self, model: Any, variables: Any, rows: Sequence[Row], work: Callable[[int], None]
     ) -> dict[int, str]:
         """Complete prompts, by line."""
+        if not rows:
+            return {}
         if self.task == SEQ2SEQ:
             return self._completions(model, variables, rows)
-        if self.task != CAUSAL:
-            return {}
         one_line = all("\n" not in row.fields["completion"].rstrip("\n") for row in rows)
         generator = Generator(
             model,
             variables,
             self.tokenizer,
             max_tokens=self.max_tokens,
-            rows=min(self.rows, max(1, len(rows))),
+            rows=min(self.rows, len(rows)),
             stop=("\n",) if one_line else (),
         )
         answers: dict[int, str] = {}
@@ -191,7 +183,7 @@ class Evaluation:
             answers |= {
                 row.line: text for row, text in zip(part, generator.answer(prompts), strict=True)
             }
-            work.add(len(part))
+            work(len(part))
         return answers
 
     def _completions(self, model: Any, variables: Any, rows: Sequence[Row]) -> dict[int, str]:
@@ -213,7 +205,8 @@ class Evaluation:
         return dataclasses.replace(score, exact=_share(exact), execution=execution)
 
     def _executes(self, row: Row, answer: str) -> bool:
-        script = load_database(_folder_of(self.file.path), row.fields["database"])
+        path = self.file.path
+        script = load_database(path if path.is_dir() else path.parent, row.fields["database"])
         return execution_match(answer, row.fields["completion"], script)
 
 
@@ -230,10 +223,6 @@ def _classified(model: Any, variables: Any, batches: Any, score: Score) -> Score
     right = np.array([labels[each.line] for each in found])
     both = {"accuracy": accuracy(predicted, right), "f1": macro_f1(predicted, right)}
     return dataclasses.replace(score, **both)
-
-
-def _folder_of(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 def _share(values: Sequence[bool]) -> float:

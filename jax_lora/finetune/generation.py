@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.models.decoding import Progress, advance, begin, end_mask, make_choice
 
 # Prompts are padded to a multiple of this, which limits both recompilation and padding.
@@ -62,34 +62,22 @@ class Generator:
         self._choice([0])
         if isinstance(self.stop, str) or not all(self.stop):
             raise ConfigError(
-                format_error(
-                    "stop",
-                    got=f"{self.stop!r}",
-                    expected="a tuple of non-empty strings",
-                    fix='Use, for example, stop=("\\n",). Completions always end at the end token.',
-                )
+                "stop",
+                got=f"{self.stop!r}",
+                expected="a tuple of non-empty strings",
+                fix='Use, for example, stop=("\\n",). Completions always end at the end token.',
             )
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Complete prompts.
-
-        Args:
-          prompts: Token ids of each prompt.
-
-        Returns:
-          The completions in the order of the prompts, without the end token and the stop string.
+        """Complete prompts of token ids, in their order, without end token and stop string.
 
         Raises:
           ConfigError: A prompt is empty, or too long for the model with `max_tokens` new tokens.
         """
         for prompt in prompts:
             self._check(prompt)
-        # A batch is padded to its longest prompt, so prompts of similar length are together.
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         answers = [""] * len(prompts)
-        for start in range(0, len(order), self.rows):
-            chosen = order[start : start + self.rows]
-            filled = chosen + chosen[-1:] * (self.rows - len(chosen))
+        for chosen, filled in filled_batches(list(map(len, prompts)), self.rows):
             texts = self._batch([prompts[index] for index in filled], filled)
             for index, text in zip(chosen, texts, strict=False):
                 answers[index] = text
@@ -99,19 +87,14 @@ class Generator:
         most = self._most
         if not prompt or len(prompt) + self.max_tokens > most:
             raise ConfigError(
-                format_error(
-                    "the prompt",
-                    got=f"{len(prompt)} tokens, plus up to {self.max_tokens} for the completion",
-                    expected=f"at least one token, and at most {most} in total",
-                    fix="Shorten the prompt, or lower max_tokens.",
-                )
+                "the prompt",
+                got=f"{len(prompt)} tokens, plus up to {self.max_tokens} for the completion",
+                expected=f"at least one token, and at most {most} in total",
+                fix="Shorten the prompt, or lower max_tokens.",
             )
 
     def grow(self, prompt: Sequence[int]) -> Iterator[list[int]]:
-        """Complete one prompt token by token.
-
-        Args:
-          prompt: Its token ids.
+        """Complete one prompt of token ids token by token.
 
         Yields:
           All tokens of the completion so far, with the end token.
@@ -120,24 +103,26 @@ class Generator:
           ConfigError: See `answer`.
         """
         self._check(prompt)
-        ids, mask = self._padded([prompt])
-        choice, padding = self._choice([0]), np.int32(self.tokenizer.eos_id)
-        progress = begin(self.model, self.variables, ids.shape, self.max_tokens)
+        progress, advanced = self._begun([prompt], [0], self._ends)
         for until in range(1, self.max_tokens + 1):
-            progress = advance(
-                self.model,
-                self.variables,
-                ids,
-                mask,
-                progress,
-                np.int32(until),
-                self._ends,
-                padding,
-                choice,
-            )
+            progress = advanced(progress, until)
             yield np.asarray(progress.tokens)[0, : int(progress.lengths[0])].tolist()
             if bool(progress.done[0]):
                 return
+
+    def _begun(
+        self, prompts: Sequence[Sequence[int]], places: Sequence[int], halts: np.ndarray
+    ) -> tuple[Progress, Callable[[Progress, int], Progress]]:
+        """Return the state before the first token, and what decodes up to a number of tokens."""
+        ids, mask = self._padded(prompts)
+        choice, padding = self._choice(places), np.int32(self.tokenizer.eos_id)
+        model, variables = self.model, self.variables
+
+        def advanced(progress: Progress, until: int) -> Progress:
+            end = np.int32(until)
+            return advance(model, variables, ids, mask, progress, end, halts, padding, choice)
+
+        return begin(model, variables, ids.shape, self.max_tokens), advanced
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Pad prompts on the left to one of a few lengths: (rows, length) ids and mask."""
@@ -158,14 +143,11 @@ class Generator:
         return self.model.config.max_position_embeddings
 
     def _batch(self, prompts: list[Sequence[int]], places: list[int]) -> list[str]:
-        ids, mask = self._padded(prompts)
-        choice, padding = self._choice(places), np.int32(self.tokenizer.eos_id)
-        halts, texts = self._ends | self._stops, []
-        progress = begin(self.model, self.variables, ids.shape, self.max_tokens)
-        for until in self._pauses:
-            progress = advance(
-                self.model, self.variables, ids, mask, progress, until, halts, padding, choice
-            )
+        progress, advanced = self._begun(prompts, places, self._ends | self._stops)
+        most, texts = self.max_tokens, []
+        step = SEGMENT if self.stop else most
+        for until in range(step, most + step, step):  # where stop strings are searched for
+            progress = advanced(progress, min(until, most))
             texts, stopped = self._texts(progress)
             # Decoding of a row ends at a stop string.
             done = np.asarray(progress.done) | stopped
@@ -174,32 +156,14 @@ class Generator:
             progress = progress._replace(done=jnp.asarray(done))
         return texts
 
-    @property
-    def _pauses(self) -> list[np.int32]:
-        """Return the token counts at which to search for stop strings."""
-        most = self.max_tokens
-        step = SEGMENT if self.stop else most
-        return [np.int32(min(end, most)) for end in range(step, most + step, step)]
-
     def _texts(self, progress: Progress) -> tuple[list[str], np.ndarray]:
         """Return the texts of the rows, and which of them have reached a stop string."""
-        cut = [
-            self.text_of(tokens[:length])
-            for tokens, length in zip(
-                np.array(progress.tokens).tolist(), progress.lengths.tolist(), strict=True
-            )
-        ]
+        rows = zip(np.array(progress.tokens).tolist(), progress.lengths.tolist(), strict=True)
+        cut = [self.text_of(tokens[:length]) for tokens, length in rows]
         return [text for text, _ in cut], np.array([stopped for _, stopped in cut])
 
     def text_of(self, tokens: list[int]) -> tuple[str, bool]:
-        """Decode a completion up to the first stop string.
-
-        Args:
-          tokens: The tokens, with or without the end token.
-
-        Returns:
-          The text, and whether it contains a stop string.
-        """
+        """Decode a completion up to the first stop string, and tell whether there was one."""
         if tokens and self._ends[tokens[-1]]:
             tokens = tokens[:-1]
         text = self.tokenizer.decode(tokens)
@@ -212,12 +176,9 @@ class Generator:
         if self.temperature:
             numbers = np.array(places, np.uint32)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), numbers)
+        top_k, top_p = self.top_k, self.top_p
         return make_choice(
-            keys,
-            len(places),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
+            keys, len(places), temperature=self.temperature, top_k=top_k, top_p=top_p
         )
 
     @functools.cached_property
@@ -232,3 +193,14 @@ class Generator:
         """Return a mask of the tokens that contain a stop string: (vocabulary,) booleans."""
         found = {index for stop in self.stop for index in self.tokenizer.ids_containing(stop)}
         return end_mask(self.model, found)
+
+
+def filled_batches(lengths: Sequence[int], rows: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the indices of each batch, without and with the repetitions that fill the last one.
+
+    A batch is padded to its longest sequence, so sequences of similar length are together.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for start in range(0, len(order), max(rows, 1)):
+        chosen = order[start : start + rows]
+        yield chosen, chosen + chosen[-1:] * (rows - len(chosen))

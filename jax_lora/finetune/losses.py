@@ -6,7 +6,7 @@ With the model bound, each is a loss function for `make_step` and `Trainer`:
     loss_fn(variables, batch)  ->  (sum of losses, weight)
 
 They return sums instead of means, because the number of targets differs between the parts of a
-batch. They are written for plain variables: `make_step` applies `lora_apply`.
+batch. They call the model with plain variables; `make_step` applies `lora_apply` to them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from jax_lora.models.head_sharding import share_head
 from jax_lora.models.mesh_sharding import EXPERT, ROW_AXES
 from jax_lora.transform.strategies import target_platform
 
-# The largest array of logits without an explicit `chunk`: 64 MiB in float32 on a CPU. Every chunk
-# reads the whole output layer, so an accelerator, with its memory, takes 1 GiB at a time: at a
-# vocabulary of 128k that is 2,048 tokens, enough to be bound by arithmetic.
+# The most elements of a chunk of logits, if `chunk` is None: 64 MiB in float32 on a CPU. Each chunk
+# reads all weights of the output layer, so larger chunks are faster. Accelerators have memory for
+# 1 GiB: 2,048 tokens at a vocabulary of 128k, enough to be compute-bound.
 MOST_LOGITS = 2**24
 MOST_LOGITS_ACCELERATOR = 2**28
 
@@ -48,8 +48,8 @@ def causal_lm_loss(
       batch: Padded or packed sequences.
       chunk: Number of tokens per chunk of logits; the backward pass recomputes them. None: as many
         as `MOST_LOGITS` allows on the model's platform. 0: all.
-      devices: Devices that share the rows of the batch, and so the tokens of a chunk, if the model
-        has no mesh.
+      devices: Number of devices that share the batch, if the model has no mesh. They also share a
+        chunk, which can then have more tokens.
 
     Returns:
       The sum of the losses and the number of target tokens, both float32 scalars.
@@ -58,8 +58,7 @@ def causal_lm_loss(
     given = {name: array for name, array in packed.items() if array is not None}
     hidden = model.apply(variables, batch.ids, **given, return_hidden=True)
     chosen = _gather(hidden, batch.at)  # (rows * targets, hidden)
-    unembed = lambda variables, x: model.apply(variables, x, method="unembed")  # noqa: E731
-    return _cross_entropy(model, variables, unembed, chosen, batch, chunk, devices)
+    return _cross_entropy(model, variables, _unembed, chosen, batch, chunk, devices)
 
 
 def masked_lm_loss(
@@ -79,9 +78,7 @@ def masked_lm_loss(
     """
     hidden = model.apply(variables, batch.ids, batch.mask, batch.types, return_hidden=True)
     chosen = _gather(hidden, batch.at)  # (rows * targets, hidden)
-    unembed = lambda variables, x: model.apply(  # noqa: E731
-        variables, x[None], method="unembed"
-    )[0]
+    unembed = lambda model, variables, x: _unembed(model, variables, x[None])[0]  # noqa: E731
     return _cross_entropy(model, variables, unembed, chosen, batch, chunk, devices)
 
 
@@ -100,16 +97,10 @@ def seq2seq_loss(
     Returns:
       The sum of the losses and the number of target tokens.
     """
-    hidden = model.apply(
-        variables,
-        batch.ids,
-        batch.mask,
-        decoder_input_ids=batch.decoder_ids,
-        return_hidden=True,
-    )  # (rows, targets, hidden)
+    decoded = {"decoder_input_ids": batch.decoder_ids, "return_hidden": True}
+    hidden = model.apply(variables, batch.ids, batch.mask, **decoded)  # (rows, targets, hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    unembed = lambda variables, x: model.apply(variables, x, method="unembed")  # noqa: E731
-    return _cross_entropy(model, variables, unembed, flat, batch, chunk, devices)
+    return _cross_entropy(model, variables, _unembed, flat, batch, chunk, devices)
 
 
 def classification_loss(
@@ -134,13 +125,20 @@ def classification_loss(
     """
     logits = model.apply(variables, batch.ids, batch.mask, batch.types)  # (rows, classes)
     weights = jnp.asarray(batch.weights)
-    return _summed(logits, jnp.asarray(batch.labels), weights), weights.sum()
+    return _weighted_sum(logits, jnp.asarray(batch.labels), weights), weights.sum()
 
 
 def chunk_size(
     chunk: int | None, vocabulary: int, tokens: int, platform: str = "cpu", devices: int = 1
 ) -> int:
-    """Return for how many tokens logits are in memory together under a setting of `chunk`.
+    """Return the number of tokens whose logits are in memory at the same time.
+
+    Args:
+      chunk: As in `causal_lm_loss`.
+      vocabulary: Size of the vocabulary.
+      tokens: Number of tokens of the batch, for a `chunk` of 0.
+      platform: Platform of the model.
+      devices: Number of devices that share a chunk.
 
     Example:
       >>> chunk_size(None, 128_256, 8192, "gpu")
@@ -153,9 +151,13 @@ def chunk_size(
     return chunk or tokens
 
 
+def _unembed(model: Any, variables: Any, x: Array) -> Array:
+    return model.apply(variables, x, method="unembed")
+
+
 def _gather(hidden: Array, at: Any) -> Array:
     """Select positions: (rows, length, hidden), (rows, targets) -> (rows * targets, hidden)."""
-    # Along the row: indices into all tokens would gather the rows of all devices.
+    # Index within each row: indices into all tokens would gather the rows of all devices.
     chosen = jnp.take_along_axis(hidden, jnp.asarray(at)[..., None], axis=1)
     return chosen.reshape(-1, hidden.shape[-1])
 
@@ -163,7 +165,7 @@ def _gather(hidden: Array, at: Any) -> Array:
 def _cross_entropy(
     model: Any,
     variables: Any,
-    unembed: Callable[[Any, Array], Array],
+    unembed: Callable[[Any, Any, Array], Array],
     hidden: Array,
     batch: Any,
     chunk: int | None,
@@ -180,16 +182,16 @@ def _cross_entropy(
     size = -(-size // split) * split
     head = share_head(model, variables, hidden.shape[0])
 
-    def of(x: Array, labels: Array, weights: Array) -> Array:
-        logits = unembed(head.variables, head.pin_hidden(x))
-        return _summed(head.pin_logits(logits), labels, weights)
+    def loss_of(x: Array, labels: Array, weights: Array) -> Array:
+        logits = unembed(model, head.variables, head.pin_hidden(x))
+        return _weighted_sum(head.pin_logits(logits), labels, weights)
 
     if size >= labels.shape[0]:
-        return of(hidden, labels, weights), weights.sum()
-    return _in_chunks(of, size, hidden, labels, weights), weights.sum()
+        return loss_of(hidden, labels, weights), weights.sum()
+    return _in_chunks(loss_of, size, hidden, labels, weights), weights.sum()
 
 
-def _summed(logits: Array, labels: Array, weights: Array) -> Array:
+def _weighted_sum(logits: Array, labels: Array, weights: Array) -> Array:
     losses = _cross_entropies(logits.astype(jnp.float32), labels)
     # Padding has weight 0, but 0 times an infinite loss is NaN.
     return jnp.sum(jnp.where(weights > 0, losses * weights, jnp.zeros_like(losses)))
@@ -198,18 +200,19 @@ def _summed(logits: Array, labels: Array, weights: Array) -> Array:
 def _cross_entropies(logits: Array, labels: Array) -> Array:
     """Cross-entropy of each label: (..., classes) float32, (...) -> (...).
 
-    The label's logit is selected by comparison and not by indices, whose gradient is a scatter:
-    that would hold the logits once more, in float32.
+    The label's logit is selected with a mask: the gradient of indexing is a scatter, which needs
+    one more float32 array of the size of the logits.
     """
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     chosen = jnp.sum(jnp.where(is_label, logits, jnp.zeros_like(logits)), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def _in_chunks(of: Any, size: int, hidden: Array, labels: Array, weights: Array) -> Array:
-    """Sum the losses in chunks of `size` tokens; the last chunk is filled with weight 0.
+def _in_chunks(loss_of: Any, size: int, hidden: Array, labels: Array, weights: Array) -> Array:
+    """Sum the losses in chunks of `size` tokens; the last chunk is padded with weight 0.
 
-    Each chunk has tokens from the whole batch, because neighboring rows are on one device.
+    Each chunk has tokens from the whole batch, so that all devices share it: neighboring rows are
+    on one device.
     """
     count = -(-labels.shape[0] // size)
 
@@ -219,6 +222,6 @@ def _in_chunks(of: Any, size: int, hidden: Array, labels: Array, weights: Array)
         return filled.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
 
     # prevent_cse is not needed inside a scan.
-    again = jax.checkpoint(of, prevent_cse=False)
-    add = lambda total, part: (total + again(*part), None)  # noqa: E731
+    recomputed = jax.checkpoint(loss_of, prevent_cse=False)
+    add = lambda total, part: (total + recomputed(*part), None)  # noqa: E731
     return lax.scan(add, jnp.float32(0), (cut(hidden), cut(labels), cut(weights)))[0]

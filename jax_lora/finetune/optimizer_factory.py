@@ -11,7 +11,7 @@ from typing import Any
 import optax
 import optax.contrib
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.optimizers import lora_plus
 
 # These need more than gradients and a schedule: the loss, a key, or a constant learning rate.
@@ -39,29 +39,19 @@ def make_optimizer(
     max_grad_norm: float = 1.0,
     lora_plus_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Create the optimizer of a run.
+    """Create the optimizer of a run for its trainable parameters, as `TrainSettings` describes it.
 
-    Args:
-      schedule: The learning rate schedule.
-      name: Name of an Optax optimizer.
-      weight_decay: Decoupled weight decay; must be 0 for an optimizer without weight decay.
-      max_grad_norm: Maximum norm of the gradient; 0: no clipping.
-      lora_plus_ratio: Learning rate of the factors `b` divided by that of `a`.
-
-    Returns:
-      An Optax transformation for the trainable parameters.
+    Weight decay must be 0 for an optimizer without weight decay.
     """
-    parts = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm > 0 else []
-    parts.append(_decayed(_factory(name), schedule, weight_decay))
-    optimizer = optax.chain(*parts) if len(parts) > 1 else parts[0]
+    check_optimizer(name)
+    optimizer = _decayed(_NAMES[name], schedule, weight_decay)
+    if max_grad_norm > 0:
+        optimizer = optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
     return optimizer if lora_plus_ratio == 1.0 else lora_plus(optimizer, lora_plus_ratio)
 
 
 def check_optimizer(name: Any) -> None:
     """Refuse the name of an unknown optimizer.
-
-    Args:
-      name: The name.
 
     Raises:
       ConfigError: Optax has no optimizer with that name; the message lists similar names.
@@ -69,22 +59,16 @@ def check_optimizer(name: Any) -> None:
     if not isinstance(name, str) or name not in optimizer_names():
         near = difflib.get_close_matches(str(name), optimizer_names(), n=3, cutoff=0.5)
         raise ConfigError(
-            format_error(
-                "optimizer",
-                got=repr(name),
-                expected=f"an optimizer of Optax: {', '.join(optimizer_names())}",
-                fix=f"Did you mean {' or '.join(near)}?" if near else "Use adamw, the default.",
-            )
+            "optimizer",
+            got=repr(name),
+            expected=f"an optimizer of Optax: {', '.join(optimizer_names())}",
+            fix=f"Did you mean {' or '.join(near)}?" if near else "Use adamw, the default.",
         )
 
 
 @functools.cache
 def optimizer_names() -> tuple[str, ...]:
-    """List the optimizers of Optax and `optax.contrib` that require only a learning rate.
-
-    Returns:
-      Their names, sorted.
-    """
+    """List the optimizers of Optax and `optax.contrib` that require only a learning rate."""
     names = {*_NAMES} - {*NEED_MORE}
     return tuple(sorted(name for name in names if _is_optimizer(_NAMES[name])))
 
@@ -95,11 +79,6 @@ def _is_optimizer(value: Any) -> bool:
     parameters = inspect.signature(value).parameters
     needed = {each.name for each in parameters.values() if each.default is inspect.Parameter.empty}
     return next(iter(parameters), None) == "learning_rate" and needed <= {"learning_rate"}
-
-
-def _factory(name: str) -> Callable[..., optax.GradientTransformation]:
-    check_optimizer(name)
-    return _NAMES[name]
 
 
 def _decayed(
@@ -114,10 +93,8 @@ def _decayed(
     if weight_decay == 0.0:
         return factory(schedule)
     raise ConfigError(
-        format_error(
-            "weight_decay",
-            got=f"{weight_decay:g} for {factory.__name__}, which has no weight decay",
-            expected="0",
-            fix="Use an optimizer with weight decay, such as adamw or lion.",
-        )
+        "weight_decay",
+        got=f"{weight_decay:g} for {factory.__name__}, which has no weight decay",
+        expected="0",
+        fix="Use an optimizer with weight decay, such as adamw or lion.",
     )

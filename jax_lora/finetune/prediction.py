@@ -13,6 +13,7 @@ import numpy as np
 from jax_lora.data.batches import Batches
 from jax_lora.data.collators import pad_sequences
 from jax_lora.data.encoder_tokenizer import EncodedText, EncoderTokenizer
+from jax_lora.finetune.generation import filled_batches
 from jax_lora.finetune.tasks import end_tokens, longest_input
 from jax_lora.models.decoding import end_mask
 from jax_lora.transform import lora_apply
@@ -37,16 +38,7 @@ class Prediction(NamedTuple):
 
 
 def predict_classes(model: Any, variables: Any, batches: Batches) -> list[Prediction]:
-    """Classify examples.
-
-    Args:
-      model: A classifier of `jax_lora.models`.
-      variables: `{"params": params}`, with an adapter or without.
-      batches: From `make_batches`.
-
-    Returns:
-      A prediction for each example, in the order of the file.
-    """
+    """Classify the examples of batches from `make_batches`, in the order of their file."""
     predictions = []
     for batch, lines in _with_lines(batches):
         found = np.asarray(_probabilities(model, variables, batch))
@@ -57,8 +49,7 @@ def predict_classes(model: Any, variables: Any, batches: Batches) -> list[Predic
 
 @functools.partial(low_memory_jit, static_argnums=0)
 def _probabilities(model: Any, variables: Any, batch: Any) -> jax.Array:
-    apply = lora_apply(model.apply)
-    logits = apply(variables, batch.ids, batch.mask, batch.types)  # (rows, classes)
+    logits = lora_apply(model.apply)(variables, batch.ids, batch.mask, batch.types)
     return jax.nn.softmax(logits.astype(jnp.float32))
 
 
@@ -95,15 +86,7 @@ def fill_masks(
     top: int = 5,
     rows: int = 16,
 ) -> list[list[list[Candidate]]]:
-    """Find the most probable tokens for every mask token.
-
-    Args:
-      model: A masked language model of `jax_lora.models`.
-      variables: `{"params": params}`, with an adapter or without.
-      tokenizer: The model's tokenizer.
-      texts: Tokenized texts, or pairs of texts, with mask tokens.
-      top: Number of candidates for each mask token.
-      rows: Texts per batch.
+    """Find the `top` most probable tokens for every mask token, in batches of `rows` texts.
 
     Returns:
       For each text its mask tokens, and for each of them the candidates, most probable first.
@@ -111,7 +94,7 @@ def fill_masks(
     config = model.config
     top = min(top, config.vocab_size)
     fills: list[list[list[Candidate]]] = [[] for _ in texts]
-    for chosen, filled in _groups([len(text.ids) for text in texts], rows):
+    for chosen, filled in filled_batches([len(text.ids) for text in texts], min(rows, len(texts))):
         ids, mask = _few_lengths(model, [texts[index].ids for index in filled])
         rows, length = ids.shape
         types, _ = pad_sequences([texts[index].types for index in filled], rows, length, 0)
@@ -161,22 +144,10 @@ def complete(
     max_tokens: int = 64,
     rows: int = 16,
 ) -> list[str]:
-    """Complete prompts with an encoder-decoder, with greedy decoding.
-
-    Args:
-      model: A T5 of `jax_lora.models`.
-      variables: `{"params": params}`, with an adapter or without.
-      tokenizer: The model's tokenizer.
-      prompts: (tokens,) int32 each.
-      max_tokens: Maximum number of tokens of a completion.
-      rows: Prompts per batch.
-
-    Returns:
-      The texts, in the order of the prompts.
-    """
+    """Complete prompts, (tokens,) int32 each, with an encoder-decoder and greedy decoding."""
     stop = jnp.asarray(end_mask(model, end_tokens(model)))
     texts = [""] * len(prompts)
-    for chosen, filled in _groups([len(prompt) for prompt in prompts], rows):
+    for chosen, filled in filled_batches(list(map(len, prompts)), min(rows, len(prompts))):
         ids, mask = _few_lengths(model, [prompts[index] for index in filled])
         tokens = np.asarray(_greedy(model, max_tokens, variables, ids, mask, stop))
         for index, row in zip(chosen, tokens, strict=False):
@@ -214,18 +185,6 @@ def _greedy(
     state = (jnp.int32(1), token, stop[token], cache, tokens)
     running = lambda state: (state[0] < most) & ~state[2].all()  # noqa: E731
     return jax.lax.while_loop(running, step, state)[-1]
-
-
-def _groups(lengths: Sequence[int], rows: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the indices of each batch, without and with the repetitions that fill the last one.
-
-    Texts of similar length are together, which limits padding.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    rows = min(rows, len(order))
-    for start in range(0, len(order), max(rows, 1)):
-        chosen = order[start : start + rows]
-        yield chosen, chosen + chosen[-1:] * (rows - len(chosen))
 
 
 def _few_lengths(model: Any, sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.finetune.devices import split_rows
 from jax_lora.models.mesh_sharding import row_spec
 from jax_lora.storage import multihost
@@ -76,12 +76,10 @@ class _Joined(ProcessGroup):
         if len(found) == count:
             return
         raise ConfigError(
-            format_error(
-                "mesh",
-                got="None" if mesh is None else f"devices of the processes {sorted(found)}",
-                expected=f"a mesh with devices of all {count} processes",
-                fix='Pass, for example, jax.make_mesh((jax.device_count(),), ("data",)).',
-            )
+            "mesh",
+            got="None" if mesh is None else f"devices of the processes {sorted(found)}",
+            expected=f"a mesh with devices of all {count} processes",
+            fix='Pass, for example, jax.make_mesh((jax.device_count(),), ("data",)).',
         )
 
     def own_rows(self, mesh: Mesh | None, rows: int) -> np.ndarray | None:
@@ -98,7 +96,7 @@ class _Joined(ProcessGroup):
 
     def gathered(self, tree: Any) -> Any:
         def keep(leaf: Any) -> Any:
-            whole = leaf.addressable_data(0) if _is_key(leaf) else multihost.to_host(leaf)
+            whole = leaf.addressable_data(0) if is_key(leaf) else multihost.to_host(leaf)
             return whole if self.writes else None
 
         return jax.tree.map(keep, tree)
@@ -119,18 +117,16 @@ class _Joined(ProcessGroup):
         ]
         if problems:
             raise ConfigError(
-                format_error(
-                    "the processes of this run",
-                    got=problems,
-                    expected="the same command with the same files in every process",
-                    fix="Use a shared file system, or copy model, data and run folder to all "
-                    "hosts; use the same versions everywhere.",
-                )
+                "the processes of this run",
+                got=problems,
+                expected="the same command with the same files in every process",
+                fix="Use a shared file system, or copy model, data and run folder to all "
+                "hosts; use the same versions everywhere.",
             )
 
     def start_max(self, number: int) -> Any:
         own = np.array([number], np.int32)
-        return _largest(jax.make_array_from_process_local_data(_one_each(), own))
+        return _compiled_max()(jax.make_array_from_process_local_data(_one_each(), own))
 
 
 def process_group() -> ProcessGroup:
@@ -145,16 +141,16 @@ def _rows_here(sharding: NamedSharding, rows: int) -> np.ndarray:
 
 
 def _put(leaf: Any, sharding: Any) -> Any:
-    if isinstance(leaf, jax.Array):
-        if not leaf.is_fully_addressable or _is_key(leaf):
-            return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and (not leaf.is_fully_addressable or is_key(leaf)):
+        return jax.device_put(leaf, sharding)
     # `device_put` would send the whole array between processes, to compare it.
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def is_key(leaf: Any) -> bool:
+    """Tell whether a leaf is an array of random keys."""
+    return jnp.issubdtype(getattr(leaf, "dtype", np.dtype(bool)), jax.dtypes.prng_key)
 
 
 def _named(processes: list[int]) -> str:
@@ -168,10 +164,6 @@ def _one_each() -> NamedSharding:
     first = {device.process_index: device for device in reversed(jax.devices())}
     mesh = Mesh(np.array([first[index] for index in sorted(first)]), ("process",))
     return NamedSharding(mesh, PartitionSpec("process"))
-
-
-def _largest(numbers: jax.Array) -> jax.Array:
-    return _compiled_max()(numbers)
 
 
 @functools.cache

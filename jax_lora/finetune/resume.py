@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.data.tokenizer_identity import identity_changes
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.finetune.run_folder import CONFIG, is_as_written
 from jax_lora.finetune.settings import TrainSettings
 
@@ -52,11 +52,7 @@ def refuse_changes(
     then = then if isinstance(then, dict) else {}
     # A setting that only one of two versions has says nothing about the other.
     names = [name for name in then if name in now or name in ("alpha", "scale")]
-    problems = [
-        f"{name} was {then.get(name)!r}, now {now.get(name)!r}"
-        for name in names
-        if name not in FREE and then.get(name) != now.get(name)
-    ]
+    problems = _changed({name: then.get(name) for name in names if name not in FREE}, now)
     before = record.get("data")
     for split, digest in data.items():
         if not isinstance(before, dict) or before.get(split) != digest:
@@ -64,12 +60,10 @@ def refuse_changes(
     problems += identity_changes(record.get("text"), text or {})
     if problems:
         raise ConfigError(
-            format_error(
-                "resume",
-                got="\n    " + "\n    ".join(problems),
-                expected="the settings and the examples that the run started with",
-                fix="Restore them, or start a new run.",
-            )
+            "resume",
+            got="\n    " + "\n    ".join(problems),
+            expected="the settings and the examples that the run started with",
+            fix="Restore them, or start a new run.",
         )
 
 
@@ -92,21 +86,24 @@ def refuse_edited_config(
         return
     parts = [record.get(name) for name in ("places", "settings")]
     then = {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
-    problems = [
-        f"{name} was {then[name]!r}, now {config.get(name)!r}"
-        for name in then
-        if then[name] != config.get(name)
-    ]
+    problems = _changed(then, config)
     problems += [f"{name} is new: {config[name]!r}" for name in config if name not in then]
     if problems:
         raise ConfigError(
-            format_error(
-                f"resume: {file}, which was edited after the run wrote it",
-                got=problems,
-                expected="the values of the run",
-                fix=fix,
-            )
+            f"resume: {file}, which was edited after the run wrote it",
+            got=problems,
+            expected="the values of the run",
+            fix=fix,
         )
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe the values that are others now."""
+    return [
+        f"{name} was {value!r}, now {now.get(name)!r}"
+        for name, value in then.items()
+        if value != now.get(name)
+    ]
 
 
 def stretched(record: Mapping[str, Any], settings: TrainSettings) -> bool:

@@ -7,19 +7,18 @@ import hashlib
 import json
 import math
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import CheckpointError, ConfigError, format_error
-from jax_lora.finetune.commit_mark import MARK, write_mark
+from jax_lora.errors import CheckpointError, ConfigError
+from jax_lora.finetune.commit_mark import MARK, step_of, write_mark
 from jax_lora.finetune.settings import DTYPES, TASKS
 from jax_lora.storage import schema
 from jax_lora.storage.atomic_writes import (
     PART,
-    explained,
+    convert_os_errors,
     made_folder,
     part_of,
     remove,
@@ -27,12 +26,11 @@ from jax_lora.storage.atomic_writes import (
     replacing,
     write_file,
 )
-from jax_lora.storage.json_files import json_checksum, read_json
+from jax_lora.storage.json_files import is_sealed, read_json, sealed
 from jax_lora.storage.locks import LOCK, FolderLock, locked
 from jax_lora.storage.safe_paths import given_path
 from jax_lora.storage.yaml_files import read_yaml
 
-CHECKPOINT = re.compile(r"step-\d{6,}")
 CONFIG, STATE = "config.yaml", "run.json"
 SEAL = "# seal: "
 HEADER = "# Written by jax-lora train. The same run again: jax-lora train -c THIS_FILE\n"
@@ -76,10 +74,6 @@ class RunFolder:
     ) -> tuple[RunFolder, Path | None]:
         """Make the folder; an earlier run in it is moved aside, never overwritten.
 
-        Args:
-          path: The folder of the new run.
-          lock: Its lock, from `claimed`.
-
         Returns:
           The run's folder, and where an earlier run was moved to, or None.
 
@@ -93,7 +87,7 @@ class RunFolder:
         path = Path(path)
         moved = None
         _refuse_other_files(path)
-        with explained(path, CheckpointError):
+        with convert_os_errors(path, CheckpointError):
             if is_run(path):
                 moved = _free_name(path)
                 lock.rename_folder(moved)
@@ -113,11 +107,6 @@ class RunFolder:
         moved aside. Every other step folder is a checkpoint, whatever run.json says of it: run.json
         is rebuilt from the folders.
 
-        Args:
-          path: The run's folder.
-          checkpoint: Name of the checkpoint to resume from.
-          lock: The lock of the folder, from `claimed`.
-
         Returns:
           The run's folder, and where later checkpoints were moved to, or None.
 
@@ -134,7 +123,7 @@ class RunFolder:
         run = cls(path, saved=[name for name in known if name not in later], lock=lock)
         if not later:
             return run, None
-        with explained(path, CheckpointError):
+        with convert_os_errors(path, CheckpointError):
             aside = _free_name(path / f"after-{checkpoint}")
             aside.mkdir()
             for name in later:
@@ -154,12 +143,10 @@ class RunFolder:
         with locked(self.path, CheckpointError) as self._lock:
             if _identity(self.path) != self._identity:
                 raise CheckpointError(
-                    format_error(
-                        str(self.path),
-                        got="another folder than the one that this run began in",
-                        expected="the run's own folder",
-                        fix="Another run has moved it aside: resume it under its new name.",
-                    )
+                    str(self.path),
+                    got="another folder than the one that this run began in",
+                    expected="the run's own folder",
+                    fix="Another run has moved it aside: resume it under its new name.",
                 )
             yield
 
@@ -225,17 +212,14 @@ class RunFolder:
         return checkpoint_name(step) in self._saved
 
     def _note(self, best: tuple[float, int] | None, keep: int) -> None:
-        chosen = (
-            checkpoint_name(best[1]) if best and checkpoint_name(best[1]) in self._saved else None
-        )
+        chosen = checkpoint_name(best[1]) if best and self.has(best[1]) else None
         gone = [name for name in self._saved[:-keep] if name != chosen]
         self._saved = [name for name in self._saved if name not in gone]
         state: dict[str, Any] = {"last": self._saved[-1] if self._saved else None, "best": chosen}
         if best and chosen and math.isfinite(best[0]):
             state["best_val_loss"] = best[0]
         state["saved"] = self._saved
-        text = json.dumps(state | {"seal": json_checksum(state)}, indent=2) + "\n"
-        write_file(self.path / STATE, text, CheckpointError)
+        write_file(self.path / STATE, json.dumps(sealed(state), indent=2) + "\n", CheckpointError)
         for name in gone:  # only now, when nothing names them any more
             _delete(self.path / name)
 
@@ -261,16 +245,14 @@ def claimed(path: str | Path) -> Iterator[FolderLock]:
 
 
 def _refuse_other_files(path: Path) -> None:
-    with explained(path, CheckpointError):
+    with convert_os_errors(path, CheckpointError):
         if not path.exists() or (path.is_dir() and (is_empty(path) or is_run(path))):
             return
     raise ConfigError(
-        format_error(
-            f"the run folder {path}",
-            got="a file, or a folder that holds something else",
-            expected="a new or empty folder, or an earlier run (which is moved aside)",
-            fix="Choose another folder.",
-        )
+        f"the run folder {path}",
+        got="a file, or a folder that holds something else",
+        expected="a new or empty folder, or an earlier run (which is moved aside)",
+        fix="Choose another folder.",
     )
 
 
@@ -291,7 +273,7 @@ def _remove_unfinished(run: Path) -> None:
     """Remove what a killed process did not finish, in the form of this and of earlier versions."""
     remove_parts(run, "step-*", CONFIG, STATE)
     for folder in run.glob(f"step-*{PART}"):
-        if CHECKPOINT.fullmatch(folder.name.removesuffix(PART)):
+        if step_of(folder.name.removesuffix(PART)) is not None:
             remove(folder)
 
 
@@ -305,16 +287,17 @@ def _delete(checkpoint: Path) -> None:
 
 def sealed_text(text: str) -> str:
     """Append the checksum of a text as a comment."""
-    return f"{text}{SEAL}{_digest_of(text)}\n"
+    return f"{text}{SEAL}{text_digest(text)}\n"
 
 
 def is_as_written(text: str) -> bool:
     """Tell whether a text has the checksum that `sealed_text` appended, or none."""
     start, found, last = text.rpartition(SEAL)
-    return not found or last.strip() == _digest_of(start)
+    return not found or last.strip() == text_digest(start)
 
 
-def _digest_of(text: str) -> str:
+def text_digest(text: str) -> str:
+    """Return the checksum of a text that a run writes."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -324,47 +307,34 @@ def checkpoint_name(step: int) -> str:
 
 
 def find_checkpoint(path: str | Path, *, last: bool = False) -> Path:
-    """Find the checkpoint that a path means.
+    """Find the folder of the checkpoint that a path means.
 
     Args:
       path: A run's folder, of which the best checkpoint by validation loss is meant (without
         validation the last one); or a checkpoint's own folder.
       last: Use the last checkpoint of a run instead of the best one.
 
-    Returns:
-      The checkpoint's folder.
-
     Raises:
       CheckpointError: There is no checkpoint.
     """
     path = given_path(path, CheckpointError)
     if is_run(path):
-        best = None if last else _best(path)
-        if _is_checkpoint(path, best):
-            return path / str(best)
         complete = checkpoints_of(path)
+        best = None if last else _best(path, complete)
         if complete:
-            return path / complete[-1]
+            return path / (best if best in complete else complete[-1])
     elif path.is_dir():
         return path
     raise CheckpointError(
-        format_error(
-            str(path),
-            got="no checkpoint there" if path.exists() else "no such folder",
-            expected="the folder of a run, or one of its checkpoints",
-            fix="Train first, or check the path.",
-        )
+        str(path),
+        got="no checkpoint there" if path.exists() else "no such folder",
+        expected="the folder of a run, or one of its checkpoints",
+        fix="Train first, or check the path.",
     )
 
 
 def read_run_config(checkpoint: Path) -> dict[str, Any]:
-    """Read the settings of the run that a checkpoint came from.
-
-    Args:
-      checkpoint: A checkpoint's folder.
-
-    Returns:
-      The settings; empty if the checkpoint is not in a run folder.
+    """Read the settings of the run of a checkpoint; none if it is not in a run folder.
 
     Raises:
       CheckpointError: config.yaml is damaged.
@@ -376,7 +346,7 @@ def read_run_config(checkpoint: Path) -> dict[str, Any]:
     fix = "Restore the file from a copy, or delete it to name model and data by options."
     values = read_yaml(file, CheckpointError, expected=expected, fix=fix)
     if problems := list(schema.problems(values, _CONFIG)):
-        raise CheckpointError(format_error(str(file), got=problems, expected=expected, fix=fix))
+        raise CheckpointError(str(file), got=problems, expected=expected, fix=fix)
     return values
 
 
@@ -387,38 +357,22 @@ def _names(state: Path) -> dict[str, Any]:
         return {}
 
 
-def _best(run: Path) -> Any:
+def _best(run: Path, complete: list[str]) -> Any:
     """Name the best checkpoint: by run.json, or without a sound one by the last checkpoint."""
     state = _names(run / STATE)
-    complete = checkpoints_of(run)
-    if state and _is_sound(state, complete):
+    # Earlier versions wrote run.json without a checksum.
+    if state and ("seal" not in state or (is_sealed(state) and state.get("saved") == complete)):
         return state.get("best")
     progress = _names(run / complete[-1] / "training.json").get("ledger") if complete else None
     step = progress.get("best_step") if isinstance(progress, dict) else None
     return checkpoint_name(step) if isinstance(step, int) else None
 
 
-def _is_sound(state: dict[str, Any], complete: list[str]) -> bool:
-    """Tell whether run.json is unchanged and complete; earlier versions have no checksum."""
-    if "seal" not in state:
-        return True
-    inside = {key: value for key, value in state.items() if key != "seal"}
-    try:
-        return state["seal"] == json_checksum(inside) and state.get("saved") == complete
-    except ValueError:  # a NaN, which is not JSON
-        return False
-
-
-def _is_checkpoint(run: Path, name: Any) -> bool:
-    """Tell whether a name from a file is that of a checkpoint; it must not lead out of the run."""
-    known = isinstance(name, str) and CHECKPOINT.fullmatch(name) is not None
-    return known and (run / name).is_dir()
-
-
 def checkpoints_of(run: Path) -> list[str]:
     """List the checkpoints of a run by step: a folder has its name only once it is complete."""
-    names = [each.name for each in run.glob("step-*") if _is_checkpoint(run, each.name)]
-    return sorted(names, key=lambda name: int(name[5:]))
+    steps = {each.name: step_of(each.name) for each in run.glob("step-*") if each.is_dir()}
+    found = {name: step for name, step in steps.items() if step is not None}
+    return sorted(found, key=lambda name: found[name])
 
 
 def is_run(path: Path) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from jax_lora.errors import CheckpointError, format_error
+from jax_lora.errors import CheckpointError
 from jax_lora.finetune.batch_source import Tokens
 from jax_lora.finetune.memory import peak_memory
 from jax_lora.report.events import TrainReport
@@ -108,14 +108,7 @@ class RunProgress:
 
     @classmethod
     def from_dict(cls, values: Any, where: str) -> RunProgress:
-        """Read the values of `to_dict`.
-
-        Args:
-          values: The content of the file, of any type.
-          where: The file, for messages.
-
-        Returns:
-          The progress.
+        """Read the values of `to_dict` from a file, which `where` names in messages.
 
         Raises:
           CheckpointError: The values are not those of a run's progress.
@@ -126,12 +119,10 @@ class RunProgress:
             return cls(**(fields | {"window": Window(**inner)}))
         except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(
-                format_error(
-                    where,
-                    got=f"counts that cannot be read: {error}",
-                    expected="what jax-lora train wrote",
-                    fix="Resume from another checkpoint.",
-                )
+                where,
+                got=f"counts that cannot be read: {error}",
+                expected="what jax-lora train wrote",
+                fix="Resume from another checkpoint.",
             ) from error
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import optax
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 
 SHAPES = ("cosine", "linear", "constant")
 
 
 def make_schedule(
-    shape: str, peak: float, iterations: int, *, warmup: float = 0.03, end: float = 0.0
+    shape: str, peak: float, iterations: int, *, warmup: float = 0.03
 ) -> optax.Schedule:
     """Create a learning rate schedule.
 
@@ -19,10 +19,6 @@ def make_schedule(
       peak: Learning rate at the end of the warmup.
       iterations: Number of steps of the run.
       warmup: Fraction of the steps in which the learning rate rises linearly from 0.
-      end: Learning rate at the last step; not used for `"constant"`.
-
-    Returns:
-      An Optax schedule.
 
     Raises:
       ConfigError: The shape is unknown.
@@ -35,21 +31,17 @@ def make_schedule(
     rising = min(round(warmup * iterations), iterations - 1)
     rest = max(1, iterations - rising)
     decays = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=end / peak),
-        "linear": lambda: optax.linear_schedule(peak, end, rest),
-        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "constant": optax.constant_schedule(peak),
     }
     if shape not in decays:
         raise ConfigError(
-            format_error(
-                "lr_schedule",
-                got=repr(shape),
-                expected=f"one of {', '.join(SHAPES)}",
-                fix='Use "cosine", the default.',
-            )
+            "lr_schedule",
+            got=repr(shape),
+            expected=f"one of {', '.join(SHAPES)}",
+            fix='Use "cosine", the default.',
         )
     if rising == 0:
-        return decays[shape]()
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, rising), decays[shape]()], [rising]
-    )
+        return decays[shape]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, rising), decays[shape]], [rising])

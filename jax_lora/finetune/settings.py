@@ -8,17 +8,17 @@ from typing import Any
 
 import optax
 
-from jax_lora.algebra.weight_formats import METHODS
 from jax_lora.config import LoraConfig
 from jax_lora.data.columns import parse_columns
 from jax_lora.data.prompt_template import PromptTemplate
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.finetune.devices import AUTO, mesh_sizes
 from jax_lora.finetune.optimizer_factory import check_optimizer, make_optimizer
 from jax_lora.finetune.schedule import SHAPES, make_schedule
 from jax_lora.models.attention_mask import ATTENTION
 from jax_lora.models.rematerialization import REMAT
-from jax_lora.storage import schema
+from jax_lora.quantization.weight_formats import METHODS
+from jax_lora.storage.schema import BOOLEAN, INTEGER, Kind, is_number, optional
 
 TASKS = ("auto", "causal-lm", "masked-lm", "seq2seq", "classification")
 TYPES = ("lora", "dora", "full")
@@ -28,6 +28,62 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE = ("none", *METHODS)
 REMATS = ("auto", *REMAT)
 LOGS = ("jsonl", "csv", "tensorboard", "wandb")
+
+
+def _is_count(value: Any) -> bool:
+    return INTEGER.fits(value) and value >= 1
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(each, str) and each for each in value)
+
+
+def _one_of(choices: tuple[str, ...]) -> Kind:
+    return Kind(f"one of {', '.join(choices)}", choices.__contains__)
+
+
+_COUNT = Kind("an integer of at least 1", _is_count)
+_MAYBE_COUNT = Kind("None or at least 1", lambda value: value is None or _is_count(value))
+_POSITIVE = Kind("a number above 0", lambda value: is_number(value) and value > 0)
+_NOT_NEGATIVE = Kind("a number from 0 on", lambda value: is_number(value) and value >= 0)
+_TEXT = Kind("a text", lambda value: value is None or (isinstance(value, str) and value != ""))
+# What a setting may be; `LoraConfig` checks those of the adapter.
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("batch_size", "grad_accumulation_steps", "save_every", "keep"), _COUNT),
+    **dict.fromkeys(("steps_per_report", "steps_per_eval"), _COUNT),
+    **dict.fromkeys(("iters", "early_stop"), _MAYBE_COUNT),
+    "max_seq_length": Kind("at least 2 tokens", lambda value: _is_count(value) and value > 1),
+    "num_layers": Kind("at least 1; -1 for all", lambda value: _is_count(value) or value == -1),
+    "loss_chunk": Kind("None or at least 0", lambda v: v is None or (INTEGER.fits(v) and v >= 0)),
+    "val_batches": Kind("an integer; -1 for all", INTEGER.fits),
+    "seed": Kind("an integer of at least 0", lambda value: INTEGER.fits(value) and value >= 0),
+    **dict.fromkeys(("epochs", "learning_rate", "lora_plus_ratio"), _POSITIVE),
+    "warmup": Kind("from 0 to below 1", lambda value: is_number(value) and 0 <= value < 1),
+    **dict.fromkeys(("weight_decay", "max_grad_norm"), _NOT_NEGATIVE),
+    "scale": Kind("a number above 0", optional(_POSITIVE).fits),
+    "task": _one_of(TASKS),
+    "fine_tune_type": _one_of(TYPES),
+    "lr_schedule": _one_of(SHAPES),
+    "truncate": _one_of(TRUNCATIONS),
+    "turns": _one_of(TURNS),
+    "dtype": _one_of(DTYPES),
+    "quantize": _one_of(QUANTIZE),
+    "remat": _one_of(REMATS),
+    "attention": _one_of(ATTENTION),
+    "log": Kind(
+        f"some of {', '.join(LOGS)}",
+        lambda value: isinstance(value, tuple | list) and all(each in LOGS for each in value),
+    ),
+    **dict.fromkeys(("rslora", "pack", "grad_checkpoint", "save_best"), BOOLEAN),
+    "mask_prompt": Kind("true, false, or None", optional(BOOLEAN).fits),
+    "labels": Kind(
+        "two or more different names, or none",
+        lambda value: _are_texts(value) and len(set(value)) == len(value) != 1,
+    ),
+    "sample_prompt": Kind("texts that are not empty", _are_texts),
+    **dict.fromkeys(("columns", "chat_template", "prompt_template"), _TEXT),
+    "mesh": Kind("text", lambda value: isinstance(value, str)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,96 +203,24 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Check all values; `LoraConfig` checks those of the adapter."""
-        self._check_counts()
-        self._check_numbers()
-        self._check_choices()
-        self._check_texts()
-        self._check_full()
-        check_optimizer(self.optimizer)
-        self._check("mesh", isinstance(self.mesh, str), "text")
-        if self.mesh != AUTO:
-            mesh_sizes(self.mesh)
-        self.lora_config()
-
-    def _check_counts(self) -> None:
-        for name in (
-            "batch_size",
-            "grad_accumulation_steps",
-            "steps_per_report",
-            "steps_per_eval",
-            "save_every",
-            "keep",
-        ):
-            self._check(name, _is_count(getattr(self, name)), "an integer of at least 1")
-        for name in ("iters", "early_stop"):
-            value = getattr(self, name)
-            self._check(name, value is None or _is_count(value), "None or at least 1")
-        longest, layers, chunk = self.max_seq_length, self.num_layers, self.loss_chunk
-        self._check("max_seq_length", _is_count(longest) and longest > 1, "at least 2 tokens")
-        self._check("num_layers", _is_count(layers) or layers == -1, "at least 1; -1 for all")
-        right = chunk is None or (_is_integer(chunk) and chunk >= 0)
-        self._check("loss_chunk", right, "None or at least 0")
-        self._check("val_batches", _is_integer(self.val_batches), "an integer; -1 for all")
-        self._check("seed", _is_integer(self.seed) and self.seed >= 0, "an integer of at least 0")
-
-    def _check_numbers(self) -> None:
-        self._check("epochs", _is_number(self.epochs) and self.epochs > 0, "a number above 0")
-        for name in ("learning_rate", "lora_plus_ratio"):
-            value = getattr(self, name)
-            self._check(name, _is_number(value) and value > 0, "a number above 0")
-        self._check("warmup", _is_number(self.warmup) and 0 <= self.warmup < 1, "from 0 to below 1")
-        for name in ("weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            self._check(name, _is_number(value) and value >= 0, "a number from 0 on")
-        right = self.scale is None or (_is_number(self.scale) and self.scale > 0)
-        self._check("scale", right, "a number above 0")
-
-    def _check_choices(self) -> None:
-        for name, choices in (
-            ("task", TASKS),
-            ("fine_tune_type", TYPES),
-            ("lr_schedule", SHAPES),
-            ("truncate", TRUNCATIONS),
-            ("turns", TURNS),
-            ("dtype", DTYPES),
-            ("quantize", QUANTIZE),
-            ("remat", REMATS),
-            ("attention", ATTENTION),
-        ):
-            self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        logs = isinstance(self.log, tuple | list) and all(each in LOGS for each in self.log)
-        self._check("log", logs, f"some of {', '.join(LOGS)}")
-        for name in ("rslora", "pack", "grad_checkpoint", "save_best"):
-            self._check(name, isinstance(getattr(self, name), bool), "true or false")
+        for name, kind in _KINDS.items():
+            self._check(name, kind.fits(getattr(self, name)), kind.expected)
         both = self.grad_checkpoint and self.remat not in ("auto", "full")
         self._check("remat", not both, '"full", as grad_checkpoint is set')
-        valid = self.mask_prompt is None or isinstance(self.mask_prompt, bool)
-        self._check("mask_prompt", valid, "true, false, or None")
-        names = isinstance(self.labels, tuple) and all(
-            isinstance(name, str) and name for name in self.labels
-        )
-        right = names and len(set(self.labels)) == len(self.labels) != 1
-        self._check("labels", right, "two or more different names, or none")
-        texts = isinstance(self.sample_prompt, tuple) and all(
-            isinstance(text, str) and text for text in self.sample_prompt
-        )
-        self._check("sample_prompt", texts, "texts that are not empty")
-
-    def _check_texts(self) -> None:
-        """Check the names of columns, and the templates."""
-        for name in ("columns", "chat_template", "prompt_template"):
-            value = getattr(self, name)
-            self._check(name, value is None or (isinstance(value, str) and value), "a text")
         if self.columns is not None:
             parse_columns(self.columns)
         if self.prompt_template is not None:
             PromptTemplate(self.prompt_template)
             self._check("chat_template", self.chat_template is None, "no prompt_template beside it")
+        if self.fine_tune_type == "full":
+            self._check_full()
+        check_optimizer(self.optimizer)
+        if self.mesh != AUTO:
+            mesh_sizes(self.mesh)
+        self.lora_config()
 
     def _check_full(self) -> None:
         """Refuse settings that have no effect without an adapter."""
-        if self.fine_tune_type != "full":
-            return
         for name, nothing in (("dropout", 0.0), ("lora_plus_ratio", 1.0), ("num_layers", -1)):
             right = getattr(self, name) == nothing
             self._check(name, right, f"{nothing:g} in full fine-tuning, which has no adapter")
@@ -246,12 +230,10 @@ class TrainSettings:
     def _check(self, name: str, right: Any, expected: str) -> None:
         if not right:
             raise ConfigError(
-                format_error(
-                    name,
-                    got=repr(getattr(self, name)),
-                    expected=expected,
-                    fix="See the documentation of TrainSettings.",
-                )
+                name,
+                got=repr(getattr(self, name)),
+                expected=expected,
+                fix="See the documentation of TrainSettings.",
             )
 
     @property
@@ -273,9 +255,6 @@ class TrainSettings:
         Args:
           layers: The model's number of layers; required if `num_layers` is not -1.
           heads: Parts of the model that are trained in full, such as a classification head.
-
-        Returns:
-          The configuration.
         """
         alpha = self.alpha
         if self.scale is not None:
@@ -293,14 +272,7 @@ class TrainSettings:
         )
 
     def iterations(self, per_epoch: int) -> int:
-        """Return the number of steps of the run.
-
-        Args:
-          per_epoch: Batches per epoch.
-
-        Returns:
-          `iters`, or the number of steps in `epochs`.
-        """
+        """Return the number of steps of the run: `iters`, or that of `epochs`."""
         return self.iters or max(1, round(self.epochs * per_epoch))
 
     def make_schedule(self, steps: int) -> optax.Schedule:
@@ -323,15 +295,3 @@ class TrainSettings:
         if self.scale is not None:
             del values["alpha"]  # alpha and scale are alternatives
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
-
-def _is_integer(value: Any) -> bool:
-    return schema.INTEGER.fits(value)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_integer(value) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return schema.is_number(value)

@@ -16,7 +16,7 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
-from jax_lora.errors import DataError, format_error
+from jax_lora.errors import DataError
 
 MAX_ROWS = 10_000
 # A limit on SQLite instructions gives the same result on slow and fast machines, unlike a time
@@ -51,12 +51,7 @@ _Row = tuple[object, ...]
 def exact_match(answer: str, reference: str) -> bool:
     r"""Return whether two queries have the same text, up to white space and a final semicolon.
 
-    Args:
-      answer: The generated query.
-      reference: The reference query.
-
-    Returns:
-      True if they are equal; case and the order of conditions matter.
+    Case and the order of conditions matter.
 
     Example:
       >>> exact_match(" select name\nfrom books ;", "select name from books")
@@ -80,9 +75,6 @@ def execution_match(answer: str, reference: str, database_sql: str) -> bool:
       reference: The reference query.
       database_sql: A script that creates and fills the tables.
 
-    Returns:
-      True if both return the same rows.
-
     Raises:
       DataError: The script or the reference query fails.
 
@@ -99,12 +91,10 @@ def execution_match(answer: str, reference: str, database_sql: str) -> bool:
             expected = _run(connection, reference)
         except _FAILURES as error:
             raise DataError(
-                format_error(
-                    "the reference query",
-                    got=f"{_clip(reference)} ({_clip(str(error))})",
-                    expected="one SELECT that runs on the example's database",
-                    fix="Correct the example's completion, or the .sql file of its database.",
-                )
+                "the reference query",
+                got=f"{_clip(reference)} ({_clip(str(error))})",
+                expected="one SELECT that runs on the example's database",
+                fix="Correct the example's completion, or the .sql file of its database.",
             ) from error
         try:
             found = _run(connection, answer)
@@ -114,14 +104,11 @@ def execution_match(answer: str, reference: str, database_sql: str) -> bool:
 
 
 def load_database(data_dir: str | Path, name: str) -> str:
-    """Read the script of an example's database.
+    """Read the SQL script of an example's database, for `execution_match`.
 
     Args:
       data_dir: The data folder, which has the scripts in `databases/`.
       name: The example's `database`: letters, digits and underscores.
-
-    Returns:
-      The SQL script, for `execution_match`.
 
     Raises:
       DataError: The name has other characters, or there is no such script.
@@ -139,23 +126,18 @@ def load_database(data_dir: str | Path, name: str) -> str:
     # The name is untrusted, and must not give access to files outside the folder.
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,100}", name):
         raise DataError(
-            format_error(
-                str(folder),
-                got=f"the database name {_clip(repr(name))}",
-                expected="a name of letters, digits and underscores",
-                fix='Set the example\'s "database" to the name of a file in that folder, without '
-                ".sql.",
-            )
+            str(folder),
+            got=f"the database name {_clip(repr(name))}",
+            expected="a name of letters, digits and underscores",
+            fix='Set the example\'s "database" to the name of a file in that folder, without .sql.',
         )
     script = folder / f"{name}.sql"
     if not script.is_file() or not script.resolve().is_relative_to(folder.resolve()):
         raise DataError(
-            format_error(
-                str(script),
-                got="no such file in this folder",
-                expected="the script that creates and fills the database",
-                fix='Correct the example\'s "database", or add the script.',
-            )
+            str(script),
+            got="no such file in this folder",
+            expected="the script that creates and fills the database",
+            fix='Correct the example\'s "database", or add the script.',
         )
     return script.read_text(encoding="utf-8")
 
@@ -180,12 +162,10 @@ def _build(database_sql: str) -> sqlite3.Connection:
     except _FAILURES as error:
         connection.close()
         raise DataError(
-            format_error(
-                "the database script",
-                got=f"{_clip(database_sql)} ({_clip(str(error))})",
-                expected="CREATE TABLE and INSERT statements that SQLite runs",
-                fix="Correct the .sql file of the example's database.",
-            )
+            "the database script",
+            got=f"{_clip(database_sql)} ({_clip(str(error))})",
+            expected="CREATE TABLE and INSERT statements that SQLite runs",
+            fix="Correct the .sql file of the example's database.",
         ) from error
     for limit, value in _LIMITS.items():
         connection.setlimit(limit, value)
@@ -229,16 +209,8 @@ def _may_read(action: int, first: str | None, second: str | None, *_: str | None
 
 
 _BUILDING = frozenset(
-    {
-        sqlite3.SQLITE_CREATE_TABLE,
-        sqlite3.SQLITE_CREATE_INDEX,
-        sqlite3.SQLITE_INSERT,
-        sqlite3.SQLITE_UPDATE,
-        sqlite3.SQLITE_READ,
-        sqlite3.SQLITE_SELECT,
-        sqlite3.SQLITE_REINDEX,
-        sqlite3.SQLITE_TRANSACTION,
-    }
+    getattr(sqlite3, f"SQLITE_{name}")
+    for name in "CREATE_TABLE CREATE_INDEX INSERT UPDATE READ SELECT REINDEX TRANSACTION".split()
 )
 
 

@@ -7,9 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_lora.adapter import Adapter
 from jax_lora.finetune.step import TrainState
-from jax_lora.sharding import adapter_shardings
 
 
 def placed_or_replicated(tree: Any, mesh: Mesh) -> Any:
@@ -23,43 +21,17 @@ def placed_or_replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of, tree)
 
 
-def trainable_shardings(frozen: Any, trainable: Any, mesh: Mesh) -> Any:
-    """Choose the shardings of the trainable parameters.
-
-    Args:
-      frozen: The base model's variables on the mesh, or their shardings.
-      trainable: An adapter, which is sharded as the base model is; or variables, which stay in
-        their place if it is on the mesh.
-      mesh: The mesh.
-
-    Returns:
-      A tree of shardings with the structure of `trainable`.
-    """
-    if isinstance(trainable, Adapter):
-        return adapter_shardings(frozen, trainable)
-    return placed_or_replicated(trainable, mesh)
-
-
 def state_shardings(state: TrainState, trainable: Any, mesh: Mesh) -> TrainState:
     """Choose the shardings of a state: those of the parameters also for their optimizer state.
 
     A leaf of the optimizer state belongs to the parameter whose path its own path ends with, and
-    whose shape it has. All other leaves are replicated.
-
-    Args:
-      state: The state, or its shapes.
-      trainable: Shardings of `state.trainable`.
-      mesh: The mesh.
-
-    Returns:
-      A `TrainState` of shardings.
+    whose shape it has. All other leaves are replicated. `trainable` has the shardings of
+    `state.trainable`; the state may be shapes.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     flat, _ = jax.tree_util.tree_flatten_with_path(state.trainable)
-    shardings = jax.tree.leaves(trainable)
-    own = {
-        path: (leaf.shape, sharding) for (path, leaf), sharding in zip(flat, shardings, strict=True)
-    }
+    pairs = zip(flat, jax.tree.leaves(trainable), strict=True)
+    own = {path: (leaf.shape, sharding) for (path, leaf), sharding in pairs}
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         tails = (own.get(path[start:]) for start in range(len(path)))

@@ -65,7 +65,7 @@ def init_state(
 
 
 def dropout_transform(rate: float, seed: int) -> Callable[[Any, jax.Array], Any] | None:
-    """Return the `transform` of `make_step` for dropout with a key per step; None at rate 0."""
+    """Return a `transform` for `make_step`: dropout with a new key per step; None at rate 0."""
     if rate == 0.0:
         return None
     key = jax.random.key(seed)
@@ -93,12 +93,13 @@ def make_step(
         for plain variables. `variables` may be any tree, `batch` any pytree of arrays.
       optimizer: Optimizer of the trainable parameters.
       accumulation: Number of micro-batches that a batch is split into along the first axis of its
-        arrays. Their gradients are added up to the gradient of the whole batch.
-      transform: Changes the combined variables, given the step: dropout, for example.
+        arrays. The sum of their gradients is the gradient of the whole batch.
+      transform: `transform(variables, step)`, applied to the combined variables: for example
+        dropout.
       join: Combines frozen and trainable parameters: `jl.combine` for an adapter.
       platform: Target platform, as in `lora_apply`, to compile for another one than the default.
-      state_shardings: A `TrainState` of shardings, which the new state has too, so that the next
-        step is not compiled again. None: the compiler chooses them.
+      state_shardings: The shardings of the new state, as a `TrainState`. With those of the first
+        state, the second step is not compiled again. None: the compiler chooses them.
 
     Returns:
       `step(state, frozen, batch) -> (TrainState, StepReport)`, jitted; it donates `state`. Create
@@ -122,17 +123,18 @@ def make_step(
     """
     loss = lora_apply(loss_fn, platform=platform)
 
-    def of_part(trainable: Any, frozen: Any, part: Any, step: jax.Array) -> Any:
+    def loss_of_part(trainable: Any, frozen: Any, part: Any, step: jax.Array) -> Any:
         variables = join(frozen, trainable)
         total, weight = loss(variables if transform is None else transform(variables, step), part)
         return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
 
-    gradient = jax.value_and_grad(of_part, has_aux=True)
+    gradient = jax.value_and_grad(loss_of_part, has_aux=True)
 
     def sums_of_batch(trainable: Any, frozen: Any, batch: Any, step: jax.Array) -> Any:
         if accumulation == 1:
             return gradient(trainable, frozen, batch, step)
-        # Each part has rows from the whole batch, because neighboring rows are on one device.
+        # Neighboring rows are on one device. All devices share each part, because it has rows from
+        # the whole batch.
         parts = jax.tree.map(
             lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
         )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_lora.finetune.memory import release_freed_memory
 from jax_lora.finetune.step import TrainState
 
 
@@ -47,6 +48,7 @@ class StepCache:
         trainer.notify("on_compile", trainer.describe_shape(batch), number)
         began = time.perf_counter()
         compiled = self._step.lower(state, frozen, batch).compile()
+        release_freed_memory()
         seconds, needed = time.perf_counter() - began, planned_bytes(compiled)
         self.seconds += seconds
         self.planned_bytes = max(self.planned_bytes, needed)
@@ -55,13 +57,9 @@ class StepCache:
 
 
 def planned_bytes(compiled: Any) -> int:
-    """Return the peak memory of a compiled function, on all devices that share a memory.
+    """Return the peak memory of a compiled function on one device, or on all CPU devices.
 
-    Args:
-      compiled: From `jitted.lower(...).compile()`.
-
-    Returns:
-      Bytes of arguments, results, and temporaries; 0 if the platform does not report it.
+    Arguments, results, and temporaries are counted; 0 if the platform does not report them.
     """
     memory = compiled.memory_analysis()
     if memory is None:
@@ -69,25 +67,12 @@ def planned_bytes(compiled: Any) -> int:
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     each = memory.argument_size_in_bytes + memory.temp_size_in_bytes + own
     # CPU devices are the cores of one machine, and share its memory.
-    on_cpu = jax.default_backend() == "cpu"
-    return each * (len(_devices(compiled)) if on_cpu else 1)
+    if jax.default_backend() != "cpu":
+        return each
+    used = set[Any]().union(*(x.device_set for x in jax.tree.leaves(compiled.input_shardings)))
+    return each * sum(device.process_index == jax.process_index() for device in used)
 
 
 def _shape(batch: Any) -> tuple[Any, ...]:
     leaves, treedef = jax.tree.flatten(batch)
-    return treedef, tuple(map(_kind, leaves))
-
-
-def _kind(leaf: Any) -> tuple[Any, Any]:
-    return jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))
-
-
-def _devices(compiled: Any) -> set[Any]:
-    shardings = jax.tree.leaves(compiled.input_shardings)
-    here = jax.process_index()
-    return {
-        device
-        for sharding in shardings
-        for device in sharding.device_set
-        if device.process_index == here
-    }
+    return treedef, tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)

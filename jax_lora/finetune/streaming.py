@@ -15,10 +15,6 @@ def stream(generator: Generator, prompt: Sequence[int]) -> Iterator[tuple[str, i
     An incomplete character and the beginning of a stop string are held back until later tokens
     decide how they continue.
 
-    Args:
-      generator: The generator; its `rows` is not used.
-      prompt: Token ids of the prompt.
-
     Yields:
       The next piece of the completion, which may be empty, and the number of tokens so far.
     """

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from jax_lora.data.batches import Batches
 from jax_lora.data.collators import (
     ClassificationCollator,
-    Collator,
     MaskedCollator,
     Seq2SeqCollator,
     collate_causal,
@@ -35,7 +34,7 @@ from jax_lora.data.encoder_tokenizer import EncoderTokenizer
 from jax_lora.data.examples import Examples, make_examples
 from jax_lora.data.rows import RowFile
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.finetune.losses import (
     causal_lm_loss,
     classification_loss,
@@ -46,7 +45,7 @@ from jax_lora.finetune.process_group import process_group
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.finetune.state_sharding import placed_or_replicated
 from jax_lora.finetune.step import LossFn
-from jax_lora.finetune.trainable import Trainable, saved_model, train_adapter
+from jax_lora.finetune.trainable import Trainable, train_adapter
 from jax_lora.init import lora_init
 from jax_lora.models import T5, add_classifier, load, save
 from jax_lora.models.encoder import CLASSIFICATION, MASKED_LM, Encoder
@@ -72,14 +71,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 def choose_task(task: str, config: Any, file: RowFile | None = None) -> str:
     """Resolve the task "auto", and refuse a task that the architecture does not support.
 
-    Args:
-      task: One of `TASKS`, or "auto": decided by the architecture and, for encoders, by whether the
-        examples have labels.
-      config: The model's configuration.
-      file: The training examples; None if there are none.
-
-    Returns:
-      The task.
+    "auto" is decided by the architecture and, for encoders, by whether the examples have labels.
 
     Raises:
       ConfigError: The architecture does not support the task.
@@ -99,12 +91,10 @@ def choose_task(task: str, config: Any, file: RowFile | None = None) -> str:
         return usual
     if task not in possible:
         raise ConfigError(
-            format_error(
-                "task",
-                got=f"{task!r} for a {module.__name__}",
-                expected=f"one of {', '.join(possible)}",
-                fix='Use "auto", or another model.',
-            )
+            "task",
+            got=f"{task!r} for a {module.__name__}",
+            expected=f"one of {', '.join(possible)}",
+            fix='Use "auto", or another model.',
         )
     return task
 
@@ -112,13 +102,7 @@ def choose_task(task: str, config: Any, file: RowFile | None = None) -> str:
 def tokenizer_for(task: str, folder: Path, templates: Mapping[str, str | None]) -> Any:
     """Load a `Tokenizer` for causal-lm, or an `EncoderTokenizer` for the other tasks.
 
-    Args:
-      task: One of `TASKS`.
-      folder: The model's folder.
-      templates: `chat_template` and `prompt_template`, as for `Tokenizer.load`.
-
-    Returns:
-      The tokenizer.
+    `templates` are `chat_template` and `prompt_template`, as for `Tokenizer.load`.
 
     Raises:
       ConfigError: A template is given for another task than causal-lm.
@@ -128,16 +112,11 @@ def tokenizer_for(task: str, folder: Path, templates: Mapping[str, str | None]) 
     for name, text in templates.items():
         if text is not None:
             raise ConfigError(
-                format_error(
-                    name,
-                    got=f"the task {task}",
-                    expected=f"the task {CAUSAL}",
-                    fix=f"Remove {name}.",
-                )
+                name, got=f"the task {task}", expected=f"the task {CAUSAL}", fix=f"Remove {name}."
             )
     tokenizer = EncoderTokenizer.load(folder)
     if task == MASKED:
-        tokenizer.require_mask(folder)
+        tokenizer.require_mask()
     return tokenizer
 
 
@@ -151,17 +130,9 @@ def longest_input(model: Any) -> int:
 def encode_examples(
     task: str, file: RowFile, model: Any, tokenizer: Any, settings: TrainSettings
 ) -> Examples:
-    """Encode the examples of a split.
+    """Encode the examples of a split with a tokenizer from `tokenizer_for`.
 
-    Args:
-      task: One of `TASKS`.
-      file: The examples.
-      model: The model.
-      tokenizer: From `tokenizer_for`.
-      settings: Maximum length, truncation, and loss mask.
-
-    Returns:
-      The examples.
+    The settings have the maximum length, truncation, and the loss mask.
     """
     most = min(settings.max_seq_length, longest_input(model))
     cut: dict[str, Any] = {"max_length": most, "truncate": settings.truncate}
@@ -179,33 +150,17 @@ def encode_examples(
 def make_batches(
     task: str, examples: Examples, model: Any, tokenizer: Any, rows: int, **options: Any
 ) -> Batches:
-    """Create batches of examples.
-
-    Args:
-      task: One of `TASKS`.
-      examples: From `encode_examples`.
-      model: The model.
-      tokenizer: From `tokenizer_for`.
-      rows: Rows per batch.
-      **options: `seed` and `pack`, as in `Batches.of`.
-
-    Returns:
-      The batches.
-    """
-    collate = _collator(task, model, tokenizer)
-    return Batches.of(examples.rows, rows, collate=collate, **options)
-
-
-def _collator(task: str, model: Any, tokenizer: Any) -> Collator:
-    config = model.config
+    """Create batches of examples from `encode_examples`; options as in `Batches.of`."""
+    config, collate = model.config, collate_causal
     pad_id = config.pad_token_id or 0
     if task == CLASSES:
-        return ClassificationCollator(pad_id, config.type_vocab_size)
-    if task == MASKED:
-        return MaskedCollator(tokenizer.mask_id, config.vocab_size, pad_id, config.type_vocab_size)
-    if task == SEQ2SEQ:
-        return Seq2SeqCollator(config.decoder_start_token_id or 0, pad_id)
-    return collate_causal
+        collate = ClassificationCollator(pad_id, config.type_vocab_size)
+    elif task == MASKED:
+        types = config.type_vocab_size
+        collate = MaskedCollator(tokenizer.mask_id, config.vocab_size, pad_id, types)
+    elif task == SEQ2SEQ:
+        collate = Seq2SeqCollator(config.decoder_start_token_id or 0, pad_id)
+    return Batches.of(examples.rows, rows, collate=collate, **options)
 
 
 def loss_for(task: str, model: Any, *, chunk: int | None = None, devices: int = 1) -> LossFn:
@@ -234,13 +189,6 @@ def prepare_model(
     which is zero in the base model; the adapter stores the trained head. Random values in the base
     model could differ between platforms by rounding, and its fingerprint would not match.
 
-    Args:
-      task: One of `TASKS`.
-      model: The model.
-      params: Its parameters.
-      labels: Names of the classes, for classification.
-      seed: Random seed of a new head.
-
     Returns:
       The model, the parameters of the base model, and those at the start of training.
 
@@ -255,12 +203,10 @@ def prepare_model(
         return classifier, _zero_head(params, start), start
     if task == MASKED and model.config.head != MASKED_LM:
         raise ConfigError(
-            format_error(
-                "task",
-                got=f"{task!r} for a model with the head {model.config.head!r}",
-                expected=f"a model with the head {MASKED_LM!r}",
-                fix="Use a masked language model, or examples with labels.",
-            )
+            "task",
+            got=f"{task!r} for a model with the head {model.config.head!r}",
+            expected=f"a model with the head {MASKED_LM!r}",
+            fix="Use a masked language model, or examples with labels.",
         )
     return model, params, params
 
@@ -272,16 +218,7 @@ def _zero_head(before: Any, after: Any) -> Any:
 
 
 def labels_for(model_config: Any, given: tuple[str, ...], file: RowFile) -> tuple[str, ...]:
-    """Choose the classes: the given ones, the model's if they include the data's, or the data's.
-
-    Args:
-      model_config: The model's configuration.
-      given: The labels of the settings; may be empty.
-      file: The training examples.
-
-    Returns:
-      The labels, in the order of their indices.
-    """
+    """Choose the classes: the given ones, the model's if they include the data's, or the data's."""
     if given:
         return given
     found = find_labels(file)
@@ -312,9 +249,6 @@ def make_trainable(
       folder: The model's folder; its tokenizer is copied into every saved model.
       chat_template: Another chat template than the folder's, for every saved model.
       mesh: The mesh over which the variables are sharded; None: one device.
-
-    Returns:
-      The frozen and the trainable half.
     """
     start = variables if start is None else start
     if mesh is not None:  # a new head is not there yet
@@ -325,28 +259,23 @@ def make_trainable(
     if settings.fine_tune_type == "full":
         if is_quantized(variables):
             raise ConfigError(
-                format_error(
-                    "fine_tune_type",
-                    got="'full' for a model that is stored in NF4",
-                    expected="'lora' or 'dora': codes are not trained",
-                    fix="Use the model's original, or train an adapter.",
-                )
+                "fine_tune_type",
+                got="'full' for a model that is stored in NF4",
+                expected="'lora' or 'dora': codes are not trained",
+                fix="Use the model's original, or train an adapter.",
             )
         return _whole_model(model, start, folder, chat_template)
     kernels = model_kernels(model.apply, variables)
-    config = settings.lora_config(depth_of(model), heads=_heads(task, variables))
+    # These parts of a classifier are trained in full, because they can be new.
+    heads = ("pooler", "classifier") if task == CLASSES else ()
+    heads = tuple(part for part in heads if part in variables["params"])
+    config = settings.lora_config(depth_of(model), heads=heads)
     make = functools.partial(lora_init, config=config, kernels=kernels)
     key = jax.random.key(settings.seed)
     if mesh is None:
         return train_adapter(variables, make(key, start))
     shardings = adapter_shardings(variables, jax.eval_shape(make, key, start))
     return train_adapter(variables, jax.jit(make, out_shardings=shardings)(key, start))
-
-
-def _heads(task: str, variables: Any) -> tuple[str, ...]:
-    """Return the parts of a classifier that are trained in full, because they can be new."""
-    parts = ("pooler", "classifier") if task == CLASSES else ()
-    return tuple(part for part in parts if part in variables["params"])
 
 
 def depth_of(model: Any) -> int:
@@ -370,4 +299,4 @@ def _whole_model(
     def read(folder: Path) -> Any:
         return {"params": load(folder, dtype=dtype, sharding=place)[1]}
 
-    return saved_model(variables, write, read)
+    return Trainable({}, variables, lambda _, trained: trained, write, read, in_place=True)

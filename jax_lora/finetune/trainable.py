@@ -15,7 +15,7 @@ import numpy as np
 from jax_lora import paths
 from jax_lora.adapter import Adapter, combine
 from jax_lora.checkpoint import load_adapter, save_adapter
-from jax_lora.errors import CheckpointError, StructureError, format_error
+from jax_lora.errors import CheckpointError, StructureError
 from jax_lora.storage import array_store
 
 ARRAYS = "variables"
@@ -56,9 +56,6 @@ def as_trainable(variables: Any, adapter: Any) -> Trainable:
       variables: The base model's variables.
       adapter: An adapter, or None to train all variables; a `Trainable` is returned unchanged.
 
-    Returns:
-      Both halves.
-
     Raises:
       StructureError: `adapter` is of another type.
     """
@@ -69,12 +66,10 @@ def as_trainable(variables: Any, adapter: Any) -> Trainable:
     if isinstance(adapter, Adapter):
         return train_adapter(variables, adapter)
     raise StructureError(
-        format_error(
-            "adapter",
-            got=f"a {type(adapter).__name__}",
-            expected="an adapter, or None to train all variables",
-            fix="Pass the result of jl.lora_init; jl.partition splits a combined tree.",
-        )
+        "adapter",
+        got=f"a {type(adapter).__name__}",
+        expected="an adapter, or None to train all variables",
+        fix="Pass the result of jl.lora_init; jl.partition splits a combined tree.",
     )
 
 
@@ -84,13 +79,9 @@ def train_adapter(variables: Any, adapter: Adapter) -> Trainable:
         frozen=variables,
         start=adapter,
         join=combine,
-        save=functools.partial(_save_adapter, variables),
-        load=lambda folder: load_adapter(folder, base=variables),
+        save=functools.partial(save_adapter, base=variables),
+        load=functools.partial(load_adapter, base=variables),
     )
-
-
-def _save_adapter(base: Any, folder: Path, adapter: Any) -> None:
-    save_adapter(folder, adapter, base=base)
 
 
 def all_variables(variables: Any) -> Trainable:
@@ -125,26 +116,8 @@ def all_variables(variables: Any) -> Trainable:
 
 def _unreadable(folder: Path, got: str) -> CheckpointError:
     return CheckpointError(
-        format_error(
-            str(folder),
-            got=got,
-            expected="a checkpoint of these variables",
-            fix="Resume with the model of the original run.",
-        )
+        str(folder),
+        got=got,
+        expected="a checkpoint of these variables",
+        fix="Resume with the model of the original run.",
     )
-
-
-def saved_model(
-    variables: Any, save: Callable[[Path, Any], None], load: Callable[[Path], Any]
-) -> Trainable:
-    """Train all variables in place, with the caller's checkpoint format.
-
-    Args:
-      variables: The model's variables; training donates them.
-      save: Writes them: `(folder, variables)`.
-      load: Reads them: `folder -> variables`.
-
-    Returns:
-      The trainable half; the frozen half is empty.
-    """
-    return Trainable({}, variables, lambda _, trainable: trainable, save, load, in_place=True)

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from jax_lora.adapter import Adapter
-from jax_lora.errors import ConfigError, DataError, LoraError, format_error
+from jax_lora.errors import ConfigError, DataError, LoraError
 from jax_lora.finetune.batch_source import (
     RowShare,
     all_batches,
@@ -27,15 +27,15 @@ from jax_lora.finetune.batch_source import (
 )
 from jax_lora.finetune.callbacks import Callback, Checkpoint, Report
 from jax_lora.finetune.interrupts import Interrupts
-from jax_lora.finetune.memory import counts_resident_memory, peak_memory
+from jax_lora.finetune.memory import (
+    counts_resident_memory,
+    peak_memory,
+    release_freed_memory,
+)
 from jax_lora.finetune.process_group import ProcessGroup, process_group
 from jax_lora.finetune.run_folder import RunFolder, checkpoint_name
 from jax_lora.finetune.run_progress import RunProgress
-from jax_lora.finetune.state_sharding import (
-    placed_or_replicated,
-    state_shardings,
-    trainable_shardings,
-)
+from jax_lora.finetune.state_sharding import placed_or_replicated, state_shardings
 from jax_lora.finetune.step import (
     LossFn,
     StepReport,
@@ -46,14 +46,10 @@ from jax_lora.finetune.step import (
 )
 from jax_lora.finetune.step_cache import StepCache
 from jax_lora.finetune.trainable import as_trainable
-from jax_lora.finetune.training_state import (
-    find_resumable,
-    load_opt_state,
-    read_record,
-    save_state,
-)
+from jax_lora.finetune.training_state import find_resumable, load_opt_state, read_record, save_state
 from jax_lora.finetune.validation import make_validation, total_loss
 from jax_lora.report.events import RunResult
+from jax_lora.sharding import adapter_shardings
 
 
 class NonFiniteLossError(LoraError, FloatingPointError):
@@ -146,6 +142,7 @@ class Trainer:
         self.steps = self._check_steps(steps)
         self.progress = RunProgress()
         start = self._trainable.start
+        self._own_rows = functools.partial(self._processes.own_rows, mesh)
         self._frozen, self._state, self._shardings = self._initial(optimizer)
         rate = start.config.dropout if isinstance(start, Adapter) else 0.0
         self._step_cache = StepCache(
@@ -284,10 +281,9 @@ class Trainer:
         Returns:
           The sum of the losses over the sum of the weights.
         """
-        state, each = self._state.trainable, all_batches(batches)
-        total, weight = total_loss(
-            self._measure, state, self._frozen, each, limit, place=self._placed
-        )
+        state, frozen, each = self._state.trainable, self._frozen, all_batches(batches)
+        total, weight = total_loss(self._measure, state, frozen, each, limit, place=self._placed)
+        release_freed_memory()  # of a compilation, before the next step
         return total / weight if weight else 0.0
 
     def compile(self) -> int:
@@ -358,34 +354,24 @@ class Trainer:
         ended = time.perf_counter()
         seconds, self._ended = ended - max(running.began, self._ended), ended
         if not math.isfinite(loss) or not math.isfinite(float(report.gradient_norm)):
-            raise NonFiniteLossError(self._non_finite(running.number, loss, report))
+            raise NonFiniteLossError(
+                f"step {running.number + 1}, {self._batches.describe(running.number)}",
+                got=f"loss {loss}, gradient norm {float(report.gradient_norm)}",
+                expected="finite values",
+                fix="Lower the learning rate, or inspect these examples. Earlier checkpoints are "
+                "untouched.",
+            )
         tokens = tokens_of(self._batches, running.number, running.batch, weight)
         self.progress.add_step(loss, weight, tokens, seconds)
-        self._refuse_empty_epoch()
-        self.progress.seconds = self._before + time.perf_counter() - self._began
-        self.notify("on_step", loss)
-
-    def _non_finite(self, index: int, loss: float, report: StepReport) -> str:
-        return format_error(
-            f"step {index + 1}, {self._batches.describe(index)}",
-            got=f"loss {loss}, gradient norm {float(report.gradient_norm)}",
-            expected="finite values",
-            fix="Lower the learning rate, or inspect these examples. Earlier checkpoints are "
-            "untouched.",
-        )
-
-    def _refuse_empty_epoch(self) -> None:
-        epoch = self._batches.per_epoch
-        if epoch is None or self.step != epoch or self.progress.weight:
-            return
-        raise DataError(
-            format_error(
+        if self.step == self._batches.per_epoch and not self.progress.weight:
+            raise DataError(
                 f"the training batches, after {self.step} steps",
                 got="no target token",
                 expected="at least one target token",
                 fix="Check the examples, or include the prompts in the loss (mask_prompt=False).",
             )
-        )
+        self.progress.seconds = self._before + time.perf_counter() - self._began
+        self.notify("on_step", loss)
 
     # -------------------------------------------------------------------------------------------
     # Start and end
@@ -396,14 +382,12 @@ class Trainer:
         if isinstance(chosen, int) and not isinstance(chosen, bool) and chosen >= 1:
             return chosen
         raise ConfigError(
-            format_error(
-                "Trainer: steps",
-                got=repr(steps),
-                expected="an integer of at least 1"
-                if steps is not None
-                else "an integer, because these batches have no length",
-                fix="Pass, for example, steps=1000.",
-            )
+            "Trainer: steps",
+            got=repr(steps),
+            expected="an integer of at least 1"
+            if steps is not None
+            else "an integer, because these batches have no length",
+            fix="Pass, for example, steps=1000.",
         )
 
     def _initial(self, optimizer: optax.GradientTransformation) -> tuple[Any, TrainState, Any]:
@@ -414,7 +398,9 @@ class Trainer:
             return frozen, init_state(start, optimizer, in_place=in_place), None
         put = self._processes.put
         frozen = put(frozen, placed_or_replicated(frozen, mesh))
-        of_start = trainable_shardings(frozen, start, mesh)
+        of_start = placed_or_replicated(start, mesh)
+        if isinstance(start, Adapter):  # it is sharded as the base model is
+            of_start = adapter_shardings(frozen, start)
         # The optimizer creates its arrays with the shardings of the parameters.
         state = init_state(put(start, of_start), optimizer, in_place=in_place)
         shardings = state_shardings(state, of_start, mesh)
@@ -427,9 +413,6 @@ class Trainer:
     def _assembled(self, own: Any) -> Any:
         """Put the rows of this process on its devices."""
         return own if self._mesh is None else self._processes.assemble(own, self._mesh)
-
-    def _own_rows(self, rows: int) -> Any:
-        return self._processes.own_rows(self._mesh, rows)
 
     def _restore(self, checkpoint: Path) -> None:
         record = read_record(checkpoint)
@@ -477,12 +460,10 @@ def _run_folder(
     checkpoint = None if source is None else find_resumable(str(source))
     if checkpoint is None and source is not None and not automatic:
         raise ConfigError(
-            format_error(
-                f"Trainer: resume={str(resume)!r}",
-                got="no run with a checkpoint there",
-                expected="the folder of a run, or one of its checkpoints",
-                fix='Check the path, or pass resume="auto" to start a run if there is none.',
-            )
+            f"Trainer: resume={str(resume)!r}",
+            got="no run with a checkpoint there",
+            expected="the folder of a run, or one of its checkpoints",
+            fix='Check the path, or pass resume="auto" to start a run if there is none.',
         )
     # Only now may the first process change the folder: the others have found their checkpoint.
     name = "" if checkpoint is None else checkpoint.name

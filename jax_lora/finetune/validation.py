@@ -13,11 +13,7 @@ from jax_lora.transform.low_memory_jit import low_memory_jit
 
 
 def make_validation(loss_fn: LossFn, *, join: Join = combine) -> Callable[[Any, Any, Any], Any]:
-    """Compile a loss function for validation.
-
-    Args:
-      loss_fn: See `make_step`.
-      join: Combines frozen and trainable parameters.
+    """Compile a loss function, as that of `make_step`, for validation.
 
     Returns:
       `measure(trainable, frozen, batch) -> (sum of losses, weight)`, jitted. If
@@ -41,7 +37,7 @@ def total_loss(
     *,
     place: Callable[[Any], Any] = lambda batch: batch,
 ) -> tuple[float, float]:
-    """Sum the losses of batches; every target has the same weight.
+    """Return the sum of the losses of batches, and their weight.
 
     Args:
       measure: From `make_validation`.
@@ -50,9 +46,6 @@ def total_loss(
       batches: The batches.
       limit: Maximum number of batches; -1 for all.
       place: Puts a batch on the devices.
-
-    Returns:
-      The sum of the losses, and the weight.
     """
     total = weight = 0.0
     for batch in itertools.islice(batches, None if limit < 0 else limit):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jax_lora.errors import HubError, format_error, install_command
+from jax_lora.errors import HubError, install_command
 from jax_lora.hub.hub_name import HubName
 
 _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -15,13 +15,7 @@ _FOUND = "a local folder, or the name of a repository on the Hub: owner/name[@re
 
 
 def hub_library(name: HubName) -> Any:
-    """Import `huggingface_hub`.
-
-    Args:
-      name: What is looked up, for the message.
-
-    Returns:
-      The module.
+    """Import `huggingface_hub` to look up a name.
 
     Raises:
       HubError: It is not installed.
@@ -29,27 +23,15 @@ def hub_library(name: HubName) -> Any:
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
-        raise HubError(
-            format_error(
-                str(name),
-                got="no such local folder, and the package huggingface_hub is not installed",
-                expected="a local folder, or the package that downloads from the Hub",
-                fix=f"Check the path, or install the extra. {install_command('hub')}",
-            )
-        ) from error
+        got = "no such local folder, and the package huggingface_hub is not installed"
+        expected = "a local folder, or the package that downloads from the Hub"
+        fix = f"Check the path, or install the extra. {install_command('hub')}"
+        raise HubError(name, got=got, expected=expected, fix=fix) from error
     return huggingface_hub
 
 
 def transfer_line(name: HubName, verb: str, sizes: Sequence[int]) -> str:
-    """Say what a transfer does.
-
-    Args:
-      name: The repository.
-      verb: What happens to the files.
-      sizes: Their sizes in bytes.
-
-    Returns:
-      One line.
+    """Say in one line which transfer starts: of how many files, and of how many bytes.
 
     Example:
       >>> transfer_line(HubName("owner/name"), "downloading", [1_500_000_000, 20])
@@ -62,13 +44,7 @@ def transfer_line(name: HubName, verb: str, sizes: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def hub_errors(name: HubName) -> Iterator[None]:
-    """Convert the errors of `huggingface_hub` in a block.
-
-    Args:
-      name: The repository, for the message.
-
-    Yields:
-      Nothing.
+    """Convert the errors of `huggingface_hub` in a block about a repository.
 
     Raises:
       HubError: The block raised an error: of the library, the connection, or the disk.
@@ -79,7 +55,7 @@ def hub_errors(name: HubName) -> Iterator[None]:
         raise
     except Exception as error:  # the library also raises errors of the HTTP client that it uses
         got, expected, fix = _explanation(name, error)
-        raise HubError(format_error(str(name), got=got, expected=expected, fix=fix)) from error
+        raise HubError(name, got=got, expected=expected, fix=fix) from error
 
 
 def _explanation(name: HubName, error: Exception) -> tuple[str, str, str]:

@@ -15,15 +15,10 @@ _NAME = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class HubName:
-    """A repository, at a revision.
+    """A repository, at a revision."""
 
-    Args:
-      repo: `owner/name`.
-      revision: A branch, a tag or a commit; None: the default branch.
-    """
-
-    repo: str
-    revision: str | None = None
+    repo: str  # `owner/name`
+    revision: str | None = None  # a branch, a tag or a commit; None: the default branch
 
     def __str__(self) -> str:
         """Return the name as it is typed."""
@@ -31,13 +26,7 @@ class HubName:
 
 
 def parse_hub_name(text: str) -> HubName | None:
-    """Parse `owner/name` or `owner/name@revision`.
-
-    Args:
-      text: The name.
-
-    Returns:
-      The name, or None for any other text, such as a path with one part or three.
+    """Parse `owner/name` or `owner/name@revision`; None for any other text, such as a path.
 
     Example:
       >>> parse_hub_name("Qwen/Qwen3-0.6B@main")
@@ -52,13 +41,6 @@ def parse_hub_name(text: str) -> HubName | None:
 
 
 def find_hub_name(path: str | os.PathLike[str]) -> HubName | None:
-    """Return the Hub name that a text means: one of that form, if no such local path exists.
-
-    Args:
-      path: The text; a `Path` is always a path.
-
-    Returns:
-      The name, or None for a path.
-    """
+    """Return the Hub name that a text means, if no such local path exists; a `Path` is a path."""
     name = parse_hub_name(path) if isinstance(path, str) else None
     return None if name is None or os.path.lexists(str(path)) else name

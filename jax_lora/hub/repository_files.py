@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from jax_lora.errors import HubError, LoraError, format_error
+from jax_lora.errors import HubError, LoraError
 from jax_lora.hub.hub_name import HubName
 from jax_lora.storage.json_files import read_json
 from jax_lora.storage.pickled_weights import convert_fix, pickle_names
@@ -38,13 +38,7 @@ _TEMPLATE = re.compile(r"additional_chat_templates/[\w-]+\.jinja", re.ASCII)
 
 
 def wanted_files(names: Iterable[str]) -> list[str]:
-    """Choose the files to download or upload.
-
-    Args:
-      names: All files of the repository or folder.
-
-    Returns:
-      The chosen ones, sorted.
+    """Choose the files to download or upload, sorted, of all files of a repository or folder.
 
     Example:
       >>> wanted_files(["model.safetensors", "model.py", "pytorch_model.bin", "runs/a.safetensors"])
@@ -65,10 +59,6 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def check_weights(name: HubName, names: Iterable[str]) -> None:
     """Raise if a repository has no model and no adapter in a format that is read.
 
-    Args:
-      name: The repository.
-      names: Its files.
-
     Raises:
       HubError: The weights or the configuration are missing.
     """
@@ -82,14 +72,10 @@ def check_weights(name: HubName, names: Iterable[str]) -> None:
         if pickles:
             got = f"only pickle files, {', '.join(pickles)}, which can run code"
             fix = convert_fix(name.repo, adapter=ADAPTER_CONFIG in chosen)
-        raise HubError(format_error(str(name), got=got, expected=expected, fix=fix))
+        raise HubError(name, got=got, expected=expected, fix=fix)
     if CONFIG not in chosen and ADAPTER_CONFIG not in chosen:
         fix = "Choose a repository that transformers or PEFT can load."
-        raise HubError(
-            format_error(
-                str(name), got=f"no {CONFIG} or {ADAPTER_CONFIG}", expected=expected, fix=fix
-            )
-        )
+        raise HubError(name, got=f"no {CONFIG} or {ADAPTER_CONFIG}", expected=expected, fix=fix)
 
 
 def is_peft(folder: Path) -> bool:

@@ -39,13 +39,8 @@ def local_folder(
     """Return the folder that a path or a Hub name means.
 
     A local path of that name is preferred. A repository in the cache of `huggingface_hub` is used
-    without a connection; any other one is downloaded.
-
-    Args:
-      path: A path, or `owner/name` with or without `@revision`.
-      reporting: Called with one line before a download, which then runs in the context.
-      weights: Whether the weights are needed, or only the configuration and the tokenizer.
-      error: Class of the exception for a path that cannot exist.
+    without a connection; any other one is downloaded, in the context `reporting(line)`, and without
+    weights if they are not needed. `error` is the class for a path that cannot exist.
 
     Returns:
       The folder; it may not exist if `path` is not a Hub name.
@@ -62,19 +57,9 @@ def local_folder(
 def snapshot(
     name: HubName, reporting: Reporting = contextlib.nullcontext, *, weights: bool = True
 ) -> Path:
-    """Return the folder of a repository's files in the cache, after a download if necessary.
+    """Return the cached folder of a repository's files, after a download if necessary.
 
-    Args:
-      name: The repository.
-      reporting: Called with one line before a download, which then runs in the context.
-      weights: Whether the weights are needed.
-
-    Returns:
-      The folder, which has the name of the commit.
-
-    Raises:
-      HubError: There is no such repository, it has no weights that can be read, or the download
-        fails.
+    The arguments and errors are those of `local_folder`.
     """
     library = hub_library(name)
     cached = _cached(library, name)

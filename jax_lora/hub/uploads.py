@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import HubError, format_error
+from jax_lora.errors import HubError
 from jax_lora.hub.hub_library import hub_errors, hub_library, transfer_line
 from jax_lora.hub.hub_name import HubName
 from jax_lora.hub.snapshots import Reporting
@@ -16,19 +16,12 @@ from jax_lora.hub.snapshots import Reporting
 def upload(
     folder: Path,
     files: Sequence[str],
-    name: HubName,
+    name: HubName,  # its revision is a branch, created if necessary
     *,
-    private: bool = False,
-    reporting: Reporting = contextlib.nullcontext,
+    private: bool = False,  # create a private repository, and refuse a public one
+    reporting: Reporting = contextlib.nullcontext,  # as in `local_folder`
 ) -> str:
     """Upload files of a folder as one commit; the repository is created if necessary.
-
-    Args:
-      folder: The folder.
-      files: Names of the files to upload.
-      name: The repository. Its revision is a branch, created if necessary.
-      private: Create a private repository, and refuse a public one.
-      reporting: Called with one line before the upload, which then runs in the context.
 
     Returns:
       The address of the repository, or of the branch.
@@ -59,11 +52,7 @@ def upload(
 
 def _refuse_public(api: Any, name: HubName) -> None:
     if not api.model_info(name.repo).private:
-        raise HubError(
-            format_error(
-                f"private=True for {name}",
-                got="a public repository of this name; nothing is uploaded",
-                expected="a new name, or a private repository",
-                fix="Choose another name, or make the repository private in its settings.",
-            )
-        )
+        got = "a public repository of this name; nothing is uploaded"
+        fix = "Choose another name, or make the repository private in its settings."
+        expected = "a new name, or a private repository"
+        raise HubError(f"private=True for {name}", got=got, expected=expected, fix=fix)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_lora.errors import AmbiguousKernelError, format_error
+from jax_lora.errors import AmbiguousKernelError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +134,8 @@ def is_floating(leaf: Any) -> bool:
 def ambiguous(path: str, leaf: Any) -> AmbiguousKernelError:
     """Build the error for a leaf whose shape does not determine the roles of its axes."""
     return AmbiguousKernelError(
-        format_error(
-            path,
-            got=f"shape {tuple(leaf.shape)}, whose axes may be inputs, outputs or layers",
-            expected="a two-dimensional leaf named 'kernel' of shape (in, out)",
-            fix="Pass kernels=jl.find_kernels(model.apply, variables, *args) to lora_init.",
-        )
+        path,
+        got=f"shape {tuple(leaf.shape)}, whose axes may be inputs, outputs or layers",
+        expected="a two-dimensional leaf named 'kernel' of shape (in, out)",
+        fix="Pass kernels=jl.find_kernels(model.apply, variables, *args) to lora_init.",
     )

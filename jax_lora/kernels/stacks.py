@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_lora import paths
 from jax_lora.config import LoraConfig
-from jax_lora.errors import NoMatchError, format_error
+from jax_lora.errors import NoMatchError
 from jax_lora.kernels.kernel import Kernel
 
 Nested = tuple[Any, ...]
@@ -93,14 +93,12 @@ def with_active_layers(kernels: Mapping[str, Kernel], config: LoraConfig) -> dic
     missing = [str(index) for index in config.layers if index >= longest]
     if missing:
         raise NoMatchError(
-            format_error(
-                f"LoraConfig: layers={config.layers}",
-                got=f"no layer {', '.join(missing)}; the largest stack has {longest} layers",
-                expected=f"indices below {longest}" if longest else "kernels stacked by layer",
-                fix="Correct the indices, which count from 0."
-                if longest
-                else "Pass kernels=jl.find_kernels(...), or name unstacked layers in targets.",
-            )
+            f"LoraConfig: layers={config.layers}",
+            got=f"no layer {', '.join(missing)}; the largest stack has {longest} layers",
+            expected=f"indices below {longest}" if longest else "kernels stacked by layer",
+            fix="Correct the indices, which count from 0."
+            if longest
+            else "Pass kernels=jl.find_kernels(...), or name unstacked layers in targets.",
         )
     return {path: k for path, k in kernels.items() if active_layers(k, config) != ()}
 

@@ -232,11 +232,9 @@ def _unused(
 def _no_match(setting: str, pattern: str, legal: Mapping[str, Any], why: str) -> NoMatchError:
     near = paths.nearest(pattern, legal) or ["none: the function uses no kernel of this tree"]
     return NoMatchError(
-        format_error(
-            f"LoraConfig: {setting}={pattern!r}",
-            got=f"no match among {len(legal)} kernels; {why}",
-            expected="a name or glob of at least one kernel; the closest paths are\n"
-            + "\n".join(f"              {path}" for path in near),
-            fix="Correct the pattern, or remove it.",
-        )
+        f"LoraConfig: {setting}={pattern!r}",
+        got=f"no match among {len(legal)} kernels; {why}",
+        expected="a name or glob of at least one kernel; the closest paths are\n"
+        + "\n".join(f"              {path}" for path in near),
+        fix="Correct the pattern, or remove it.",
     )

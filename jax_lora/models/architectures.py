@@ -51,6 +51,43 @@ from jax_lora.models.text_parts import (
     text_part_layout,
 )
 
+__all__ = [
+    "Gemma",
+    "Gemma2",
+    "Gemma2Config",
+    "Gemma3",
+    "Gemma3Config",
+    "Gemma3TextPart",
+    "Gemma3TextPartConfig",
+    "GemmaConfig",
+    "Granite",
+    "GraniteConfig",
+    "Llama",
+    "LlamaConfig",
+    "Ministral3",
+    "Ministral3Config",
+    "Mistral",
+    "Mistral3TextPart",
+    "Mistral3TextPartConfig",
+    "MistralConfig",
+    "Mixtral",
+    "MixtralConfig",
+    "Olmo2",
+    "Olmo2Config",
+    "Phi3",
+    "Phi3Config",
+    "Qwen2",
+    "Qwen2Config",
+    "Qwen3",
+    "Qwen3Config",
+    "Qwen3MoE",
+    "Qwen3MoEConfig",
+    "SeedOss",
+    "SeedOssConfig",
+    "SmolLM3",
+    "SmolLM3Config",
+]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DecoderConfig):
@@ -154,7 +191,7 @@ class Qwen2Config(MixedLayersConfig):
     max_position_embeddings: int = 32768
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
-    max_window_layers: int = 28  # from this layer on, if `use_sliding_window`
+    max_window_layers: int = 28  # the first layer with a window, if `use_sliding_window`
 
     def default_layer_types(self) -> tuple[str, ...]:
         """Give the last layers a window if `use_sliding_window` is set."""
@@ -247,7 +284,7 @@ class GemmaConfig(DecoderConfig):
     """Configuration of a Gemma, named as in Hugging Face's `GemmaConfig`.
 
     Example:
-      >>> GemmaConfig(hidden_act="gelu").hidden_act  # the first files say "gelu" for the tanh form
+      >>> GemmaConfig(hidden_act="gelu").hidden_act  # the tanh form, in the first files
       'gelu_pytorch_tanh'
     """
 
@@ -317,12 +354,12 @@ class Gemma2Config(_MixedGemmaConfig):
     attn_logit_softcapping: float | None = 50.0
 
     def default_layer_types(self) -> tuple[str, ...]:
-        """Alternate between layers with a window and without, the first with one."""
+        """Alternate between layers with and without a window, starting with one."""
         return tuple(FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers))
 
 
 class Gemma2(Decoder):
-    """Gemma 2: soft caps on scores and logits, norms around each block, mixed layers.
+    """Gemma 2: soft caps on scores and logits, norms around each block, windows in some layers.
 
     Reference:
       Gemma Team (arXiv:2408.00118), section 2.
@@ -391,7 +428,7 @@ class Phi3Config(WindowConfig):
     hidden_size: int = 3072
     intermediate_size: int = 8192
     max_position_embeddings: int = 4096
-    original_max_position_embeddings: int = 4096  # the length longrope was trained with
+    original_max_position_embeddings: int = 4096  # the trained length, for longrope
     partial_rotary_factor: float = 1.0  # share of each head's channels that is rotated
     rms_norm_eps: float = 1e-5
 
@@ -406,7 +443,7 @@ class Phi3Config(WindowConfig):
         super().__post_init__()
 
     def _complete_scaling(self, scaling: dict[str, Any]) -> None:
-        """Phi-3's files have other names for longrope, and some of its settings as fields."""
+        """Give longrope its usual name, and add the settings that Phi-3 has as fields."""
         kind, _ = self.rope_type, scaling.pop("type", None)
         scaling["rope_type"] = "longrope" if kind in ("su", "yarn") else kind
         scaling["original_max_position_embeddings"] = self.original_max_position_embeddings
@@ -421,7 +458,7 @@ class Phi3Config(WindowConfig):
 
 
 class Phi3(Decoder):
-    """Phi-3 and Phi-4, whose files say `phi3` too: a Llama with fused kernels and longrope.
+    """Phi-3 and Phi-4, both with the `model_type` "phi3": a Llama with fused kernels and longrope.
 
     With longrope, one call rotates all tokens by the short or by the long factors, depending on
     its longest position. Keys in a cache keep their rotation, so do not let one cache grow beyond
@@ -454,8 +491,8 @@ class SmolLM3Config(MixedLayersConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     use_sliding_window: bool = False
-    no_rope_layer_interval: int = 4  # every fourth layer rotates nothing
-    no_rope_layers: tuple[int, ...] | None = None  # 0: this layer rotates nothing
+    no_rope_layer_interval: int = 4  # every fourth layer has no rotary embedding
+    no_rope_layers: tuple[int, ...] | None = None  # 0: a layer without rotary embedding
 
     def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
         self.check_sizes(("no_rope_layer_interval", "num_hidden_layers"))
@@ -464,7 +501,7 @@ class SmolLM3Config(MixedLayersConfig):
         rotated = self.no_rope_layers or ()
         if set(rotated) - {0, 1} or len(rotated) != self.num_hidden_layers:
             expected = f"0 or 1 for each of {self.num_hidden_layers} layers"
-            self.fail("no_rope_layers", expected, "0 is a layer without rotary positions.")
+            self.fail("no_rope_layers", expected, "write 0 for a layer without rotary positions.")
         super().__post_init__()
 
     def default_layer_types(self) -> tuple[str, ...]:
@@ -497,7 +534,7 @@ class Olmo2Config(DecoderConfig):
 
 
 class Olmo2(Decoder):
-    """OLMo 2: a Llama with norms after each block, and over all heads of queries and keys.
+    """OLMo 2: a Llama with norms after each block, and a norm over all heads of queries or keys.
 
     Reference:
       OLMo Team (arXiv:2501.00656), section 3.
@@ -512,7 +549,7 @@ class GraniteConfig(LlamaConfig):
 
     embedding_multiplier: float = 1.0
     attention_multiplier: float = 1.0  # the factor on the scores, instead of 1 / sqrt(head_dim)
-    residual_multiplier: float = 1.0  # of the outputs of attention and feed-forward block
+    residual_multiplier: float = 1.0  # factor on the outputs of attention and feed-forward
     logits_scaling: float = 1.0  # logits are divided by it
 
     def __post_init__(self) -> None:  # noqa: D105  derives fields, then checks
@@ -575,7 +612,7 @@ class Ministral3Config(MistralConfig):
 
     @property
     def llama_4_scaling_beta(self) -> float | None:
-        """A setting of `rope_scaling`; None: scores do not grow with the position."""
+        """The setting of this name in `rope_scaling`, if any."""
         return (self.rope_scaling or {}).get("llama_4_scaling_beta")
 
 
@@ -588,12 +625,14 @@ class Gemma3TextPartConfig(TextPartConfig, Gemma3Config):
     """Configuration of the text part of a Gemma 3 with a vision tower, from `text_config`."""
 
 
-class Gemma3TextPart(Gemma3):
-    """The text part of a Gemma 3 of 4 to 27 billion parameters."""
-
+class _TextPart(Decoder):
     def layout(self) -> Layout:
         """Map parameters to tensors, which have the names of the whole model's."""
         return text_part_layout(super().layout(), self.config)
+
+
+class Gemma3TextPart(_TextPart, Gemma3):
+    """The text part of a Gemma 3 of 4 to 27 billion parameters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -612,12 +651,8 @@ class Mistral3TextPartConfig(TextPartConfig, Ministral3Config):
         return super().llama_4_scaling_beta if self.text_type == "ministral3" else None
 
 
-class Mistral3TextPart(Decoder):
+class Mistral3TextPart(_TextPart):
     """The text part of a Mistral Small 3.1 or 3.2, or of a Ministral 3."""
-
-    def layout(self) -> Layout:
-        """Map parameters to tensors, which have the names of the whole model's."""
-        return text_part_layout(super().layout(), self.config)
 
 
 # -----------------------------------------------------------------------------------------------

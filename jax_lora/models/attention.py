@@ -22,68 +22,39 @@ LayerCache = tuple[jax.Array, jax.Array]
 
 
 class LayerContext(NamedTuple):
-    """The inputs that all layers share.
+    """The inputs that all layers share."""
 
-    Attributes:
-      cos: (batch, tokens, rotary_dim / 2), from `rotary_angles`; None without rotary positions.
-      sin: Same shape.
-      mask: Which keys a query attends to: from `make_masks`, or (batch or 1, 1, tokens, keys)
-        booleans; None: causal.
-      filled: int32 scalar, the cache's filled slots; None without a cache.
-      query_scale: (batch, tokens) float32, a factor on each query's scores; None: no factor.
-    """
-
-    cos: jax.Array | None = None
-    sin: jax.Array | None = None
-    mask: AttentionMask | jax.Array | None = None
-    filled: jax.Array | None = None
-    query_scale: jax.Array | None = None
+    cos: jax.Array | None = None  # (batch, tokens, rotary_dim / 2); None: no rotary positions
+    sin: jax.Array | None = None  # same shape
+    mask: AttentionMask | jax.Array | None = None  # from `make_masks`, or booleans; None: causal
+    filled: jax.Array | None = None  # int32 scalar, the cache's filled slots; None without a cache
+    query_scale: jax.Array | None = None  # (batch, tokens) float32, on the scores
 
 
 class Attention(nn.Module):
-    """Self-attention with one kernel each for queries, keys and values, or one for all three.
+    """Self-attention with one kernel each for queries, keys and values, or one for all three."""
 
-    Attributes:
-      dense: Makes a dense layer; see `dense_maker`.
-      names: Names of the dense layers: (query, key, value, output), or (all three, output).
-      heads: Query heads.
-      groups: Key-value heads.
-      head_dim: Channels of a head.
-      bias: Whether queries, keys and values have a bias.
-      out_bias: Whether the output projection has a bias.
-      qk_norm: Makes the norm of queries and keys; None: no normalization.
-      joint_norm: Whether a norm is over the channels of all heads together, and not of each.
-      scale: Factor on the scores; None: 1 / sqrt(head_dim).
-      soft_cap: Soft cap on the scores; None: no cap.
-    """
-
-    dense: Callable[..., nn.Dense]
-    names: tuple[str, ...]
+    dense: Callable[..., nn.Dense]  # makes a dense layer; see `dense_maker`
+    names: tuple[str, ...]  # (query, key, value, output), or (all three, output)
     heads: int
-    groups: int
+    groups: int  # key-value heads
     head_dim: int
-    bias: bool = False
-    out_bias: bool = False
-    qk_norm: Callable[..., nn.Module] | None = None
-    joint_norm: bool = False
-    scale: float | None = None
+    bias: bool = False  # of queries, keys and values
+    out_bias: bool = False  # of the output projection
+    qk_norm: Callable[..., nn.Module] | None = None  # makes their norm; None: no norm
+    joint_norm: bool = False  # whether it is over all heads together
+    scale: float | None = None  # factor on the scores; None: 1 / sqrt(head_dim)
     soft_cap: float | None = None
 
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: jax.Array,  # (batch, tokens, hidden)
         context: LayerContext,
         cache: LayerCache | None = None,
-        divisor: jax.Array | None = None,
+        divisor: jax.Array | None = None,  # scalar that divides the scores, or None
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attend to x and the tokens in the cache.
-
-        Args:
-          x: (batch, tokens, hidden).
-          context: Shared by all layers.
-          cache: The layer's keys and values, or None.
-          divisor: Scalar that divides the scores, or None.
 
         Returns:
           (batch, tokens, hidden), and the layer's updated cache, if any.
@@ -109,7 +80,7 @@ class Attention(nn.Module):
             q = q * context.query_scale.astype(q.dtype)[:, :, None, None]
         if divisor is not None:  # dividing queries divides their scores
             q = q / divisor.astype(q.dtype)
-        if self.qk_norm is None:
+        if self.qk_norm is None:  # otherwise `_normalized` names them
             q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
         v = checkpoint_name(v, "value")
         k, v, cache = update_cache(cache, k, v, context.filled)  # (batch, length, groups, head_dim)
@@ -120,23 +91,19 @@ class Attention(nn.Module):
     def _normalized(self, q: jax.Array, k: jax.Array) -> list[jax.Array]:
         if self.qk_norm is None:
             return [q, k]
-        q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")  # read by the norms
+        # The backward pass of the norms reads their inputs, so these are saved by name.
+        q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
         return [self.qk_norm(name="q_norm")(q), self.qk_norm(name="k_norm")(k)]
 
 
 def update_cache(
     cache: LayerCache | None, k: jax.Array, v: jax.Array, filled: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
-    """Append new keys and values to a layer's cache.
+    """Append new keys and values, (batch, tokens, groups, head_dim), to a layer's cache.
 
-    Args:
-      cache: The layer's cache; None: keys and values are returned unchanged.
-      k: (batch, tokens, groups, head_dim).
-      v: Same shape.
-      filled: int32 scalar, number of slots in use; None without a cache.
-
-    Returns:
-      All keys and values, (batch, length, groups, head_dim) each in k's dtype, and the new cache.
+    `filled` is the number of slots in use; without a cache, keys and values are returned unchanged.
+    Return all keys and values, (batch, length, groups, head_dim) each in k's dtype, and the new
+    cache.
     """
     if cache is None or filled is None:
         return k, v, cache
@@ -189,7 +156,7 @@ def attend(
         mask = mask.dense
     if soft_cap is not None:
         return _attend_capped(q, k, v, mask, scale, soft_cap)
-    # JAX itself promotes bfloat16 scores to float32 here, which strict promotion would refuse.
+    # JAX promotes bfloat16 scores to float32 here, which is an error under strict promotion.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=mask is None)
 
@@ -216,7 +183,7 @@ def _cudnn_attention(
 
 
 def pad_tokens(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """Pad an axis with zeros on the right to a multiple."""
+    """Pad an axis with zeros on the right, to a multiple of `multiple`."""
     missing = -x.shape[axis] % multiple
     if missing == 0:
         return x

@@ -31,53 +31,34 @@ _NO_WINDOW = 2**30
 class AttentionMask:
     """A mask for one kernel, made once outside of the layers. Every mask is causal.
 
-    Attributes:
-      kernel: `"dense"`, `"cudnn"`, `"splash"` or `"blocks"`.
-      window: Number of most recent keys that are visible, for cudnn and splash; None: all.
-      mesh: Devices that share the rows of a batch and the heads; None: one. For splash.
-      dense: (batch or 1, 1, tokens, keys) booleans; None: causal. For dense.
-      segments: (batch, tokens) int32; tokens attend to their own segment. For splash and blocks.
-      bias: (batch, 1, tokens, tokens), added to the scores: 0, or a large negative value between
-        different segments. For cudnn.
-      recent: int32 scalar, the window as data, which may differ between layers. For blocks.
+    The static fields are the kernel, the number of most recent keys that are visible (for cudnn and
+    splash; None: all), and the devices that share the rows of a batch and the heads (for splash).
     """
 
     kernel: str = dataclasses.field(metadata={"static": True}, default=DENSE)
     window: int | None = dataclasses.field(metadata={"static": True}, default=None)
     mesh: Mesh | None = dataclasses.field(metadata={"static": True}, default=None)
-    dense: jax.Array | None = None
-    segments: jax.Array | None = None
-    bias: jax.Array | None = None
-    recent: jax.Array | None = None
+    dense: jax.Array | None = None  # (batch or 1, 1, tokens, keys) booleans; None: causal
+    segments: jax.Array | None = None  # (batch, tokens) int32, for splash and blocks
+    bias: jax.Array | None = None  # (batch, 1, tokens, tokens), of the scores, for cudnn
+    recent: jax.Array | None = None  # int32 scalar, the window of a layer, for blocks
 
 
 def choose_kernel(
-    attention: str,
-    platform: str,
+    attention: str,  # one of `ATTENTION`
+    platform: str,  # target platform: `"cpu"`, `"gpu"` or `"tpu"`
     *,
-    dtype: Any,
+    dtype: Any,  # dtype of queries, keys and values
     head_dim: int,
-    tokens: int,
-    cached: bool = False,
-    windows: int = 1,
+    tokens: int,  # sequence length
+    cached: bool = False,  # whether a KV cache is read, whose filled part is not known in advance
+    windows: int = 1,  # number of different windows of the layers
     soft_cap: float | None = None,
 ) -> str:
     """Choose the attention kernel.
 
-    Args:
-      attention: One of `ATTENTION`. `"auto"` uses a fused kernel where the device has one;
-        `"flash"` never makes dense scores.
-      platform: Target platform: `"cpu"`, `"gpu"` or `"tpu"`.
-      dtype: Dtype of queries, keys and values.
-      head_dim: Channels of a head.
-      tokens: Sequence length.
-      cached: Whether a KV cache is read, whose filled part is not known in advance.
-      windows: Number of different windows of the layers. One kernel serves all layers of a scan,
-        so only `"blocks"` takes several.
-      soft_cap: Soft cap on the scores, or None.
-
-    Returns:
-      The kernel.
+    `"auto"` uses a fused kernel where the device has one; `"flash"` never makes dense scores. One
+    kernel serves all layers of a scan, so only `"blocks"` takes several windows.
 
     Example:
       >>> choose_kernel("auto", "gpu", dtype=jnp.bfloat16, head_dim=128, tokens=4096)
@@ -107,19 +88,10 @@ def make_masks(
     dtype: Any,
     mesh: Mesh | None = None,
 ) -> list[AttentionMask]:
-    """Make the mask of each window.
+    """Make the mask of each window, for the kernel from `choose_kernel`; all have one structure.
 
-    Args:
-      kernel: From `choose_kernel`.
-      tokens: Number of queries.
-      keys: Number of keys; with a cache, its length.
-      given: `attention_mask`, `segment_ids` and `filled`, as in `visible`.
-      windows: Numbers of most recent keys that are visible; None: all.
-      dtype: Dtype of queries, for a bias.
-      mesh: Devices that share the rows of a batch and the heads; None: one device.
-
-    Returns:
-      Masks with the same structure, one per window.
+    `given` are `attention_mask`, `segment_ids` and `filled`, as in `visible`. A window is a number
+    of most recent keys, or None for all. `dtype` is that of queries, for a bias.
     """
     # A window as long as the sequence masks nothing.
     windows = [None if each is None or each >= keys else each for each in windows]

@@ -20,6 +20,7 @@ from jax_lora.models.encoder import (
     masked_lm_layout,
 )
 from jax_lora.models.layout import Layout, dense
+from jax_lora.storage.schema import is_integer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +93,7 @@ class RobertaConfig(EncoderConfig):
     def __post_init__(self) -> None:  # noqa: D105  checks
         super().__post_init__()
         token = self.pad_token_id
-        known = isinstance(token, int) and not isinstance(token, bool)
-        if not known or token not in range(self.vocab_size):
+        if not is_integer(token) or token not in range(self.vocab_size):
             expected = f"a token, from 0 to {self.vocab_size - 1}"
             fix = "positions are counted from it; give the token that sequences are padded with."
             self.fail("pad_token_id", expected, fix)
@@ -138,6 +138,8 @@ class Roberta(Encoder):
       (1, 2)
     """
 
+    head_activation = "gelu"  # whatever `hidden_act` is
+
     def positions(self, input_ids: jax.Array) -> jax.Array:
         """Number the tokens that are not padding, from the padding token's id + 1 on."""
         pad = jnp.asarray(self.config.pad_token_id, input_ids.dtype)
@@ -151,10 +153,6 @@ class Roberta(Encoder):
     def classify(self, x: jax.Array) -> jax.Array:
         """Score classes by the first token: (batch, tokens, hidden) -> (batch, labels)."""
         return self.classifier(x)
-
-    def head_activation(self) -> str:
-        """Return "gelu": the head's activation does not depend on `hidden_act`."""
-        return "gelu"
 
     def layout(self) -> Layout:
         """Map parameters to tensors."""
@@ -180,12 +178,8 @@ ENCODERS = (
         module=Bert,
         # Settings of the first implementation, which had other poolers.
         harmless=(
-            "directionality",
-            "pooler_fc_size",
-            "pooler_num_attention_heads",
-            "pooler_num_fc_layers",
-            "pooler_size_per_head",
-            "pooler_type",
+            *("directionality", "pooler_fc_size", "pooler_num_attention_heads"),
+            *("pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
         ),
         # Buffers, and parts of other heads.
         redundant=(

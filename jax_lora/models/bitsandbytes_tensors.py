@@ -14,10 +14,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 
-from jax_lora.algebra import nf4
 from jax_lora.errors import ModelError
-from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.tensor_files import DTYPES, Tensor
+from jax_lora.quantization import nf4
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import parse_object
 from jax_lora.storage.limits import limit
@@ -52,7 +51,7 @@ class NF4Tensor:
         missing = [name + part for part in _PARTS if part not in self._parts]
         if missing:
             got = f"{name} without {', '.join(missing)}"
-            raise_model_error(name, got, "NF4 with double quantization", _FIX)
+            raise ModelError(name, got=got, expected="NF4 with double quantization", fix=_FIX)
         state = _state(name, self._parts[_STATE])
         self.shape, self.dtype = tuple(state["shape"]), _NAMES[state["dtype"]]
         self._offset = np.float32(state["nested_offset"])
@@ -67,14 +66,15 @@ class NF4Tensor:
         for part, shape in sizes.items():
             if self._parts[part].shape != shape:
                 got = f"{name}{part} of shape {self._parts[part].shape}"
-                raise_model_error(name, got, f"the shape {shape}", "download the file again.")
+                raise ModelError(
+                    name, got=got, expected=f"the shape {shape}", fix="download the file again."
+                )
 
     def codes(self, columns: int) -> dict[str, np.ndarray]:
         """Read the arrays of one matrix, in the format of `nf4.encode`.
 
-        Args:
-          columns: Size of a row of the matrix: a multiple of a block, or else the whole weight is
-            one row.
+        `columns` is the size of a row of the matrix: a multiple of a block, or else the whole
+        weight is one row.
 
         Raises:
           ModelError: The tables are not those of NF4.
@@ -83,7 +83,9 @@ class NF4Tensor:
         tables = {".quant_map": nf4.CODES, ".nested_quant_map": nf4.scale_table()}
         for part, expected in tables.items():
             if not np.array_equal(read[part], expected):
-                raise_model_error(self._name + part, "another table", "the table of NF4", _FIX)
+                raise ModelError(
+                    self._name + part, got="another table", expected="the table of NF4", fix=_FIX
+                )
         scales = read[".absmax"]
         codes = np.full(scales.size * nf4.BLOCK // 2, 0x77, np.uint8)  # 7 is the code of zero
         codes[: read[""].size] = read[""].reshape(-1)
@@ -105,13 +107,7 @@ AnyTensor = Tensor | NF4Tensor
 
 
 def with_nf4_weights(tensors: Mapping[str, Tensor]) -> dict[str, AnyTensor]:
-    """Replace the parts of each NF4 weight by one `NF4Tensor`.
-
-    Args:
-      tensors: All tensors of a folder, by name.
-
-    Returns:
-      The tensors of the model, by name.
+    """Replace the parts of each NF4 weight, of all tensors of a folder, by one `NF4Tensor`.
 
     Raises:
       ModelError: A weight is stored in another format of bitsandbytes.
@@ -127,9 +123,13 @@ def with_nf4_weights(tensors: Mapping[str, Tensor]) -> dict[str, AnyTensor]:
 def _state(name: str, tensor: Tensor) -> dict[str, Any]:
     where = name + _STATE
     if math.prod(tensor.shape) > limit("config_bytes"):
-        raise_model_error(where, f"{tensor.shape} bytes", "a description in JSON", _FIX)
+        raise ModelError(
+            where, got=f"{tensor.shape} bytes", expected="a description in JSON", fix=_FIX
+        )
     raw = parse_object(tensor.read().tobytes(), Path(where), ModelError)
-    problems = list(schema.problems(raw, schema.fields(_KINDS, required=tuple(_KINDS))))
+    problems = list(schema.problems(raw, schema.record(_KINDS)))
     if problems:
-        raise_model_error(where, "; ".join(problems), "the description of an NF4 weight", _FIX)
+        raise ModelError(
+            where, got="; ".join(problems), expected="the description of an NF4 weight", fix=_FIX
+        )
     return raw

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_lora.models.activations import soft_cap
+
 Array = jax.Array
 
 
@@ -37,20 +39,9 @@ def blockwise_attention(
     soft_cap: float | None = None,
     block: int = 512,
 ) -> Array:
-    """Attend causally, a block of queries and a block of keys at a time.
+    """Attend causally, a block of queries and a block of keys at a time, as `attend` does.
 
-    Args:
-      q: (batch, tokens, heads, channels).
-      k: (batch, tokens, groups, channels); each group serves heads / groups consecutive heads.
-      v: Same shape as k.
-      segments: (batch, tokens) int32; tokens attend to their own segment. None: one segment.
-      window: int32 scalar, number of most recent keys that are visible; None: all.
-      scale: Factor on the scores.
-      soft_cap: c in c * tanh(score / c); None: no cap.
-      block: Tokens of a block.
-
-    Returns:
-      (batch, tokens, heads, channels), in q's dtype.
+    `segments` are as in `AttentionMask`, and `window` is its `recent`; `block` is in tokens.
     """
     batch, tokens, heads, channels = q.shape
     groups = k.shape[2]
@@ -100,10 +91,7 @@ def _scores(
     """
     block = settings.block
     raw = jnp.einsum("btghc,bsgc->bghts", q, k, preferred_element_type=jnp.float32)
-    scores = raw * jnp.float32(settings.scale)
-    if settings.soft_cap is not None:
-        cap = jnp.float32(settings.soft_cap)
-        scores = jnp.tanh(scores / cap) * cap
+    scores = soft_cap(raw * jnp.float32(settings.scale), settings.soft_cap)
     inside = jnp.arange(block, dtype=jnp.int32)
     rows, columns = (i * block + inside)[:, None], (j * block + inside)[None, :]
     seen = (columns <= rows) & (rows - columns < window)  # (queries, keys)

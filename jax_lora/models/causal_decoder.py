@@ -39,7 +39,7 @@ from jax_lora.transform.strategies import target_platform
 
 
 class CausalDecoder(CheckpointModel):
-    """Base of the decoders; a subclass makes `layers`, a `layer_stack`, in its `setup`."""
+    """Base of the decoders; a subclass makes `layers` and `final_norm` in its `setup`."""
 
     @property
     def cache_sizes(self) -> tuple[int, int, int]:
@@ -47,11 +47,7 @@ class CausalDecoder(CheckpointModel):
         raise NotImplementedError
 
     def check_length(self, tokens: int) -> None:
-        """Raise if sequences without padding exceed the table of learned positions, if any.
-
-        Raises:
-          ConfigError: If `tokens` is larger than the table. Rotary positions have no table.
-        """
+        """Raise a `ConfigError` for more tokens than there are learned positions, if any."""
 
     def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Embed tokens: (batch, tokens) integers -> (batch, tokens, hidden)."""
@@ -62,18 +58,10 @@ class CausalDecoder(CheckpointModel):
     ) -> tuple[LayerContext, jax.Array | None]:
         """Make the inputs that all layers share, and the input of each layer, (layers, ...).
 
-        Args:
-          positions: (batch, tokens).
-          keys: Number of keys; with a cache, its length.
-          given: The arguments `attention_mask`, `segment_ids` and `filled` of `visible`.
-          dtype: Dtype of the hidden states.
+        `positions` are (batch, tokens), `keys` is the number of keys (with a cache, its length),
+        and `given` are as in `make_masks`.
         """
         raise NotImplementedError
-
-    @property
-    def soft_cap(self) -> float | None:
-        """Soft cap on the attention scores, or None."""
-        return None
 
     def masks(
         self,
@@ -82,6 +70,7 @@ class CausalDecoder(CheckpointModel):
         given: MaskInputs,
         windows: Sequence[int | None],
         dtype: Any,
+        soft_cap: float | None = None,
     ) -> list[AttentionMask]:
         """Make the mask of each window, for the attention kernel of this model and device."""
         kernel = choose_kernel(
@@ -92,13 +81,9 @@ class CausalDecoder(CheckpointModel):
             tokens=tokens,
             cached=given[2] is not None,
             windows=len(windows),
-            soft_cap=self.soft_cap,
+            soft_cap=soft_cap,
         )
         return make_masks(kernel, tokens, keys, given, windows, dtype, self.mesh)
-
-    def final_norm(self, x: jax.Array) -> jax.Array:
-        """Normalize the last layer's hidden states, (batch, tokens, hidden)."""
-        raise NotImplementedError
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Turn final hidden states (..., hidden) into logits (..., vocabulary)."""

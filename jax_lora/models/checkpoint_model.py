@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_lora.models.layout import Layout
+from jax_lora.models.token_embedding import TokenEmbedding
 
 
 class CheckpointModel(nn.Module):
@@ -66,7 +67,7 @@ def linear(config: Any, features: int, bias: bool, param_dtype: Any) -> nn.Dense
     return dense_maker(config, param_dtype)(features, use_bias=bias)
 
 
-def token_table(config: Any, rows: int, features: int, param_dtype: Any) -> nn.Embed:
+def token_table(config: Any, rows: int, features: int, param_dtype: Any) -> TokenEmbedding:
     """Make an embedding table that is initialized with `config.initializer_range`."""
     initial = nn.initializers.normal(config.initializer_range)
-    return nn.Embed(rows, features, embedding_init=initial, param_dtype=param_dtype)
+    return TokenEmbedding(rows, features, embedding_init=initial, param_dtype=param_dtype)

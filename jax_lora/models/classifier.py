@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jax_lora.errors import ModelError
 from jax_lora.models.encoder import CLASSIFICATION, Encoder
-from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.parameter_shapes import parameter_shapes
 
 
@@ -49,7 +49,7 @@ def add_classifier(
     """
     if not isinstance(model, Encoder):
         got, expected = f"a {type(model).__name__}", "an encoder: BERT or RoBERTa"
-        raise_model_error("add_classifier", got, expected, "load an encoder.")
+        raise ModelError("add_classifier", got=got, expected=expected, fix="load an encoder.")
     config = dataclasses.replace(model.config, head=CLASSIFICATION, labels=tuple(labels))
     classifier = model.clone(config=config)
     shapes = parameter_shapes(classifier)

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_lora.errors import ModelError
 from jax_lora.models.bitsandbytes_tensors import AnyTensor
 from jax_lora.models.decoder_config import DecoderConfig
-from jax_lora.models.model_errors import raise_model_error
+from jax_lora.models.read_config import STACKS
 
-__all__ = ["check_sizes"]
-
-_STACKS = frozenset(("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"))
 # Integers that are not the size of an axis.
 _NOT_SIZES = ("_token_id", "_window", "_pattern", "_distance", "_per_tok")
 
@@ -28,30 +26,26 @@ def check_sizes(folder: Path, config: Any, tensors: Mapping[str, AnyTensor]) -> 
       ModelError: A layer count is larger than the number of tensors, or a size is larger than
         every axis of the tensors.
     """
-    problems = list(_problems(config, tensors))
+    check_fit(folder, list(_problems(config, tensors)), "sizes that the tensors have")
+
+
+def check_fit(folder: Path, problems: list[str], expected: str) -> None:
+    """Raise a `ModelError` if there are problems with the tensors of a folder."""
     if problems:
-        raise_model_error(
-            folder,
-            "tensors that do not fit config.json:\n    " + "\n    ".join(problems),
-            "sizes that the tensors have",
-            "check that config.json belongs to these files and that no shard is missing.",
-        )
+        got = "tensors that do not fit config.json:\n    " + "\n    ".join(problems)
+        fix = "check that config.json belongs to these files and that no shard is missing."
+        raise ModelError(folder, got=got, expected=expected, fix=fix)
 
 
 def _problems(config: Any, tensors: Mapping[str, AnyTensor]) -> Iterator[str]:
     widest = max((size for each in tensors.values() for size in each.shape), default=0)
-    for name, value in _sizes(config):
-        if name in _STACKS and value > len(tensors):
-            yield f"{name} = {value}, but the files have {len(tensors)} tensors"
-        elif name not in _STACKS and value > widest:
-            yield f"{name} = {value}, but no axis of a tensor is longer than {widest}"
-
-
-def _sizes(config: Any) -> Iterator[tuple[str, int]]:
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if type(value) is not int or field.name.endswith(_NOT_SIZES):
+        name, value = field.name, getattr(config, field.name)
+        if type(value) is not int or name.endswith(_NOT_SIZES):
             continue
-        if isinstance(config, DecoderConfig) and "position" in field.name:
+        if isinstance(config, DecoderConfig) and "position" in name:
             continue  # rotary positions have no tensor
-        yield field.name, value
+        if name in STACKS and value > len(tensors):
+            yield f"{name} = {value}, but the files have {len(tensors)} tensors"
+        elif name not in STACKS and value > widest:
+            yield f"{name} = {value}, but no axis of a tensor is longer than {widest}"

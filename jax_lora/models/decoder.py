@@ -52,28 +52,16 @@ class DecoderDesign:
 
     Biases, multipliers, soft caps, windows and the sizes of experts are settings of the
     configuration.
-
-    Attributes:
-      qkv_bias: Whether queries, keys and values always have a bias.
-      qk_norm: Whether queries and keys are normalized before they are rotated.
-      joint_qk_norm: Whether these norms are over all heads together, and not over each head.
-      fused: Whether one kernel makes queries, keys and values, and one makes gate and up.
-      norms: Whether norms are `"before"` attention and feed-forward block, `"after"` them, or
-        `"around"` them, that is, both.
-      wide_scales: Whether norms multiply by the scale in float32.
-      gemma_scales: Whether norms multiply by 1 + scale in float32, and embeddings by
-        sqrt(hidden_size).
-      experts: Names of the experts' kernels in the files, for a mixture of experts.
     """
 
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    joint_qk_norm: bool = False
-    fused: bool = False
-    norms: str = "before"
-    wide_scales: bool = False
-    gemma_scales: bool = False
-    experts: ExpertNames | None = None
+    qkv_bias: bool = False  # whether queries, keys and values always have a bias
+    qk_norm: bool = False  # whether queries and keys are normalized before they are rotated
+    joint_qk_norm: bool = False  # whether these norms are over all heads together
+    fused: bool = False  # whether q, k and v are from one kernel, and gate and up from one
+    norms: str = "before"  # `"before"` both blocks, `"after"` them, or `"around"` them
+    wide_scales: bool = False  # whether norms multiply by the scale in float32
+    gemma_scales: bool = False  # norms by 1 + scale in float32, embeddings by sqrt(hidden_size)
+    experts: ExpertNames | None = None  # names in the files, for a mixture
 
     @property
     def attention_names(self) -> tuple[str, ...]:
@@ -145,23 +133,12 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_norm = norm()
 
     def __call__(
-        self,
-        x: jax.Array,
-        contexts: LayerContext,
-        cache: LayerCache | None,
-        kind: jax.Array | None,
+        self, x: jax.Array, contexts: LayerContext, cache: LayerCache | None, kind: jax.Array | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Apply the layer; called by `nn.scan`.
+        """Apply the layer to x, (batch, tokens, hidden); called by `nn.scan`.
 
-        Args:
-          x: (batch, tokens, hidden).
-          contexts: Shared by all layers; with several kinds of layers, stacked by kind. A mask is
-            stacked only if the kinds have different windows.
-          cache: The layer's keys and values, or None.
-          kind: int32 scalar, the index of the layer's kind; None if all layers are of one kind.
-
-        Returns:
-          x after the layer, and the layer's updated cache, if any.
+        With several kinds of layers, `contexts` are stacked by kind, and `kind` is the index of the
+        layer's. A mask is stacked only if the kinds have different windows.
         """
         x = pin_rows(x)
         norms, factor = self.design.norms, self.config.residual_multiplier
@@ -210,7 +187,7 @@ class Decoder(CausalDecoder):
             DecoderLayer, c.num_hidden_layers, remat=self.remat, inputs_per_layer=2
         )
         self.layers = layers(c, self.design, dtype)
-        self.norm = decoder_norm(c, self.design, dtype)
+        self.final_norm = decoder_norm(c, self.design, dtype, "norm")
         if not c.tie_word_embeddings:
             self.lm_head = linear(c, c.vocab_size, False, dtype)
 
@@ -220,11 +197,6 @@ class Decoder(CausalDecoder):
         c = self.config
         return c.num_hidden_layers, c.num_key_value_heads, c.head_dim
 
-    @property
-    def soft_cap(self) -> float | None:
-        """Soft cap on the attention scores, or None."""
-        return self.config.attn_logit_softcapping
-
     def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Embed tokens: (batch, tokens) integers -> (batch, tokens, hidden)."""
         x = multiplied(self.embed_tokens(input_ids), self.config.embedding_multiplier)
@@ -232,10 +204,6 @@ class Decoder(CausalDecoder):
             return x
         # Rounded to x's dtype first, as the checkpoints were trained.
         return x * jnp.float32(math.sqrt(self.config.hidden_size)).astype(x.dtype)
-
-    def final_norm(self, x: jax.Array) -> jax.Array:
-        """Normalize the last layer's hidden states, (batch, tokens, hidden)."""
-        return self.norm(x)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Turn final hidden states (..., hidden) into logits (..., vocabulary)."""
@@ -254,7 +222,8 @@ class Decoder(CausalDecoder):
           a first axis, and their indices for all layers, (layers,) int32.
         """
         kinds, windows = list(dict.fromkeys(self.config.layer_kinds)), _windows(self.config)
-        made = self.masks(positions.shape[1], keys, given, windows, dtype)
+        cap = self.config.attn_logit_softcapping
+        made = self.masks(positions.shape[1], keys, given, windows, dtype, cap)
         masks = dict(zip(windows, made, strict=True))
         scale = query_scale(self.config, positions)
         contexts = [

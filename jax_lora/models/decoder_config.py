@@ -11,71 +11,44 @@ from flax.core import FrozenDict
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.model_config import ModelConfig, is_positive, is_positive_int
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # as `layer_types` has them
+FULL, SLIDING = "full_attention", "sliding_attention"  # the values in `layer_types`
 
 _SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim max_position_embeddings".split()
 )
-_LARGEST_HEAD = 2**16  # the frequencies of a head's channels are computed when it is traced
-# Every implemented rotary scaling, and the settings that it requires.
+_LARGEST_HEAD = 2**16  # NumPy computes the rotary frequencies during tracing, which must stay fast
+# The implemented rotary scalings and the settings that each requires.
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("original_max_position_embeddings",),
 }
-# Settings with a default, which must be positive if they are given.
+# Optional settings, which must be positive.
 _ROPE_OPTIONAL = (
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
+    "factor original_max_position_embeddings attention_factor beta_fast beta_slow".split()
 )
-# Settings with one number for each pair of rotated channels.
+# Required lists, with one number for each pair of rotated channels.
 _ROPE_LISTS = {"longrope": ("short_factor", "long_factor")}
 
 
 class LayerKind(NamedTuple):
-    """The settings that differ between layers; in most models all layers are of one kind.
+    """The settings that differ between layers; in most models all layers are of one kind."""
 
-    Attributes:
-      window: Number of most recent tokens that a query attends to, including its own; None: all.
-      rope: The configuration whose rotary fields these layers use; None: they rotate nothing.
-    """
-
-    window: int | None
-    rope: DecoderConfig | None
+    window: int | None  # most recent tokens that a query attends to, with its own; None: all
+    rope: DecoderConfig | None  # with the rotary fields of these layers; None: no rotary embedding
 
 
 class ExpertSizes(NamedTuple):
-    """Sizes of a mixture of experts.
+    """Sizes of a mixture of experts."""
 
-    Attributes:
-      total: Number of experts.
-      per_token: Number of experts that each token is routed to.
-      width: Intermediate channels of one expert.
-      normalized: Whether the weights of a token's experts are divided by their sum.
-    """
-
-    total: int
-    per_token: int
-    width: int
-    normalized: bool
+    total: int  # number of experts
+    per_token: int  # number of experts that each token is routed to
+    width: int  # intermediate channels of one expert
+    normalized: bool  # whether the weights of a token's experts are divided by their sum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +58,8 @@ class DecoderConfig(ModelConfig):
     The class of each architecture adds fields and changes defaults; see `architectures.py`.
 
     Raises:
-      ConfigError: If a size is not a positive integer, heads do not divide, or an activation, a
-        rotary scaling or another variant is not implemented.
+      ConfigError: If a size is not a positive integer, the number of query heads is not a multiple
+        of the number of key-value heads, or an activation or a rotary scaling is not implemented.
 
     Example:
       >>> DecoderConfig(hidden_size=64, num_attention_heads=4).head_dim
@@ -110,7 +83,7 @@ class DecoderConfig(ModelConfig):
     # Class variables, so that `config.json` cannot set them. An architecture with one of these
     # settings declares it as a field.
     attention_bias = False
-    attention_out_bias = None  # None: as attention_bias
+    attention_out_bias = None  # None: the value of attention_bias
     mlp_bias = False
     query_pre_attn_scalar = None
     attn_logit_softcapping = None
@@ -129,13 +102,15 @@ class DecoderConfig(ModelConfig):
         self.check_sizes(_SIZES)
         self.check_positive(("rms_norm_eps", "rope_theta"))
         self.check_choice("hidden_act", ACTIVATIONS)
-        fix = "let each key-value head serve equally many query heads."
+        fix = "make num_attention_heads a multiple of num_key_value_heads."
         self.check_divides("num_key_value_heads", "num_attention_heads", fix)
         if self.head_dim > _LARGEST_HEAD:
-            self.fail_at("head_dim", self.head_dim, f"at most {_LARGEST_HEAD}", "give head_dim.")
+            self.fail_at(
+                "head_dim", self.head_dim, f"at most {_LARGEST_HEAD}", "set a smaller head_dim."
+            )
         if self.rotary_dim % 2:
             where = "head_dim" if self.rotary_dim == self.head_dim else "rotated part of head_dim"
-            fix = "rotary embedding turns channel pairs."
+            fix = "set an even number: rotary embeddings rotate pairs of channels."
             self.fail_at(where, self.rotary_dim, "an even number", fix)
         self._check_rope()
 
@@ -158,7 +133,7 @@ class DecoderConfig(ModelConfig):
 
     @property
     def llama_4_scaling_beta(self) -> float | None:
-        """Weight of the logarithm of the position, in a factor on each query's scores."""
+        """Coefficient of the factor in `rotary.query_scale`; None: no such factor."""
         return None
 
     @property
@@ -181,7 +156,7 @@ class DecoderConfig(ModelConfig):
         scaling, kind = self.rope_scaling or {}, self.rope_type
         if kind not in _ROPE_NEEDS:
             expected = "one of " + ", ".join(_ROPE_NEEDS)
-            fix = "this scaling is not implemented; use a checkpoint with another."
+            fix = "this scaling is not implemented; use a checkpoint with one that is."
             self.fail_at("rope_scaling: rope_type", kind, expected, fix)
 
         def check(name: str, valid: bool, expected: str) -> None:
@@ -244,7 +219,7 @@ class MixedLayersConfig(WindowConfig):
         self._check_layer_types(self.layer_types or ())
 
     def default_layer_types(self) -> tuple[str, ...]:
-        """The kind of every layer, for files without `layer_types`."""
+        """The `layer_types` of a `config.json` that has none."""
         raise NotImplementedError
 
     @property
@@ -261,12 +236,14 @@ class MixedLayersConfig(WindowConfig):
     def _check_layer_types(self, types: tuple[str, ...]) -> None:
         if set(types) - {FULL, SLIDING} or len(types) != self.num_hidden_layers:
             expected = f"{FULL} or {SLIDING} for each of {self.num_hidden_layers} layers"
-            self.fail("layer_types", expected, "other layers are not implemented.")
+            self.fail(
+                "layer_types", expected, "use a checkpoint with these; others are not implemented."
+            )
         if SLIDING in types and self.window is None:
             expected, fix = f"a positive integer, for {SLIDING} layers", "set sliding_window."
             self.fail_at("sliding_window", None, expected, fix)
 
 
 def frozen_settings(settings: Mapping[str, Any]) -> FrozenDict[str, Any]:
-    """Make settings hashable, as Linen requires of a module's attributes: lists become tuples."""
+    """Make settings hashable, which Linen requires of module attributes: lists become tuples."""
     return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})

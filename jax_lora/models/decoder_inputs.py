@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 
-from jax_lora.models.model_errors import raise_config_error
+from jax_lora.errors import ConfigError
 
 # The arguments attention_mask, segment_ids and filled of `visible`.
 MaskInputs = tuple[jax.Array | None, jax.Array | None, jax.Array | None]
@@ -26,12 +26,7 @@ class KVCache(NamedTuple):
 
 
 def empty_cache(shape: tuple[int, ...], dtype: Any) -> KVCache:
-    """Make a cache of zeros.
-
-    Args:
-      shape: (layers, batch, length, key-value heads, head_dim).
-      dtype: Dtype of keys and values.
-    """
+    """Make a cache of zeros; the shape is that of `KVCache.keys`."""
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.int32(0))
 
 
@@ -66,21 +61,16 @@ def check_inputs(
 
 
 def _refuse(where: str, value: jax.Array, expected: str, fix: str) -> NoReturn:
-    raise_config_error(where, f"{value.dtype} {value.shape}", expected, fix)
+    raise ConfigError(where, got=f"{value.dtype} {value.shape}", expected=expected, fix=fix)
 
 
 def count_positions(
     input_ids: jax.Array, attention_mask: jax.Array | None, filled: jax.Array | None
 ) -> jax.Array:
-    """Count, for every token, the real tokens before it; padding is not counted.
+    """Count, for every token, the real tokens before it; padding is not counted: (batch, tokens).
 
-    Args:
-      input_ids: (batch, tokens).
-      attention_mask: (batch, tokens), or (batch, cache length) with a cache; None: no padding.
-      filled: int32 scalar, the cache's filled slots; None without a cache.
-
-    Returns:
-      (batch, tokens) int32.
+    `attention_mask` is (batch, tokens), or (batch, cache length) with a cache, of which `filled`
+    slots are in use.
     """
     batch, tokens = input_ids.shape
     if attention_mask is None:
@@ -113,13 +103,9 @@ def visible(
 ) -> jax.Array:
     """Tell which keys a query attends to: earlier, real, and of the same segment.
 
-    Args:
-      queries: Number of queries.
-      keys: Number of keys; with a cache, its length.
-      attention_mask: (batch, keys), 1 at real tokens; None: no padding.
-      segment_ids: (batch, tokens); None: one segment.
-      filled: int32 scalar, the cache's filled slots, behind which the queries follow; or None.
-      window: Number of most recent keys that are visible, the query's own included; None: all.
+    `attention_mask` is (batch, keys), and `segment_ids` (batch, tokens). With a cache, there are as
+    many keys as it is long, and the queries follow behind the `filled` slots. A window is the
+    number of most recent keys that are visible, the query's own included.
 
     Returns:
       (batch or 1, 1, queries, keys) booleans.

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax_lora.errors import ConfigError
 from jax_lora.models.decoder_config import FULL, SLIDING
 from jax_lora.models.family import nullable, plain_json
-from jax_lora.models.model_errors import raise_config_error
-
-__all__ = [
-    "decoder_json",
-    "gemma3_fields",
-    "gemma3_json",
-    "ministral3_fields",
-    "mistral3_fields",
-    "phi3_fields",
-    "phi3_json",
-    "qwen3_moe_fields",
-    "qwen3_moe_json",
-]
 
 
 def decoder_json(config: Any) -> dict[str, Any]:
@@ -46,13 +34,10 @@ def qwen3_moe_json(config: Any) -> dict[str, Any]:
 
 def phi3_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """Read `partial_rotary_factor`, which may be among the rotary settings."""
-    found = {}
-    if raw.get("original_max_position_embeddings") is not None:
-        found["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    length = raw.get("original_max_position_embeddings")
+    found = {} if length is None else {"original_max_position_embeddings": length}
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if "partial_rotary_factor" in rope:
-        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    return found
+    return found | nullable("partial_rotary_factor")(rope)
 
 
 def phi3_json(config: Any) -> dict[str, Any]:
@@ -86,7 +71,7 @@ def _gemma3_rope(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(both, dict) or set(both) - {FULL, SLIDING}:
         expected = f"settings for {FULL} and for {SLIDING}"
         fix = "give settings for each kind of layer, as transformers writes them."
-        raise_config_error("rope_parameters", repr(both), expected, fix)
+        raise ConfigError("rope_parameters", got=repr(both), expected=expected, fix=fix)
     full, local = dict(both.get(FULL) or {}), dict(both.get(SLIDING) or {})
     thetas = {
         "rope_theta": full.pop("rope_theta", None) or raw.get("rope_theta"),
@@ -116,7 +101,9 @@ def ministral3_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """
     if not (raw.get("rope_parameters") or raw.get("rope_scaling")):
         expected, fix = "the rotary settings", "copy them from the config.json of the original."
-        raise_config_error("rope_parameters", repr(raw.get("rope_parameters")), expected, fix)
+        raise ConfigError(
+            "rope_parameters", got=repr(raw.get("rope_parameters")), expected=expected, fix=fix
+        )
     return nullable("sliding_window")(raw)
 
 

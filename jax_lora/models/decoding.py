@@ -19,30 +19,22 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_lora.adapter import is_adapted
+from jax_lora.errors import ConfigError
 from jax_lora.models.decoder_config import DecoderConfig
 from jax_lora.models.decoder_inputs import KVCache
-from jax_lora.models.model_errors import raise_config_error
 from jax_lora.models.sampling import Choice, draw
 from jax_lora.transform import lora_apply
 from jax_lora.transform.low_memory_jit import low_memory_jit
 
 
 class Progress(NamedTuple):
-    """The state of a batch that is being generated.
+    """The state of a batch that is being generated."""
 
-    Attributes:
-      written: int32 scalar, number of columns of `tokens` that hold a token.
-      done: (batch,) booleans, whether a sequence has ended.
-      lengths: (batch,) int32, new tokens of each sequence, its end token included.
-      tokens: (batch, max_new_tokens) int32, the new tokens; padding after a sequence's end.
-      cache: The KV cache of prompts and new tokens, except the last.
-    """
-
-    written: jax.Array
-    done: jax.Array
-    lengths: jax.Array
-    tokens: jax.Array
-    cache: KVCache
+    written: jax.Array  # int32 scalar, number of columns of `tokens` that hold a token
+    done: jax.Array  # (batch,) booleans, whether a sequence has ended
+    lengths: jax.Array  # (batch,) int32, new tokens of each sequence, its end token included
+    tokens: jax.Array  # (batch, max_new_tokens) int32, padded after a sequence's end
+    cache: KVCache  # of prompts and new tokens, except the last
 
 
 def generate(
@@ -119,21 +111,15 @@ def generate(
 
 
 def begin(model: Any, variables: Any, shape: tuple[int, ...], most: int) -> Progress:
-    """Allocate the state of a batch, with an empty cache.
-
-    Args:
-      model: The decoder.
-      variables: `{"params": params}`, with or without an adapter.
-      shape: (batch, prompt).
-      most: Maximum number of new tokens per sequence.
+    """Allocate the state of a batch, of shape (batch, prompt), with an empty cache.
 
     Raises:
       ConfigError: If the model has no KV cache, or is an encoder-decoder (T5).
     """
     batch, length = shape
     leaves = jax.tree.leaves(variables, is_leaf=is_adapted)
-    dtypes = [(leaf.base if is_adapted(leaf) else leaf).dtype for leaf in leaves]
-    dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
+    leaves = [leaf.base if is_adapted(leaf) else leaf for leaf in leaves]
+    dtype = next(leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
     zeros = jnp.zeros((batch,), jnp.int32)
     tokens = jnp.zeros((batch, most), jnp.int32)
     make = getattr(model, "init_cache", lambda *sizes: None)
@@ -149,7 +135,7 @@ def _placed(leaves: list[Any], progress: Progress) -> Progress:
 
     `advance` returns committed arrays, so otherwise its second call would be compiled again.
     """
-    arrays = jax.tree.leaves([leaf.base if is_adapted(leaf) else leaf for leaf in leaves])
+    arrays = jax.tree.leaves(leaves)
     real = [each for each in arrays if isinstance(each, jax.Array) and not isinstance(each, Tracer)]
     where = next((each.sharding for each in real if each.committed), None)
     if isinstance(where, NamedSharding):
@@ -160,27 +146,16 @@ def _placed(leaves: list[Any], progress: Progress) -> Progress:
 @functools.partial(low_memory_jit, static_argnames="model", donate_argnames="progress")
 def advance(
     model: Any,
-    variables: Any,
-    ids: jax.Array,
-    mask: jax.Array,
-    progress: Progress,
-    until: jax.Array,
-    ends: jax.Array,
-    padding: jax.Array,
-    choice: Choice | None,
+    variables: Any,  # `{"params": params}`, with or without an adapter
+    ids: jax.Array,  # (batch, prompt) int32, padded on the left
+    mask: jax.Array,  # (batch, prompt) int32
+    progress: Progress,  # from `begin` or an earlier call; its buffers are donated
+    until: jax.Array,  # int32 scalar, at most the number of columns of `progress.tokens`
+    ends: jax.Array,  # (vocabulary,) booleans, the tokens that end a sequence
+    padding: jax.Array,  # int32 scalar, the token after a sequence's end
+    choice: Choice | None,  # settings of sampling; None: greedy decoding
 ) -> Progress:
     """Write tokens until there are `until` of them, or all sequences have ended.
-
-    Args:
-      model: The decoder.
-      variables: `{"params": params}`, with or without an adapter.
-      ids: (batch, prompt) int32, padded on the left.
-      mask: (batch, prompt) int32.
-      progress: From `begin` or an earlier call; its buffers are donated.
-      until: int32 scalar, at most the number of columns of `progress.tokens`.
-      ends: (vocabulary,) booleans, the tokens that end a sequence.
-      padding: int32 scalar, the token after a sequence's end.
-      choice: Settings of sampling; None: greedy decoding.
 
     Returns:
       The new state.
@@ -228,17 +203,7 @@ def make_choice(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Choice | None:
-    """Check the settings of sampling, and make arrays of them.
-
-    Args:
-      key: One key, or (batch,) keys.
-      batch: Number of sequences.
-      temperature: 0, or a positive number.
-      top_k: None, or at least 1.
-      top_p: None, or a number in (0, 1].
-
-    Returns:
-      The settings; None at temperature 0, which is greedy decoding.
+    """Check the settings of sampling, as in `generate`, and make arrays of them; None: greedy.
 
     Raises:
       ConfigError: If a value is out of range, or there is no key.
@@ -271,14 +236,7 @@ def _sequence_keys(key: jax.Array, batch: int) -> jax.Array:
 
 
 def end_mask(model: Any, ids: Iterable[int]) -> np.ndarray:
-    """Mark the tokens that end a sequence.
-
-    Args:
-      model: The decoder.
-      ids: Those tokens.
-
-    Returns:
-      (vocabulary,) booleans.
+    """Mark the tokens that end a sequence, in (vocabulary,) booleans.
 
     Raises:
       ConfigError: If a token is not in the vocabulary.
@@ -339,4 +297,4 @@ def _integer(where: str, value: Any) -> int:
 
 
 def _refuse(where: str, got: Any, expected: str, fix: str) -> NoReturn:
-    raise_config_error(f"generate: {where}", got, expected, fix)
+    raise ConfigError(f"generate: {where}", got=str(got), expected=expected, fix=fix)

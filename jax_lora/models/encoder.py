@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_lora.errors import ConfigError
 from jax_lora.models.activation_sharding import activation_mesh, pin_rows
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import Attention, LayerContext
@@ -33,7 +34,6 @@ from jax_lora.models.layer_stack import layer_stack
 from jax_lora.models.layout import Layout, dense, embedding, layer_norm, vector
 from jax_lora.models.mlp import MLP
 from jax_lora.models.model_config import ModelConfig
-from jax_lora.models.model_errors import raise_config_error
 from jax_lora.models.norms import LayerNorm
 
 # The heads, as `EncoderConfig.head` names them.
@@ -173,6 +173,8 @@ class _MaskedLMHead(nn.Module):
 class Encoder(CheckpointModel):
     """Base of the encoders; a subclass defines the classification head."""
 
+    head_activation: ClassVar[str | None] = None  # of a masked language model; None: hidden_act
+
     def make_classifier(self) -> None:
         """Make the modules of the classification head, in `setup`."""
         raise NotImplementedError
@@ -180,10 +182,6 @@ class Encoder(CheckpointModel):
     def classify(self, x: jax.Array) -> jax.Array:
         """Score classes: (batch, tokens, hidden) -> (batch, labels)."""
         raise NotImplementedError
-
-    def head_activation(self) -> str:
-        """Name the activation of the masked language model's head."""
-        return self.config.hidden_act
 
     def positions(self, input_ids: jax.Array) -> jax.Array:
         """Number the tokens from 0, padding included: (batch, tokens) int32."""
@@ -197,7 +195,8 @@ class Encoder(CheckpointModel):
         if c.head == CLASSIFICATION:
             self.make_classifier()
         if c.head == MASKED_LM:
-            self.lm_head = _MaskedLMHead(c, dtype, ACTIVATIONS[self.head_activation()])
+            activation = ACTIVATIONS[self.head_activation or c.hidden_act]
+            self.lm_head = _MaskedLMHead(c, dtype, activation)
         if c.pools:
             self.pooler = linear(c, c.hidden_size, True, dtype)
 
@@ -252,11 +251,15 @@ class Encoder(CheckpointModel):
         check_inputs(input_ids, attention_mask)
         if types is not None and types.shape != input_ids.shape:
             got, expected = f"shape {types.shape}", f"shape {input_ids.shape}"
-            raise_config_error("token_type_ids", got, expected, "give one integer per token.")
+            raise ConfigError(
+                "token_type_ids", got=got, expected=expected, fix="give one integer per token."
+            )
         most = self.config.max_position_embeddings - self.config.first_position
         if input_ids.shape[1] > most:
             got, fix = f"sequences of {input_ids.shape[1]} tokens", "truncate the sequences."
-            raise_config_error("input_ids", got, f"at most {most}, the table of positions", fix)
+            raise ConfigError(
+                "input_ids", got=got, expected=f"at most {most}, the table of positions", fix=fix
+            )
 
     def encoder_layout(self, prefix: str) -> Layout:
         """Place the parameters of all but the head, whose module is `prefix` in most files.
@@ -299,13 +302,10 @@ def masked_lm_layout(dense_module: str, norm_module: str, bias: str) -> Layout:
 def encoder_family(
     heads: Mapping[str, str], *, prefix: str, harmless: tuple[str, ...] = (), **more: Any
 ) -> Family:
-    """Make the family of an encoder.
+    """Make the family of an encoder, with other arguments of `Family`.
 
-    Args:
-      heads: Transformers class -> head, the usual class first.
-      prefix: The prefix that files of the model without its head omit from tensor names.
-      harmless: Fields that do not change the outputs, in addition to the dropout rates.
-      more: Other arguments of `Family`.
+    `heads` maps transformers classes to heads, the usual class first. `harmless` are fields besides
+    the dropout rates.
     """
     return Family(
         architectures=tuple(heads),

@@ -30,14 +30,7 @@ from jax_lora.models.layout import Layout, Placement
 
 
 class ExpertNames(NamedTuple):
-    """Names in the files.
-
-    Attributes:
-      block: The feed-forward block; modules call it "mlp".
-      gate: The kernels of one expert.
-      up: See `gate`.
-      down: See `gate`.
-    """
+    """Names in the files: of a layer's feed-forward block, and of the kernels of one expert."""
 
     block: str
     gate: str
@@ -46,13 +39,7 @@ class ExpertNames(NamedTuple):
 
 
 class SparseMLP(nn.Module):
-    """A router, and experts that are each a gated feed-forward block without biases.
-
-    Attributes:
-      config: Sizes of the model.
-      param_dtype: Dtype in which `init` makes the parameters.
-      sizes: Sizes of the experts.
-    """
+    """A router, and experts that are each a gated feed-forward block without biases."""
 
     config: DecoderConfig
     param_dtype: Any
@@ -77,15 +64,9 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, weights: jax.Array, indices: jax.Array) -> jax.Array:
-        """Apply each token's experts and sum their outputs.
+        """Apply each token's experts to x, (batch, tokens, hidden), and sum their outputs.
 
-        Args:
-          x: (batch, tokens, hidden).
-          weights: (batch, tokens, per_token) float32.
-          indices: (batch, tokens, per_token) int32, each token's experts.
-
-        Returns:
-          (batch, tokens, hidden), in x's dtype.
+        Weights and indices are (batch, tokens, per_token), from `route`.
         """
         count, width = self.sizes.total, self.sizes.width
         initial = nn.initializers.normal(self.config.initializer_range)
@@ -112,15 +93,10 @@ class Experts(nn.Module):
 
 
 def route(logits: jax.Array, per_token: int, normalized: bool) -> tuple[jax.Array, jax.Array]:
-    """Choose the most probable experts of every token.
+    """Choose the most probable experts of every token from logits (..., experts).
 
-    Args:
-      logits: (..., experts).
-      per_token: Number of experts of each token.
-      normalized: Whether their weights are divided by their sum.
-
-    Returns:
-      Weights (..., per_token), always float32, and the experts' indices, of the same shape.
+    Return float32 weights (..., per_token), which sum to 1 if `normalized`, and the experts'
+    indices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -143,13 +119,13 @@ def expert_layout(names: ExpertNames) -> Layout:
     gate, up, down = (
         f"{files}.experts.{{expert}}.{name}.weight" for name in (names.gate, names.up, names.down)
     )
+
     # Router and experts are not torch `Linear` modules, so adapters name the parameter itself.
+    def placed(name: str, *tensors: str) -> Placement:
+        return Placement(tensors, True, f"{module}.{name}")
+
     return {
-        "layers/mlp/gate/kernel": Placement(
-            (f"{files}.gate.weight",), True, f"{module}.gate.weight"
-        ),
-        "layers/mlp/experts/gate_up_proj": Placement(
-            (gate, up), True, f"{module}.experts.gate_up_proj"
-        ),
-        "layers/mlp/experts/down_proj": Placement((down,), True, f"{module}.experts.down_proj"),
+        "layers/mlp/gate/kernel": placed("gate.weight", f"{files}.gate.weight"),
+        "layers/mlp/experts/gate_up_proj": placed("experts.gate_up_proj", gate, up),
+        "layers/mlp/experts/down_proj": placed("experts.down_proj", down),
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax_lora.errors import ModelError
 from jax_lora.models import gpt2, t5
 from jax_lora.models.architectures import DECODERS
 from jax_lora.models.bert import ENCODERS
 from jax_lora.models.family import Family
-from jax_lora.models.model_errors import raise_model_error
 
 _ALL = (*DECODERS, *ENCODERS, gpt2.FAMILY, t5.FAMILY)
 FAMILIES: dict[str, Family] = {
@@ -24,12 +24,9 @@ def family_of(model: Any) -> Family:
     """
     found = next((each for each in FAMILIES.values() if type(model) is each.module), None)
     if found is None:
-        raise_model_error(
-            "model",
-            f"a {type(model).__name__}",
-            "a module of jax_lora.models",
-            "use what jax_lora.models.load returned, or one of the package's classes.",
-        )
+        got, expected = f"a {type(model).__name__}", "a module of jax_lora.models"
+        fix = "use what jax_lora.models.load returned, or one of the package's classes."
+        raise ModelError("model", got=got, expected=expected, fix=fix)
     return found
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_lora.errors import ConfigError
 from jax_lora.models.activation_sharding import pin_rows
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import Attention, LayerCache, LayerContext
@@ -25,7 +26,6 @@ from jax_lora.models.layer_stack import layer_stack
 from jax_lora.models.layout import Layout, dense, embedding, layer_norm
 from jax_lora.models.mlp import MLP
 from jax_lora.models.model_config import ModelConfig
-from jax_lora.models.model_errors import raise_config_error
 from jax_lora.models.norms import LayerNorm
 
 
@@ -135,7 +135,7 @@ class GPT2(CausalDecoder):
         self.wpe = token_table(c, c.n_positions, c.n_embd, dtype)
         layers = layer_stack(GPT2Layer, c.n_layer, remat=self.remat, inputs_per_layer=2)
         self.layers = layers(c, dtype)
-        self.ln_f = LayerNorm(c.layer_norm_epsilon, param_dtype=dtype)
+        self.final_norm = LayerNorm(c.layer_norm_epsilon, param_dtype=dtype, name="ln_f")
         if not c.tie_word_embeddings:
             self.lm_head = linear(c, c.vocab_size, False, dtype)
 
@@ -150,7 +150,9 @@ class GPT2(CausalDecoder):
         if tokens > most:
             fix = "truncate the sequences; there are no more learned positions."
             expected = f"at most n_positions = {most}"
-            raise_config_error("input_ids", f"sequences of {tokens} tokens", expected, fix)
+            raise ConfigError(
+                "input_ids", got=f"sequences of {tokens} tokens", expected=expected, fix=fix
+            )
 
     def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Embed tokens, and positions if given: (batch, tokens) integers -> (..., hidden)."""
@@ -166,10 +168,6 @@ class GPT2(CausalDecoder):
         if c.scale_attn_by_inverse_layer_idx:
             numbers = jnp.arange(1, c.n_layer + 1, dtype=jnp.float32)
         return LayerContext(mask=mask, filled=given[-1]), numbers
-
-    def final_norm(self, x: jax.Array) -> jax.Array:
-        """Normalize the last layer's hidden states, (batch, tokens, hidden)."""
-        return self.ln_f(x)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Turn final hidden states (..., hidden) into logits (..., vocabulary)."""

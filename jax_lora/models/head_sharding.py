@@ -25,29 +25,20 @@ Pin = Callable[[jax.Array], jax.Array]
 
 
 class SharedHead(NamedTuple):
-    """The variables for `unembed`, and where its inputs and outputs are.
+    """The variables for `unembed`, and where its inputs and outputs are."""
 
-    Attributes:
-      variables: `{"params": params}`.
-      pin_hidden: Constrains hidden states, (tokens, hidden).
-      pin_logits: Constrains logits, (tokens, vocabulary).
-    """
-
-    variables: Any
-    pin_hidden: Pin = lambda x: x
-    pin_logits: Pin = lambda x: x
+    variables: Any  # `{"params": params}`
+    pin_hidden: Pin = lambda x: x  # constrains hidden states, (tokens, hidden)
+    pin_logits: Pin = lambda x: x  # constrains logits, (tokens, vocabulary)
 
 
 def share_head(model: Any, variables: Any, tokens: int) -> SharedHead:
     """Choose how the devices share the head of a model, and constrain its parameters.
 
-    Args:
-      model: A model of this package, with its mesh; other models are left alone.
-      variables: `{"params": params}`.
-      tokens: Number of tokens that the head is applied to, of all devices and chunks together.
+    Models of other packages, without a mesh, or on one device are left alone.
 
-    Returns:
-      The variables and the constraints; on one device, without effect.
+    `tokens` is the number of tokens that the head is applied to, of all devices and chunks
+    together.
     """
     mesh = getattr(model, "mesh", None)
     family = next((each for each in FAMILIES.values() if isinstance(model, each.module)), None)

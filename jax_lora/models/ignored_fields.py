@@ -11,13 +11,7 @@ _IGNORED: ContextVar[frozenset[str]] = ContextVar("ignored_fields", default=froz
 
 @contextlib.contextmanager
 def ignoring(fields: Iterable[str]) -> Iterator[None]:
-    """Ignore unknown fields of `config.json` in a block.
-
-    Args:
-      fields: Unknown fields that do not change the outputs.
-
-    Yields:
-      Nothing.
+    """Ignore unknown fields of `config.json`, which do not change the outputs, in a block.
 
     Example:
       >>> with ignoring(["exporter_version"]):

@@ -12,16 +12,10 @@ from jax_lora.models.rematerialization import remat_policy
 def layer_stack(
     layer: type[nn.Module], length: int, *, remat: bool | str, inputs_per_layer: int = 0
 ) -> Any:
-    """Stack a layer class.
+    """Stack a layer class; `remat` is one of `REMAT`, or a boolean.
 
     The layer is called as `layer(x, shared, *per_layer)` and returns `(x, output)`. `shared` goes
     to every layer unchanged; each per-layer input is stacked along its first axis, or None.
-
-    Args:
-      layer: The class of one layer.
-      length: Number of layers.
-      remat: What a layer keeps for the backward pass, one of `REMAT`, or a boolean.
-      inputs_per_layer: Number of per-layer inputs.
 
     Returns:
       A module class that is constructed like `layer`. It returns x after the last layer and the

@@ -78,13 +78,7 @@ Layout = dict[str, Placement]
 
 
 def dense(path: str, module: str, *, bias: bool = False, transposed: bool = True) -> Layout:
-    """Place a dense layer: its kernel, and its bias if it has one.
-
-    Args:
-      path: Path of the layer's parameters, without "kernel".
-      module: The Hugging Face module.
-      bias: Whether there is a bias.
-      transposed: Whether the file holds (out, in); GPT-2's does not.
+    """Place a dense layer: its kernel, which GPT-2's files hold as (in, out), and its bias if any.
 
     Example:
       >>> list(dense("lm_head", "lm_head"))

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,12 +18,12 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Sharding
 
+from jax_lora.errors import ModelError
 from jax_lora.hub.snapshots import local_folder
 from jax_lora.models.bitsandbytes_tensors import AnyTensor, with_nf4_weights
-from jax_lora.models.config_sizes import check_sizes
+from jax_lora.models.config_sizes import check_fit, check_sizes
 from jax_lora.models.families import family_of, family_of_config
 from jax_lora.models.family import Family
-from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.parameter_shapes import parameter_shapes
 from jax_lora.models.quantized_parameters import choose_formats, read_quantized
 from jax_lora.models.read_config import read_config
@@ -92,7 +91,9 @@ def load(
     folder = local_folder(path)
     if not folder.is_dir():
         fix = "check the path, or write a name on the Hub as owner/name."
-        raise_model_error(folder, "no such folder", "a Hugging Face model folder", fix)
+        raise ModelError(
+            folder, got="no such folder", expected="a Hugging Face model folder", fix=fix
+        )
     if pin is not None:
         check_pins(folder, pin)
     config = read_config(folder, ignore)
@@ -110,12 +111,13 @@ def load(
     dtype = jax.dtypes.canonicalize_dtype(dtype or _common_dtype(tensors))
     model = family.module(config, remat=remat, attention=attention, param_dtype=dtype)
     shapes, layout = parameter_shapes(model), model.layout()
-    _compare(folder, model, shapes, tensors)
+    problems = list(_differences(model, shapes, tensors)) or list(_false_copies(model, tensors))
+    check_fit(folder, problems, "exactly the tensors of this configuration")
     formats = choose_formats(folder, model, shapes, tensors, dtype, quantize)
     flat = {}
     done, total = 0, sum(map(math.prod, shapes.values()))
     for name, shape in shapes.items():
-        where = _sharding_of(sharding, name, shape)
+        where = sharding(name, shape) if callable(sharding) else sharding
         if name in formats:
             flat[name] = read_quantized(name, formats[name], layout[name], tensors, where)
         else:
@@ -149,24 +151,6 @@ def _prefixed(tensors: dict[str, AnyTensor], prefix: str) -> dict[str, AnyTensor
 # -----------------------------------------------------------------------------------------------
 
 
-def _compare(
-    folder: Path,
-    model: Any,
-    shapes: Mapping[str, tuple[int, ...]],
-    tensors: Mapping[str, AnyTensor],
-) -> None:
-    """Raise if the folder's tensors are not exactly those of its configuration."""
-    problems = list(_differences(model, shapes, tensors))
-    problems += [] if problems else _false_copies(model, tensors)
-    if problems:
-        raise_model_error(
-            folder,
-            "tensors that do not fit config.json:\n    " + "\n    ".join(problems),
-            "exactly the tensors of this configuration",
-            "check that config.json belongs to these files and that no shard is missing.",
-        )
-
-
 def _differences(
     model: Any, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, AnyTensor]
 ) -> Iterator[str]:
@@ -178,7 +162,13 @@ def _differences(
         for _, names in layout[path].expand(shape):
             known.update(names)
             for name in names:
-                yield from _difference(name, want, tensors.get(name))
+                tensor = tensors.get(name)
+                if tensor is None:
+                    yield f"missing: {name} {want}"
+                elif tensor.shape != want:
+                    yield f"wrong shape: {name} is {tensor.shape}, expected {want}"
+                elif tensor.dtype not in DTYPES:
+                    yield f"wrong dtype: {name} is {tensor.dtype}, expected {' or '.join(DTYPES)}"
     for name in sorted(set(tensors) - known):
         if not any(re.fullmatch(pattern, name) for pattern in redundant):
             yield f"extra: {name} {tensors[name].shape}"
@@ -201,20 +191,7 @@ def _are_equal(one: AnyTensor, other: AnyTensor) -> bool:
     return one.shape == other.shape and np.array_equal(one.read(), other.read())
 
 
-def _difference(name: str, want: tuple[int, ...], tensor: AnyTensor | None) -> Iterator[str]:
-    if tensor is None:
-        yield f"missing: {name} {want}"
-    elif tensor.shape != want:
-        yield f"wrong shape: {name} is {tensor.shape}, expected {want}"
-    elif tensor.dtype not in DTYPES:
-        yield f"wrong dtype: {name} is {tensor.dtype}, expected {' or '.join(DTYPES)}"
-
-
 def _common_dtype(tensors: Mapping[str, AnyTensor]) -> Any:
     """Return the dtype of the files; float32 if they differ, which represents both halves."""
     stored = {DTYPES[tensor.dtype] for tensor in tensors.values() if tensor.dtype in DTYPES}
     return stored.pop() if len(stored) == 1 else "float32"
-
-
-def _sharding_of(sharding: Shardings | None, path: str, shape: tuple[int, ...]) -> Sharding | None:
-    return sharding(path, shape) if callable(sharding) else sharding

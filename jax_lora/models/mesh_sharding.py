@@ -19,7 +19,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jax_lora.adapter import is_weight
-from jax_lora.models.model_errors import raise_config_error
+from jax_lora.errors import ConfigError
 from jax_lora.paths import flatten_with_paths
 from jax_lora.quantize import QuantizedWeight, gathered_as
 
@@ -69,7 +69,9 @@ def mesh_sharding(mesh: Mesh | AbstractMesh, *, without: Sequence[str] = ()) -> 
     """
     if not set(mesh.axis_names) & set(AXES):
         expected, fix = f"some of {', '.join(AXES)}", "name the axes of the mesh so."
-        raise_config_error("mesh_sharding: the axes", tuple(mesh.axis_names), expected, fix)
+        raise ConfigError(
+            "mesh_sharding: the axes", got=repr(mesh.axis_names), expected=expected, fix=fix
+        )
     sizes = {name: n for name, n in mesh.shape.items() if n > 1 and name not in without}
     return lambda path, shape: NamedSharding(mesh, _spec(path, shape, sizes))
 
@@ -77,12 +79,7 @@ def mesh_sharding(mesh: Mesh | AbstractMesh, *, without: Sequence[str] = ()) -> 
 def gather_codes(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Let a step gather the codes of quantized weights over `fsdp`, and not the weights.
 
-    Args:
-      params: Parameters, of which some are quantized.
-      mesh: The mesh.
-
-    Returns:
-      The parameters: the same arrays, with another rule to compute quantized weights.
+    The parameters keep their arrays, and get another rule to compute quantized weights.
     """
     if mesh.size == 1:
         return params
@@ -106,15 +103,9 @@ def sharding_like(params: Any) -> Place | None:
 def row_spec(
     mesh: Mesh | AbstractMesh, rows: int | None = None, over: Sequence[str] = ROW_AXES
 ) -> PartitionSpec:
-    """Return how the first axis of a batch, or of activations, is sharded.
+    """Return how the first axis of a batch, or of activations, is sharded over axes of a mesh.
 
-    Args:
-      mesh: The mesh.
-      rows: Number of rows; None: the mesh divides them.
-      over: Axes of the mesh.
-
-    Returns:
-      The rows over these axes; over fewer of them if they do not divide the rows.
+    Fewer of them are used if they do not divide the number of rows; None: they do.
     """
     names, left = [], rows
     for name in over:

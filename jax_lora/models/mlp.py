@@ -15,24 +15,16 @@ from jax_lora.models.activations import ACTIVATIONS
 class MLP(nn.Module):
     """Compute down(act(up(x))), or down(act(gate(x)) * up(x)) with a gate.
 
-    Attributes:
-      dense: Makes a dense layer; see `dense_maker`.
-      names: Names of the dense layers: (up, down), or (gate, up, down).
-      width: Intermediate channels.
-      activation: A name in `ACTIVATIONS`.
-      bias: Whether the dense layers have biases.
-      fused: Whether the first of two dense layers is gate and up in one kernel.
-
     Reference:
       Shazeer, GLU variants (arXiv:2002.05202), equation 6.
     """
 
-    dense: Callable[..., nn.Dense]
-    names: tuple[str, ...]
-    width: int
-    activation: str
-    bias: bool = False
-    fused: bool = False
+    dense: Callable[..., nn.Dense]  # makes a dense layer; see `dense_maker`
+    names: tuple[str, ...]  # names of the dense layers: (up, down), or (gate, up, down)
+    width: int  # intermediate channels
+    activation: str  # a name in `ACTIVATIONS`
+    bias: bool = False  # whether the dense layers have biases
+    fused: bool = False  # whether the first of two dense layers is gate and up in one kernel
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

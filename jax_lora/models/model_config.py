@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from jax_lora.models.model_errors import raise_config_error
-from jax_lora.storage.schema import is_number
+from jax_lora.errors import ConfigError
+from jax_lora.storage.schema import is_integer, is_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,10 +17,8 @@ class ModelConfig:
     `jax_lora.models.load` fills one from `config.json`. A field that is out of range or asks for
     a variant that is not implemented raises a `ConfigError` that names the class and the field.
 
-    Args:
-      source: The text of the `config.json` that it was read from, so that saving an unchanged
-        model writes the same file again. Not compared: two configurations that differ only in
-        `source` are equal.
+    `source` is the text of the `config.json` that it was read from, so that saving an unchanged
+    model writes the same file again. Two configurations that differ only in it are equal.
     """
 
     initializer_range: float = 0.02
@@ -34,13 +32,7 @@ class ModelConfig:
         object.__setattr__(self, name, value)
 
     def set_default(self, name: str, default: Any, *, unset: tuple[Any, ...] = (None,)) -> None:
-        """Give a field a default that depends on other fields, unless the user has set it.
-
-        Args:
-          name: The field.
-          default: The value to set.
-          unset: Values that the field has if the user has not set it.
-        """
+        """Set a field that the user has not set, whose default depends on other fields."""
         if getattr(self, name) in unset:
             self.set_field(name, default)
 
@@ -75,12 +67,14 @@ class ModelConfig:
 
     def fail_at(self, where: str, got: Any, expected: str, fix: str) -> NoReturn:
         """Raise a `ConfigError` for a value inside a field, or derived from one."""
-        raise_config_error(f"{type(self).__name__}: {where}", repr(got), expected, fix)
+        raise ConfigError(
+            f"{type(self).__name__}: {where}", got=repr(got), expected=expected, fix=fix
+        )
 
 
 def is_positive_int(value: Any) -> bool:
     """Tell whether a value is a positive integer."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_integer(value) and value > 0
 
 
 def is_positive(value: Any) -> bool:

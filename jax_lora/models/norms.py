@@ -10,19 +10,12 @@ import jax.numpy as jnp
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over channels, then scale each channel.
+    """Divide by the root mean square over channels, then scale each channel."""
 
-    Attributes:
-      eps: Added to the mean square.
-      offset: Added to the scale; Gemma stores scales as their difference from 1.
-      wide_scale: Whether to scale in float32, before the cast to x's dtype, and not after it.
-      param_dtype: Dtype in which `init` makes the scale.
-    """
-
-    eps: float
-    offset: float = 0.0
-    wide_scale: bool = False
-    param_dtype: Any = jnp.float32
+    eps: float  # added to the mean square
+    offset: float = 0.0  # added to the scale; Gemma stores scales as their difference from 1
+    wide_scale: bool = False  # whether to scale in float32, before the cast to x's dtype
+    param_dtype: Any = jnp.float32  # dtype in which `init` makes the scale
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -39,15 +32,10 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Subtract the mean over channels, divide by the deviation, then scale and shift.
+    """Subtract the mean over channels, divide by the deviation, then scale and shift."""
 
-    Attributes:
-      eps: Added to the variance.
-      param_dtype: Dtype in which `init` makes scale and bias.
-    """
-
-    eps: float
-    param_dtype: Any = jnp.float32
+    eps: float  # added to the variance
+    param_dtype: Any = jnp.float32  # dtype in which `init` makes scale and bias
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from jax_lora.errors import LoraError
-from jax_lora.models.model_errors import raise_model_error
+from jax_lora.errors import LoraError, ModelError
 
 
 def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
@@ -26,6 +25,8 @@ def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     except (ArithmeticError, TypeError, ValueError) as error:
         got = f"settings that do not go together ({type(error).__name__}: {str(error)[:200]})"
         expected, fix = "the settings of a model that was trained", "download config.json again."
-        raise_model_error(type(model.config).__name__, got, expected, fix)
+        raise ModelError(
+            type(model.config).__name__, got=got, expected=expected, fix=fix
+        ) from error
     flat: dict[str, Any] = flatten_dict(shapes["params"], sep="/")
     return {path: flat[path].shape for path in sorted(flat)}

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Sharding
 
-from jax_lora.algebra.weight_formats import NF4, WeightFormat
 from jax_lora.config import LoraConfig
+from jax_lora.errors import ModelError
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.kernels.targets import select
 from jax_lora.models.bitsandbytes_tensors import AnyTensor, NF4Tensor
 from jax_lora.models.layout import Layout, Placement
-from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.model_kernels import model_kernels
 from jax_lora.models.stacked_parameters import ParameterStack
+from jax_lora.quantization.weight_formats import NF4, WeightFormat
 from jax_lora.quantize import (
     QuantizedWeight,
     array_shardings,
@@ -31,15 +30,8 @@ from jax_lora.quantize import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """How a kernel is quantized.
-
-    Args:
-      kernel: The kernel.
-      weight_format: The format of its weight.
-      is_stored: Whether the files hold its codes.
-    """
+class Quantized(NamedTuple):
+    """How a kernel is quantized, and whether the files hold its codes."""
 
     kernel: Kernel
     weight_format: WeightFormat
@@ -56,16 +48,7 @@ def choose_formats(
 ) -> dict[str, Quantized]:
     """Choose the kernels to quantize: those of `"all-linear"`, and those that are stored quantized.
 
-    Args:
-      folder: The folder, for messages.
-      model: The module.
-      shapes: The shapes of its parameters.
-      tensors: The tensors of the folder.
-      dtype: Dtype of the weights.
-      method: The method to quantize with; None: quantize no kernel that is not stored quantized.
-
-    Returns:
-      Path of a parameter -> how it is quantized.
+    Without a method, only those that are stored quantized. The folder is for messages.
 
     Raises:
       ConfigError: The method is unknown.
@@ -77,33 +60,18 @@ def choose_formats(
         check_method(method)
     if stored and method not in (None, NF4):
         got, expected = f"quantize={method!r}", "no other method: the folder is stored in NF4"
-        raise_model_error(
-            folder, got, expected, "leave out quantize, or take the model's original."
-        )
+        fix = "leave out quantize, or take the model's original."
+        raise ModelError(folder, got=got, expected=expected, fix=fix)
     if not stored and method is None:
         return {}
-    kernels = _kernels(model, shapes, dtype)
-    wanted = set() if method is None else _all_linear(kernels, shapes, dtype)
-    formats = {}
-    for path in sorted(wanted | (stored & kernels.keys())):
-        kernel = kernels[path]
-        made = format_of(kernel, dtype, method or NF4)
-        formats[path] = Quantized(kernel, made, path in stored)
-    return formats
-
-
-def _kernels(model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> dict[str, Kernel]:
-    flat = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
-    params = unflatten_dict(flat, sep="/")
-    apply = lambda params, ids: model.apply({"params": params}, ids)  # noqa: E731
-    return dict(model_kernels(apply, params))
-
-
-def _all_linear(
-    kernels: Mapping[str, Kernel], shapes: Mapping[str, tuple[int, ...]], dtype: Any
-) -> set[str]:
     leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
-    return {*select(leaves, LoraConfig(targets="all-linear"), kernels)}
+    apply = lambda params, ids: model.apply({"params": params}, ids)  # noqa: E731
+    kernels = dict(model_kernels(apply, unflatten_dict(leaves, sep="/")))
+    wanted = stored & kernels.keys()
+    if method is not None:
+        wanted |= {*select(leaves, LoraConfig(targets="all-linear"), kernels)}
+    formats = {path: format_of(kernels[path], dtype, method or NF4) for path in sorted(wanted)}
+    return {path: Quantized(kernels[path], formats[path], path in stored) for path in formats}
 
 
 def _is_stored(
@@ -123,18 +91,7 @@ def read_quantized(
     tensors: Mapping[str, AnyTensor],
     sharding: Sharding | None,
 ) -> QuantizedWeight:
-    """Read a kernel and quantize it, one layer at a time.
-
-    Args:
-      path: Path of the parameter, for messages.
-      quantized: How it is quantized.
-      placement: Its tensors.
-      tensors: The tensors of the folder.
-      sharding: Where to put its arrays; None: the default device.
-
-    Returns:
-      The quantized kernel.
-    """
+    """Read a kernel and quantize it, one layer at a time; the path is for messages."""
     kernel, made = quantized.kernel, quantized.weight_format
     sizes = kernel.shape[: len(placement.stacked)]
     shapes = quantized_weight(kernel, made, made.shapes(kernel.shape))

@@ -11,20 +11,18 @@ import dataclasses
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jax_lora.errors import ConfigError, ModelError, format_error
+from jax_lora.errors import ConfigError, ModelError
 from jax_lora.models.decoder_config import FULL, SLIDING, DecoderConfig
 from jax_lora.models.families import FAMILIES
 from jax_lora.models.family import Family
-from jax_lora.models.folder import read_json, read_text
+from jax_lora.models.folder import read_file
 from jax_lora.models.ignored_fields import ignored_fields
-from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.text_parts import text_fields
 from jax_lora.storage import schema
-from jax_lora.storage.limits import limit, raise_hint
-
-__all__ = ["arguments_to_config", "read_config"]
+from jax_lora.storage.json_files import parse_object
+from jax_lora.storage.limits import limit, limit_hint
 
 # Field -> the values that do not change the arithmetic of any architecture.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -88,7 +86,7 @@ _HARMLESS = frozenset(
     "_flash_attn_2_enabled _use_flash_attention_2 use_flash_attn "
     "sentence_transformers sbert_ce_default_activation_function".split()
 )
-_STACKS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
+STACKS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer")
 _LARGEST = 2**31 - 1  # of an integer
 _SHOWN_PROBLEMS = 10
 _NUMBERS = schema.list_of(schema.NUMBER)
@@ -133,28 +131,21 @@ _ROPE_FIELDS = frozenset(
 
 
 def read_config(folder: Path, ignore: Iterable[str] = ()) -> Any:
-    """Read the configuration of a Hugging Face folder.
+    """Read the configuration of a Hugging Face folder, except unknown fields to `ignore`.
 
     Reads `rope_parameters` (transformers 5) as well as `rope_theta` with `rope_scaling` (before).
-
-    Args:
-      folder: The folder.
-      ignore: Unknown fields that do not change the outputs.
-
-    Returns:
-      A configuration of the architecture's class.
 
     Raises:
       ModelError: If the architecture or a value is not implemented, or a field is unknown.
     """
-    raw = read_json(folder, "config.json")
-    where = folder / "config.json"
+    data, where = read_file(folder, "config.json"), folder / "config.json"
+    raw = parse_object(data, where, ModelError)
     _check_kinds(raw, _COMMON, where)
     family = _family(raw, where)
     fields = text_fields(raw, family, where)
     _check_fields(fields, family, where, frozenset(ignore) | ignored_fields())
     config = arguments_to_config(raw, family, where)
-    return dataclasses.replace(config, source=read_text(folder, "config.json"))
+    return dataclasses.replace(config, source=data.decode("utf-8"))
 
 
 def family_kinds(family: Family) -> dict[str, schema.Kind]:
@@ -163,7 +154,7 @@ def family_kinds(family: Family) -> dict[str, schema.Kind]:
     kinds = {name: _sized(schema.of_annotation(hints[name])) for name in _names(family)}
     rope = {name: kinds.pop(name) for name in _ROPE_FIELDS & {*kinds}}
     layers = schema.integer(1, limit("layers"))
-    kinds |= {name: layers for name in _STACKS if name in kinds}
+    kinds |= {name: layers for name in STACKS if name in kinds}
     if "rope_theta" in rope:
         kinds |= {"rope_theta": schema.NUMBER, **_ROPE}
     kinds |= {**_OTHER_NAMES, **_COMMON}
@@ -176,21 +167,12 @@ def _sized(kind: schema.Kind) -> schema.Kind:
 
 
 def _check_kinds(raw: Mapping[str, Any], kinds: Mapping[str, schema.Kind], where: Path) -> None:
-    found = list(schema.problems(raw, schema.fields(kinds)))
-    if found:
-        raise ModelError(
-            format_error(
-                str(where),
-                got=found[:_SHOWN_PROBLEMS],
-                expected="the fields of a model's configuration",
-                fix=_kinds_fix(raw),
-            )
-        )
-
-
-def _kinds_fix(raw: Mapping[str, Any]) -> str:
-    deep = any(schema.is_integer(raw.get(name)) and raw[name] > limit("layers") for name in _STACKS)
-    return raise_hint("layers") if deep else "download the file again."
+    if found := list(schema.problems(raw, schema.fields(kinds))):
+        expected = "the fields of a model's configuration"
+        layers = [raw[name] for name in STACKS if schema.is_integer(raw.get(name))]
+        deep = any(each > limit("layers") for each in layers)
+        fix = limit_hint("layers") if deep else "download the file again."
+        raise ModelError(where, got=found[:_SHOWN_PROBLEMS], expected=expected, fix=fix)
 
 
 def arguments_to_config(
@@ -213,41 +195,37 @@ def _family(raw: dict[str, Any], where: Path) -> Family:
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        got = f"model_type {raw.get('model_type')!r}"
-        raise_model_error(where, got, f"one of {known}", "this architecture is not implemented.")
+        got, fix = f"model_type {raw.get('model_type')!r}", "this architecture is not implemented."
+        raise ModelError(where, got=got, expected=f"one of {known}", fix=fix)
     named = raw.get("architectures") or family.architectures[:1]
     if not set(named) & set(family.architectures):
+        got, fix = f"architectures {named!r}", "this model is not implemented."
         expected = "architectures with " + " or ".join(family.architectures)
-        raise_model_error(
-            where, f"architectures {named!r}", expected, "this model is not implemented."
-        )
+        raise ModelError(where, got=got, expected=expected, fix=fix)
     return family
 
 
 def _check_fields(raw: dict[str, Any], family: Family, where: Path, ignore: frozenset[str]) -> None:
     known = _HARMLESS | {*family.harmless, *_names(family), *_ROPE_FIELDS} | ignore
     neutral = {**_NEUTRAL, **family.neutral}
+
+    def refuse(field: str, note: str = "") -> NoReturn:
+        expected = f"{field} absent or {neutral[field][-1]!r}{note}"
+        fix = _EFFECTS.get(field, f"this variant of {family.model_type} is not implemented.")
+        raise ModelError(where, got=f"{field} = {raw[field]!r}", expected=expected, fix=fix)
+
     for field in sorted(ignore & neutral.keys() & raw.keys()):
         if raw[field] not in neutral[field]:
-            expected = f"{field} absent or {neutral[field][-1]!r}; it cannot be ignored"
-            fix = _EFFECTS.get(field, f"this variant of {family.model_type} is not implemented.")
-            raise_model_error(where, f"{field} = {raw[field]!r}", expected, fix)
+            refuse(field, "; it cannot be ignored")
     for field, value in raw.items():
         if field in known or (field == "quantization_config" and _is_nf4(value)):
             continue
-        if (
-            field == "layer_types"
-            and isinstance(value, list | None)
-            and not any(each != "full_attention" for each in value or ())
-        ):
-            continue
+        if field == "layer_types" and isinstance(value, list | None):
+            if all(each == FULL for each in value or ()):
+                continue
         if field in neutral:
             if value not in neutral[field]:
-                expected = f"{field} absent or {neutral[field][-1]!r}"
-                fix = _EFFECTS.get(
-                    field, f"this variant of {family.model_type} is not implemented."
-                )
-                raise_model_error(where, f"{field} = {value!r}", expected, fix)
+                refuse(field)
         elif value:
             got = f"{field} = {value!r}, which is not known here"
             expected = f"fields of a {family.model_type} that are implemented or change nothing"
@@ -255,7 +233,7 @@ def _check_fields(raw: dict[str, Any], family: Family, where: Path, ignore: froz
                 "only if the model's code does not use it for the outputs, load with "
                 f"ignore=({field!r},)."
             )
-            raise_model_error(where, got, expected, fix)
+            raise ModelError(where, got=got, expected=expected, fix=fix)
 
 
 def _is_nf4(value: Any) -> bool:

@@ -16,18 +16,11 @@ import numpy as np
 
 
 def bucket_table(buckets: int, most: int, *, both_ways: bool) -> np.ndarray:
-    """Compute the bucket of every distance up to `most`.
+    """Compute the bucket of every distance from -most to most, from a query to a key: int32.
 
-    Half of the buckets hold one distance each, the others logarithmically wider ranges.
-
-    Args:
-      buckets: Number of buckets.
-      most: The largest distance; all larger ones share its bucket.
-      both_ways: Whether half of the buckets are for keys after the query; otherwise the distance
-        of these keys counts as 0.
-
-    Returns:
-      (2 * most + 1,) int32, for the distances -most to most from the query to a key.
+    Half of the buckets hold one distance each, the others logarithmically wider ranges, and the
+    last all larger ones. With `both_ways`, half of the buckets are for keys after the query;
+    otherwise the distance of these keys counts as 0.
 
     Example:
       >>> bucket_table(4, 3, both_ways=False).tolist()
@@ -50,16 +43,7 @@ def bucket_table(buckets: int, most: int, *, both_ways: bool) -> np.ndarray:
 
 
 def bucket_of(table: np.ndarray, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Look up the buckets of all pairs.
-
-    Args:
-      table: From `bucket_table`.
-      queries: (queries,) positions.
-      keys: (keys,) positions.
-
-    Returns:
-      (queries, keys) integers.
-    """
+    """Look up the buckets of all pairs of positions in a `bucket_table`: (queries, keys)."""
     most = len(table) // 2
     distance = keys[None, :] - queries[:, None]  # (queries, keys)
     return jnp.asarray(table)[jnp.clip(distance, -most, most) + most]

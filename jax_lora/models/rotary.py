@@ -24,12 +24,7 @@ from jax_lora.models.decoder_config import DecoderConfig
 def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Compute cosines and sines of the angles by which each position's channels are rotated.
 
-    Args:
-      config: The model's configuration; `rope_theta` and `rope_scaling` are used.
-      positions: (batch, tokens) integers.
-
-    Returns:
-      Two float32 arrays (batch, tokens, rotary_dim / 2).
+    Positions (batch, tokens) give two float32 arrays (batch, tokens, rotary_dim / 2).
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,12 +42,7 @@ def rotary_angles(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Arra
 def query_scale(config: DecoderConfig, positions: jax.Array) -> jax.Array | None:
     """Compute the factor by which each query's scores grow beyond the trained length.
 
-    Args:
-      config: The model's configuration; its `llama_4_scaling_beta` is used, if it has one.
-      positions: (batch, tokens) integers.
-
-    Returns:
-      (batch, tokens) float32: 1 up to the trained length. None without such a factor.
+    (batch, tokens) float32, which is 1 up to that length; None without `llama_4_scaling_beta`.
     """
     beta, scaling = config.llama_4_scaling_beta, config.rope_scaling or {}
     if beta is None:
@@ -65,13 +55,7 @@ def query_scale(config: DecoderConfig, positions: jax.Array) -> jax.Array | None
 def apply_rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the channel pairs (i, i + rotary_dim / 2) of every head; later channels are unchanged.
 
-    Args:
-      x: (batch, tokens, heads, head_dim), queries or keys.
-      cos: (batch, tokens, rotary_dim / 2), from `rotary_angles`.
-      sin: Same shape.
-
-    Returns:
-      The rotated array, in x's shape and dtype.
+    x is (batch, tokens, heads, head_dim); cosines and sines are from `rotary_angles`.
     """
     half = cos.shape[-1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # one angle for all heads
@@ -86,22 +70,20 @@ def _frequencies(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array
     kind = config.rope_type
     if kind == "dynamic":
         return _dynamic(config, scaling, positions), 1.0
-    plain = _plain(config.rope_theta, config.rotary_dim)
+    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim
+    plain = 1.0 / config.rope_theta**exponents
     if kind == "linear":
         return jnp.asarray(plain / scaling["factor"], jnp.float32), 1.0
     if kind == "llama3":
         return jnp.asarray(_llama3(plain, scaling), jnp.float32), 1.0
+    given = scaling.get("attention_factor")
     if kind == "yarn":
-        frequencies = _yarn(plain, config, scaling)
-        return jnp.asarray(frequencies, jnp.float32), _yarn_attention_factor(scaling)
+        frequencies = jnp.asarray(_yarn(plain, config, scaling), jnp.float32)
+        return frequencies, _yarn_attention_factor(scaling) if given is None else given
     if kind == "longrope":
         frequencies = _longrope(plain, scaling, positions)
-        return frequencies, _longrope_attention_factor(config, scaling)
+        return frequencies, _longrope_attention_factor(config, scaling) if given is None else given
     return jnp.asarray(plain, jnp.float32), 1.0
-
-
-def _plain(theta: float, dim: int) -> np.ndarray:
-    return 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
 def _dynamic(config: DecoderConfig, scaling: Mapping[str, Any], positions: jax.Array) -> jax.Array:
@@ -148,9 +130,6 @@ def _yarn_ramp_ends(config: DecoderConfig, scaling: Mapping[str, Any]) -> tuple[
 
 
 def _yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
-    given = scaling.get("attention_factor")
-    if given is not None:
-        return given
     factor = scaling["factor"]
     mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
     if mscale and all_dim:
@@ -172,9 +151,6 @@ def _longrope(plain: np.ndarray, scaling: Mapping[str, Any], positions: jax.Arra
 
 
 def _longrope_attention_factor(config: DecoderConfig, scaling: Mapping[str, Any]) -> float:
-    given = scaling.get("attention_factor")
-    if given is not None:
-        return given
     trained = scaling["original_max_position_embeddings"]
     factor = scaling.get("factor") or config.max_position_embeddings / trained
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))

@@ -9,37 +9,21 @@ import jax.numpy as jnp
 
 
 class Choice(NamedTuple):
-    """The settings of sampling, as arrays: other values never recompile a function.
+    """The settings of sampling, as arrays: other values never recompile a function."""
 
-    Attributes:
-      keys: (batch,) keys, so that no sequence's samples depend on the other sequences.
-      temperature: float32 scalar above 0.
-      top_k: int32 scalar of at least 1; the vocabulary's size or more keeps all tokens.
-      top_p: float32 scalar above 0; 1 keeps all tokens.
-    """
-
-    keys: jax.Array
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
+    keys: jax.Array  # (batch,) keys, so that no sequence's samples depend on the other sequences
+    temperature: jax.Array  # float32 scalar above 0
+    top_k: jax.Array  # int32 scalar of at least 1; the vocabulary's size or more keeps all tokens
+    top_p: jax.Array  # float32 scalar above 0; 1 keeps all tokens
 
 
 def filter_logits(
     logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> jax.Array:
-    """Divide by the temperature, then apply top-k, then top-p.
+    """Divide logits (..., vocabulary) by the temperature, then apply top-k, then top-p.
 
     Tokens that tie with the k-th most likely are kept. The token that reaches top_p is kept, so at
-    least one token remains.
-
-    Args:
-      logits: (..., vocabulary).
-      temperature: Scalar above 0.
-      top_k: Integer scalar, at least 1.
-      top_p: Scalar in (0, 1].
-
-    Returns:
-      float32 logits of the same shape, minus infinity at tokens that are not kept.
+    least one token remains. The others are minus infinity in the float32 result.
 
     Reference:
       Fan et al. (arXiv:1805.04833), section 5.4, for top-k; Holtzman et al. (arXiv:1904.09751),
@@ -68,15 +52,9 @@ def filter_logits(
 
 
 def draw(logits: jax.Array, choice: Choice, step: jax.Array) -> jax.Array:
-    """Sample one token per sequence.
+    """Sample one token per sequence from logits (batch, vocabulary), after `step` new tokens.
 
-    Args:
-      logits: (batch, vocabulary).
-      choice: Settings.
-      step: int32 scalar, the number of new tokens so far.
-
-    Returns:
-      (batch,) int32. A sequence's token depends only on its key, its logits and the step.
+    A sequence's token depends only on its key, its logits and the step.
     """
     filtered = filter_logits(logits, choice.temperature, choice.top_k, choice.top_p)
 

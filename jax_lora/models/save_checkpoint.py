@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jax_lora.errors import ConfigError, ModelError, StructureError, format_error
+from jax_lora.errors import ConfigError, ModelError, StructureError
 from jax_lora.models.families import family_of
 from jax_lora.models.family import Family
 from jax_lora.models.layout import Layout, Placement
@@ -23,8 +23,6 @@ from jax_lora.storage.atomic_writes import made_folder, replacing_both
 from jax_lora.storage.locks import locked
 from jax_lora.storage.safe_paths import given_path
 from jax_lora.storage.safetensors_file import LazyTensor, write_tensors
-
-__all__ = ["save"]
 
 
 def save(path: str | os.PathLike[str], model: Any, params: Mapping[str, Any]) -> None:
@@ -71,15 +69,13 @@ def _check(model: Any, flat: Mapping[str, Any]) -> None:
         elif shape != expected[path]:
             problems.append(f"wrong shape: {path} is {shape}, expected {expected[path]}")
     if problems:
-        raise StructureError(
-            format_error(
-                "params",
-                got="leaves that do not fit the model:\n    " + "\n    ".join(problems),
-                expected="exactly the model's parameters, as plain arrays",
-                fix="pass params without the 'params' level; first merge an adapter into them, and "
-                "call jl.dequantize on quantized ones.",
-            )
+        got = "leaves that do not fit the model:\n    " + "\n    ".join(problems)
+        expected = "exactly the model's parameters, as plain arrays"
+        fix = (
+            "pass params without the 'params' level; first merge an adapter into them, and "
+            "call jl.dequantize on quantized ones."
         )
+        raise StructureError("params", got=got, expected=expected, fix=fix)
 
 
 def _tensors(layout: Layout, flat: Mapping[str, Any]) -> dict[str, LazyTensor]:

@@ -36,19 +36,9 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attend causally on a TPU.
+    """Attend causally on a TPU, as `attend` does.
 
-    Args:
-      q: (batch, tokens, heads, head_dim).
-      k: (batch, tokens, groups, head_dim).
-      v: Same shape.
-      mask: Segments, window and mesh.
-      scale: Factor on the scores.
-      soft_cap: Soft cap on the scores; None: no cap.
-      interpret: Whether to run the kernel's Python code, on any device; for tests.
-
-    Returns:
-      (batch, tokens, heads, head_dim), in q's dtype.
+    `interpret` runs the kernel's Python code, on any device; for tests.
     """
     attend = functools.partial(
         _attend, window=mask.window, scale=scale, soft_cap=soft_cap, interpret=interpret

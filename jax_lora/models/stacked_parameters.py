@@ -26,18 +26,7 @@ def read_leaf(
     dtype: Any,
     sharding: Sharding | None,
 ) -> jax.Array:
-    """Read a parameter.
-
-    Args:
-      placement: Its tensors.
-      shape: Its shape: (*stack, *rest).
-      tensors: The tensors of the folder.
-      dtype: Dtype of the parameter.
-      sharding: Where to put it; None: the default device.
-
-    Returns:
-      The parameter.
-    """
+    """Read a parameter of shape (*stack, *rest); without a sharding, to the default device."""
     stack = ParameterStack(shape[: len(placement.stacked)], sharding)
     for index, names in placement.expand(shape):
         part = placement.from_files([tensors[name].read() for name in names], dtype)
@@ -48,9 +37,7 @@ def read_leaf(
 class ParameterStack:
     """A parameter that is written one entry of its stack at a time.
 
-    Args:
-      sizes: Sizes of the stack axes; () for a parameter without a stack.
-      sharding: Where to put it; None: the default device.
+    `sizes` are those of the stack axes; () for a parameter without a stack.
     """
 
     def __init__(self, sizes: tuple[int, ...], sharding: Sharding | None):

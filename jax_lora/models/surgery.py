@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jax_lora.errors import ModelError
 from jax_lora.models.families import family_of
-from jax_lora.models.model_errors import raise_model_error
+from jax_lora.models.model_config import is_positive_int
 
 _Params = Mapping[str, Any]
 
@@ -135,7 +136,7 @@ def resize_vocab(model: Any, params: _Params, size: int) -> tuple[Any, dict[str,
       >>> params["embed_tokens"]["embedding"].shape[0] - model.config.vocab_size
       2
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if not is_positive_int(size):
         _refuse("resize_vocab", repr(size), "a positive integer")
     family = family_of(model)
     flat: dict[str, Any] = flatten_dict(dict(params), sep="/")
@@ -156,4 +157,4 @@ def _resized(leaf: jax.Array, size: int, axis: int) -> jax.Array:
 
 def _refuse(where: str, got: str, expected: str) -> NoReturn:
     fix = "pass a model and its parameters as jax_lora.models.load returned them."
-    raise_model_error(where, got, expected, fix)
+    raise ModelError(where, got=got, expected=expected, fix=fix)

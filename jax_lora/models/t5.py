@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jax_lora.errors import ConfigError
 from jax_lora.models.activation_sharding import activation_mesh, pin_heads, pin_rows
 from jax_lora.models.activations import ACTIVATIONS
 from jax_lora.models.attention import LayerCache, update_cache
@@ -50,9 +51,9 @@ from jax_lora.models.layer_stack import layer_stack
 from jax_lora.models.layout import Layout, dense, embedding, vector
 from jax_lora.models.mlp import MLP
 from jax_lora.models.model_config import ModelConfig
-from jax_lora.models.model_errors import raise_config_error
 from jax_lora.models.norms import RMSNorm
 from jax_lora.models.relative_positions import bucket_of, bucket_table
+from jax_lora.models.token_embedding import TokenEmbedding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,11 +181,7 @@ class _Attention(nn.Module):
         return pin_heads(self.k(x).reshape(heads)), pin_heads(self.v(x).reshape(heads))
 
     def __call__(
-        self,
-        x: jax.Array,
-        keys_values: LayerCache,
-        bias: jax.Array | None,
-        mask: jax.Array | None,
+        self, x: jax.Array, keys_values: LayerCache, bias: jax.Array | None, mask: jax.Array | None
     ) -> jax.Array:
         """(batch, queries, d_model) -> the same shape."""
         heads = (*x.shape[:2], self.config.num_heads, self.config.d_kv)
@@ -215,17 +212,10 @@ class T5Layer(nn.Module):
     def __call__(
         self, x: jax.Array, context: _Context, cache: LayerCache | None, cross: LayerCache | None
     ) -> tuple[jax.Array, Any]:
-        """Apply the layer; called by `nn.scan`.
+        """Apply the layer to x, (batch, tokens, d_model); called by `nn.scan`.
 
-        Args:
-          x: (batch, tokens, d_model).
-          context: Shared by all layers.
-          cache: The layer's keys and values of the target so far, or None.
-          cross: Keys and values of the encoded input, or None if they are not computed yet.
-
-        Returns:
-          x after the layer; with a cache, the updated cache and the cross-attention's keys and
-          values.
+        `cross` are keys and values of the encoded input, or None if they are not computed yet.
+        Return x, and with a cache the updated cache and `cross`.
         """
         x = pin_rows(x)
         normed = self.attn_norm(x)
@@ -295,7 +285,9 @@ class T5(CheckpointModel):
     def setup(self):  # noqa: D102  Linen's hook
         c, dtype = self.config, self.param_dtype
         initial = nn.initializers.normal(c.initializer_factor)
-        self.shared = nn.Embed(c.vocab_size, c.d_model, embedding_init=initial, param_dtype=dtype)
+        self.shared = TokenEmbedding(
+            c.vocab_size, c.d_model, embedding_init=initial, param_dtype=dtype
+        )
         self.encoder = _Stack(c, self.remat, dtype)
         self.decoder = _Stack(c, self.remat, dtype, decodes=True)
         if not c.tie_word_embeddings:
@@ -433,11 +425,10 @@ class T5(CheckpointModel):
         """Map parameters to tensors."""
         placed = embedding("shared", "shared")
         for stack in ("encoder", "decoder"):
-            parts: list[tuple[str, str, tuple[str, ...]]]
-            parts = [("attn", "SelfAttention", ("q", "k", "v", "o"))]
-            if stack == "decoder":
-                parts.append(("cross_attn", "EncDecAttention", ("q", "k", "v", "o")))
-            parts.append(("mlp", "DenseReluDense", self.config.mlp_names))
+            heads = ("q", "k", "v", "o")
+            cross = [("cross_attn", "EncDecAttention", heads)] if stack == "decoder" else []
+            mlp = ("mlp", "DenseReluDense", self.config.mlp_names)
+            parts = [("attn", "SelfAttention", heads), *cross, mlp]
             for number, (part, theirs, names) in enumerate(parts):
                 layer = f"{stack}.block.{{layer}}.layer.{number}"
                 for name in names:
@@ -462,14 +453,16 @@ class T5(CheckpointModel):
             shape = cache.text_keys.shape[1:3]
         if shape is None:
             fix = "only a cache from an earlier call can replace it."
-            raise_config_error("encoded", None, "the output of encode", fix)
+            raise ConfigError("encoded", got="None", expected="the output of encode", fix=fix)
         if shape[0] != ids.shape[0]:
             got, expected = f"{shape[0]} inputs", f"{ids.shape[0]}, one for each target"
-            raise_config_error("encoded", got, expected, "encode the inputs of these targets.")
+            raise ConfigError(
+                "encoded", got=got, expected=expected, fix="encode the inputs of these targets."
+            )
         if attention_mask is not None and attention_mask.shape != shape:
             got, expected = f"shape {attention_mask.shape}", f"shape {shape}"
             fix = "give the mask of the encoded inputs."
-            raise_config_error("attention_mask", got, expected, fix)
+            raise ConfigError("attention_mask", got=got, expected=expected, fix=fix)
 
 
 def _dense_maker(config: T5Config, param_dtype: Any) -> Callable[..., nn.Dense]:

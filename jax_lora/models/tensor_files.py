@@ -11,31 +11,23 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jax_lora.errors import ModelError, format_error
-from jax_lora.models.folder import member, weight_files
-from jax_lora.models.model_errors import raise_model_error
+from jax_lora.errors import ModelError
+from jax_lora.models.folder import weight_files
+from jax_lora.storage.safe_paths import contained
+from jax_lora.storage.safetensors_file import TYPES
 
-__all__ = ["DTYPES", "Tensor", "open_tensors"]
-
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Types of the tensors that describe quantized weights.
-_INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
-_READABLE = DTYPES | _INTEGERS | {"BOOL": "bool"}
+_NAMES = {stored: name for name, stored in TYPES.items()}
+DTYPES = {stored: _NAMES[stored] for stored in ("F64", "F32", "F16", "BF16")}
+# With the types of the tensors that describe quantized weights.
+_READABLE = DTYPES | {each: _NAMES[each] for each in ("I64", "I32", "I16", "I8", "U8", "BOOL")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, whose values are read on `read`.
+    """A tensor in a file, whose values, from `offset` on, are read on `read`.
 
     The values are copied. The pages of a mapped file would be resident memory of the process for as
     long as the file is open.
-
-    Args:
-      path: The file.
-      name: Name of the tensor.
-      dtype: Its type, in the format's notation.
-      shape: Its shape.
-      offset: Position of its values in the file, in bytes.
     """
 
     path: Path
@@ -46,23 +38,15 @@ class Tensor:
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        """Return NumPy's name of the type.
-
-        Raises:
-          ModelError: The type cannot be read.
-        """
+        """NumPy's type; a `ModelError` if it cannot be read."""
         kind = _READABLE.get(self.dtype)
         if kind is None:
             got, expected = f"{self.name} of type {self.dtype}", " or ".join(DTYPES)
-            raise_model_error(self.path, got, expected, "download the file again.")
+            raise ModelError(self.path, got=got, expected=expected, fix="download the file again.")
         return np.dtype(kind)
 
     def read(self) -> np.ndarray:
-        """Read the values.
-
-        Raises:
-          ModelError: The type cannot be read, or the file is damaged.
-        """
+        """Read the values; raise a `ModelError` for an unknown type or a damaged file."""
         dtype, count = self.numpy_dtype, math.prod(self.shape)
         try:
             values = np.fromfile(self.path, dtype, count, offset=self.offset)
@@ -81,7 +65,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file_name, named in weight_files(folder).items():
-        path = member(folder, file_name)
+        path = contained(folder, file_name, ModelError)
         try:
             with safe_open(path, framework="numpy"):  # checks the header
                 found = _header(path)
@@ -91,7 +75,9 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
         if named is not None and named - set(found):
             missing = ", ".join(sorted(named - set(found)))
             got, fix = f"a shard without {missing}", "download both again."
-            raise_model_error(path, got, "the tensors that the index places there", fix)
+            raise ModelError(
+                path, got=got, expected="the tensors that the index places there", fix=fix
+            )
     return tensors
 
 
@@ -110,11 +96,5 @@ def _header(path: Path) -> dict[str, Tensor]:
 
 
 def _broken(path: Path, got: str) -> ModelError:
-    return ModelError(
-        format_error(
-            str(path),
-            got=f"a broken file: {got}",
-            expected="a safetensors file",
-            fix="download the file again.",
-        )
-    )
+    got, fix = f"a broken file: {got}", "download the file again."
+    return ModelError(path, got=got, expected="a safetensors file", fix=fix)

@@ -17,21 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from jax_lora.errors import ModelError
 from jax_lora.models.family import Family
 from jax_lora.models.layout import Layout, Placement
-from jax_lora.models.model_errors import raise_model_error
 from jax_lora.models.tensor_files import open_tensors
 from jax_lora.storage.safetensors_file import LazyTensor
-
-__all__ = [
-    "TextPartConfig",
-    "is_other_part",
-    "other_parts",
-    "settle_text_part",
-    "text_fields",
-    "text_part_json",
-    "text_part_layout",
-]
 
 # Where the text model's tensors are: in files as first published, and as transformers 5 names them.
 _PREFIXES = ("language_model.model.", "model.language_model.")
@@ -49,16 +39,11 @@ _PLACES = ("text_prefix", "text_head", "folder")  # follow from the folder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextPartConfig:
-    """Where a folder has the text model; `load` sets these fields.
+    """Where a folder has the text model; `load` sets these fields."""
 
-    Args:
-      text_prefix: The prefix of its tensors, instead of "model.".
-      text_head: The name of its output head.
-      folder: The folder with the tensors of the other parts. Not compared.
-    """
-
-    text_prefix: str = _PREFIXES[1]
-    text_head: str = _HEADS[1]
+    text_prefix: str = _PREFIXES[1]  # of its tensors, instead of "model."
+    text_head: str = _HEADS[1]  # the name of its output head
+    # The folder with the tensors of the other parts; not compared.
     folder: str = dataclasses.field(default="", repr=False, compare=False)
 
 
@@ -75,7 +60,7 @@ def text_fields(raw: dict[str, Any], family: Family, where: Path) -> dict[str, A
     if not isinstance(text, dict) or found not in family.text_types:
         expected = "the fields of a text model of type " + " or ".join(family.text_types)
         got = f"text_config with model_type {found!r}" if isinstance(text, dict) else repr(text)
-        raise_model_error(where, got, expected, "this model is not implemented.")
+        raise ModelError(where, got=got, expected=expected, fix="this model is not implemented.")
     outer = {name: value for name, value in raw.items() if name not in _IMAGE_FIELDS}
     ruling = ("model_type", "architectures", "dtype", "torch_dtype", "tie_word_embeddings")
     ruled = {name: outer[name] for name in ruling if outer.get(name) is not None}
@@ -116,12 +101,7 @@ def text_part_layout(layout: Layout, config: Any) -> Layout:
 def text_part_json(
     to_json: Callable[[Any], dict[str, Any]], text_type: Callable[[Any], str]
 ) -> Callable[[Any], dict[str, Any]]:
-    """Make a writer of `config.json`, from the writer of the text model's fields.
-
-    Args:
-      to_json: From a configuration to the fields of the text model.
-      text_type: From a configuration to the `model_type` of the text model.
-    """
+    """Make a writer of `config.json`, from that of the text model's fields and its `model_type`."""
 
     def write(config: Any) -> dict[str, Any]:
         fields = to_json(config)
@@ -156,7 +136,7 @@ def other_parts(config: Any) -> dict[str, LazyTensor]:
         got = f"the folder {config.folder!r}" if config.folder else "a model that was not loaded"
         expected = "the folder that the model was loaded from, which has the vision tower"
         fix = "load the model again with jl.models.load, and save that one with your parameters."
-        raise_model_error("save", got, expected, fix)
+        raise ModelError("save", got=got, expected=expected, fix=fix)
     return {
         name: LazyTensor(tensor.shape, tensor.numpy_dtype, tensor.read)
         for name, tensor in open_tensors(folder).items()

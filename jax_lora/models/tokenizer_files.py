@@ -8,8 +8,6 @@ from pathlib import Path
 from jax_lora.errors import ModelError
 from jax_lora.storage.atomic_writes import replacing, write_file
 
-__all__ = ["copy_companions"]
-
 _PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -26,10 +24,7 @@ _PATTERNS = (
 def copy_companions(source: Path, target: Path, chat_template: str | None = None) -> None:
     """Copy all files that a model needs, except its weights and `config.json`.
 
-    Args:
-      source: The model's folder.
-      target: The folder that `jl.models.save` wrote.
-      chat_template: Text of another default chat template than that of `source`.
+    `chat_template` is the text of another default chat template than that of `source`.
 
     Raises:
       ModelError: A file cannot be copied.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_lora.config import LoraConfig
-from jax_lora.errors import AdapterFileError, AdapterFileWarning, format_error
+from jax_lora.errors import AdapterFileError, AdapterFileWarning
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import parse_json, read_json
 from jax_lora.storage.limits import limit
@@ -24,67 +24,37 @@ _KEPT = "peft"  # the key in LoraConfig.metadata
 
 # All fields that PEFT 0.21.2 writes for LoRA, with their defaults.
 DEFAULTS: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "alpha_pattern": {},
-    "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "kasa_config": None,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
-    "lora_alpha": 8,
-    "lora_bias": False,
-    "lora_dropout": 0.0,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "monteclora_config": None,
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "qalora_group_size": 16,
-    "r": 8,
-    "rank_pattern": {},
-    "revision": None,
-    "target_modules": None,
-    "target_parameters": None,
-    "task_type": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
-    "velora_config": None,
-}
-_RANK = schema.integer(1, 2**16)
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
+    "auto_mapping": None, "base_model_name_or_path": None, "bias": "none", "corda_config": None,
+    "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None,
+    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "kasa_config": None,
+    "layer_replication": None, "layers_pattern": None, "layers_to_transform": None,
+    "loftq_config": {}, "lora_alpha": 8, "lora_bias": False, "lora_dropout": 0.0,
+    "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core",
+    "modules_to_save": None, "monteclora_config": None, "peft_type": "LORA",
+    "peft_version": "0.21.2", "qalora_group_size": 16, "r": 8, "rank_pattern": {},
+    "revision": None, "target_modules": None, "target_parameters": None, "task_type": None,
+    "trainable_token_indices": None, "use_bdlora": None, "use_dora": False, "use_qalora": False,
+    "use_rslora": False, "velora_config": None,
+}  # fmt: skip
+RANK = schema.integer(1, 2**16)
 _LAYER = schema.integer(0, 2**16)
 _NAMES = schema.list_of(schema.Kind("a name", lambda value: isinstance(value, str) and value != ""))
 _NAMES_OR_ONE = schema.optional(schema.either(schema.TEXT, _NAMES))
-_RANGE = schema.list_of(_LAYER, 2)
-_RANGES = schema.list_of(_RANGE)
-_TOKENS = schema.list_of(schema.integer(0, 2**31 - 1))
+_RANGES = schema.list_of(schema.list_of(_LAYER, 2))
+_TOKEN_LIST = schema.list_of(schema.integer(0, 2**31 - 1))
+_TOKENS = schema.optional(schema.either(_TOKEN_LIST, schema.object_of(_TOKEN_LIST)))
 _FLAG = schema.optional(schema.BOOLEAN)
-_SHARE = schema.Kind(
+DROPOUT = schema.Kind(
     "a number from 0 to below 1", lambda value: schema.is_number(value) and 0 <= value < 1
 )
-_ANY_OBJECT = schema.optional(schema.OBJECT)
 _FIELDS = schema.fields(
     {
-        "r": _RANK,
-        "rank_pattern": schema.optional(schema.object_of(_RANK)),
+        "r": RANK,
+        "rank_pattern": schema.optional(schema.object_of(RANK)),
         "lora_alpha": schema.NUMBER,
         "alpha_pattern": schema.optional(schema.object_of(schema.NUMBER)),
-        "lora_dropout": schema.optional(_SHARE),
+        "lora_dropout": schema.optional(DROPOUT),
         "bias": schema.choice("none", "all", "lora_only"),
         **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"), _FLAG),
         **dict.fromkeys(("fan_in_fan_out", "inference_mode"), _FLAG),
@@ -92,37 +62,27 @@ _FIELDS = schema.fields(
         **dict.fromkeys(("modules_to_save", "target_parameters"), _NAMES_OR_ONE),
         "layers_to_transform": schema.optional(schema.either(_LAYER, schema.list_of(_LAYER))),
         "layer_replication": schema.optional(_RANGES),
-        "trainable_token_indices": schema.optional(
-            schema.either(_TOKENS, schema.object_of(_TOKENS))
-        ),
+        "trainable_token_indices": _TOKENS,
         "init_lora_weights": schema.optional(schema.either(schema.BOOLEAN, schema.TEXT)),
         **dict.fromkeys(
             ("base_model_name_or_path", "revision", "task_type", "peft_version"),
             schema.optional(schema.TEXT),
         ),
-        "auto_mapping": _ANY_OBJECT,
+        "auto_mapping": schema.optional(schema.OBJECT),
     }
 )
 # Fields of features that are not implemented -> the values that disable the feature.
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "megatron_config": (None,),
-    "monteclora_config": (None,),
-    "use_bdlora": (None, False),
-    "use_qalora": (None, False),
-    "velora_config": (None,),
-}
+    "alora_invocation_tokens": (None,), "arrow_config": (None,), "kasa_config": (None,),
+    "megatron_config": (None,), "monteclora_config": (None,), "use_bdlora": (None, False),
+    "use_qalora": (None, False), "velora_config": (None,),
+}  # fmt: skip
 # Initializations that also change the base model, so that the file does not have the whole update.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json`.
-
-    Returns:
-      All fields of `DEFAULTS`, with the values of the file or the defaults.
+    """Read all fields of `DEFAULTS` from `adapter_config.json`, or take their defaults.
 
     Raises:
       AdapterFileError: The file cannot be read, or has invalid or unimplemented settings. One
@@ -135,12 +95,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     problems = list(_problems(raw))
     if problems:
         raise AdapterFileError(
-            format_error(
-                str(folder / CONFIG),
-                got=problems,
-                expected="the configuration of a LoRA adapter that this library supports",
-                fix="Save the adapter in PEFT without these settings, or merge it in PEFT.",
-            )
+            folder / CONFIG,
+            got=problems,
+            expected="the configuration of a LoRA adapter that this library supports",
+            fix="Save the adapter in PEFT without these settings, or merge it in PEFT.",
         )
     unknown = sorted(set(raw) - set(DEFAULTS) - {"runtime_config"})
     if unknown:
@@ -148,7 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG}: unknown fields {', '.join(unknown)}, written by another version "
             "of PEFT, are ignored",
             AdapterFileWarning,
-            stacklevel=3,  # the caller of load
+            stacklevel=4,  # the caller of load
         )
     return {**DEFAULTS, **{name: raw[name] for name in raw if name in DEFAULTS}}
 
@@ -165,10 +123,6 @@ def _problems(raw: Mapping[str, Any]) -> Iterator[str]:
             f"init_lora_weights {start!r}: it also changes the base model; convert it in PEFT with "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    yield from _type_problems(raw)
-
-
-def _type_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     yield from schema.problems(raw, _FIELDS)
     ranges = raw.get("layer_replication") or []
     if not any(schema.problems(ranges, _RANGES)):

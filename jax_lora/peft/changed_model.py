@@ -27,7 +27,7 @@ from jax_lora.peft.tied import HEAD, settle, tied_table
 _Tensors = Mapping[str, np.ndarray]
 _Params = Mapping[str, Any]
 # Tensors with the values of an embedding table of the base model.
-_FROZEN = (".base_layer.weight", keys.ROWS_FROZEN, ".original_module.weight")
+_FROZEN = (keys.FROZEN, keys.ROWS_FROZEN, ".original_module.weight")
 
 
 def changed_model(
@@ -35,17 +35,8 @@ def changed_model(
 ) -> tuple[Any, _Params]:
     """Change a base model to the model that an adapter was trained on.
 
-    Args:
-      model: The base model, from `jax_lora.models`.
-      params: Its parameters, without the "params" level.
-      tensors: The tensors of the adapter by name.
-      config: The configuration of the adapter.
-
-    Returns:
-      The model and its parameters; the same objects if no change is necessary.
-
-    Raises:
-      ModelError: The model is not one of `jax_lora.models`, or does not support the change.
+    `params` are without the "params" level. If no change is necessary, the model and the parameters
+    are returned unchanged, as the same objects.
     """
     model, params = _replicated(model, params, config)
     before = _table(model, params).shape[0]
@@ -67,8 +58,7 @@ def _replicated(model: Any, params: _Params, config: Mapping[str, Any]) -> tuple
 
 def _table(model: Any, params: _Params) -> Any:
     """Return the embedding table, (vocabulary, hidden)."""
-    flat: dict[str, Any] = flatten_dict(dict(params), sep="/")
-    return flat[family_of(model).embedding]
+    return flatten_dict(dict(params), sep="/")[family_of(model).embedding]
 
 
 def _resized(model: Any, params: _Params, tensors: _Tensors) -> tuple[Any, _Params]:
@@ -120,5 +110,5 @@ def _untied(
     sites = sites_of(find_leaves(params, model.hf_names))
     grouped, rest = group(tensors, sites)
     base = dict(paths.flatten_with_paths(params)[0])
-    ends = settle(grouped, rest, table, config, lambda: base.get(sites[table].leaf.path))
+    ends = settle(grouped, rest, table, config, base.get(sites[table].leaf.path))
     return untie(model, params) if ends.one_sided else (model, params)

@@ -20,14 +20,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jax_lora.adapter import Adapter
-from jax_lora.errors import AdapterFileError, ConfigError, format_error
-from jax_lora.peft.factors import Factors, split, unsupported
-from jax_lora.peft.hf_modules import Site, sites_of
-from jax_lora.peft.save import adapted_leaves
+from jax_lora.errors import AdapterFileError, ConfigError
+from jax_lora.peft.factors import Factors, unsupported
+from jax_lora.peft.hf_modules import Site
+from jax_lora.peft.save import split_adapter
 from jax_lora.peft.tensor_file import check_finite
 from jax_lora.peft.tied import tied_table
 from jax_lora.storage.atomic_writes import made_folder, replacing
@@ -38,18 +37,10 @@ from jax_lora.storage.safe_paths import given_path
 GGUF = "adapter.gguf"
 # model_type in config.json -> llama.cpp's architecture.
 ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-    "gpt2": "gpt2",
-}
+    "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3",
+    "phi3": "phi3", "gpt2": "gpt2",
+}  # fmt: skip
 # Module -> llama.cpp's tensors: of a layer by the end of the name, other modules by the whole name.
 # The outputs of a module with two tensors are divided between them.
 _TENSORS: dict[str, tuple[str, ...]] = {
@@ -98,18 +89,12 @@ def save_gguf(path: str | os.PathLike[str], adapter: Adapter, *, model: Any) -> 
       StructureError: The model does not have a leaf of the adapter.
     """
     kind = _architecture(model)
-    adapter = jax.tree.map(np.asarray, adapter)
-    leaves = adapted_leaves(adapter, model.hf_names)
-    sites = sites_of(leaves)
-    found: dict[str, Factors] = {}
-    for leaf in leaves.values():
-        if leaf.path in adapter.pairs:
-            found |= split(adapter.pairs[leaf.path], leaf)
+    _, sites, found = split_adapter(adapter, model.hf_names)
     problems = [*unsupported(adapter, found, sites, parameters=True), *_unnamed(found, model)]
     if problems:
         expected = "LoRA factors of weights that llama.cpp can adapt"
         fix = "Merge the adapter instead: jax-lora fuse, which prints how to convert the folder."
-        raise AdapterFileError(format_error("save_gguf", got=problems, expected=expected, fix=fix))
+        raise AdapterFileError("save_gguf", got=problems, expected=expected, fix=fix)
     # The reader computes alpha / r; 0 would mean a scale of 1.
     alpha = max((abs(each.scale * each.rank) for each in found.values()), default=0.0) or 1.0
     tensors: dict[str, np.ndarray] = {}
@@ -132,12 +117,10 @@ def _architecture(model: Any) -> str:
     kind = family_of(model).model_type
     if kind not in ARCHITECTURES:
         raise ConfigError(
-            format_error(
-                "save_gguf",
-                got=f"a model of type {kind}",
-                expected=f"one of {', '.join(ARCHITECTURES)}",
-                fix="Save it for PEFT with jl.peft.save.",
-            )
+            "save_gguf",
+            got=f"a model of type {kind}",
+            expected=f"one of {', '.join(ARCHITECTURES)}",
+            fix="Save it for PEFT with jl.peft.save.",
         )
     return ARCHITECTURES[kind]
 

@@ -13,32 +13,25 @@ from typing import Any
 
 from jax_lora import paths
 from jax_lora.adapter import base_of, is_adapted
-from jax_lora.errors import AmbiguousKernelError, StructureError, format_error
+from jax_lora.errors import AmbiguousKernelError, StructureError
 from jax_lora.kernels.kernel import Kernel
-
-_MODULE, _PARAMETER = "module", "parameter"
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A leaf with an entry in `names`.
-
-    Args:
-      path: Path of the leaf.
-      template: Name of its modules, with braces for the position in the stack.
-      shape: Shape of the leaf.
-      kernel: The roles of its axes.
-      is_table: Whether it is an embedding table.
-      is_parameter: Whether the name belongs to a parameter of a module instead of a module with one
-        weight, as for experts and routers.
-    """
+    """A leaf with an entry in `names`."""
 
     path: str
-    template: str
+    template: str  # name of its modules, with braces for the position in the stack
     shape: tuple[int, ...]
-    kernel: Kernel
-    is_table: bool
+    kernel: Kernel  # the roles of its axes
+    is_table: bool  # an embedding table
+    # The name is that of a parameter of a module, not of a module with one weight, as for experts
+    # and routers.
     is_parameter: bool
+    # The output columns of the leaf that the module has, as (start, stop), if modules are side by
+    # side in one leaf; None: all.
+    columns: tuple[int, int] | None = None
 
     @property
     def depth(self) -> int:
@@ -55,51 +48,39 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A module, or a parameter that PEFT adapts like a module.
-
-    Args:
-      module: Name of the module.
-      leaf: The leaf with its kernel.
-      position: Position in the stack.
-    """
+    """A module, or a parameter that PEFT adapts like a module."""
 
     module: str
     leaf: Leaf
-    position: tuple[int, ...]
+    position: tuple[int, ...]  # in the stack
+
+    @property
+    def index(self) -> tuple[Any, ...]:
+        """The index of the module's weight in its leaf."""
+        columns = self.leaf.columns
+        return self.position if columns is None else (*self.position, ..., slice(*columns))
 
 
 def find_leaves(
     tree: Any, names: Mapping[str, str], kernels: Mapping[str, Kernel] | None = None
 ) -> dict[str, Leaf]:
-    """Find the leaves of `names` in a tree.
+    """Find the leaves of `names` in a tree of arrays or `jax.ShapeDtypeStruct`s, by path.
 
-    Args:
-      tree: Parameters, or `{"params": parameters}`; arrays or `jax.ShapeDtypeStruct`s.
-      names: Path of a kernel, with or without "params/" -> name of its module.
-      kernels: The result of `find_kernels`. Without it, a leaf has a stack axis for each of the
-        braces, followed by (in, out).
-
-    Returns:
-      A `Leaf` by path for each name.
-
-    Raises:
-      StructureError: A path is not in the tree.
-      AmbiguousKernelError: The axes of a leaf are not known without `kernels`.
+    The paths in `names` may lack "params/". Without `kernels`, a leaf has a stack axis for each of
+    the braces, followed by (in, out).
     """
-    have = {path: leaf for path, leaf in paths.flatten_with_paths(tree, is_leaf=is_adapted)[0]}
-    shapes = {path: tuple(base_of(leaf).shape) for path, leaf in have.items()}
+    leaves = paths.flatten_with_paths(tree, is_leaf=is_adapted)[0]
+    shapes = {path: tuple(base_of(leaf).shape) for path, leaf in leaves}
     found = {}
     for name, template in names.items():
         path = name if name in shapes else f"params/{name}"
         if path not in shapes:
             near = ", ".join(paths.nearest(name, shapes, 3))
             raise StructureError(
-                format_error(
-                    f"names: {name}",
-                    got="no such leaf in the parameters",
-                    expected=f"a path of the parameters; the closest paths are {near}",
-                    fix="Pass the parameters and the names of the same model.",
-                )
+                f"names: {name}",
+                got="no such leaf in the parameters",
+                expected=f"a path of the parameters; the closest paths are {near}",
+                fix="Pass the parameters and the names of the same model.",
             )
         found[path] = describe(path, template, shapes[path], (kernels or {}).get(path))
     return found
@@ -108,17 +89,7 @@ def find_leaves(
 def describe(
     path: str, template: str, shape: tuple[int, ...], kernel: Kernel | None = None
 ) -> Leaf:
-    """Return the `Leaf` for one entry of `names`.
-
-    Args:
-      path: Path of the leaf.
-      template: Name of its modules.
-      shape: Shape of the leaf.
-      kernel: Its kernel from `find_kernels`; None: the axes follow from the template.
-
-    Raises:
-      AmbiguousKernelError: The template does not determine the axes.
-    """
+    """Describe an entry of `names`; without `kernel`, the axes follow from the template."""
     is_table = kernel.kind == "embedding" if kernel else path.split("/")[-1] == "embedding"
     owner = template.split(".")[-2:-1]
     of_experts = owner == ["experts"] and len(shape) == len(paths.braces(template)) + 3
@@ -132,12 +103,10 @@ def _kernel(path: str, template: str, shape: tuple[int, ...], of_experts: bool) 
     depth = len(paths.braces(template)) + of_experts
     if len(shape) - depth > 2:
         raise AmbiguousKernelError(
-            format_error(
-                path,
-                got=f"shape {shape} for the name {template!r}",
-                expected="a stack axis for each pair of braces, followed by (in, out)",
-                fix="Pass kernels=jl.find_kernels(model.apply, variables, *args).",
-            )
+            path,
+            got=f"shape {shape} for the name {template!r}",
+            expected="a stack axis for each pair of braces, followed by (in, out)",
+            fix="Pass kernels=jl.find_kernels(model.apply, variables, *args).",
         )
     stack = tuple(range(depth))
     matrix = len(shape) - depth == 2  # otherwise a norm or a bias, which has no factors

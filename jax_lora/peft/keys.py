@@ -14,10 +14,10 @@ are nested: the first parameter has the most `.base_layer` segments.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,28 +30,21 @@ TABLE_A, TABLE_B = ".lora_embedding_A", ".lora_embedding_B"
 MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 ROWS_FROZEN = ".token_adapter.base_layer.weight"
+FROZEN = ".base_layer.weight"
 # PEFT writes some tensors of a module up to three times.
 _COPIES = (".original_module.", ".modules_to_save.")
 _PARTS = re.compile(
     r"(?P<module>.*?)(?P<nested>(\.base_layer)*)"
-    r"(?P<part>\.lora_A\.weight|\.lora_B\.weight|\.lora_B\.bias|\.lora_embedding_A"
-    r"|\.lora_embedding_B|\.lora_magnitude_vector)"
+    rf"(?P<part>{'|'.join(map(re.escape, (A, B, B_BIAS, TABLE_A, TABLE_B, MAGNITUDE)))})"
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """The parsed name of a factor tensor.
+class Key(NamedTuple):
+    """The parsed name of a factor tensor."""
 
-    Args:
-      module: Name of the module, without prefix and nesting.
-      depth: Number of `.base_layer` segments.
-      part: The suffix that identifies the tensor, such as `A`.
-    """
-
-    module: str
-    depth: int
-    part: str
+    module: str  # without prefix and nesting
+    depth: int  # number of `.base_layer` segments
+    part: str  # the suffix that identifies the tensor, such as `A`
 
 
 def is_copy(name: str) -> bool:

@@ -9,6 +9,8 @@ message lists all of them.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_lora import paths
-from jax_lora.adapter import Adapter, LoraPair
-from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.adapter import Adapter
+from jax_lora.errors import AdapterFileError
 from jax_lora.hub.snapshots import local_folder
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft import keys, whole_tensors
-from jax_lora.peft.adapter_config import CONFIG, config_text, keep, read_config
-from jax_lora.peft.factors import Factors, join
+from jax_lora.peft.adapter_config import config_text, keep, read_config
+from jax_lora.peft.expert_modules import half_magnitudes, modules_in_file
+from jax_lora.peft.factors import join_modules
 from jax_lora.peft.hf_modules import Leaf, Site, find_leaves, sites_of
 from jax_lora.peft.our_config import our_config
 from jax_lora.peft.scaling import scale_of
@@ -86,45 +89,69 @@ def load(
       >>> sorted(again.pairs) == sorted(adapter.pairs)
       True
     """
+    return assemble(read_files(path), variables, names=names, kernels=kernels, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftFiles:
+    """The contents of the files of an adapter."""
+
+    folder: Path  # for messages only
+    tensors: dict[str, np.ndarray]
+    config: dict[str, Any]
+
+
+def read_files(path: str | os.PathLike[str]) -> PeftFiles:
+    """Read the files of an adapter from a folder or from the Hugging Face Hub."""
     folder = local_folder(path, error=AdapterFileError)
-    restore_files(folder, WEIGHTS, CONFIG)
-    tensors, config = read_tensors(folder, WEIGHTS), read_config(folder)
-    return assemble(folder, tensors, config, variables, names=names, kernels=kernels, dtype=dtype)
+    restore_files(folder, WEIGHTS)
+    return PeftFiles(folder, read_tensors(folder, WEIGHTS), read_config(folder))
 
 
 def assemble(
-    folder: Path,
-    tensors: Mapping[str, np.ndarray],
-    config: Mapping[str, Any],
+    files: PeftFiles,
     variables: Any,
     *,
     names: Mapping[str, str],
     kernels: Mapping[str, Kernel] | None = None,
-    dtype: Any = jnp.float32,
+    dtype: Any,
 ) -> Adapter:
-    """Build an adapter from the contents of its folder; `folder` is for messages only.
-
-    Raises:
-      AdapterFileError: The tensors do not fit the base model.
-    """
+    """Build an adapter from the contents of its files, which must fit the base model."""
+    tensors, config = files.tensors, files.config
     leaves = find_leaves(variables, names, kernels)
-    sites = sites_of(leaves)
+    sites = sites_of(modules_in_file(leaves, tensors))
     grouped, rest = group(tensors, sites)
     base = dict(paths.flatten_with_paths(variables)[0])
     table = tied_table(names)
-    ends = settle(grouped, rest, table, config, lambda: base.get(sites[table or ""].leaf.path))
+    tied = None if table is None else base.get(sites[table].leaf.path)
+    ends = settle(grouped, rest, table, config, tied)
     whole, rows, others = whole_tensors.read(ends.rest, base, sites, config)
     problems = [
         *_replication_problems(config, leaves),
         *(f"{reason}, and {UNTIE}" for reason in ends.one_sided),
         *ends.problems,
         *(problem for module in grouped for problem in _problems(grouped[module], sites[module])),
-        *_missing(grouped, config, sites),
+        *half_magnitudes(grouped, sites),
+        *(
+            f"missing: {module}{keys.A}, which the configuration names"
+            for module in expected_modules(config, sites)
+            if module not in grouped
+        ),
         *others,
     ]
     if problems:
-        raise _refusal(folder, problems)
-    pairs = _pairs(grouped, sites, config, dtype)
+        raise AdapterFileError(
+            f"{files.folder}: {len(problems)} problems",
+            got=problems,
+            expected="exactly the tensors that the configuration and the base model require",
+            fix="Load the base model that the adapter was trained on, and pass its names. If a "
+            "line says so: model, params, adapter = jl.peft.load_model(path, model, params).",
+        )
+    found = {
+        module: keys.decode(parts, sites[module], functools.partial(scale_of, config, module))
+        for module, parts in grouped.items()
+    }
+    pairs = join_modules(found, sites, leaves, dtype)
     settings = keep(our_config(config, pairs, whole, dtype), config_text(config))
     cast = {name: jnp.asarray(leaf, dtype or leaf.dtype) for name, leaf in whole.items()}
     return Adapter(pairs, cast, settings, rows)
@@ -193,31 +220,6 @@ def _problems(parts: Parts, site: Site) -> Iterator[str]:
             yield f"wrong shape: {site.module}{part} is {tensor.shape}, expected {want}"
 
 
-def _missing(
-    grouped: Mapping[str, Parts], config: Mapping[str, Any], sites: Mapping[str, Site]
-) -> Iterator[str]:
-    """Yield the modules that the configuration names but that have no factors in the file."""
-    for module in expected_modules(config, sites):
-        if module not in grouped:
-            yield f"missing: {module}{keys.A}, which the configuration names"
-
-
-def _pairs(
-    grouped: Mapping[str, Parts],
-    sites: Mapping[str, Site],
-    config: Mapping[str, Any],
-    dtype: Any,
-) -> dict[str, LoraPair]:
-    found: dict[str, dict[tuple[int, ...], Factors]] = {}
-    leaves: dict[str, Leaf] = {}
-    for module, parts in grouped.items():
-        site = sites[module]
-        factors = keys.decode(parts, site, lambda rank, m=module: scale_of(config, m, rank))
-        found.setdefault(site.leaf.path, {})[site.position] = factors
-        leaves[site.leaf.path] = site.leaf
-    return {path: join(leaves[path], each, dtype) for path, each in sorted(found.items())}
-
-
 def _replication_problems(config: Mapping[str, Any], leaves: Mapping[str, Leaf]) -> Iterator[str]:
     ranges = config["layer_replication"]
     depths = {leaf.shape[0] for leaf in leaves.values() if leaf.depth}
@@ -226,15 +228,3 @@ def _replication_problems(config: Mapping[str, Any], leaves: Mapping[str, Leaf])
             f"layer_replication {ranges}: the base has {max(depths, default=0)} layers; "
             "jl.peft.load_model(path, model, params) repeats them"
         )
-
-
-def _refusal(folder: Path, problems: list[str]) -> AdapterFileError:
-    return AdapterFileError(
-        format_error(
-            f"{folder}: {len(problems)} problems",
-            got=problems,
-            expected="exactly the tensors that the configuration and the base model require",
-            fix="Load the base model that the adapter was trained on, and pass its names. If a "
-            "line says so: model, params, adapter = jl.peft.load_model(path, model, params).",
-        )
-    )

@@ -9,11 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_lora.adapter import Adapter
-from jax_lora.errors import AdapterFileError
-from jax_lora.hub.snapshots import local_folder
-from jax_lora.peft.adapter_config import CONFIG, read_config
-from jax_lora.peft.load import WEIGHTS, assemble
-from jax_lora.peft.tensor_file import read_tensors, restore_files
+from jax_lora.peft.load import assemble, read_files
 
 
 def load_model(
@@ -68,16 +64,13 @@ def load_model(
       >>> model.config.tie_word_embeddings, list(adapter.pairs)
       (False, ['lm_head/kernel'])
     """
-    folder = local_folder(path, error=AdapterFileError)
-    restore_files(folder, WEIGHTS, CONFIG)
-    tensors, config = read_tensors(folder, WEIGHTS), read_config(folder)
+    files = read_files(path)
     # Imports Flax modules, which `load` does not need.
     from jax_lora.peft.changed_model import changed_model
 
     wrapped = set(params) == {"params"}
     base = params["params"] if wrapped else params
-    model, changed = changed_model(model, base, tensors, config)
+    model, changed = changed_model(model, base, files.tensors, files.config)
     if changed is not base:
         params = {"params": changed} if wrapped else changed
-    adapter = assemble(folder, tensors, config, params, names=model.hf_names, dtype=dtype)
-    return model, params, adapter
+    return model, params, assemble(files, params, names=model.hf_names, dtype=dtype)

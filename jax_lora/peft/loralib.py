@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_lora.adapter import Adapter
-from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.errors import AdapterFileError
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft.adapter_config import DEFAULTS
 from jax_lora.peft.hf_modules import find_leaves, sites_of
@@ -59,12 +59,10 @@ def load_loralib(
     found, problems = read_factors(tensors, sites, ("lora_A", "lora_B"), transposed=True)
     if problems:
         raise AdapterFileError(
-            format_error(
-                str(file),
-                got=problems,
-                expected="lora_A (r, in) and lora_B (out, r) of modules in names",
-                fix="Save only lora_state_dict(model), and pass the names of its modules.",
-            )
+            str(file),
+            got=problems,
+            expected="lora_A (r, in) and lora_B (out, r) of modules in names",
+            fix="Save only lora_state_dict(model), and pass the names of its modules.",
         )
     config = {**DEFAULTS, "lora_alpha": alpha}
     return assemble_factors(found, sites, lambda rank: alpha / rank, config, dtype)

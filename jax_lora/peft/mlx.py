@@ -14,18 +14,17 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_lora.adapter import Adapter
-from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.errors import AdapterFileError
 from jax_lora.kernels.kernel import Kernel
-from jax_lora.peft.adapter_config import CONFIG, DEFAULTS
-from jax_lora.peft.factors import Factors, split, unsupported
+from jax_lora.peft.adapter_config import CONFIG, DEFAULTS, DROPOUT, RANK
+from jax_lora.peft.factors import Factors, unsupported
 from jax_lora.peft.hf_modules import Site, find_leaves, sites_of
 from jax_lora.peft.named_factors import assemble_factors, read_factors
-from jax_lora.peft.save import adapted_leaves
+from jax_lora.peft.save import split_adapter
 from jax_lora.peft.tensor_file import read_tensors, restore_files, write_files
 from jax_lora.storage import schema
 from jax_lora.storage.json_files import read_json
@@ -37,12 +36,9 @@ _SETTINGS = schema.fields(
     {
         "lora_parameters": schema.fields(
             {
-                "rank": schema.integer(1, 2**16),
+                "rank": RANK,
                 "scale": schema.NUMBER,
-                "dropout": schema.Kind(
-                    "a number from 0 to below 1",
-                    lambda value: schema.is_number(value) and 0 <= value < 1,
-                ),
+                "dropout": DROPOUT,
             }
         )
     },
@@ -65,17 +61,12 @@ def save_mlx(path: str | os.PathLike[str], adapter: Adapter, *, names: Mapping[s
         ranks or layers without an update, or the folder cannot be written.
       StructureError: `names` does not have a leaf of the adapter.
     """
-    adapter = jax.tree.map(np.asarray, adapter)
-    leaves = adapted_leaves(adapter, names)
-    sites = sites_of(leaves)
-    found: dict[str, Factors] = {}
-    for leaf in leaves.values():
-        if leaf.path in adapter.pairs:
-            found |= split(adapter.pairs[leaf.path], leaf)
+    _, sites, found = split_adapter(adapter, names)
     problems = [*unsupported(adapter, found, sites), *_uneven(found, sites)]
     if problems:
         fix = "Merge it into the model with jl.merge, or export it with jl.peft.save."
-        raise _refusal("save_mlx", problems, "LoRA factors of equal rank in every layer", fix)
+        expected = "LoRA factors of equal rank in every layer"
+        raise AdapterFileError("save_mlx", got=problems, expected=expected, fix=fix)
     scales = {each.scale for each in found.values()}
     scale = max(scales)
     tensors = {}
@@ -83,7 +74,7 @@ def save_mlx(path: str | os.PathLike[str], adapter: Adapter, *, names: Mapping[s
         b = each.b if len(scales) == 1 else each.b * np.float32(each.scale / scale)
         tensors |= {f"{module}.lora_a": each.a, f"{module}.lora_b": b.astype(each.b.dtype)}
     text = json.dumps(_config(adapter, found, scale), indent=4, sort_keys=True)
-    write_files(given_path(path, AdapterFileError), WEIGHTS, tensors, CONFIG, text)
+    write_files(path, WEIGHTS, tensors, text)
 
 
 def _uneven(found: Mapping[str, Factors], sites: Mapping[str, Site]) -> Iterator[str]:
@@ -133,30 +124,20 @@ def load_mlx(
         One message lists all problems.
     """
     folder = given_path(path, AdapterFileError)
-    restore_files(folder, WEIGHTS, CONFIG)
+    restore_files(folder, WEIGHTS)
     tensors = read_tensors(folder, WEIGHTS)
     settings = read_json(folder / CONFIG, AdapterFileError, "config_bytes")
     sites = sites_of(find_leaves(variables, names, kernels))
     found, problems = read_factors(tensors, sites, ("lora_a", "lora_b"))
-    if problems := [*_config_problems(settings), *problems]:
+    problems = [*schema.problems(settings, _SETTINGS), *problems]
+    if (kind := settings.get("fine_tune_type", "lora")) != "lora":
+        problems.insert(0, f"fine_tune_type {schema.shown(kind)}: only 'lora' is implemented")
+    if problems:
         fix = "Load the base model that the adapter was trained on, and pass its names."
-        raise _refusal(str(folder), problems, "a LoRA adapter for this base model", fix)
+        expected = "a LoRA adapter for this base model"
+        raise AdapterFileError(folder, got=problems, expected=expected, fix=fix)
     parameters = settings["lora_parameters"]
-    config = {
-        **DEFAULTS,
-        "r": parameters.get("rank", 8),
-        "lora_dropout": parameters.get("dropout", 0.0),
-    }
+    rank, dropout = parameters.get("rank", 8), parameters.get("dropout", 0.0)
+    config = {**DEFAULTS, "r": rank, "lora_dropout": dropout}
     scale = float(parameters.get("scale", 20.0))
     return assemble_factors(found, sites, lambda rank: scale, config, dtype)
-
-
-def _config_problems(settings: Mapping[str, Any]) -> Iterator[str]:
-    kind = settings.get("fine_tune_type", "lora")
-    if kind != "lora":
-        yield f"fine_tune_type {schema.shown(kind)}: only 'lora' is implemented"
-    yield from schema.problems(settings, _SETTINGS)
-
-
-def _refusal(where: str, problems: list[str], expected: str, fix: str) -> AdapterFileError:
-    return AdapterFileError(format_error(where, got=problems, expected=expected, fix=fix))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_lora.adapter import Adapter
-from jax_lora.peft.factors import Factors, join
+from jax_lora.peft.factors import Factors, join_modules
 from jax_lora.peft.hf_modules import Site
 from jax_lora.peft.our_config import our_config
 
@@ -24,11 +24,8 @@ def read_factors(
 ) -> tuple[_Pairs, list[str]]:
     """Group tensors by module.
 
-    Args:
-      tensors: The tensors by name.
-      sites: All sites of the base model by name.
-      names: Names of the down-projection and of the up-projection.
-      transposed: Whether the file has (r, in) and (out, r) instead of (in, r) and (r, out).
+    `names` are those of the down-projection and of the up-projection. If `transposed`, the file has
+    (r, in) and (out, r) instead of (in, r) and (r, out).
 
     Returns:
       `a` (in, r) and `b` (r, out) by module, and a list of problems.
@@ -66,11 +63,7 @@ def assemble_factors(
     dtype: Any,
 ) -> Adapter:
     """Build an adapter from the factors by module and a PEFT configuration."""
-    by_path: dict[str, dict[tuple[int, ...], Factors]] = {}
-    for module, (a, b) in found.items():
-        site = sites[module]
-        factors = Factors(a, b, scale_of_rank(a.shape[1]))
-        by_path.setdefault(site.leaf.path, {})[site.position] = factors
     leaves = {site.leaf.path: site.leaf for site in sites.values()}
-    pairs = {path: join(leaves[path], each, dtype) for path, each in sorted(by_path.items())}
+    factors = {m: Factors(a, b, scale_of_rank(a.shape[1])) for m, (a, b) in found.items()}
+    pairs = join_modules(factors, sites, leaves, dtype)
     return Adapter(pairs, {}, our_config(config, pairs, (), dtype))

@@ -21,11 +21,8 @@ def our_config(
 ) -> LoraConfig:
     """Return a configuration with which `lora_init` creates pairs with the given ranks and scales.
 
-    Args:
-      config: The PEFT configuration.
-      pairs: The pairs by path.
-      whole: Paths of the fully trained leaves.
-      dtype: Type of the factors; None for the type of the first pair.
+    `config` is the PEFT configuration, `whole` has the paths of the fully trained leaves. Without
+    `dtype`, the type is that of the first pair.
     """
     ranks, alphas = {}, {}
     for path, pair in pairs.items():
@@ -33,8 +30,8 @@ def our_config(
             ranks[name] = rank
             # alpha = scale * rank, or scale * sqrt(rank) with rsLoRA.
             alphas[name] = scale * (np.sqrt(rank) if config["use_rslora"] else rank)
-    rank = _usual(ranks.values(), config["r"])
-    alpha = _usual(alphas.values(), config["lora_alpha"])
+    rank = usual(ranks.values(), config["r"])
+    alpha = usual(alphas.values(), config["lora_alpha"])
     some = next(iter(pairs.values()), None)
     return LoraConfig(
         rank=rank,
@@ -52,19 +49,18 @@ def our_config(
 
 def _kernels(path: str, pair: LoraPair) -> Iterable[tuple[str, int, float]]:
     """Yield path, rank and scale of each kernel with an update; a layer has its own path."""
-    ranks = np.asarray(pair.rank if pair.ranks is None else pair.ranks)
-    scales = np.asarray(pair.scale, np.float64)
-    if not ranks.ndim and not scales.ndim:
+    ranks, scales = np.broadcast_arrays(
+        pair.rank if pair.ranks is None else pair.ranks, np.asarray(pair.scale, np.float64)
+    )
+    if not ranks.ndim:
         yield path, int(ranks), float(scales)
         return
-    count = (ranks if ranks.ndim else scales).shape[0]
-    for layer in range(count):
-        rank = int(np.max(ranks[layer] if ranks.ndim else ranks))
-        scale = float(np.max(scales[layer] if scales.ndim else scales))
-        if rank:
-            yield paths.layer_path(path, layer), rank, scale
+    for layer, (rank, scale) in enumerate(zip(ranks, scales, strict=True)):
+        if rank.max():
+            yield paths.layer_path(path, layer), int(rank.max()), float(scale.max())
 
 
-def _usual(values: Iterable[Any], default: Any) -> Any:
+def usual(values: Iterable[Any], default: Any) -> Any:
+    """Return the most frequent value, or the default if there are no values."""
     counted = Counter(values).most_common(1)
     return counted[0][0] if counted else default

@@ -7,25 +7,23 @@ ranks and scales -> adapter_config.json
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jax_lora import paths
 from jax_lora.adapter import Adapter
-from jax_lora.errors import AdapterFileError, ConfigError, StructureError, format_error
+from jax_lora.errors import AdapterFileError, ConfigError, StructureError
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.peft import keys, vllm, whole_tensors
-from jax_lora.peft.adapter_config import CONFIG, config_text
+from jax_lora.peft.adapter_config import config_text
 from jax_lora.peft.factors import Factors, split
-from jax_lora.peft.hf_modules import Leaf, describe, sites_of
+from jax_lora.peft.hf_modules import Leaf, Site, describe, sites_of
 from jax_lora.peft.load import WEIGHTS
 from jax_lora.peft.tensor_file import write_files
 from jax_lora.peft.their_config import their_config
 from jax_lora.peft.tied import HEAD, mirror, tied_table
-from jax_lora.storage.safe_paths import given_path
 
 TARGETS = (None, "vllm")
 _TABLES = ("embed_tokens", HEAD)  # for these, PEFT writes the base weight next to the factors
@@ -58,21 +56,16 @@ def save(
       target: "vllm" for the restrictions of vLLM: equal ranks, and scales multiplied into B.
 
     Raises:
-      AdapterFileError: A factor has NaN or Inf, the folder cannot be written, or vLLM does not
-        support the adapter.
+      AdapterFileError: A factor has NaN or Inf, the folder cannot be written, experts or routers
+        have magnitudes or biases, or vLLM does not support the adapter.
       StructureError: `names` does not have a leaf of the adapter.
       ConfigError: `target` is unknown.
     """
     if target not in TARGETS:
         expected, fix = "None or 'vllm'", "Leave it out for PEFT itself."
-        raise ConfigError(format_error("target", got=repr(target), expected=expected, fix=fix))
-    adapter = jax.tree.map(np.asarray, adapter)
-    leaves = adapted_leaves(adapter, names)
-    sites = sites_of(leaves)
-    found: dict[str, Factors] = {}
-    for leaf in leaves.values():
-        if leaf.path in adapter.pairs:
-            found |= split(adapter.pairs[leaf.path], leaf)
+        raise ConfigError("target", got=repr(target), expected=expected, fix=fix)
+    leaves, sites, found = split_adapter(adapter, names)
+    _check_parameters(found, sites)
     if target == "vllm":
         vllm.check(adapter, found, sites)
         adapter, found = vllm.uniform(adapter, found)
@@ -81,16 +74,45 @@ def save(
     rows = {leaves[p].template: each.indices for p, each in adapter.rows.items()}
     for p, each in adapter.rows.items():
         tensors[keys.PREFIX + leaves[p].template + keys.ROWS] = np.asarray(each.values)
-    every = [module for leaf in _all_leaves(names, leaves) for module in leaf]
-    config = their_config(adapter, found, sites, every, whole, rows, tied_table(names))
+    table, every = tied_table(names), _all_modules(names, leaves)
+    config = their_config(adapter, found, sites, every, whole, rows, table)
     if base_model is not None:
         config["base_model_name_or_path"] = base_model
     if revision is not None:
         config["revision"] = revision
-    if (table := tied_table(names)) is not None:
+    if table is not None:
         tensors |= mirror(tensors, table)  # without these tensors, PEFT does not update the head
     _add_tables(tensors, config, sites, base)
-    write_files(given_path(path, AdapterFileError), WEIGHTS, tensors, CONFIG, config_text(config))
+    write_files(path, WEIGHTS, tensors, config_text(config))
+
+
+def _check_parameters(found: Mapping[str, Factors], sites: Mapping[str, Site]) -> None:
+    """Raise an `AdapterFileError` for experts and routers with more than factors."""
+    problems = [
+        f"{module}: a {name}"
+        for module, factors in found.items()
+        for name in ("magnitude", "bias")
+        if sites[module].leaf.is_parameter and getattr(factors, name) is not None
+    ]
+    if problems:
+        raise AdapterFileError(
+            "experts and routers",
+            got=problems,
+            expected="only LoRA factors: PEFT has neither DoRA nor biases of B for them",
+            fix="Save the merged model: jl.models.save(path, model, jl.merge(...)).",
+        )
+
+
+def split_adapter(
+    adapter: Adapter, names: Mapping[str, str]
+) -> tuple[dict[str, Leaf], dict[str, Site], dict[str, Factors]]:
+    """Return the leaves of an adapter by path, and their modules and factors by module."""
+    leaves = adapted_leaves(adapter, names)
+    found: dict[str, Factors] = {}
+    for path, leaf in leaves.items():
+        if path in adapter.pairs:
+            found |= split(adapter.pairs[path], leaf)
+    return leaves, sites_of(leaves), found
 
 
 def adapted_leaves(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Leaf]:
@@ -108,39 +130,33 @@ def adapted_leaves(adapter: Adapter, names: Mapping[str, str]) -> dict[str, Leaf
         found[prefix + own] = _describe(prefix + own, templates[own], path, adapter)
     if problems:
         raise StructureError(
-            format_error(
-                "names",
-                got=problems,
-                expected="a module name for every leaf of the adapter",
-                fix="Pass the names of the model of the adapter: names=model.hf_names.",
-            )
+            "names",
+            got=problems,
+            expected="a module name for every leaf of the adapter",
+            fix="Pass the names of the model of the adapter: names=model.hf_names.",
         )
     order = {name: place for place, name in enumerate(templates)}
     return dict(sorted(found.items(), key=lambda item: order[item[0].removeprefix("params/")]))
 
 
-def _kernel_beside(path: str, templates: Mapping[str, str]) -> str | None:
+def _kernel_beside(path: str, others: Iterable[str]) -> str | None:
     """Return the kernel or scale in the same layer as a bias."""
     stem = path.rpartition("/")[0]
-    return next(
-        (p for p in templates if p.rpartition("/")[0] == stem and path.endswith("bias")), None
-    )
+    beside = (other for other in others if other.rpartition("/")[0] == stem)
+    return next(beside, None) if path.endswith("bias") else None
 
 
 def _describe(own: str, template: str, path: str, adapter: Adapter) -> Leaf:
     if own in adapter.pairs:
         pair = adapter.pairs[own]
-        axes = (pair.in_axes, pair.out_axes, pair.stack_axes)
+        shape, axes = pair.kernel_shape, (pair.in_axes, pair.out_axes, pair.stack_axes)
         kind = "embedding" if own.split("/")[-1] == "embedding" else "dense"
-        return describe(
-            own, template, pair.kernel_shape, Kernel(own, pair.kernel_shape, None, kind, *axes)
-        )
-    if own in adapter.whole:
-        return describe(own, template, adapter.whole[own].shape)
+        return describe(own, template, shape, Kernel(own, shape, None, kind, *axes))
     if own in adapter.rows:
         size = max(adapter.rows[own].indices) + 1
         return describe(own, template, (size, adapter.rows[own].values.shape[1]))
-    return describe(own, template, adapter.whole[path].shape)  # a bias: only its stack is needed
+    # Of the kernel beside a bias, only the stack is needed.
+    return describe(own, template, adapter.whole[own if own in adapter.whole else path].shape)
 
 
 def _whole(
@@ -149,34 +165,32 @@ def _whole(
     """Add fully trained leaves to the tensors; map modules to whether only a bias is trained."""
     only_bias: dict[str, bool] = {}
     for path, array in adapter.whole.items():
-        stem = path.rpartition("/")[0]
-        own = path if path in leaves else next(p for p in leaves if p.rpartition("/")[0] == stem)
+        own = path if path in leaves else _kernel_beside(path, leaves) or path
         tensors |= whole_tensors.write(array, leaves[own], path, adapted)
         for module, _ in leaves[own].modules():
             only_bias[module] = only_bias.get(module, True) and own != path
     return only_bias
 
 
-def _all_leaves(names: Mapping[str, str], leaves: Mapping[str, Leaf]) -> list[list[str]]:
-    """Return all module names for every leaf of `names`, with as many layers as the adapter."""
+def _all_modules(names: Mapping[str, str], leaves: Mapping[str, Leaf]) -> set[str]:
+    """Return the names of all modules of `names`, with as many layers as the adapter."""
     depth = max((leaf.shape[0] for leaf in leaves.values() if leaf.depth), default=1)
-    return [[name.format(layer=i, expert=0) for i in range(depth)] for name in names.values()]
+    return {name.format(layer=i, expert=0) for name in names.values() for i in range(depth)}
 
 
 def _add_tables(
     tensors: dict[str, np.ndarray], config: Mapping[str, Any], sites: Mapping[str, Any], base: Any
 ) -> None:
     """Add the base weights of table and head where PEFT does: if `target_modules` lists them."""
-    if base is None or not isinstance(config["target_modules"], list):
+    targets = config["target_modules"]
+    if base is None or not isinstance(targets, list) or not {*targets} & {*_TABLES}:
         return
     have = {p.removeprefix("params/"): leaf for p, leaf in paths.flatten_with_paths(base)[0]}
-    if not any(name in config["target_modules"] for name in _TABLES):
-        return
     for module, site in sites.items():
         last = module.split(".")[-1]
         if last in _TABLES and (keys.PREFIX + module + keys.ROWS) not in tensors:
             array = np.asarray(have[site.leaf.path.removeprefix("params/")])
             array = array if site.leaf.is_table else array.T
-            tensors[f"{keys.PREFIX}{module}.base_layer.weight"] = array
+            tensors[f"{keys.PREFIX}{module}{keys.FROZEN}"] = array
             if config["ensure_weight_tying"]:
-                tensors[f"{keys.PREFIX}{HEAD}.base_layer.weight"] = array
+                tensors[f"{keys.PREFIX}{HEAD}{keys.FROZEN}"] = array

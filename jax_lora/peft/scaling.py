@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.errors import AdapterFileError
 
 _MOST_CHARACTERS = 300
 _MOST_REPETITIONS = 4
@@ -51,12 +51,10 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _refusal(pattern: str, got: str) -> AdapterFileError:
     return AdapterFileError(
-        format_error(
-            f"rank_pattern or alpha_pattern: {pattern[:80]!r}",
-            got=got,
-            expected="module names, with few repetitions and without repeated groups",
-            fix="List the module names instead.",
-        )
+        f"rank_pattern or alpha_pattern: {pattern[:80]!r}",
+        got=got,
+        expected="module names, with few repetitions and without repeated groups",
+        fix="List the module names instead.",
     )
 
 

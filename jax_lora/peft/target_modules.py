@@ -53,15 +53,10 @@ def _left_out(config: Mapping[str, Any], module: str) -> bool:
     if any(f".{name}." in f".{module}." for name in saved):
         return True
     layers = config["layers_to_transform"]
-    if layers is None or not layers_apply(config):
+    if layers in (None, []):  # an empty list does not restrict the layers
         return False
     layer = layer_of(module, config["layers_pattern"])
     return layer is None or layer not in (layers if isinstance(layers, list) else [layers])
-
-
-def layers_apply(config: Mapping[str, Any]) -> bool:
-    """Tell whether `layers_to_transform` restricts the layers; an empty list does not."""
-    return config["layers_to_transform"] not in (None, [])
 
 
 def layer_of(module: str, pattern: str | Sequence[str] | None = None) -> int | None:
@@ -73,8 +68,7 @@ def layer_of(module: str, pattern: str | Sequence[str] | None = None) -> int | N
       >>> layer_of("model.layers.3.mlp.experts.7.w1")
       3
     """
-    segments = module.split(".")
-    names = [pattern] if isinstance(pattern, str) else list(pattern or [])
+    segments, names = module.split("."), listed(pattern)
     for before, segment, _ in zip(segments, segments[1:], segments[2:], strict=False):
         if segment.isdigit() and (not names or before in names):
             return int(segment)

@@ -9,7 +9,6 @@ uses the first that matches.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,33 +16,31 @@ from jax_lora.adapter import Adapter
 from jax_lora.peft.adapter_config import DEFAULTS, kept
 from jax_lora.peft.factors import Factors
 from jax_lora.peft.hf_modules import Site
+from jax_lora.peft.our_config import usual
 from jax_lora.peft.scaling import scale_of, value_of
 from jax_lora.peft.target_modules import matches
 from jax_lora.peft.tied import HEAD
+
+# Fields of a loaded configuration that a new one keeps.
+_INFORMATIVE = (
+    "base_model_name_or_path", "revision", "task_type", "auto_mapping", "layer_replication",
+)  # fmt: skip
 
 
 def their_config(
     adapter: Adapter,
     found: Mapping[str, Factors],
     sites: Mapping[str, Site],
-    every: Iterable[str],
+    every: set[str],
     whole: Mapping[str, bool],
     rows: Mapping[str, tuple[int, ...]],
     tied: str | None,
 ) -> dict[str, Any]:
-    """Return the PEFT configuration of an adapter.
+    """Return all fields of the PEFT configuration of an adapter.
 
-    Args:
-      adapter: The adapter.
-      found: Factors by module.
-      sites: The sites of the modules.
-      every: All module names.
-      whole: Modules with fully trained leaves -> whether only their bias is trained.
-      rows: Trained tokens by the module of their table.
-      tied: The module of the table that is also the output head, or None.
-
-    Returns:
-      All fields of the configuration.
+    `every` has all module names, `whole` tells for the modules of fully trained leaves whether only
+    their bias is trained, `rows` has the trained tokens by the module of their table, and `tied` is
+    the module of the table that is also the output head.
     """
     loaded = kept(adapter.config)
     one_sided = tied in found and not (loaded or {}).get("ensure_weight_tying")
@@ -52,8 +49,8 @@ def their_config(
             if isinstance(loaded[field], list):
                 loaded[field] = sorted(loaded[field])
         return loaded
-    config = _informative(loaded) | _numbers(adapter, found)
-    every = set(every)
+    config = DEFAULTS | {name: loaded[name] for name in _INFORMATIVE if loaded}
+    config |= _numbers(adapter, found)
     modules = [name for name in found if not sites[name].leaf.is_parameter]
     parameters = [name for name in found if sites[name].leaf.is_parameter]
     saved = [name for name, only_bias in whole.items() if not only_bias]
@@ -61,6 +58,8 @@ def their_config(
     targets = _named(modules, every) + [HEAD] * (tied in found)  # a tied pair changes both modules
     config["target_modules"] = sorted(targets) or None
     config["ensure_weight_tying"] = tied in found or tied in saved
+    if parameters:
+        config["lora_dropout"] = 0.0  # with another value, PEFT cannot load experts and routers
     config["target_parameters"] = _named(parameters, every, segments=2) or None
     # PEFT ties a saved table to the head only if the list has its full name.
     untied = [name for name in saved if name != tied]
@@ -73,17 +72,6 @@ def their_config(
     return config
 
 
-def _informative(loaded: Mapping[str, Any] | None) -> dict[str, Any]:
-    informative = (
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "auto_mapping",
-        "layer_replication",
-    )
-    return {**DEFAULTS, **{name: loaded[name] for name in informative if loaded}}
-
-
 def _still_true(
     loaded: Mapping[str, Any],
     adapter: Adapter,
@@ -94,6 +82,8 @@ def _still_true(
     for module, factors in found.items():
         site = sites[module]
         names = loaded["target_parameters" if site.leaf.is_parameter else "target_modules"]
+        if names is None and site.leaf.is_parameter:
+            return False  # loaded from the modules of transformers 4
         if isinstance(names, list) and not any(matches(name, module) for name in names):
             return False
         rank = value_of(loaded["rank_pattern"] or {}, module, loaded["r"])
@@ -112,8 +102,8 @@ def _numbers(adapter: Adapter, found: Mapping[str, Factors]) -> dict[str, Any]:
         module: _tidy(each.scale * (math.sqrt(each.rank) if rooted else each.rank))
         for module, each in found.items()
     }
-    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else adapter.config.rank
-    alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else _tidy(adapter.config.alpha)
+    rank = usual(ranks.values(), adapter.config.rank)
+    alpha = usual(alphas.values(), _tidy(adapter.config.alpha))
     return {
         "r": rank,
         "lora_alpha": alpha,
@@ -131,7 +121,7 @@ def _tidy(number: float) -> int | float:
     return round(number) if abs(number - round(number)) < 1e-9 * max(1.0, abs(number)) else number
 
 
-def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Return the values that differ from the default, by last segment if all its values agree."""
     of_segment: dict[str, set[Any]] = {}
     for module, value in values.items():
@@ -139,7 +129,7 @@ def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     return {
         _last(module) if len(of_segment[_last(module)]) == 1 else module: value
         for module, value in values.items()
-        if value != usual
+        if value != default
     }
 
 

@@ -9,7 +9,7 @@ tensors of the head repeat those of the table. Any other adapter needs the untie
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,24 +24,18 @@ UNTIE = "the model is tied; jl.peft.load_model(path, model, params) unties it"
 # Tables that are not output heads: positions, segments, and the tokens of encoders, whose head has
 # an additional kernel.
 _NO_HEAD = ("wpe", "position_embeddings", "token_type_embeddings", "word_embeddings")
-_WHOLE, _FROZEN = ".weight", ".base_layer.weight"
+_WHOLE = ".weight"
 # Tensors of the head that are equal to those of the table with the same suffix.
 _SAME = (_WHOLE, keys.ROWS, keys.ROWS_FROZEN)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ends:
-    """The tensors of an adapter without those of a tied head.
+    """The tensors of an adapter without those of a tied head."""
 
-    Args:
-      rest: Tensors that are not factors, without those of the head.
-      one_sided: Tensors that change only the table or only the head, with reasons.
-      problems: Other problems.
-    """
-
-    rest: dict[str, np.ndarray]
-    one_sided: list[str]
-    problems: list[str]
+    rest: dict[str, np.ndarray]  # tensors that are not factors, without those of the head
+    one_sided: list[str]  # tensors that change only the table or only the head, with reasons
+    problems: list[str]  # other problems
 
 
 def tied_table(names: Mapping[str, str]) -> str | None:
@@ -65,20 +59,13 @@ def settle(
     rest: Mapping[str, np.ndarray],
     table: str | None,
     config: Mapping[str, Any],
-    base: Callable[[], Any],
+    base: Any,
 ) -> Ends:
     """Remove the tensors of a tied head if they repeat those of the table.
 
-    Args:
-      grouped: Factor tensors by module.
-      rest: The other tensors by name.
-      table: The module of the tied table, or None.
-      config: The PEFT configuration.
-      base: Returns the table of the base model, (vocabulary, hidden), for comparison if the file
-        does not have it.
-
-    Returns:
-      The other tensors, and the reasons why the adapter does not fit.
+    `grouped` has the factor tensors by module, `rest` the other tensors by name, and `table` is the
+    module of the tied table. `base` is that table in the base model, (vocabulary, hidden), for
+    comparison if the file does not have it.
     """
     if table is None:
         return Ends(dict(rest), [], [])
@@ -89,8 +76,15 @@ def settle(
         if name.startswith(f"{head}.") and not keys.is_copy(name)
     }
     others = {name: each for name, each in rest.items() if not name.startswith(f"{head}.")}
-    ends = Ends(others, list(_of_lookup(grouped, others, of_head, table, config)), [])
-    factors = grouped.get(table, {}) if config["ensure_weight_tying"] else {}
+    ends = Ends(others, [], [])
+    # PEFT loads a table that it does not train into the shared weight, which changes both modules.
+    trained = any(table.endswith(name) for name in listed(config["modules_to_save"]))
+    if trained and keys.PREFIX + table + _WHOLE in others and _WHOLE not in of_head:
+        ends.one_sided.append(f"{table}{_WHOLE}: changes only the embedding")
+    factors = grouped.get(table, {})
+    if factors and not config["ensure_weight_tying"]:
+        ends.one_sided.append(f"{table}: factors that change only the embedding")
+        factors = {}
     for what, tensor in of_head.items():
         if what in (keys.A, keys.B):
             mirrored = factors.get(keys.TABLE_B if what == keys.A else keys.TABLE_A)
@@ -102,40 +96,23 @@ def settle(
             twin = others.get(keys.PREFIX + table + what)
             if not _equal(tensor, twin, base if what == _WHOLE else None):
                 ends.one_sided.append(f"{HEAD}{what}: differs from {table}{what}")
-        elif what == _FROZEN:  # the base weight, which is compared like that of the table
+        elif what == keys.FROZEN:  # the base weight, which is compared like that of the table
             others.setdefault(keys.PREFIX + table + what, tensor)
         else:
             ends.problems.append(f"extra: {HEAD}{what} {tensor.shape}")
     return ends
 
 
-def _of_lookup(
-    grouped: Mapping[str, Any],
-    others: Mapping[str, Any],
-    of_head: Mapping[str, Any],
-    table: str,
-    config: Mapping[str, Any],
-) -> Iterator[str]:
-    """Yield the tensors of the table without a counterpart in the head."""
-    # PEFT loads a table that it does not train into the shared weight, which changes both modules.
-    trained = any(table.endswith(name) for name in listed(config["modules_to_save"]))
-    if trained and keys.PREFIX + table + _WHOLE in others and _WHOLE not in of_head:
-        yield f"{table}{_WHOLE}: changes only the embedding"
-    if table in grouped and not config["ensure_weight_tying"]:
-        yield f"{table}: factors that change only the embedding"
-
-
-def _equal(tensor: np.ndarray, twin: np.ndarray | None, base: Callable[[], Any] | None) -> bool:
+def _equal(tensor: np.ndarray, twin: np.ndarray | None, base: Any) -> bool:
     """Compare a tensor of the head with that of the table, or else with the base weight."""
     if twin is not None:
         return np.array_equal(tensor, twin)
-    leaf = None if base is None else base()
-    if leaf is None or tensor.shape != tuple(leaf.shape):
+    if base is None or tensor.shape != tuple(base.shape):
         return False
     # Shapes without values cannot be compared further.
-    if isinstance(leaf, jax.ShapeDtypeStruct):
+    if isinstance(base, jax.ShapeDtypeStruct):
         return True
-    return np.array_equal(tensor.astype(leaf.dtype), np.asarray(leaf))
+    return np.array_equal(tensor.astype(base.dtype), np.asarray(base))
 
 
 def mirror(tensors: Mapping[str, np.ndarray], table: str) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jax_lora.adapter import Adapter
-from jax_lora.errors import AdapterFileError, format_error
+from jax_lora.errors import AdapterFileError
 from jax_lora.peft.adapter_config import forget
 from jax_lora.peft.factors import Factors, unsupported
 from jax_lora.peft.hf_modules import Site
@@ -22,25 +22,18 @@ def check(adapter: Adapter, found: Mapping[str, Factors], sites: Mapping[str, Si
     """Raise an `AdapterFileError` for the parts that vLLM would refuse or silently ignore."""
     if problems := list(unsupported(adapter, found, sites)):
         raise AdapterFileError(
-            format_error(
-                "target='vllm'",
-                got=problems,
-                expected="only LoRA factors of modules with one weight, as vLLM supports no others",
-                fix="Serve the merged model: jl.models.save(path, model, jl.merge(...)).",
-            )
+            "target='vllm'",
+            got=problems,
+            expected="only LoRA factors of modules with one weight, as vLLM supports no others",
+            fix="Serve the merged model: jl.models.save(path, model, jl.merge(...)).",
         )
 
 
 def uniform(adapter: Adapter, found: Mapping[str, Factors]) -> tuple[Adapter, dict[str, Factors]]:
-    """Multiply every scale into B, and pad the factors with zeros to the largest rank.
-
-    Returns:
-      The adapter with a matching configuration, and the factors with scale 1.
-    """
+    """Return the adapter with one rank and scale 1, and its factors, padded with zeros."""
     rank = max(each.rank for each in found.values())
-    config = dataclasses.replace(
-        forget(adapter.config), rank=rank, alpha=float(rank), use_rslora=False
-    )
+    kept = forget(adapter.config)
+    config = dataclasses.replace(kept, rank=rank, alpha=float(rank), use_rslora=False)
     folded = {module: _folded(each, rank) for module, each in found.items()}
     return dataclasses.replace(adapter, config=config), folded
 

@@ -22,9 +22,6 @@ from jax_lora.peft.hf_modules import Leaf, Site
 from jax_lora.peft.target_modules import matches
 from jax_lora.updates import TokenRows
 
-# Suffixes of base weights in PEFT files.
-_FROZEN = (keys.ROWS_FROZEN, ".base_layer.weight")
-
 
 def read(
     rest: Mapping[str, np.ndarray],
@@ -33,12 +30,6 @@ def read(
     config: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, TokenRows], list[str]]:
     """Convert the tensors that are not factors.
-
-    Args:
-      rest: The tensors by name.
-      base: The leaves of the base model by path.
-      sites: All sites by name.
-      config: The PEFT configuration.
 
     Returns:
       Fully trained leaves by path, trained rows by path, and a list of problems.
@@ -53,10 +44,11 @@ def read(
         module, what = _taken_apart(bare)
         site = sites.get(module)
         if site is None or not name.startswith(keys.PREFIX):
-            problems.append(_extra(bare, tensor, sites))
+            near = ", ".join(paths.nearest(module, sites, 3))
+            problems.append(f"extra: {bare} {tensor.shape}; the closest modules are {near}")
         elif what == keys.ROWS:
             problems += _read_rows(rows, tensor, site, config)
-        elif what in _FROZEN:
+        elif what in (keys.ROWS_FROZEN, keys.FROZEN):
             problems += _compare_copy(bare, tensor, site, base)
         else:
             path = site.leaf.path if what == ".weight" else bias_path(site.leaf.path)
@@ -70,15 +62,10 @@ def bias_path(path: str) -> str:
 
 
 def _taken_apart(name: str) -> tuple[str, str]:
-    for what in (keys.ROWS, *_FROZEN, ".base_layer.bias", ".weight", ".bias"):
+    for what in (keys.ROWS, keys.ROWS_FROZEN, keys.FROZEN, ".base_layer.bias", ".weight", ".bias"):
         if name.endswith(what):
             return name.removesuffix(what), what
     return name, ""
-
-
-def _extra(name: str, tensor: np.ndarray, sites: Mapping[str, Site]) -> str:
-    near = ", ".join(paths.nearest(_taken_apart(name)[0], sites, 3))
-    return f"extra: {name} {tensor.shape}; the closest modules are {near}"
 
 
 def _read_rows(
@@ -133,6 +120,9 @@ def _read_whole(
         return
     leaf, depth = base[path], len(site.position)
     want = tuple(leaf.shape[depth:])
+    if site.leaf.columns is not None:
+        start, stop = site.leaf.columns
+        want = (*want[:-1], stop - start)
     oriented = _oriented(tensor, want, site.leaf, path)
     if oriented is None:
         have = want if site.leaf.is_table or len(want) < 2 else want[::-1]
@@ -140,13 +130,12 @@ def _read_whole(
         return
     if not depth:
         whole[path] = oriented
-    elif isinstance(leaf, jax.ShapeDtypeStruct) and path not in whole:
-        whole[path] = np.zeros(leaf.shape, oriented.dtype)
-        whole[path][site.position] = oriented
-    else:
-        if path not in whole:  # layers that are not in the file keep the base weights
-            whole[path] = np.array(leaf, oriented.dtype)
-        whole[path][site.position] = oriented
+        return
+    if path not in whole:  # layers that are not in the file keep the base weights
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        dtype = oriented.dtype
+        whole[path] = np.zeros(leaf.shape, dtype) if is_shape else np.array(leaf, dtype)
+    whole[path][site.index] = oriented
 
 
 def _oriented(
@@ -166,11 +155,8 @@ def _oriented(
 def write(array: Any, leaf: Leaf, path: str, adapted: set[str]) -> dict[str, np.ndarray]:
     """Convert a fully trained leaf to PEFT tensors by name.
 
-    Args:
-      array: The fully trained leaf.
-      leaf: Its entry in `names`, or for a bias the kernel or scale in the same layer.
-      path: Its path.
-      adapted: Modules with factors, in which PEFT nests the bias in `.base_layer`.
+    For a bias, `leaf` is the kernel or scale in the same layer, and `path` is its own. In modules
+    with factors, `adapted`, PEFT nests the bias in `.base_layer`.
     """
     array = np.asarray(array)
     is_bias = path != leaf.path

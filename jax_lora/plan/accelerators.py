@@ -9,60 +9,45 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """One device.
+    """One device."""
 
-    Args:
-      platform: "cuda" or "tpu".
-      memory: Bytes of HBM.
-      bandwidth: Bytes per second of HBM.
-      flops: bfloat16 matmul operations per second.
-    """
+    platform: ClassVar[str]  # of JAX
 
-    platform: str
-    memory: float
-    bandwidth: float
-    flops: float
+    memory: float  # bytes of HBM
+    bandwidth: float  # bytes per second of HBM
+    flops: float  # bfloat16 matmul operations per second
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(Accelerator):
-    """A GPU, with what XLA asks of its description.
+    """A GPU, with what XLA asks of its description."""
 
-    Args:
-      capability: CUDA compute capability, such as (9, 0).
-      cores: Number of streaming multiprocessors.
-      fpus: float32 units per multiprocessor.
-      l2: Bytes of L2 cache.
-      shared: Bytes of shared memory per multiprocessor.
-      clock: GHz.
-      threads: Most threads per multiprocessor.
-    """
+    platform = "cuda"
 
-    capability: tuple[int, int]
-    cores: int
-    fpus: int
-    l2: int
-    shared: int
-    clock: float
-    threads: int = 2048
+    capability: tuple[int, int]  # CUDA compute capability, such as (9, 0)
+    cores: int  # streaming multiprocessors
+    fpus: int  # float32 units per multiprocessor
+    l2: int  # bytes of L2 cache
+    shared: int  # bytes of shared memory per multiprocessor
+    clock: float  # GHz
+    threads: int = 2048  # most threads per multiprocessor
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu(Accelerator):
-    """A TPU chip, as JAX shows it: one device.
+    """A TPU chip, as JAX shows it: one device."""
 
-    Args:
-      kind: The name in `TPU_ACCELERATOR_TYPE`, without its size.
-      cores: TensorCores per chip, which the size of an accelerator type counts for old versions.
-    """
+    platform = "tpu"
 
-    kind: str
+    kind: str  # the name in `TPU_ACCELERATOR_TYPE`, without its size
+    # TensorCores per chip, which the size of an accelerator type counts for old versions
     cores: int = 1
 
 
@@ -70,37 +55,27 @@ _GIB = 2**30
 _KIB = 2**10
 
 ACCELERATORS: dict[str, Accelerator] = {
-    "a100": Gpu("cuda", 80 * _GIB, 2.039e12, 312e12, (8, 0), 108, 64, 40 << 20, 164 * _KIB, 1.41),
-    "a10g": Gpu("cuda", 24 * _GIB, 600e9, 70e12, (8, 6), 80, 128, 6 << 20, 100 * _KIB, 1.71, 1536),
-    "l4": Gpu("cuda", 24 * _GIB, 300e9, 121e12, (8, 9), 58, 128, 48 << 20, 100 * _KIB, 2.04, 1536),
-    "l40s": Gpu(
-        "cuda", 48 * _GIB, 864e9, 362e12, (8, 9), 142, 128, 96 << 20, 100 * _KIB, 2.52, 1536
-    ),
-    "rtx4090": Gpu(
-        "cuda", 24 * _GIB, 1.008e12, 165e12, (8, 9), 128, 128, 72 << 20, 100 * _KIB, 2.52, 1536
-    ),
-    "h100": Gpu("cuda", 80e9, 3.352e12, 989e12, (9, 0), 132, 128, 50 << 20, 228 * _KIB, 1.98),
-    "h200": Gpu("cuda", 141e9, 4.8e12, 989e12, (9, 0), 132, 128, 50 << 20, 228 * _KIB, 1.98),
-    "v4": Tpu("tpu", 32 * _GIB, 1.2e12, 275e12, "v4", 2),
-    "v5e": Tpu("tpu", 16 * _GIB, 819e9, 197e12, "v5litepod"),
-    "v5p": Tpu("tpu", 95 * _GIB, 2.765e12, 459e12, "v5p", 2),
-    "v6e": Tpu("tpu", 32 * _GIB, 1.638e12, 918e12, "v6e"),
+    "a100": Gpu(80 * _GIB, 2.039e12, 312e12, (8, 0), 108, 64, 40 << 20, 164 * _KIB, 1.41),
+    "a10g": Gpu(24 * _GIB, 600e9, 70e12, (8, 6), 80, 128, 6 << 20, 100 * _KIB, 1.71, 1536),
+    "l4": Gpu(24 * _GIB, 300e9, 121e12, (8, 9), 58, 128, 48 << 20, 100 * _KIB, 2.04, 1536),
+    "l40s": Gpu(48 * _GIB, 864e9, 362e12, (8, 9), 142, 128, 96 << 20, 100 * _KIB, 2.52, 1536),
+    "rtx4090": Gpu(24 * _GIB, 1.008e12, 165e12, (8, 9), 128, 128, 72 << 20, 100 * _KIB, 2.52, 1536),
+    "h100": Gpu(80e9, 3.352e12, 989e12, (9, 0), 132, 128, 50 << 20, 228 * _KIB, 1.98),
+    "h200": Gpu(141e9, 4.8e12, 989e12, (9, 0), 132, 128, 50 << 20, 228 * _KIB, 1.98),
+    "v4": Tpu(32 * _GIB, 1.2e12, 275e12, "v4", 2),
+    "v5e": Tpu(16 * _GIB, 819e9, 197e12, "v5litepod"),
+    "v5p": Tpu(95 * _GIB, 2.765e12, 459e12, "v5p", 2),
+    "v6e": Tpu(32 * _GIB, 1.638e12, 918e12, "v6e"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A number of equal devices.
+    """A number of equal devices."""
 
-    Args:
-      name: As it was written: `h100:8`.
-      kind: A name of `ACCELERATORS`.
-      shape: Devices along each axis: (8,), or (2, 4) for a TPU slice.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
+    name: str  # as it was written: `h100:8`
+    kind: str  # a name of `ACCELERATORS`
+    shape: tuple[int, ...]  # devices along each axis: (8,), or (2, 4) for a TPU slice
 
     @property
     def device(self) -> Accelerator:
@@ -114,20 +89,14 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Read the name of a target.
-
-    Args:
-      text: A GPU and its number, `h100:8`, or a TPU and its topology, `v5e:2x4`.
-
-    Returns:
-      The target.
+    """Read the name of a target: a GPU and its number, or a TPU and its topology.
 
     Raises:
       ConfigError: The name is not one of `ACCELERATORS`, or the shape is not one of integers.
 
     Example:
-      >>> parse_target("v5e:2x4").devices
-      8
+      >>> parse_target("h100:8").devices, parse_target("v5e:2x4").devices
+      (8, 8)
     """
     kind, _, shape = text.partition(":")
     sizes = shape.split("x") if shape else ["1"]
@@ -136,26 +105,16 @@ def parse_target(text: str) -> Target:
     if found is None or not right or (isinstance(found, Gpu) and len(sizes) > 1):
         names = ", ".join(ACCELERATORS)
         raise ConfigError(
-            format_error(
-                "topology",
-                got=repr(text),
-                expected=f"NAME:NUMBER or, for a TPU, NAME:TOPOLOGY; NAME is one of {names}",
-                fix="Write for example h100:1, h100:8, v5e:2x4, or v5p:1x1x1.",
-            )
+            "topology",
+            got=repr(text),
+            expected=f"NAME:NUMBER or, for a TPU, NAME:TOPOLOGY; NAME is one of {names}",
+            fix="Write for example h100:1, h100:8, v5e:2x4, or v5p:1x1x1.",
         )
     return Target(text, kind, tuple(map(int, sizes)))
 
 
 def gpu_description(gpu: Gpu, name: str) -> str:
-    """Describe a GPU in the text format of XLA's `GpuTargetConfig`.
-
-    Args:
-      gpu: The GPU.
-      name: Name of the device.
-
-    Returns:
-      The text.
-    """
+    """Describe a GPU in the text format of XLA's `GpuTargetConfig`."""
     major, minor = gpu.capability
     features = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""\

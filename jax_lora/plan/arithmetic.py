@@ -29,27 +29,16 @@ NF4_SCALES = 256  # scales per second-level scale
 
 @dataclasses.dataclass(frozen=True)
 class KernelShape:
-    """A kernel, or a stack of kernels with the same shape (one per layer or expert).
+    """A kernel, or a stack of kernels with the same shape (one per layer or expert)."""
 
-    Args:
-      path: Path in the parameters.
-      inputs: Input features of one kernel.
-      outputs: Output features of one kernel.
-      count: Kernels in the stack.
-      active: Elements of the stack that one token uses; fewer than `size` for experts.
-      kind: `"dense"` or `"embedding"`.
-      is_head: Whether the kernel computes the logits.
-      is_router: Whether it routes tokens to experts.
-    """
-
-    path: str
-    inputs: int
-    outputs: int
-    count: int
-    active: int
-    kind: str = "dense"
-    is_head: bool = False
-    is_router: bool = False
+    path: str  # in the parameters
+    inputs: int  # features of one kernel
+    outputs: int  # features of one kernel
+    count: int  # kernels in the stack
+    active: int  # elements of the stack that one token uses; fewer than `size` for experts
+    kind: str = "dense"  # "dense" or "embedding"
+    is_head: bool = False  # computes the logits
+    is_router: bool = False  # routes tokens to experts
 
     @property
     def size(self) -> int:
@@ -63,33 +52,19 @@ class KernelShape:
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Transformer that the formulas use.
-
-    Args:
-      name: Name of the model.
-      kernels: Kernels and embedding tables.
-      other: Parameters outside `kernels`: biases and norms.
-      hidden_size: Features of the hidden states.
-      num_layers: Layers.
-      num_heads: Query heads.
-      num_kv_heads: Key and value heads.
-      head_dim: Features of a head.
-      intermediate_size: Features inside the feed-forward block, for one token.
-      vocab_size: Tokens in the vocabulary.
-      float32_norms: Float32 copies of the hidden states that the norms of a layer keep.
-    """
+    """The sizes of a Transformer that the formulas use."""
 
     name: str
-    kernels: tuple[KernelShape, ...]
-    other: int
+    kernels: tuple[KernelShape, ...]  # kernels and embedding tables
+    other: int  # parameters outside `kernels`: biases and norms
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
+    head_dim: int  # features of a head
+    intermediate_size: int  # features inside the feed-forward block, for one token
     vocab_size: int
-    float32_norms: int = 4
+    float32_norms: int = 4  # float32 copies of the hidden states that the norms of a layer keep
 
     @property
     def size(self) -> int:
@@ -109,23 +84,15 @@ class ModelShape:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The shape of one training step.
+    """The shape of one training step."""
 
-    Args:
-      batch_size: Examples in memory at a time.
-      length: Sequence length.
-      targets: Target tokens per example: the tokens that have a loss.
-      accumulation: Gradient accumulation steps.
-      remat: Whether the backward pass recomputes the activations of each layer.
-      loss_chunk: Target tokens whose logits are computed at a time; None: MOST_LOGITS divided by
-        the vocabulary, 0: all.
-    """
-
-    batch_size: int
-    length: int
-    targets: int
-    accumulation: int = 1
-    remat: bool = False
+    batch_size: int  # examples in memory at a time
+    length: int  # sequence length
+    targets: int  # target tokens per example: the tokens that have a loss
+    accumulation: int = 1  # gradient accumulation steps
+    remat: bool = False  # whether the backward pass recomputes the activations of each layer
+    # Target tokens whose logits are computed at a time; None: MOST_LOGITS divided by the
+    # vocabulary, 0: all.
     loss_chunk: int | None = None
 
     @property
@@ -136,18 +103,11 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """Bytes per token that a traced model keeps for the backward pass.
+    """Bytes per token that a traced model keeps for the backward pass."""
 
-    Args:
-      fixed: The part that does not depend on the sequence length.
-      by_length: The part per token of sequence length: attention scores.
-      remat_fixed: `fixed` with rematerialization, without the layer being recomputed.
-      remat_by_length: `by_length` with rematerialization.
-    """
-
-    fixed: float
-    by_length: float
-    remat_fixed: float
+    fixed: float  # the part that does not depend on the sequence length
+    by_length: float  # per token of sequence length: attention scores
+    remat_fixed: float  # with rematerialization, without the layer being recomputed
     remat_by_length: float
 
 
@@ -185,10 +145,8 @@ def adapter_size(kernels: Iterable[KernelShape], rank: int) -> int:
 def weight_bytes(shape: ModelShape, itemsize: int, quantize: str = "none") -> float:
     """Compute the memory of the base weights.
 
-    Args:
-      shape: The model.
-      itemsize: Bytes of an element that is not quantized.
-      quantize: `"none"`, or `"int8"` or `"nf4"` for the dense kernels except the output head.
+    With `quantize`, `"int8"` or `"nf4"`, the dense kernels except the output head are quantized;
+    the other weights have elements of `itemsize` bytes.
     """
     per_kernel = {"none": None, "int8": int8_bytes, "nf4": nf4_bytes}[quantize]
     if per_kernel is None:
@@ -254,17 +212,10 @@ def activation_bytes(
     pairs: int = 0,
     residuals: Residuals | None = None,
 ) -> float:
-    """Compute the activation memory of all layers.
+    """Compute the activation memory of all layers, by `layer_bytes` or from traced sizes.
 
-    With `remat`, that is the inputs of all layers and most of the activations of one layer.
-
-    Args:
-      shape: The model.
-      step: The training step.
-      itemsize: Bytes of an element of the activations.
-      rank: LoRA rank; 0 for full fine-tuning.
-      pairs: Adapted kernels per layer.
-      residuals: Traced sizes to use instead of `layer_bytes`.
+    With `remat`, that is the inputs of all layers and most of the activations of one layer. `pairs`
+    counts the adapted kernels per layer; for full fine-tuning, `rank` is 0.
     """
     if residuals is None:
         total = shape.num_layers * layer_bytes(shape, step, itemsize, rank, pairs)

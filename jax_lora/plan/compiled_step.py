@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,23 +31,14 @@ from jax_lora.transform.strategies import target_platform
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
-    """Memory of a compiled step on one device, in bytes.
+    """Memory of a compiled step on one device, in bytes."""
 
-    Args:
-      arguments: Base weights, adapter, optimizer state and batch.
-      results: Updated adapter and optimizer state, and the step's report.
-      reused: The part of `results` that is written into the memory of donated arguments.
-      temporary: Activations, gradients and logits.
-      devices: Devices that run the step, each with this memory.
-      seconds: Time to lower and compile.
-    """
-
-    arguments: int
-    results: int
-    reused: int
-    temporary: int
-    devices: int
-    seconds: float
+    arguments: int  # base weights, adapter, optimizer state and batch
+    results: int  # updated adapter and optimizer state, and the step's report
+    reused: int  # the part of `results` that is written into the memory of donated arguments
+    temporary: int  # activations, gradients and logits
+    devices: int  # that run the step, each with this memory
+    seconds: float  # to lower and compile
 
     @property
     def peak(self) -> int:
@@ -61,28 +52,10 @@ class StepMemory:
 
 
 def abstract_adapter(model: PlannedModel, settings: TrainSettings) -> Adapter:
-    """Create the shapes of the adapter that `train` would create.
-
-    Args:
-      model: The model.
-      settings: Settings of the run, for rank and targets.
-
-    Returns:
-      An adapter of `jax.ShapeDtypeStruct`s.
-
-    Raises:
-      NoMatchError: A target matches no kernel of the model.
-    """
+    """Create the shapes of the adapter that `train` would create."""
     config = settings.lora_config(0 if model.module is None else depth_of(model.module))
     make = lambda key: lora_init(key, model.variables, config, kernels=model.kernels)  # noqa: E731
     return jax.eval_shape(make, jax.random.key(0))
-
-
-def frozen_variables(model: PlannedModel, settings: TrainSettings) -> Any:
-    """Return the shapes of the base model as `train` stores it."""
-    if settings.quantize == "none":
-        return model.variables
-    return quantize(model.variables, settings.quantize, kernels=model.kernels)
 
 
 def abstract_batch(settings: TrainSettings, length: int, targets: int) -> Batch:
@@ -102,21 +75,6 @@ def abstract_batch(settings: TrainSettings, length: int, targets: int) -> Batch:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class TargetDevices:
-    """Devices to compile for, which need not be on this machine.
-
-    Args:
-      devices: From `abstract_devices`.
-      platform: "cpu", "gpu" or "tpu".
-      options: Compiler options.
-    """
-
-    devices: Sequence[Any]
-    platform: str
-    options: Mapping[str, str]
-
-
 def trace_step(
     model: PlannedModel,
     settings: TrainSettings,
@@ -124,27 +82,27 @@ def trace_step(
     length: int,
     targets: int,
     remat: str | None = None,
-    target: TargetDevices | None = None,
+    devices: Sequence[Any] | None = None,
+    platform: str | None = None,
 ) -> tuple[Any, int]:
     """Trace the training step for one batch shape, without allocating any array.
 
-    Args:
-      model: The model.
-      settings: Settings of the run.
-      length: Sequence length.
-      targets: Target tokens per example.
-      remat: What layers keep for the backward pass; None: as the settings say.
-      target: The devices; None: those of this machine.
+    `targets` counts the target tokens per example. Without `remat`, layers keep for the backward
+    pass what the settings say. The step is for the devices of this machine, or for `devices` of a
+    `platform` ("cpu", "gpu" or "tpu") that need not be here.
 
     Returns:
       The result of `jax.jit(...).trace`, and the number of devices that share the batch.
     """
-    platform = target_platform(()) if target is None else target.platform
+    platform = platform or target_platform(())
     full = settings.fine_tune_type == "full"
-    frozen = {} if full else frozen_variables(model, settings)
-    trainable = model.variables if full else abstract_adapter(model, settings)
+    if full:
+        frozen, trainable = {}, model.variables
+    else:
+        frozen, trainable = model.variables, abstract_adapter(model, settings)
+        if settings.quantize != "none":
+            frozen = quantize(frozen, settings.quantize, kernels=model.kernels)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((frozen, trainable))]
-    devices = None if target is None else target.devices
     mesh = make_mesh(settings.mesh, settings.batch_size, devices) or data_mesh(
         settings.batch_size, SimpleNamespace(nbytes=sum(sizes)), devices
     )
@@ -181,24 +139,6 @@ def trace_step(
     return step.trace(_on(state, shardings), frozen, _on(batch, split)), mesh.size
 
 
-def compile_step(
-    model: PlannedModel,
-    settings: TrainSettings,
-    *,
-    length: int,
-    targets: int,
-    remat: str | None = None,
-) -> tuple[Any, int, float]:
-    """Compile the training step for one batch shape; the arguments are those of `trace_step`.
-
-    Returns:
-      The compiled function, the number of devices that share the batch, and the seconds to compile.
-    """
-    began = time.perf_counter()
-    traced, devices = trace_step(model, settings, length=length, targets=targets, remat=remat)
-    return traced.lower().compile(), devices, time.perf_counter() - began
-
-
 def step_memory(
     model: PlannedModel,
     settings: TrainSettings,
@@ -207,13 +147,24 @@ def step_memory(
     targets: int,
     remat: str | None = None,
 ) -> StepMemory | None:
-    """Compile the training step as `compile_step` does, and read its memory.
+    """Compile the step that `trace_step` traces, and read its memory as `memory_of` does."""
+    began = time.perf_counter()
+    traced, devices = trace_step(model, settings, length=length, targets=targets, remat=remat)
+    compiled = traced.lower().compile()
+    return memory_of(compiled, devices, time.perf_counter() - began)
 
-    Returns:
-      The memory, or None if the backend does not report it.
+
+def fit_remat(
+    model: PlannedModel, settings: TrainSettings, memory: float, *, length: int, targets: int
+) -> str:
+    """Return `"names"` if the compiled step fits into the memory of a device, else `"full"`.
+
+    The compiled step is the one that training runs, so the compilation cache keeps it. `memory` is
+    in bytes, `length` the longest sequence of a batch, `targets` the most target tokens of an
+    example.
     """
-    made = compile_step(model, settings, length=length, targets=targets, remat=remat)
-    return memory_of(*made)
+    step = step_memory(model, settings, length=length, targets=targets, remat="names")
+    return "names" if step is None or step.peak <= memory else "full"
 
 
 def memory_of(compiled: Any, devices: int = 1, seconds: float = 0.0) -> StepMemory | None:

@@ -27,21 +27,13 @@ class BatchShape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DataShapes:
-    """The batch shapes of an epoch.
+    """The batch shapes of an epoch."""
 
-    Args:
-      source: Where the data come from, for display.
-      shapes: The shapes, in order of length.
-      examples: Examples of an epoch, or None without data.
-      tokens: Tokens of an epoch without padding, or None without data or a tokenizer.
-      note: How the shapes were found, if not from tokenized data.
-    """
-
-    source: str
-    shapes: tuple[BatchShape, ...]
-    examples: int | None = None
-    tokens: int | None = None
-    note: str = ""
+    source: str  # where the data come from, for display
+    shapes: tuple[BatchShape, ...]  # in order of length
+    examples: int | None = None  # of an epoch; None without data
+    tokens: int | None = None  # of an epoch without padding; None without data or a tokenizer
+    note: str = ""  # how the shapes were found, if not from tokenized data
 
     @property
     def largest(self) -> BatchShape:
@@ -65,14 +57,8 @@ def data_shapes(
     """Find the shapes of the batches that `train` would make.
 
     Without data or a tokenizer, every example has the longest length allowed. Without data, a
-    sequence length that was asked for is planned even if the model supports only shorter ones.
-
-    Args:
-      data: Data file or folder, or None.
-      model: Folder of the model, for its tokenizer, or None.
-      settings: Settings of the run, for batch size, sequence length, truncation and packing.
-      max_length: Longest sequence that the model supports.
-      asked: Whether `max_seq_length` was given, and is not the default.
+    sequence length that was `asked` for, and is not the default, is planned even if the model
+    supports only shorter ones (`max_length`). `model` is the folder with the tokenizer.
 
     Raises:
       DataError: An example cannot be used.

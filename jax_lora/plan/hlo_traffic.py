@@ -23,8 +23,6 @@ _ARRAY = re.compile(rf"\b({'|'.join(_BITS)})\[([\d,]*)\](\{{[^}}]*\}})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _OPERATION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _NAMES = re.compile(r"%([\w.\-]+)")
-
-
 _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast after-all iota partition-id replica-id"
     " optimization-barrier".split()
@@ -40,25 +38,15 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation of HLO.
-
-    Args:
-      name: Its name.
-      is_root: Whether it is the result of its computation.
-      result: Type of the result, as text.
-      kind: "dot", "fusion", ...
-      operands: Names of the operands.
-      argument: Text between the parentheses, such as the number of a parameter.
-      rest: Attributes, as text.
-    """
+    """An operation of HLO."""
 
     name: str
-    is_root: bool
-    result: str
-    kind: str
-    operands: tuple[str, ...]
-    argument: str
-    rest: str
+    is_root: bool  # whether it is the result of its computation
+    result: str  # type of the result, as text
+    kind: str  # "dot", "fusion", ...
+    operands: tuple[str, ...]  # their names
+    argument: str  # text between the parentheses, such as the number of a parameter
+    rest: str  # attributes, as text
 
     def attribute(self, name: str) -> str | None:
         """Return the computation that an attribute names."""
@@ -68,43 +56,22 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """The collectives of one kind.
+    """The collectives of one kind."""
 
-    Args:
-      count: How many run.
-      bytes: Bytes of their results.
-    """
-
-    count: int
-    bytes: float
+    count: int  # how many run
+    bytes: float  # of their results
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a compiled function moves, on one device.
+    """What a compiled function moves, on one device."""
 
-    Args:
-      bytes: Memory traffic.
-      collectives: By kind.
-    """
-
-    bytes: float
-    collectives: dict[str, Collective]
-
-    @property
-    def collective_bytes(self) -> float:
-        """Bytes of all collectives."""
-        return sum(each.bytes for each in self.collectives.values())
+    bytes: float  # memory traffic
+    collectives: dict[str, Collective]  # by kind
 
 
 def hlo_traffic(text: str) -> Traffic:
-    """Count the traffic of a compiled function.
-
-    Args:
-      text: `compiled.as_text()`.
-
-    Returns:
-      The traffic.
+    """Count the traffic of a compiled function from `compiled.as_text()`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -115,7 +82,8 @@ def hlo_traffic(text: str) -> Traffic:
     module = _Module(text)
     total, collectives = 0.0, dict[str, Collective]()
     for computation, operation, count in module.operations():
-        if kind := _collective(operation):
+        kind = operation.kind.removesuffix("-start")
+        if kind in COLLECTIVES:
             seen = collectives.get(kind, Collective(0, 0.0))
             size = module.collective_bytes(operation)
             collectives[kind] = Collective(seen.count + count, seen.bytes + size * count)
@@ -123,20 +91,8 @@ def hlo_traffic(text: str) -> Traffic:
     return Traffic(total, collectives)
 
 
-def _collective(operation: Operation) -> str | None:
-    kind = operation.kind.removesuffix("-start")
-    return kind if kind in COLLECTIVES else None
-
-
 def array_bytes(text: str, *, on_chip: bool = True) -> float:
-    """Sum the sizes of the arrays in a type.
-
-    Args:
-      text: A type of HLO, such as `(f32[2,3]{1,0}, s32[])`.
-      on_chip: Whether arrays in on-chip memory count.
-
-    Returns:
-      Bytes.
+    """Sum the bytes of the arrays in a type, with or without those in on-chip memory.
 
     Example:
       >>> array_bytes("(f32[2,3]{1,0}, s32[])")
@@ -211,8 +167,7 @@ class _Module:
         if kind in _SLICES:
             return 2 * written
         if kind == "dynamic-update-slice":
-            update = computation.get(operation.operands[1])
-            return 2 * array_bytes(update.result, on_chip=False) if update else 0.0
+            return 2 * _operand_bytes(computation, operation.operands[1])
         return written + sum(_operand_bytes(computation, each) for each in operation.operands)
 
     def _fusion_traffic(
@@ -266,19 +221,15 @@ class _Module:
         root = _origin(body, _root(body))
         if root is None:
             return None
-        if root.kind == "tuple":
-            parts = [_origin(body, body.get(each)) for each in root.operands]
-            if None in parts:
-                return None
-            updates = [self._update_of(body, part) for part in parts if part is not None]
-            if all(each is None for each in updates):
-                return None
-            return sum(
-                array_bytes(part.result, on_chip=False) if update is None else update
-                for part, update in zip(parts, updates, strict=True)
-                if part is not None
-            )
-        return self._update_of(body, root)
+        names = root.operands if root.kind == "tuple" else (root.name,)
+        parts = [part for each in names if (part := _origin(body, body.get(each))) is not None]
+        updates = [self._update_of(body, part) for part in parts]
+        if len(parts) < len(names) or all(each is None for each in updates):
+            return None
+        return sum(
+            array_bytes(part.result, on_chip=False) if update is None else update
+            for part, update in zip(parts, updates, strict=True)
+        )
 
     def _update_of(self, body: Mapping[str, Operation], operation: Operation) -> float | None:
         if operation.kind == "fusion":

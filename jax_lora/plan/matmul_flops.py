@@ -9,17 +9,11 @@ from jax.extend import core
 
 
 def matmul_flops(jaxpr: Any) -> float:
-    """Count the FLOPs of the matmuls of a jaxpr.
+    """Count the FLOPs of the matmuls of a jaxpr; a multiply-add counts as two.
 
     The body of a scan counts once per iteration, and a `cond` counts its most expensive branch. The
     body of a `while` counts once, as its iterations are unknown. Matmuls inside a fused kernel,
     such as flash attention, do not count.
-
-    Args:
-      jaxpr: A jaxpr.
-
-    Returns:
-      FLOPs; a multiply-add counts as two.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -11,57 +11,32 @@ from jax_lora.plan.arithmetic import ADAPTER_BYTES, KernelShape, ModelShape, Res
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A fine-tuning method applied to a model.
-
-    Args:
-      shape: The model.
-      adapted: Adapted kernels.
-      rank: LoRA rank.
-      trainable: Parameters of the adapter.
-      itemsize: Bytes of an element of the base weights and activations.
-      optimizer: Name of the optimizer.
-      full: Whether to train the base weights, without an adapter.
-      quantize: `"none"`, `"int8"` or `"nf4"`.
-      residuals: Traced activation sizes; None: the formula for Transformers in general.
-      on_cpu: Whether the step runs on a CPU, where products of 16-bit arrays need float32 copies.
-    """
+    """A fine-tuning method applied to a model."""
 
     shape: ModelShape
     adapted: tuple[KernelShape, ...]
     rank: int
-    trainable: int
-    itemsize: int
+    trainable: int  # parameters of the adapter
+    itemsize: int  # bytes of an element of the base weights and activations
     optimizer: str = "adamw"
-    full: bool = False
-    quantize: str = "none"
-    residuals: Residuals | None = None
-    on_cpu: bool = False
+    full: bool = False  # whether to train the base weights, without an adapter
+    quantize: str = "none"  # "none", "int8" or "nf4"
+    residuals: Residuals | None = None  # traced; None: the formula for Transformers in general
+    on_cpu: bool = False  # there, products of 16-bit arrays need float32 copies
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Memory in bytes and operations of one training step.
+    """Memory in bytes and operations of one training step."""
 
-    Args:
-      trainable: Trainable parameters.
-      weights: Memory of the base weights.
-      adapter: Memory of the adapter.
-      gradients: Memory of the gradients.
-      optimizer_state: Memory of the optimizer state.
-      activations: Memory of the activations kept for the backward pass.
-      logits: Memory of the logits and their gradient.
-      copies: Memory of float32 copies of 16-bit weights.
-      flops: Floating-point operations.
-    """
-
-    trainable: int
-    weights: float
+    trainable: int  # parameters
+    weights: float  # of the base model
     adapter: int
     gradients: int
     optimizer_state: int
-    activations: float
-    logits: int
-    copies: int
+    activations: float  # kept for the backward pass
+    logits: int  # with their gradient
+    copies: int  # in float32, of 16-bit weights
     flops: int
 
     @property
@@ -102,7 +77,7 @@ def estimate(method: Method, step: Step) -> Estimate:
 
 
 def side_by_side(method: Method, step: Step) -> dict[str, Estimate]:
-    """Estimate every method for one step, given LoRA on a base that is not quantized."""
+    """Estimate full fine-tuning, LoRA, and LoRA on quantized bases, for one step."""
     lora = dataclasses.replace(method, full=False, quantize="none")
     columns = {
         "full": dataclasses.replace(lora, full=True),

@@ -27,7 +27,7 @@ def plan_lines(plan: Plan, rate: float) -> list[str]:
 
 
 def _head(plan: Plan) -> list[str]:
-    model, settings, data = plan.model, plan.choices.settings, plan.data
+    model, settings, data = plan.model, plan.settings, plan.data
     size, parts = model.shape.size, settings.grad_accumulation_steps
     trainable = plan.method.trainable
     adapted = sum(kernel.count for kernel in plan.method.adapted)
@@ -48,7 +48,7 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _short(text: str, width: int) -> str:
-    """Cut the start of a long text; the end of a path says the most."""
+    """Cut the start of a long text: the end of a path identifies it."""
     return text if len(text) <= width else "..." + text[len(text) - width + 3 :]
 
 
@@ -86,17 +86,18 @@ def _notes(plan: Plan, rate: float) -> list[str]:
         f"Time: a lower bound, at the matmul speed of this device ({show_count(rate)}FLOP/s).",
     ]
     notes += [f"Data: {plan.data.note}."] if plan.data.note else []
-    return [line for note in notes for line in _wrapped(note)]
+    return [line for note in notes for line in wrapped(note)]
 
 
-def _wrapped(text: str) -> list[str]:
+def wrapped(text: str) -> list[str]:
+    """Break a text into lines, indented after the first."""
     return textwrap.wrap(text, COLUMNS, subsequent_indent="  ")
 
 
 def _compiled(plan: Plan) -> list[str]:
     step = plan.compiled
     if step is None:
-        return _wrapped(f"The training step was not compiled: {plan.why}.")
+        return wrapped(f"The training step was not compiled: {plan.why}.")
     rows = {
         "weights, adapter, optimizer, batch": step.arguments + step.results - step.reused,
         "activations, gradients, logits": step.temporary,
@@ -104,6 +105,9 @@ def _compiled(plan: Plan) -> list[str]:
     }
     if step.devices > 1:
         rows[f"peak memory of {step.devices} devices"] = step.everywhere
+    if plan.process is not None:
+        rows["Python, JAX and the compiled step"] = plan.process
+        rows["peak memory of the process"] = step.everywhere + plan.process
     return [
         f"The training step of this run, compiled for its largest batch in {step.seconds:.1f} s",
         *(f"  {name:<36}{show_bytes(size):>12}" for name, size in rows.items()),
@@ -115,7 +119,7 @@ def fit_lines(found: Fit, memory: float, command: str) -> list[str]:
     have, share = show_bytes(memory), f"{1 - SHARE:.0%}"
     if not found.changes:
         verb = "fits" if found.fits else "does not fit"
-        return _wrapped(f"{show_bytes(found.before)} {verb} into {have} ({share} is left free).")
+        return wrapped(f"{show_bytes(found.before)} {verb} into {have} ({share} is left free).")
     lines = [f"To fit {show_bytes(found.before)} into {have} ({share} is left free):"]
     for change, total in zip(found.changes, found.totals, strict=True):
         lines += [f"  {change.flags:<46}{show_bytes(total):>10}", f"      {change.effect}"]

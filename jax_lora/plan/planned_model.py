@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from jax_lora.errors import ModelError, format_error
+from jax_lora.errors import ModelError
 from jax_lora.kernels.kernel import Kernel
 from jax_lora.kernels.targets import find_routers
 from jax_lora.models.decoder_config import DecoderConfig
@@ -31,25 +31,15 @@ from jax_lora.storage.safe_paths import given_path
 
 @dataclasses.dataclass(frozen=True)
 class PlannedModel:
-    """A model without weights.
+    """A model without weights."""
 
-    Args:
-      name: Name for display.
-      module: The Flax module, or None for GPT-3, which this package does not implement.
-      variables: `{"params": params}` of `jax.ShapeDtypeStruct`s.
-      kernels: The result of `find_kernels`.
-      shape: The sizes that the formulas use.
-      max_length: Longest sequence that the model supports.
-      decodes: Whether the model is a decoder, which `train` requires.
-    """
-
-    name: str
-    module: Any
-    variables: Any
-    kernels: Mapping[str, Kernel]
+    name: str  # for display
+    module: Any  # the Flax module; None for GPT-3, which this package does not implement
+    variables: Any  # `{"params": params}` of `jax.ShapeDtypeStruct`s
+    kernels: Mapping[str, Kernel]  # from `find_kernels`
     shape: ModelShape
-    max_length: int
-    decodes: bool
+    max_length: int  # longest sequence that the model supports
+    decodes: bool  # only the training steps of decoders are compiled
 
     @property
     def dtype(self) -> str:
@@ -60,26 +50,22 @@ class PlannedModel:
 def plan_folder(folder: str | Path, dtype: Any, name: str | None = None) -> PlannedModel:
     """Read the shapes of a Hugging Face folder from its `config.json`.
 
-    Args:
-      folder: The folder.
-      dtype: Dtype of the parameters; None: the one in the file, or float32.
-      name: Name for display; None: the path of the folder.
+    Without `dtype`, the parameters have the one in the file, or float32.
 
     Raises:
       ModelError: The folder does not exist, or the model is not supported.
     """
     config = read_config(given_path(folder, ModelError))
     stored = _stored_dtype(json.loads(config.source))
-    return of_config(config, dtype or stored, name or str(folder))
+    return plan_config(config, dtype or stored, name or str(folder))
 
 
 def plan_shape(name: str, dtype: Any) -> PlannedModel:
     """Look up the shapes of a published model, or read them from a `config.json`.
 
-    Args:
-      name: One of `published.NAMES`, the path of a configuration file, or a folder with a
-        `config.json`.
-      dtype: Dtype of the parameters; None: the one in the file, or bfloat16 for a published model.
+    `name` is one of `published.NAMES`, the path of a configuration file, or a folder with a
+    `config.json`. Without `dtype`, the parameters have the one in the file; those of a published
+    model are in bfloat16.
 
     Raises:
       ModelError: The name is unknown and not a file, or the architecture is not supported.
@@ -93,7 +79,7 @@ def plan_shape(name: str, dtype: Any) -> PlannedModel:
     if name in PUBLISHED:
         raw = PUBLISHED[name]
         config = arguments_to_config(raw, FAMILIES[raw["model_type"]])
-        return of_config(config, dtype or jnp.bfloat16, name)
+        return plan_config(config, dtype or jnp.bfloat16, name)
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
         near = difflib.get_close_matches(name, NAMES, n=3) or NAMES
@@ -104,20 +90,11 @@ def plan_shape(name: str, dtype: Any) -> PlannedModel:
         supported = ", ".join(sorted(FAMILIES))
         _refuse(name, f"model_type {raw.get('model_type')!r}", f"Supported are {supported}.")
     # Unlike `read_config`, this accepts fields that change the computation but no shape.
-    return of_config(arguments_to_config(raw, family, path), dtype or _stored_dtype(raw), name)
+    return plan_config(arguments_to_config(raw, family, path), dtype or _stored_dtype(raw), name)
 
 
-def of_config(config: Any, dtype: Any, name: str) -> PlannedModel:
-    """Trace the initialization and the kernels of a model without allocating any array.
-
-    Args:
-      config: Configuration of a model of `jax_lora.models`.
-      dtype: Dtype of the parameters.
-      name: Name for display.
-
-    Raises:
-      ModelError: The model is an encoder-decoder.
-    """
+def plan_config(config: Any, dtype: Any, name: str) -> PlannedModel:
+    """Trace the initialization and the kernels of a decoder or encoder, without any array."""
     family = family_of_config(config)
     if family.depth is None:
         _refuse(name, "an encoder-decoder", "Plan a decoder or an encoder.")
@@ -135,12 +112,12 @@ def with_dtype(model: PlannedModel, dtype: str) -> PlannedModel:
         return model
     if model.module is None:
         return _gpt3(jnp.dtype(dtype))
-    return of_config(model.module.config, dtype, model.name)
+    return plan_config(model.module.config, dtype, model.name)
 
 
 def _refuse(name: str, got: str, fix: str) -> NoReturn:
     expected = "the name of a published model, or a config.json of a supported architecture"
-    raise ModelError(format_error(f"--shape {name}", got=got, expected=expected, fix=fix))
+    raise ModelError(f"--shape {name}", got=got, expected=expected, fix=fix)
 
 
 def _stored_dtype(raw: Mapping[str, Any]) -> Any:
@@ -163,7 +140,20 @@ def _first(config: Any, *names: str) -> int:
 
 def _shape(name: str, variables: Any, kernels: Mapping[str, Kernel], config: Any) -> ModelShape:
     routers = find_routers(kernels)
-    found = tuple(_kernel(kernel, routers) for kernel in kernels.values())
+    found = tuple(
+        KernelShape(
+            path=kernel.path.removeprefix("params/"),
+            inputs=kernel.in_size,
+            outputs=kernel.out_size,
+            count=math.prod(kernel.stack_shape),
+            # A token needs two operations for each element that it uses.
+            active=kernel.flops // (2 * TOKENS),
+            kind=kernel.kind,
+            is_head=kernel.is_output_head,
+            is_router=kernel.path in routers,
+        )
+        for kernel in kernels.values()
+    )
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables))
     heads = _first(config, "num_attention_heads", "n_head")
     hidden = _first(config, "hidden_size", "n_embd")
@@ -180,20 +170,6 @@ def _shape(name: str, variables: Any, kernels: Mapping[str, Kernel], config: Any
         intermediate_size=inner * (getattr(config, "num_experts_per_tok", None) or 1),
         vocab_size=config.vocab_size,
         float32_norms=4 if isinstance(config, DecoderConfig) else 6,
-    )
-
-
-def _kernel(kernel: Kernel, routers: Collection[str]) -> KernelShape:
-    return KernelShape(
-        path=kernel.path.removeprefix("params/"),
-        inputs=kernel.in_size,
-        outputs=kernel.out_size,
-        count=math.prod(kernel.stack_shape),
-        # Two operations for each element that a token uses.
-        active=kernel.flops // (2 * TOKENS),
-        kind=kernel.kind,
-        is_head=kernel.is_output_head,
-        is_router=kernel.path in routers,
     )
 
 

@@ -30,8 +30,6 @@ _ROBERTA = {
     "model_type": "roberta", "max_position_embeddings": 514, "type_vocab_size": 1,
     "vocab_size": 50265, "pad_token_id": 1,
 }  # fmt: skip
-
-
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads",

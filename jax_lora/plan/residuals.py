@@ -24,13 +24,11 @@ _BATCH_SIZE = 127
 
 
 def trace_residuals(model: PlannedModel, settings: TrainSettings) -> Residuals | None:
-    """Trace the loss of a model at two sequence lengths, and fit its residuals to a line.
+    """Trace the loss of a model at two sequence lengths, and fit its bytes per token to a line.
 
     Nothing is compiled, so this takes less than a second for a model of any size. XLA may keep
-    less, where it fuses operations, or more, where it copies arrays.
-
-    Returns:
-      Bytes per token; None unless the model is a decoder with at least 127 positions.
+    less, where it fuses operations, or more, where it copies arrays. Only decoders with at least
+    127 positions are traced; None for other models.
     """
     if model.module is None or not model.decodes or model.max_length < max(_LENGTHS):
         return None

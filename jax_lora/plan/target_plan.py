@@ -7,16 +7,17 @@ import dataclasses
 import functools
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from jax_lora.errors import DoesNotFitError, format_error
+from jax_lora.errors import DoesNotFitError
 from jax_lora.finetune.memory import is_out_of_memory
 from jax_lora.finetune.optimization_level import at_optimization_level
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.accelerators import Target
-from jax_lora.plan.compiled_step import StepMemory, TargetDevices, memory_of, trace_step
+from jax_lora.plan.compiled_step import StepMemory, memory_of, trace_step
 from jax_lora.plan.hlo_traffic import Collective, hlo_traffic
 from jax_lora.plan.matmul_flops import matmul_flops
 from jax_lora.plan.planned_model import PlannedModel
@@ -26,29 +27,16 @@ from jax_lora.transform.strategies import ALIASES
 
 @dataclasses.dataclass(frozen=True)
 class TargetPlan:
-    """What one training step needs on each device of a target.
-
-    Args:
-      target: The devices.
-      remat: What layers keep for the backward pass.
-      memory: Memory of one device.
-      traffic: Bytes that one device reads and writes, except inside fused attention kernels.
-      collectives: What one device sends and receives, by kind.
-      matmul_flops: Operations of the matmuls of one device.
-      attention_flops: Operations of the fused attention kernels of one device, by formula.
-      tokens: Tokens of the whole batch.
-      seconds: Time to compile.
-    """
+    """What one training step needs on each device of a target."""
 
     target: Target
-    remat: str
-    memory: StepMemory
-    traffic: float
-    collectives: dict[str, Collective]
-    matmul_flops: float
-    attention_flops: float
-    tokens: int
-    seconds: float
+    remat: str  # what layers keep for the backward pass
+    memory: StepMemory  # of one device
+    traffic: float  # bytes that one device reads and writes, except inside fused attention kernels
+    collectives: dict[str, Collective]  # what one device sends and receives, by kind
+    matmul_flops: float  # of one device
+    attention_flops: float  # of the fused attention kernels of one device, by formula
+    tokens: int  # of the whole batch
 
     @property
     def fits(self) -> bool:
@@ -72,6 +60,7 @@ class TargetPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain values."""
+        collectives = {kind: dataclasses.asdict(each) for kind, each in self.collectives.items()}
         return {
             "target": self.target.name,
             "devices": self.target.devices,
@@ -82,16 +71,14 @@ class TargetPlan:
             "peak": self.memory.peak,
             "device_memory": self.target.device.memory,
             "traffic": self.traffic,
-            "collectives": {
-                kind: dataclasses.asdict(each) for kind, each in self.collectives.items()
-            },
+            "collectives": collectives,
             "matmul_flops": self.matmul_flops,
             "attention_flops": self.attention_flops,
             "memory_seconds": self.memory_seconds,
             "matmul_seconds": self.matmul_seconds,
             "tokens": self.tokens,
             "tokens_per_second_bound": self.tokens_per_second,
-            "compile_seconds": self.seconds,
+            "compile_seconds": self.memory.seconds,
         }
 
 
@@ -101,16 +88,7 @@ def plan_for_target(
     """Compile the training step for a target, and read what it needs.
 
     With `remat="auto"`, the step is compiled for `"full"` if it does not fit with `"names"`.
-
-    Args:
-      model: The model.
-      settings: Settings of the run.
-      target: The devices.
-      length: Sequence length.
-      targets: Target tokens per example.
-
-    Returns:
-      The plan.
+    `targets` counts the target tokens per example.
 
     Raises:
       ConfigError: The compiler is not installed, or does not support the target.
@@ -118,8 +96,10 @@ def plan_for_target(
         it, as the compiler for TPUs does. For other devices, `fits` of the plan is False.
     """
     platform = ALIASES.get(target.device.platform, target.device.platform)
-    devices = TargetDevices(abstract_devices(target), platform, compiler_options(target))
-    plan_with = functools.partial(_compile, model, settings, target, devices, length, targets)
+    shape = {"length": length, "targets": targets}
+    where = {"devices": abstract_devices(target), "platform": platform}
+    trace = functools.partial(trace_step, model, settings, **shape, **where)
+    plan_with = functools.partial(_compile, model, settings, target, length, trace)
     remat = settings.remat_on(platform)
     if not settings.fits_remat:
         return plan_with(remat)
@@ -134,43 +114,36 @@ def _compile(
     model: PlannedModel,
     settings: TrainSettings,
     target: Target,
-    devices: TargetDevices,
     length: int,
-    targets: int,
+    trace: Callable[..., tuple[Any, int]],
     remat: str,
 ) -> TargetPlan:
     began = time.perf_counter()
-    traced, shared = trace_step(
-        model, settings, length=length, targets=targets, remat=remat, target=devices
-    )
+    traced, shared = trace(remat=remat)
     with at_optimization_level(target.device.platform, target.devices):
         lowered = traced.lower()
         try:
-            compiled = lowered.compile(compiler_options=dict(devices.options))
+            compiled = lowered.compile(compiler_options=compiler_options(target))
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise _does_not_fit(target, remat, str(error)) from error
-    seconds = time.perf_counter() - began
+    memory = memory_of(compiled, shared, time.perf_counter() - began)
     text = compiled.as_text()
     traffic = hlo_traffic(text)
-    memory = memory_of(compiled, shared, seconds)
     if memory is None:
         raise RuntimeError(f"XLA for {target.name} reports no memory")
     tokens = settings.batch_size * settings.grad_accumulation_steps * length
-    flops = matmul_flops(traced.jaxpr.jaxpr)
+    fused = "fmha" in text or "splash" in text
     return TargetPlan(
         target=target,
         remat=remat,
         memory=memory,
         traffic=traffic.bytes,
         collectives=traffic.collectives,
-        matmul_flops=flops / shared,
-        attention_flops=attention_flops(model, tokens // shared, length, remat)
-        if "fmha" in text or "splash" in text
-        else 0.0,
+        matmul_flops=matmul_flops(traced.jaxpr.jaxpr) / shared,
+        attention_flops=attention_flops(model, tokens // shared, length, remat) if fused else 0.0,
         tokens=tokens,
-        seconds=seconds,
     )
 
 
@@ -180,13 +153,11 @@ def _does_not_fit(target: Target, remat: str, message: str) -> DoesNotFitError:
     found = f"{sizes[1]}B" if sizes else message.strip().partition("\n")[0][:200]
     most = f"at most {sizes[2]}B a device" if sizes else "a step that fits into its memory"
     return DoesNotFitError(
-        format_error(
-            f"topology {target.name}",
-            got=f"a step that does not fit, with remat {remat!r}: {found}",
-            expected=most,
-            fix="Choose larger devices, share the model among more of them with a mesh such as "
-            "fsdp=4, quantize the base, or shorten the batch or its sequences.",
-        )
+        f"topology {target.name}",
+        got=f"a step that does not fit, with remat {remat!r}: {found}",
+        expected=most,
+        fix="Choose larger devices, share the model among more of them with a mesh such as "
+        "fsdp=4, quantize the base, or shorten the batch or its sequences.",
     )
 
 
@@ -194,15 +165,6 @@ def attention_flops(model: PlannedModel, tokens: int, length: int, remat: str) -
     """Count the FLOPs of causal attention in a fused kernel, by formula.
 
     Two matmuls forward and five backward, half of each masked; a recomputed forward runs twice.
-
-    Args:
-      model: The model.
-      tokens: Tokens of the batch.
-      length: Sequence length.
-      remat: What layers keep for the backward pass.
-
-    Returns:
-      FLOPs.
     """
     shape = model.shape
     one = 2 * tokens * length * shape.num_heads * shape.head_dim / 2

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
-
 from jax_lora.finetune.devices import AUTO
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.data_shapes import DataShapes
+from jax_lora.plan.plan_tables import wrapped
 from jax_lora.plan.planned_model import PlannedModel
 from jax_lora.plan.target_plan import TargetPlan
 from jax_lora.plan.units import show_bytes
@@ -15,17 +14,7 @@ from jax_lora.plan.units import show_bytes
 def target_lines(
     model: PlannedModel, settings: TrainSettings, data: DataShapes, plan: TargetPlan
 ) -> list[str]:
-    """Format a plan for a target.
-
-    Args:
-      model: The model.
-      settings: Settings of the run.
-      data: Batch shapes of the data.
-      plan: The plan.
-
-    Returns:
-      Lines.
-    """
+    """Format a plan for a target."""
     target, device, memory = plan.target, plan.target.device, plan.memory
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     examples = settings.batch_size * settings.grad_accumulation_steps
@@ -62,5 +51,5 @@ def target_lines(
         *(f"  {name:<19}{text}" for name, text in figures.items()),
         "",
         "The bound ignores launch times, caches and communication: expect half of it.",
-        *textwrap.wrap(f"Data: {data.note}." if data.note else "", 80, subsequent_indent="  "),
+        *wrapped(f"Data: {data.note}." if data.note else ""),
     ]

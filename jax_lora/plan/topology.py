@@ -7,42 +7,32 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from jax_lora.errors import ConfigError, format_error, install_command
+from jax_lora.errors import ConfigError, install_command
 from jax_lora.plan.accelerators import Gpu, Target, Tpu, gpu_description
-
-# Autotuning would run kernels on the device; without it, Triton's matmuls cannot be chosen.
-GPU_OPTIONS = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "False"}
 
 
 def compiler_options(target: Target) -> dict[str, str]:
     """Return the XLA options for a compilation without the device."""
-    return dict(GPU_OPTIONS) if isinstance(target.device, Gpu) else {}
+    # Autotuning would run kernels on the device; without it, Triton's matmuls cannot be chosen.
+    gpu = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "False"}
+    return gpu if isinstance(target.device, Gpu) else {}
 
 
 def abstract_devices(target: Target) -> Sequence[Any]:
-    """Return devices that functions can be compiled for, but not run on.
-
-    Args:
-      target: The target.
-
-    Returns:
-      A device of JAX for each device of the target.
+    """Return devices of JAX that functions can be compiled for, but not run on.
 
     Raises:
       ConfigError: The compiler of the platform is not installed, or does not support the shape.
     """
     device = target.device
-    extra, package = (
-        ("aot-cuda", "jax_cuda13_plugin") if isinstance(device, Gpu) else ("aot-tpu", "libtpu")
-    )
+    gpu = isinstance(device, Gpu)
+    extra, package = ("aot-cuda", "jax_cuda13_plugin") if gpu else ("aot-tpu", "libtpu")
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            format_error(
-                f"topology {target.name}",
-                got=f"no package {package}, which compiles for it",
-                expected="an environment with the compiler; the device is not needed",
-                fix=install_command(extra),
-            )
+            f"topology {target.name}",
+            got=f"no package {package}, which compiles for it",
+            expected="an environment with the compiler; the device is not needed",
+            fix=install_command(extra),
         )
     from jax.experimental import topologies  # imported on use, as it starts no backend
 
@@ -65,12 +55,10 @@ def abstract_devices(target: Target) -> Sequence[Any]:
             )
     except Exception as error:  # the type depends on the plugin
         raise ConfigError(
-            format_error(
-                f"topology {target.name}",
-                got=f"{type(error).__name__}: {error}",
-                expected="a shape that the compiler supports",
-                fix="Write for example h100:8, v5e:2x4, v5p:2x2x1, or v6e:2x2.",
-            )
+            f"topology {target.name}",
+            got=f"{type(error).__name__}: {error}",
+            expected="a shape that the compiler supports",
+            fix="Write for example h100:8, v5e:2x4, v5p:2x2x1, or v6e:2x2.",
         ) from error
     return found.devices
 

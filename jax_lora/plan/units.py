@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -14,13 +14,7 @@ _UNITS = {
 
 
 def read_bytes(text: str) -> int:
-    """Parse a size.
-
-    Args:
-      text: A number and a unit: GB, MB (powers of ten), GiB, MiB (powers of two) or none (bytes).
-
-    Returns:
-      Bytes.
+    """Parse a size in bytes (no unit), GB, MB (powers of ten), GiB or MiB (powers of two).
 
     Raises:
       ConfigError: The text is not a positive size.
@@ -32,12 +26,10 @@ def read_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
         raise ConfigError(
-            format_error(
-                "--fit",
-                got=repr(text),
-                expected="a positive size, such as 24GB, 16GiB, 800MB or a number of bytes",
-                fix="GB is 10^9 bytes, GiB is 2^30 bytes.",
-            )
+            "--fit",
+            got=repr(text),
+            expected="a positive size, such as 24GB, 16GiB, 800MB or a number of bytes",
+            fix="GB is 10^9 bytes, GiB is 2^30 bytes.",
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 

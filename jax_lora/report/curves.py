@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,24 +33,11 @@ class Curves:
 
 
 def read_curves(run: str | Path) -> Curves:
-    """Read the losses of a run.
-
-    Args:
-      run: A run folder or its metrics.jsonl.
-
-    Returns:
-      The curves, without missing and non-finite values.
-    """
+    """Read the losses of a run folder, or its metrics.jsonl."""
     path, rows = Path(run), read_metrics(run)
-    folder = path if path.is_dir() else path.parent
-    name = folder.resolve().name
+    name = (path if path.is_dir() else path.parent).resolve().name
     return Curves(name, _points(rows, "train_loss"), _points(rows, "val_loss"))
 
 
 def _points(rows: Sequence[dict[str, Any]], name: str) -> Points:
-    found: list[tuple[int, float]] = []
-    for row in rows:
-        value = row.get(name)
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            found.append((row["iter"], value))
-    return tuple(found)
+    return tuple((row["iter"], row[name]) for row in rows if row.get(name) is not None)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, TextIO
 
 from jax_lora.report.events import Reporter, RunPlan, RunResult, TrainReport, Validation
+from jax_lora.report.metrics import finite
 
 
 class JsonReporter(Reporter):
@@ -53,10 +53,4 @@ class JsonReporter(Reporter):
         self._write("finished", dataclasses.asdict(result) | {"checkpoint": checkpoint})
 
     def _write(self, event: str, values: dict[str, Any]) -> None:
-        plain = {name: _plain(value) for name, value in values.items()}
-        print(json.dumps({"event": event, **plain}), file=self._out, flush=True)
-
-
-def _plain(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not support, with None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        print(json.dumps({"event": event, **finite(values)}), file=self._out, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jax_lora.errors import ConfigError
 from jax_lora.report.curves import Curves, read_curves
@@ -13,12 +14,7 @@ STYLES = ("-", "--", "-.", ":")  # distinguishable in grayscale
 
 
 def write_plot(runs: Sequence[Curves], file: Path, *, log: bool = False) -> None:
-    """Plot the curves of one or more runs.
-
-    Args:
-      runs: The runs.
-      file: The PNG file to write.
-      log: Whether the loss axis is logarithmic.
+    """Plot the curves of runs to a PNG file, with a logarithmic axis or not.
 
     Raises:
       ConfigError: The file cannot be written.
@@ -32,27 +28,13 @@ def write_plot(runs: Sequence[Curves], file: Path, *, log: bool = False) -> None
         label = f"{run.name}: " if len(runs) > 1 else ""
         color, style = f"C{index % 10}", STYLES[index // 10 % len(STYLES)]
         if run.train:
-            steps, losses = zip(*run.train, strict=True)
-            marker = "." if len(steps) == 1 else ""
-            axes.plot(
-                steps,
-                losses,
-                style + marker,
-                color=color,
-                alpha=0.6,
-                linewidth=1,
-                label=f"{label}training",
-            )
+            marker = style + ("." if len(run.train) == 1 else "")
+            named: dict[str, Any] = {"color": color, "label": f"{label}training"}
+            axes.plot(*zip(*run.train, strict=True), marker, alpha=0.6, linewidth=1, **named)
         if run.valid:
-            steps, losses = zip(*run.valid, strict=True)
+            named = {"color": color if len(runs) > 1 else "C1", "label": f"{label}validation"}
             axes.plot(
-                steps,
-                losses,
-                style + "o",
-                color=color if len(runs) > 1 else "C1",
-                markersize=4,
-                linewidth=2,
-                label=f"{label}validation",
+                *zip(*run.valid, strict=True), style + "o", markersize=4, linewidth=2, **named
             )
         if run.best is not None:
             step, loss = run.best
@@ -71,7 +53,7 @@ def write_plot(runs: Sequence[Curves], file: Path, *, log: bool = False) -> None
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.margins(y=0.12)
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="upper right")  # "best" is slow for long curves
     with replacing(file, ConfigError) as part:
         figure.savefig(part, format="png")
 

@@ -9,10 +9,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import CheckpointError, ConfigError, DataError, format_error, install_command
+from jax_lora.errors import CheckpointError, ConfigError, DataError, install_command
 from jax_lora.report.wandb_log import WandbLog
 from jax_lora.storage import schema
-from jax_lora.storage.atomic_writes import append_text, explained, write_file
+from jax_lora.storage.atomic_writes import append_text, convert_os_errors, write_file
 from jax_lora.storage.json_files import parse_json, read_limited
 from jax_lora.storage.safe_paths import given_path
 
@@ -66,19 +66,16 @@ class MetricsLog:
         write_file(folder / CSV, table, CheckpointError)
 
     def log(self, values: dict[str, Any]) -> None:
-        """Append a row.
-
-        Args:
-          values: Values by the names in `COLUMNS`; NaN and infinity are written as null.
+        """Append a row of values by the names in `COLUMNS`; NaN and infinity are written as null.
 
         Raises:
           CheckpointError: A file cannot be written; no incomplete line is left in it.
         """
-        row = {name: _finite(value) for name, value in values.items()}
+        row = finite(values)
         append_text(self._folder / JSONL, json.dumps(row) + "\n", CheckpointError)
         append_text(self._folder / CSV, _csv_line(row), CheckpointError)
         if self._board is not None:
-            with explained(self._folder / TENSORBOARD, CheckpointError):
+            with convert_os_errors(self._folder / TENSORBOARD, CheckpointError):
                 for name, value in row.items():
                     if name != "iter" and value is not None:
                         self._board.add_scalar(name, value, row["iter"])
@@ -91,7 +88,7 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.close()
         if self._board is not None:
-            with explained(self._folder / TENSORBOARD, CheckpointError):
+            with convert_os_errors(self._folder / TENSORBOARD, CheckpointError):
                 self._board.close()
 
 
@@ -101,14 +98,14 @@ def _csv_line(row: dict[str, Any]) -> str:
     return line.getvalue()
 
 
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace NaN and infinity, which JSON does not support, with None."""
+    wrong = lambda value: isinstance(value, float) and not math.isfinite(value)  # noqa: E731
+    return {name: None if wrong(value) else value for name, value in values.items()}
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the metrics of a run.
-
-    Args:
-      path: A run folder or its metrics.jsonl.
-
-    Returns:
-      One row for each report and each validation, in order.
+    """Read a row for each report and validation of a run from its folder, or its metrics.jsonl.
 
     Raises:
       DataError: The file is missing, empty or damaged.
@@ -134,12 +131,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _unreadable(where: str, got: str | list[str]) -> DataError:
     return DataError(
-        format_error(
-            where,
-            got=got,
-            expected=f"a run folder with the {JSONL} that jax-lora train writes",
-            fix="Check the path. A run has no metrics before its first report.",
-        )
+        where,
+        got=got,
+        expected=f"a run folder with the {JSONL} that jax-lora train writes",
+        fix="Check the path. A run has no metrics before its first report.",
     )
 
 
@@ -163,23 +158,17 @@ def _rows_up_to(file: Path, step: int) -> list[dict[str, Any]]:
     return [row for row in rows if row["iter"] <= step]
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _open_board(folder: Path, resume_at: int) -> Any:
     try:
         import tensorboardX
     except ImportError as error:
         raise ConfigError(
-            format_error(
-                "log: tensorboard",
-                got="tensorboardX is not installed",
-                expected="tensorboardX, which writes TensorBoard events without TensorFlow",
-                fix=f"{install_command('cli')}, or remove tensorboard from log.",
-            )
+            "log: tensorboard",
+            got="tensorboardX is not installed",
+            expected="tensorboardX, which writes TensorBoard events without TensorFlow",
+            fix=f"{install_command('cli')}, or remove tensorboard from log.",
         ) from error
     # TensorBoard then hides the earlier events from this step on.
     purge = resume_at + 1 if resume_at else None
-    with explained(folder / TENSORBOARD, CheckpointError):
+    with convert_os_errors(folder / TENSORBOARD, CheckpointError):
         return tensorboardX.SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)

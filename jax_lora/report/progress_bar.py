@@ -38,27 +38,22 @@ def progress_bar(what: str, kind: str = "auto") -> Iterator[Advance]:
 
 def _bar(what: str, *, force: bool) -> Iterator[Advance]:
     """Show a bar that disappears at the end."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (BarColumn(bar_width=None), TaskProgressColumn(), TimeRemainingColumn())
     console = Console(file=unscreened(sys.stderr), force_terminal=True if force else None)
     room = console.width // 2
     shown = printable(what, keep="")
     shown = shown if len(shown) <= room else f"{shown[: room - 1]}…"
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        *columns,
+    with progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=None),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(),
         console=console,
         transient=True,
         redirect_stdout=False,  # they are screened
         redirect_stderr=False,
-    ) as progress:
-        task = progress.add_task(shown, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    ) as bar:
+        task = bar.add_task(shown, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

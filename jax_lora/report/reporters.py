@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 from jax_lora.report.events import Reporter
 from jax_lora.report.json_reporter import JsonReporter
 from jax_lora.report.plain_reporter import PlainReporter
@@ -20,20 +20,15 @@ def make_reporter(kind: str = "auto") -> Reporter:
       kind: `"rich"`, `"plain"`, `"json"`, `"none"`, or `"auto"` for rich on a terminal and plain
         otherwise.
 
-    Returns:
-      The reporter.
-
     Raises:
       ConfigError: The kind is unknown.
     """
     if kind not in KINDS:
         raise ConfigError(
-            format_error(
-                "progress",
-                got=repr(kind),
-                expected=f"one of {', '.join(KINDS)}",
-                fix="Omit it to choose rich on a terminal and plain otherwise.",
-            )
+            "progress",
+            got=repr(kind),
+            expected=f"one of {', '.join(KINDS)}",
+            fix="Omit it to choose rich on a terminal and plain otherwise.",
         )
     if kind == "none":
         return Reporter()

@@ -21,7 +21,7 @@ from jax_lora.report.screen import screen_again
 
 
 class Column(NamedTuple):
-    """A column of the table: heading, width, and whether narrow terminals show it too."""
+    """A column of the table: heading, width, and whether it is kept on a narrow terminal."""
 
     head: str
     width: int
@@ -52,7 +52,7 @@ class RichReporter(Reporter):
         """Create the progress bar, which appears with the first event."""
         self._console = console
         self._steps = 0
-        self._columns = fitting(console.width)
+        self._columns = fitting_columns(console.width)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -73,11 +73,11 @@ class RichReporter(Reporter):
         self._row({column.head: column.head for column in COLUMNS}, "bold")
         self._progress.update(self._task, total=plan.steps)
         before = sys.stdout, sys.stderr
-        self._progress.start()  # it replaces the two streams by ones that show control sequences
+        self._progress.start()  # it replaces the two streams, without their screening
         screen_again(before)
 
     def compiling(self, what: str, number: int) -> None:
-        """Show what is being compiled, as this takes a while."""
+        """Show which step is being compiled, because this takes a while."""
         self._progress.update(self._task, description=printable(f"compiling for {what}", keep=""))
 
     def compiled(self, number: int, seconds: float, gigabytes: float) -> None:
@@ -147,15 +147,8 @@ class RichReporter(Reporter):
         self._console.print(Text(printable(text), style=style), soft_wrap=True)
 
 
-def fitting(width: int) -> tuple[Column, ...]:
-    """Choose the columns that fit the terminal; optional columns are dropped from the right.
-
-    Args:
-      width: Width of the terminal in characters.
-
-    Returns:
-      The columns.
-    """
+def fitting_columns(width: int) -> tuple[Column, ...]:
+    """Choose the columns that fit a terminal of this width; others are dropped from the right."""
     columns = list(COLUMNS)
     while sum(column.width + 1 for column in columns) > width:
         extra = [column for column in columns if not column.needed]
@@ -166,14 +159,7 @@ def fitting(width: int) -> tuple[Column, ...]:
 
 
 def duration(seconds: float) -> str:
-    """Format a duration in at most seven characters.
-
-    Args:
-      seconds: The duration; infinity and NaN are formatted as `"?"`.
-
-    Returns:
-      For example `"42s"`, `"3m20s"`, `"2h05m"`, `"3d04h"`.
-    """
+    """Format seconds in at most seven characters: "42s", "3m20s", "2h05m", "3d04h", or "?"."""
     if not math.isfinite(seconds) or seconds > 100 * 86400:
         return "?"
     seconds = round(seconds)

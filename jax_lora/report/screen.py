@@ -49,11 +49,7 @@ def unscreened(stream: Any) -> Any:
 
 
 def screen_again(before: tuple[Any, Any]) -> None:
-    """Screen the streams that took the place of screened ones.
-
-    Args:
-      before: Standard output and standard error before.
-    """
+    """Screen the streams that replaced standard output and standard error, if those were."""
     for name, stream in zip(("stdout", "stderr"), before, strict=True):
         now = getattr(sys, name)
         if now is not stream and isinstance(stream, ScreenedStream):
@@ -62,11 +58,7 @@ def screen_again(before: tuple[Any, Any]) -> None:
 
 @contextlib.contextmanager
 def screened() -> Iterator[None]:
-    """Screen standard output and standard error in a block, and the traceback that ends it.
-
-    Yields:
-      Nothing.
-    """
+    """Screen standard output and standard error in a block, and the traceback that ends it."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(ScreenedStream, before)
     try:

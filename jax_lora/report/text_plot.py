@@ -12,16 +12,7 @@ HEIGHT = 16
 
 
 def text_plot(runs: Sequence[Curves], width: int = 80, *, log: bool = False) -> list[str]:
-    """Plot the curves of one or more runs in characters.
-
-    Args:
-      runs: The runs.
-      width: Width of the plot in characters.
-      log: Whether the loss axis is logarithmic.
-
-    Returns:
-      The lines.
-    """
+    """Plot the curves of runs as lines of `width` characters, with a logarithmic axis or not."""
     lines = [(marks, of) for marks, of in _lines(runs) if of]
     points = [point for _, of in lines for point in of]
     if not points:
@@ -29,7 +20,8 @@ def text_plot(runs: Sequence[Curves], width: int = 80, *, log: bool = False) -> 
     value = (lambda loss: math.log10(max(loss, 1e-12))) if log else (lambda loss: loss)
     low, high = (pick(value(loss) for _, loss in points) for pick in (min, max))
     first, last = (pick(step for step, _ in points) for pick in (min, max))
-    labels = [_label(low + (high - low) * row / (HEIGHT - 1), log) for row in range(HEIGHT)]
+    levels = [low + (high - low) * row / (HEIGHT - 1) for row in range(HEIGHT)]
+    labels = [f"{10**level if log else level:.3g}" for level in levels]
     margin = max(map(len, labels))
     columns = max(width - margin - 2, 10)
     grid = [[" "] * columns for _ in range(HEIGHT)]
@@ -63,7 +55,3 @@ def _legend(runs: Sequence[Curves]) -> list[str]:
             line += f"   {mark} validation, best {loss:.4f} at step {step}"
         legend.append(line)
     return legend
-
-
-def _label(value: float, log: bool) -> str:
-    return f"{10**value if log else value:.3g}"

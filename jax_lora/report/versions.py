@@ -28,18 +28,14 @@ PACKAGES = (
 
 
 def versions() -> dict[str, Any]:
-    """Collect package versions and devices.
-
-    Returns:
-      JSON values by name; None for a package that is not installed.
-    """
+    """Collect package versions, None for a package that is not installed, and devices."""
     import jax_lora
 
     return {
         "jax_lora": jax_lora.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: version_of(name) for name in PACKAGES},
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
     }
@@ -51,7 +47,8 @@ def write_versions(folder: Path) -> None:
     write_file(folder / "versions.json", text, CheckpointError)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

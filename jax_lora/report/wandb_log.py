@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import CheckpointError, ConfigError, format_error
+from jax_lora.errors import CheckpointError, ConfigError
 from jax_lora.storage.atomic_writes import write_file
 
 RUN_ID = "wandb_id.txt"
@@ -42,12 +42,10 @@ class WandbLog:
             )
         except Exception as error:  # of many types: no login, no network, a damaged folder
             raise ConfigError(
-                format_error(
-                    "log: wandb",
-                    got=f"{type(error).__name__}: {error}",
-                    expected="a run of Weights & Biases",
-                    fix="Log in with wandb login, or set WANDB_MODE=offline.",
-                )
+                "log: wandb",
+                got=f"{type(error).__name__}: {error}",
+                expected="a run of Weights & Biases",
+                fix="Log in with wandb login, or set WANDB_MODE=offline.",
             ) from error
         write_file(file, f"{self._run.id}\n", CheckpointError)
 
@@ -71,10 +69,8 @@ def import_wandb() -> Any:
         return importlib.import_module("wandb")
     except ImportError as error:
         raise ConfigError(
-            format_error(
-                "log: wandb",
-                got="wandb is not installed",
-                expected="wandb, the package of Weights & Biases",
-                fix="pip install wandb, or remove wandb from log.",
-            )
+            "log: wandb",
+            got="wandb is not installed",
+            expected="wandb, the package of Weights & Biases",
+            fix="pip install wandb, or remove wandb from log.",
         ) from error

@@ -6,7 +6,9 @@ import unicodedata
 
 
 class WordWrap:
-    r"""Wrap a stream of text. A word is held back until it is complete, to find its line.
+    r"""Wrap a stream of text.
+
+    A word is held back until it is complete: only then can it be placed on a line.
 
     Args:
       width: Columns of the terminal.
@@ -21,7 +23,7 @@ class WordWrap:
         """Start in the first column."""
         self._width, self._column = width, 0
         self._space, self._word = "", ""
-        self._inside = False  # whether the held text continues a word that is partly shown
+        self._inside = False  # whether the held word continues one that is partly shown
 
     def feed(self, text: str) -> str:
         """Add text, and return what can be shown."""
@@ -58,16 +60,16 @@ class WordWrap:
         if not self._word:
             return ""
         gap, size = _cells(self._space), _cells(self._word)
-        fits = self._inside or self._column + gap + size <= self._width
-        shown = (self._space if fits or not self._column else "\n") + self._word
-        self._column = (self._column + gap if fits or not self._column else 0) + size
-        self._column -= self._width * ((self._column - 1) // self._width)
+        fits = self._inside or not self._column or self._column + gap + size <= self._width
+        shown = (self._space if fits else "\n") + self._word
+        column = (self._column + gap if fits else 0) + size
+        self._column = (column - 1) % self._width + 1  # the terminal breaks longer words
         self._space = self._word = ""
         return shown
 
 
 def _cells(text: str) -> int:
-    """Count the columns of a text: wide characters have two, combining characters none."""
+    """Count the columns of a text: two for wide characters, none for combining characters."""
     return sum(
         2 if unicodedata.east_asian_width(each) in "WF" else not unicodedata.combining(each)
         for each in text

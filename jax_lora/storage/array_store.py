@@ -1,4 +1,4 @@
-"""Store arrays as an Orbax checkpoint, with a checksum of each of its files."""
+"""Store arrays as an Orbax checkpoint, and check its files against checksums."""
 
 from __future__ import annotations
 
@@ -19,22 +19,18 @@ import numpy as np
 
 from jax_lora.errors import CheckpointError
 from jax_lora.storage import atomic_writes, multihost
-from jax_lora.storage.limits import limit, raise_hint
-from jax_lora.storage.ocdbt_index import SIZE
+from jax_lora.storage.limits import limit, limit_hint
+from jax_lora.storage.ocdbt_index import INDEX_LIMIT
 from jax_lora.storage.stored_arrays import check_stored
 
-_SPECIAL = re.compile(r"[*?\[\]#%]")  # to `glob`, or in a URL
+_SPECIAL = re.compile(r"[*?\[\]#%]")  # special in a glob pattern or a URL
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a tree of NumPy arrays with Orbax, and flush it to the disk.
-
-    Args:
-      folder: The folder, which is created.
-      arrays: Arrays by name.
+    """Write NumPy arrays by name with Orbax to a new folder, and flush it to the disk.
 
     Raises:
-      CheckpointError: Writing fails; nothing is left of the folder.
+      CheckpointError: Writing failed; what was written has been removed.
     """
     import orbax.checkpoint as ocp  # imported on use, as it takes seconds
 
@@ -45,7 +41,11 @@ def write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
     )
     new = not folder.exists()
     try:
-        with _quiet_threads(), _checkpointer(ocp, registry) as checkpointer, _plain(folder) as name:
+        with (
+            _quiet_threads(),
+            _checkpointer(ocp, registry) as checkpointer,
+            _literal(folder) as name,
+        ):
             checkpointer.save(name, args=ocp.args.PyTreeSave(arrays))  # type: ignore[call-arg]
         if not handler.failures:
             atomic_writes.sync(folder)
@@ -61,8 +61,8 @@ def write_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _plain(folder: Path) -> Iterator[Path]:
-    """Yield a path of a folder that Orbax does not read as a pattern: it passes paths to `glob`."""
+def _literal(folder: Path) -> Iterator[Path]:
+    """Yield a path to the folder without special characters, because Orbax passes it to `glob`."""
     folder = folder.absolute()
     if not _SPECIAL.search(str(folder)):
         yield folder
@@ -84,10 +84,10 @@ def _handler_class() -> Any:
     import orbax.checkpoint as ocp
 
     class PatientHandler(ocp.type_handlers.NumpyHandler):
-        """Lets every array be written before an error is raised.
+        """Collects errors until all writes have ended.
 
-        Orbax writes all arrays at once, and closes the event loop at the first error. The other
-        writes then end in a loop that is closed, and in a folder that is removed meanwhile.
+        Orbax writes arrays concurrently, and closes the event loop at the first error. The other
+        writes would then continue in a closed loop, and into a folder that is being removed.
         """
 
         def __init__(self) -> None:
@@ -107,7 +107,7 @@ def _handler_class() -> Any:
 def _quiet_threads() -> Iterator[None]:
     """Keep the tracebacks of Orbax's threads off the screen, and wait for these threads.
 
-    They report an error that is raised here as well.
+    The caller receives the same error as an exception.
     """
     log, running = logging.getLogger("absl"), set(threading.enumerate())
 
@@ -120,20 +120,13 @@ def _quiet_threads() -> Iterator[None]:
     finally:
         for thread in set(threading.enumerate()) - running:
             if type(thread).__module__.startswith("orbax."):
-                with contextlib.suppress(Exception):  # its `join` raises what happened in it
+                with contextlib.suppress(Exception):  # `join` raises the error of the thread
                     thread.join()
         log.removeFilter(is_not_from_a_thread)
 
 
 def read_arrays(folder: Path, template: Mapping[str, Any]) -> Any:
-    """Read a tree of NumPy arrays with Orbax.
-
-    Args:
-      folder: The folder of arrays.
-      template: The expected tree of `jax.ShapeDtypeStruct`s.
-
-    Returns:
-      The arrays, with the shapes and types of the files.
+    """Read a tree of NumPy arrays with Orbax, given the expected tree of `jax.ShapeDtypeStruct`s.
 
     Raises:
       Exception: The files hold another tree, or arrays of other shapes or types. The type depends
@@ -143,7 +136,7 @@ def read_arrays(folder: Path, template: Mapping[str, Any]) -> Any:
 
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
     restore = ocp.args.PyTreeRestore(item=template, restore_args=as_numpy)  # type: ignore[call-arg]
-    with _checkpointer(ocp) as checkpointer, _plain(folder) as name:
+    with _checkpointer(ocp) as checkpointer, _literal(folder) as name:
         check_stored(name, template)
         return checkpointer.restore(name, args=restore)
 
@@ -156,16 +149,9 @@ def _checkpointer(ocp: Any, registry: Any = None) -> Any:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Hash every file in a folder.
-
-    Args:
-      folder: The folder.
-
-    Returns:
-      Hashes by relative file names.
-    """
+    """Hash every file in a folder; return the hashes by relative file names."""
     files = sorted(each for each in folder.rglob("*") if each.is_file())
-    return {each.relative_to(folder).as_posix(): _checksum(each) for each in files}
+    return {_name(folder, each): _checksum(each) for each in files}
 
 
 def _checksum(file: Path) -> str:
@@ -174,12 +160,10 @@ def _checksum(file: Path) -> str:
 
 
 def file_problems(folder: Path, files: Mapping[str, str], declared: int) -> list[str]:
-    """Check every file against its checksum. Orbax does not detect a damaged index.
+    """Check every file against its checksum, because Orbax does not detect a damaged index.
 
-    Args:
-      folder: The folder of arrays.
-      files: Hashes by name, from `checksums`.
-      declared: Bytes of the expected arrays; much larger files are not read.
+    `files` are from `checksums`, and `declared` are the bytes of the expected arrays; files that
+    are much larger are not read.
 
     Returns:
       A line for every file that is missing, changed, new, or a link that leaves the folder.
@@ -188,23 +172,21 @@ def file_problems(folder: Path, files: Mapping[str, str], declared: int) -> list
         root = folder.resolve()
         if root != folder.parent.resolve() / folder.name:
             return [f"{folder.name}: is a link that leaves the folder"]
-    except (OSError, RuntimeError) as error:  # links in a circle
+    except (OSError, RuntimeError) as error:  # circular links
         return [f"{folder.name}: {error}"]
-    stored = sum(each.stat().st_size for each in root.rglob("*") if each.is_file())
-    if stored > declared + limit(SIZE):
-        text = f"{stored:,} bytes of files for arrays of {declared:,} bytes"
-        return [f"{folder.name}: {text}. {raise_hint(SIZE)}"]
+    size = sum(each.stat().st_size for each in root.rglob("*") if each.is_file())
+    if size > declared + limit(INDEX_LIMIT):
+        text = f"{size:,} bytes of files for arrays of {declared:,} bytes"
+        return [f"{folder.name}: {text}. {limit_hint(INDEX_LIMIT)}"]
     problems = [f"{folder.name}/{problem}" for problem in listed_problems(root, files)]
-    extra = set(_names(root)) - set(files)
-    return problems + [f"{folder.name}/{name}: is not in the manifest" for name in sorted(extra)]
+    names = {_name(root, each) for each in root.rglob("*") if not each.is_dir()}
+    return problems + [
+        f"{folder.name}/{name}: is not in the manifest" for name in sorted(names - set(files))
+    ]
 
 
 def listed_problems(root: Path, files: Mapping[str, str]) -> list[str]:
-    """Check the listed files of a folder, and no others.
-
-    Args:
-      root: The folder.
-      files: Hashes by name, from `checksums`.
+    """Check the listed files of a folder against their `checksums`, and no others.
 
     Returns:
       A line for every file that is missing, changed, or a link that leaves the folder.
@@ -225,9 +207,9 @@ def _file_problem(root: Path, name: str, checksum: str) -> str | None:
         if not file.is_file():
             return "is missing"
         return None if _checksum(file) == checksum else "does not match its checksum"
-    except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have
+    except (OSError, ValueError, RuntimeError) as error:  # for example an invalid name
         return f"cannot be read: {type(error).__name__}"
 
 
-def _names(root: Path) -> list[str]:
-    return [each.relative_to(root).as_posix() for each in root.rglob("*") if not each.is_dir()]
+def _name(root: Path, file: Path) -> str:
+    return file.relative_to(root).as_posix()

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jax_lora.errors import LoraError, format_error
+from jax_lora.errors import LoraError
 
 PART = ".part"  # suffix of what is not complete
 OLD = ".old"  # suffix of an earlier file while several files are replaced
@@ -41,12 +41,8 @@ _FIXES = {
 
 
 @contextlib.contextmanager
-def explained(where: str | Path, error: type[LoraError]) -> Iterator[None]:
+def convert_os_errors(where: str | Path, error: type[LoraError]) -> Iterator[None]:
     """Raise every failure of the file system as an error of this library.
-
-    Args:
-      where: What is written, for the message.
-      error: Class of the exception to raise.
 
     Raises:
       LoraError: An `error`, from the `OSError` that was raised within.
@@ -58,37 +54,25 @@ def explained(where: str | Path, error: type[LoraError]) -> Iterator[None]:
 
 
 def write_error(where: str | Path, error: type[LoraError], cause: Exception) -> LoraError:
-    """Describe a failure to write.
+    """Return the exception for a failure to write, with a fix that suits the cause.
 
-    Args:
-      where: What is written.
-      error: Class of the exception.
-      cause: An `OSError`, or the exception of a library that met one.
-
-    Returns:
-      The exception, with a fix that suits the cause.
+    The cause is an `OSError`, or the exception of a library that met one.
     """
-    number = cause.errno if isinstance(cause, OSError) else _number_in(str(cause))
     if isinstance(cause, OSError):
-        text = str(cause)
-    elif number is not None:
-        text = f"{os.strerror(number)} ({type(cause).__name__})"
-    else:
-        text = f"{type(cause).__name__}: {cause}"
+        number, text = cause.errno, str(cause)
+    else:  # a library reports the number by its text, if at all
+        number = next((each for each in _FIXES if os.strerror(each) in str(cause)), None)
+        kind = type(cause).__name__
+        text = f"{kind}: {cause}" if number is None else f"{os.strerror(number)} ({kind})"
+    got = " ".join(text.split())[:300]
+    expected = "a place that can be written to, with enough free space"
+    fix = _FIXES.get(number or 0, "Free some space, or write elsewhere.")
     return error(
-        format_error(
-            f"writing {where}",
-            got=" ".join(text.split())[:300],
-            expected="a place that can be written to, with enough free space",
-            fix=_FIXES.get(number or 0, "Free some space, or write elsewhere.")
-            + " Whatever was there is unchanged.",
-        )
+        f"writing {where}",
+        got=got,
+        expected=expected,
+        fix=f"{fix} Whatever was there is unchanged.",
     )
-
-
-def _number_in(text: str) -> int | None:
-    """Find the error number in the message of a library that has no other way to report it."""
-    return next((number for number in _FIXES if os.strerror(number) in text), None)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -97,12 +81,9 @@ def _number_in(text: str) -> int | None:
 
 
 def write_file(path: Path, content: str | bytes, error: type[LoraError]) -> None:
-    """Write a file, or replace it.
+    """Write a file, or replace it: text as UTF-8 with its line ends unchanged, or bytes.
 
-    Args:
-      path: The file. A link is followed; a device or a pipe is written to directly.
-      content: Text, written as UTF-8 with its line ends unchanged, or bytes.
-      error: Class of the exception to raise.
+    A link is followed; a device or a pipe is written to directly.
 
     Raises:
       LoraError: An `error`, if writing fails; the earlier file is unchanged.
@@ -124,15 +105,10 @@ def write_file(path: Path, content: str | bytes, error: type[LoraError]) -> None
 def append_text(path: Path, text: str, error: type[LoraError]) -> None:
     """Append text to a file, created if necessary, or leave the file unchanged.
 
-    Args:
-      path: The file.
-      text: The text.
-      error: Class of the exception to raise.
-
     Raises:
       LoraError: An `error`, if writing fails.
     """
-    with explained(path, error), path.open("ab", buffering=0) as stream:
+    with convert_os_errors(path, error), path.open("ab", buffering=0) as stream:
         size, data = stream.tell(), text.encode("utf-8")
         try:
             while data:  # an almost full disk takes a part
@@ -145,19 +121,14 @@ def append_text(path: Path, text: str, error: type[LoraError]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, error: type[LoraError]) -> Iterator[Path]:
-    """Write a file or a folder under another name, and rename it when it is complete.
+    """Yield another name to write a file or a folder to, and rename it when it is complete.
 
-    Args:
-      path: Its place. A file is replaced, and so is an empty folder.
-      error: Class of the exception to raise.
-
-    Yields:
-      The path to write to.
+    A file at `path` is replaced, and so is an empty folder.
 
     Raises:
       LoraError: An `error`, if writing fails; `path` is unchanged.
     """
-    with explained(path, error):
+    with convert_os_errors(path, error):
         target = Path(os.path.realpath(path))
         if target.exists() and not (target.is_file() or target.is_dir()):
             yield target  # /dev/stdout, say, which nothing must replace
@@ -181,12 +152,7 @@ def part_of(path: Path, suffix: str = PART) -> Path:
 
 
 def remove_parts(folder: Path, *names: str) -> None:
-    """Remove what killed processes left unfinished.
-
-    Args:
-      folder: The folder, which is locked.
-      *names: Patterns of the names that were written.
-    """
+    """Remove what killed processes left unfinished in a locked folder, by patterns of its names."""
     for name in names:
         for part in folder.glob(f"{name}.????????{PART}"):
             remove(part)
@@ -203,18 +169,14 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def made_folder(folder: Path, error: type[LoraError]) -> Iterator[None]:
-    """Create a folder to write in; it is removed if writing fails and leaves it empty.
-
-    Args:
-      folder: The folder, with its parents; it may exist.
-      error: Class of the exception to raise.
+    """Create a folder to write in, with its parents; it is removed if it is empty after a failure.
 
     Raises:
       LoraError: An `error`, if it cannot be created.
     """
     missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
-        with explained(folder, error):
+        with convert_os_errors(folder, error):
             folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
@@ -233,26 +195,17 @@ def made_folder(folder: Path, error: type[LoraError]) -> Iterator[None]:
 def replacing_both(
     folder: Path, weights: str, index: str, error: type[LoraError]
 ) -> Iterator[tuple[Path, Path]]:
-    """Write two files of a folder, and replace the earlier ones when both are complete.
+    """Yield paths to write two files of a locked folder to; replace the earlier ones together.
 
     Files whose bytes are unchanged are not replaced. If both are, the earlier ones are moved aside
     first, and come back if anything fails. A process that is killed in between leaves a folder
     without the index, never an old and a new file together; the next call, or `recover`, brings the
-    earlier files back.
-
-    Args:
-      folder: The folder, which is locked.
-      weights: Name of the large file.
-      index: Name of the file without which the other is not used.
-      error: Class of the exception to raise.
-
-    Yields:
-      The paths to write to: of the weights and of the index.
+    earlier files back. The other file, the weights, is not used without the index.
 
     Raises:
       LoraError: An `error`, if writing fails; the earlier files are unchanged.
     """
-    with explained(folder, error):
+    with convert_os_errors(folder, error):
         recover(folder, weights, index)
         remove_parts(folder, weights, index)
         parts = {name: part_of(folder / name) for name in (weights, index)}
@@ -274,13 +227,7 @@ def is_interrupted(folder: Path, index: str) -> bool:
 
 
 def recover(folder: Path, weights: str, index: str) -> None:
-    """Undo a replacement that a killed process did not finish.
-
-    Args:
-      folder: The folder, which is locked.
-      weights: Name of the large file.
-      index: Name of the file without which the other is not used.
-    """
+    """Undo a replacement in a locked folder that a killed process did not finish."""
     unfinished = not os.path.lexists(folder / index)
     for name in (weights, index):  # the index last: until then, a kill changes nothing
         for kept in folder.glob(f"{name}.????????{OLD}"):

@@ -28,15 +28,7 @@ _F32 = 0  # type of a tensor
 def write_gguf(
     path: Path, metadata: Mapping[str, str | float], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Write a GGUF file, in place.
-
-    Args:
-      path: The file.
-      metadata: Strings and numbers by name; a number is stored as a float32.
-      tensors: Arrays by name, stored as float32.
-
-    Raises:
-      OSError: Writing fails.
+    """Write a GGUF file, in place; numbers and tensors are stored as float32.
 
     Example:
       >>> import tempfile

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from jax_lora.errors import LoraError, format_error
-from jax_lora.storage.limits import limit, raise_hint
+from jax_lora.errors import LoraError
+from jax_lora.storage.limits import limit, limit_hint
 
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -20,15 +20,7 @@ _LONGEST_CAUSE = 200  # characters
 
 
 def read_json(path: Path, error: type[LoraError], size: str = "json_bytes") -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Args:
-      path: The file.
-      error: Class of the exception to raise.
-      size: Name of the limit on the size of the file.
-
-    Returns:
-      The object.
+    """Read a JSON object from a file; `size` is the name of the limit on its size.
 
     Raises:
       LoraError: An `error`, if the file is missing, too large, nested too deeply, or not a JSON
@@ -38,15 +30,7 @@ def read_json(path: Path, error: type[LoraError], size: str = "json_bytes") -> d
 
 
 def read_limited(path: Path, error: type[LoraError], size: str) -> bytes:
-    """Read a file, unless it is larger than a limit.
-
-    Args:
-      path: The file.
-      error: Class of the exception to raise.
-      size: Name of the limit.
-
-    Returns:
-      The contents.
+    """Read a file, unless it is larger than the limit of the name `size`.
 
     Raises:
       LoraError: An `error`, if the file cannot be read or is too large.
@@ -58,22 +42,12 @@ def read_limited(path: Path, error: type[LoraError], size: str) -> bytes:
         raise refusal(path, error, cause) from cause
     if len(data) > limit(size):
         got = f"more than {limit(size):,} bytes"
-        raise error(
-            format_error(str(path), got=got, expected="a smaller file", fix=raise_hint(size))
-        )
+        raise error(path, got=got, expected="a smaller file", fix=limit_hint(size))
     return data
 
 
 def parse_object(data: bytes, path: Path, error: type[LoraError]) -> dict[str, Any]:
-    """Parse the contents of a file as a JSON object.
-
-    Args:
-      data: The contents.
-      path: The file, for messages.
-      error: Class of the exception to raise.
-
-    Returns:
-      The object.
+    """Parse the contents of a file as a JSON object; its path is for messages.
 
     Raises:
       LoraError: An `error`, as for `read_json`.
@@ -91,10 +65,10 @@ def refusal(path: Path, error: type[LoraError], cause: Exception) -> LoraError:
     """Return the exception for a file that is missing or is not JSON."""
     fix = "Check the path, and that the file is complete."
     if isinstance(cause, TooDeepError):
-        fix = raise_hint("json_depth")
+        fix = limit_hint("json_depth")
     kind = "" if isinstance(cause, OSError) else "broken JSON: "
     got = f"{kind}{type(cause).__name__}: {str(cause)[:_LONGEST_CAUSE]}"
-    return error(format_error(str(path), got=got, expected="a JSON object", fix=fix))
+    return error(path, got=got, expected="a JSON object", fix=fix)
 
 
 class TooDeepError(ValueError):
@@ -103,12 +77,6 @@ class TooDeepError(ValueError):
 
 def parse_json(text: str) -> Any:
     """Parse JSON strictly.
-
-    Args:
-      text: The text.
-
-    Returns:
-      The value.
 
     Raises:
       ValueError: The text is not JSON, is nested too deeply, or has a duplicate key, a number that
@@ -173,13 +141,7 @@ def _finite(text: str) -> float:
 
 
 def json_checksum(value: Any) -> str:
-    """Hash a JSON value, independent of the order of keys.
-
-    Args:
-      value: A value that `json.dumps` accepts.
-
-    Returns:
-      32 hexadecimal digits.
+    """Hash a JSON value to 32 hexadecimal digits, independent of the order of keys.
 
     Example:
       >>> json_checksum({"a": 1, "b": 2}) == json_checksum({"b": 2, "a": 1})
@@ -187,3 +149,14 @@ def json_checksum(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Add the checksum of an object to it, as the field `seal`."""
+    return values | {"seal": json_checksum(values)}
+
+
+def is_sealed(values: dict[str, Any]) -> bool:
+    """Tell whether an object is one that `sealed` returned, unchanged."""
+    content = {key: value for key, value in values.items() if key != "seal"}
+    return values.get("seal") == json_checksum(content)

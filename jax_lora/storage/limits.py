@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 
 VARIABLE = "JAX_LORA_LIMITS"
 
@@ -36,13 +36,7 @@ DEFAULTS: Mapping[str, int] = {
 
 
 def limit(name: str) -> int:
-    """Return a limit: the default, or its value in `JAX_LORA_LIMITS`.
-
-    Args:
-      name: A name of `DEFAULTS`.
-
-    Returns:
-      The limit, in the unit of its name.
+    """Return a limit, in the unit of its name: the default, or its value in `JAX_LORA_LIMITS`.
 
     Raises:
       ConfigError: The environment variable has an unknown name, or a value that is not a positive
@@ -56,13 +50,7 @@ def limit(name: str) -> int:
 
 
 def expanded_limit(stored: int) -> int:
-    """Return how many bytes a compressed file may expand to.
-
-    Args:
-      stored: Size of the file in bytes.
-
-    Returns:
-      The limit in bytes.
+    """Return how many bytes a compressed file of `stored` bytes may expand to.
 
     Example:
       >>> expanded_limit(1000) == limit("expanded_bytes")
@@ -71,7 +59,7 @@ def expanded_limit(stored: int) -> int:
     return max(limit("expanded_bytes"), limit("expansion") * stored)
 
 
-def raise_hint(name: str) -> str:
+def limit_hint(name: str) -> str:
     """Return the sentence that tells a user how to raise a limit."""
     return f"If you trust the file, raise the limit: {VARIABLE}={name}=N"
 
@@ -84,12 +72,7 @@ def _replaced() -> dict[str, int]:
 def _parse(item: str) -> tuple[str, int]:
     name, _, value = (part.strip() for part in item.partition("="))
     if name not in DEFAULTS or not value.isdecimal() or not value.isascii() or int(value) == 0:
-        raise ConfigError(
-            format_error(
-                f"environment variable {VARIABLE}",
-                got=item,
-                expected=f"NAME=N with N above 0 and NAME one of {', '.join(DEFAULTS)}",
-                fix=f"Write for example {VARIABLE}=json_bytes=64000000.",
-            )
-        )
+        expected = f"NAME=N with N above 0 and NAME one of {', '.join(DEFAULTS)}"
+        fix = f"Write for example {VARIABLE}=json_bytes=64000000."
+        raise ConfigError(f"environment variable {VARIABLE}", got=item, expected=expected, fix=fix)
     return name, int(value)

@@ -19,8 +19,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_lora.errors import LoraError, format_error
-from jax_lora.storage.atomic_writes import explained
+from jax_lora.errors import LoraError
+from jax_lora.storage.atomic_writes import convert_os_errors
 
 LOCK = ".lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -30,11 +30,9 @@ _PLACE = 2**30  # Windows lets nobody read locked bytes, so the lock is far behi
 
 
 class FolderLock:
-    """The lock of a folder, held by this object until `release`.
+    """The lock of an existing folder, held by this object until `release`.
 
-    Args:
-      folder: The folder, which exists. Threads of one process exclude each other as well.
-      error: Class of the exception to raise.
+    Threads of one process exclude each other as well.
 
     Raises:
       LoraError: An `error`, if another writer holds the lock, with its description; or the folder
@@ -44,10 +42,12 @@ class FolderLock:
     def __init__(self, folder: Path, error: type[LoraError]):
         """Take the lock, without waiting."""
         self.file, self._error = folder / LOCK, error
-        with explained(folder, error):
+        with convert_os_errors(folder, error):
             number = _take(self.file)
         if number is None:
-            raise _refusal(folder, error)
+            got = f"another writer at work in this folder: {_owner(self.file)}"
+            fix = "Wait until it is done, stop it, or write to another folder."
+            raise error(folder, got=got, expected="one writer at a time", fix=fix)
         self._number: int | None = number
         _held.add(self)
 
@@ -59,9 +59,7 @@ class FolderLock:
     def rename_folder(self, folder: Path) -> None:
         """Rename the locked folder, and stay its holder.
 
-        Args:
-          folder: The new name. Windows renames no folder with an open file, so the lock is released
-            there.
+        Windows renames no folder with an open file, so the lock is released there.
         """
         if os.name == "nt":
             self.release()
@@ -69,10 +67,7 @@ class FolderLock:
         self.file = folder / LOCK
 
     def exchange(self, folder: Path) -> None:
-        """Give the lock back, and take that of another folder first.
-
-        Args:
-          folder: The other folder, which exists.
+        """Give the lock back, and take that of another existing folder first.
 
         Raises:
           LoraError: Another writer holds its lock; this object then holds the earlier one.
@@ -97,20 +92,17 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self.file.unlink()
 
-    def forget(self) -> None:
-        """Close the file in a forked process, without giving the parent's lock back."""
-        if self._number is not None:
-            os.close(self._number)
-            self._number = None
-
 
 _held: set[FolderLock] = set()
 
 
 def _forget_all() -> None:
-    for lock in list(_held):
-        lock.forget()
-    _held.clear()
+    """Close the files in a forked process, without giving the parent's locks back."""
+    while _held:
+        lock = _held.pop()
+        number, lock._number = lock._number, None
+        if number is not None:
+            os.close(number)
 
 
 if hasattr(os, "register_at_fork"):  # or a forked worker would hold the lock of a killed parent
@@ -119,17 +111,7 @@ if hasattr(os, "register_at_fork"):  # or a forked worker would hold the lock of
 
 @contextlib.contextmanager
 def locked(folder: Path, error: type[LoraError]) -> Iterator[FolderLock]:
-    """Hold the lock of a folder.
-
-    Args:
-      folder: The folder, which exists.
-      error: Class of the exception to raise.
-
-    Yields:
-      The lock.
-
-    Raises:
-      LoraError: An `error`, if another writer holds the lock or the folder cannot be written to.
+    """Hold the `FolderLock` of a folder.
 
     Example:
       >>> import tempfile
@@ -204,17 +186,6 @@ def _describe(number: int) -> None:
         os.ftruncate(number, 0)
         os.lseek(number, 0, os.SEEK_SET)
         os.write(number, (json.dumps(owner) + "\n").encode())
-
-
-def _refusal(folder: Path, error: type[LoraError]) -> LoraError:
-    return error(
-        format_error(
-            str(folder),
-            got=f"another writer at work in this folder: {_owner(folder / LOCK)}",
-            expected="one writer at a time",
-            fix="Wait until it is done, stop it, or write to another folder.",
-        )
-    )
 
 
 def _owner(file: Path) -> str:

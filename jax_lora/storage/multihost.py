@@ -24,18 +24,19 @@ def to_host(array: Any) -> np.ndarray:
     here = not isinstance(array, jax.Array) or array.is_fully_addressable
     if here or array.is_fully_replicated:
         return np.asarray(array)
+    return _gathered(array, tiled=True)
+
+
+def _gathered(array: Any, *, tiled: bool = False) -> np.ndarray:
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=tiled))
 
 
 def first_alone(do: Callable[[], Any]) -> Any:
     """Run a function in process 0 only, while the other processes wait.
 
     A call inside the function waits for nobody.
-
-    Args:
-      do: The function, which may raise an exception in process 0.
 
     Returns:
       The function's result in every process. With several processes it must be a plain value that
@@ -77,27 +78,19 @@ def _from_first(value: Any) -> Any:
 
 def gather_texts(text: str) -> list[str]:
     """Gather a text of at most 1,024 bytes from every process, in the order of the processes."""
-    from jax.experimental import multihost_utils
-
     sent = np.frombuffer(text.encode()[:1024].ljust(1024), np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(sent)).reshape(-1, 1024)
+    rows = _gathered(sent).reshape(-1, 1024)
     return [row.tobytes().decode(errors="replace").rstrip(" ") for row in rows]
 
 
 def unequal(values: Mapping[str, str]) -> dict[str, list[int]]:
     """Compare texts between processes; every process must call it with the same names.
 
-    Args:
-      values: Texts by name.
-
-    Returns:
-      For each name whose texts differ, the processes whose text is not that of process 0.
+    Return, for each name whose texts differ, the processes whose text is not that of process 0.
     """
-    from jax.experimental import multihost_utils
-
     digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in values.values()]
     own = np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)
-    every = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, *own.shape)
+    every = _gathered(own).reshape(-1, *own.shape)
     others = (every != every[0]).any(-1)  # (processes, names)
     return {
         name: np.flatnonzero(others[:, number]).tolist()

@@ -1,6 +1,6 @@
-"""Bound the index of an OCDBT store: its manifests, and the nodes of its B-trees.
+"""Limit the size of an OCDBT store's index: its manifests and the nodes of its B-trees.
 
-TensorStore expands them in memory, whatever size they have. A kilobyte can expand to gigabytes.
+TensorStore decompresses them in memory without a limit. A kilobyte can expand to gigabytes.
 
 Reference:
   https://google.github.io/tensorstore/kvstore/ocdbt/, "Storage format"; RFC 8878, section 3.1.1.
@@ -13,62 +13,51 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_lora.storage.limits import limit, raise_hint
+from jax_lora.storage.limits import limit, limit_hint
 
-SIZE = "array_index_bytes"
-_HEAD = 14  # bytes: a magic number, the length, a version, the kind of compression
+INDEX_LIMIT = "array_index_bytes"
+_HEADER = 14  # bytes: 4 of the magic number, 8 of the length, the version, the compression
 _MAGIC = re.compile(rb"\x0c\xdb(?:\x3a\x2a|\x20\xde)")  # of a manifest, of a node
-_ZSTD = b"\x28\xb5\x2f\xfd"
+ZSTD = b"\x28\xb5\x2f\xfd"
 _BLOCK = 128 * 2**10  # the largest size that a block of a Zstandard frame expands to
 _RAW, _RLE = 0, 1
 
 
 def check_index(folder: Path) -> None:
-    """Refuse an index that may expand to more than the limit `array_index_bytes`.
-
-    Args:
-      folder: The store.
-
-    Raises:
-      ValueError: It may.
-    """
-    most, total = limit(SIZE), 0
+    """Raise a `ValueError` for a store whose index may expand beyond `array_index_bytes`."""
+    most, total = limit(INDEX_LIMIT), 0
     for file in folder.rglob("*"):
         if file.is_file() and file.stat().st_size:
             for size in _sizes(file):
                 total += size
                 if total > most:
                     name = file.relative_to(folder).as_posix()
-                    raise ValueError(
-                        f"{name}: an index of more than {most:,} bytes. {raise_hint(SIZE)}"
-                    )
+                    hint = limit_hint(INDEX_LIMIT)
+                    raise ValueError(f"{name}: an index of more than {most:,} bytes. {hint}")
 
 
 def _sizes(file: Path) -> Iterator[int]:
-    """Yield bounds on the expanded sizes of the manifests and nodes in a file.
+    """Yield upper bounds on the expanded sizes of the manifests and nodes in a file.
 
-    Values lie between the nodes. Those that look like a node count as one.
+    Array data between the nodes counts as a node if it looks like one.
     """
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for found in _MAGIC.finditer(data):
             start = found.start()
             length = int.from_bytes(data[start + 4 : start + 12], "little")
-            version, compression = data[start + 12 : start + _HEAD] or (1, 0)
-            if version != 0 or not _HEAD < length <= len(data) - start:
-                continue  # TensorStore refuses it
-            if compression == 0:
+            if not _HEADER < length <= len(data) - start or data[start + 12] != 0:
+                continue  # TensorStore refuses another length or version
+            if data[start + 13] == 0:  # not compressed
                 yield length
             else:
-                yield from _frames(data, start + _HEAD, start + length)
+                yield from _frames(data, start + _HEADER, start + length)
 
 
 def _frames(data: mmap.mmap, at: int, end: int) -> Iterator[int]:
-    """Yield bounds on the expanded sizes of Zstandard frames in a row."""
-    while at + 5 < end and data[at : at + 4] == _ZSTD:
-        descriptor = data[at + 4]
-        single, checksum = descriptor & 32, 4 * (descriptor >> 2 & 1)
-        size_bytes = (int(bool(single)), 2, 4, 8)[descriptor >> 6]
-        at += 5 + (not single) + (0, 1, 2, 4)[descriptor & 3] + size_bytes
+    """Yield upper bounds on the expanded sizes of the blocks of consecutive Zstandard frames."""
+    while at + 5 < end and data[at : at + 4] == ZSTD:
+        checksum = 4 * (data[at + 4] >> 2 & 1)
+        at, _ = frame_header(data, at)
         last = False
         while not last and at + 3 <= end:
             block = int.from_bytes(data[at : at + 3], "little")
@@ -76,3 +65,12 @@ def _frames(data: mmap.mmap, at: int, end: int) -> Iterator[int]:
             yield size if kind in (_RAW, _RLE) else _BLOCK
             at += 3 + (1 if kind == _RLE else size)
         at += checksum
+
+
+def frame_header(data: bytes | mmap.mmap, at: int) -> tuple[int, bytes]:
+    """Return where the header of a Zstandard frame ends, and its field with the expanded size."""
+    descriptor = data[at + 4]
+    single = descriptor >> 5 & 1
+    length = (single, 2, 4, 8)[descriptor >> 6]
+    end = at + 5 + (1 - single) + (0, 1, 2, 4)[descriptor & 3] + length
+    return end, data[end - length : end]

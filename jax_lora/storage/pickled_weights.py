@@ -21,13 +21,7 @@ _CODE = (
 
 
 def pickle_names(names: Iterable[str]) -> list[str]:
-    """Choose the names of pickle files.
-
-    Args:
-      names: File names.
-
-    Returns:
-      Those of pickle files, sorted.
+    """Choose the names of pickle files, sorted.
 
     Example:
       >>> pickle_names(["pytorch_model.bin", "config.json"])
@@ -41,13 +35,8 @@ def pickle_names(names: Iterable[str]) -> list[str]:
 def conversion_command(folder: Path, names: Sequence[str], target: str) -> str:
     """Return the shell command that writes pickled weights as one safetensors file.
 
-    Args:
-      folder: The folder.
-      names: The pickled files: one, or all shards of a model.
-      target: Name of the file to write.
-
-    Returns:
-      The command. It needs torch and safetensors, and runs no code of the files.
+    `names` are one file, or all shards of a model. The command needs torch and safetensors, and
+    runs no code of the files.
 
     Example:
       >>> conversion_command(Path("model"), ["a.bin"], "b.safetensors").split("' ")[1]
@@ -61,14 +50,7 @@ def conversion_command(folder: Path, names: Sequence[str], target: str) -> str:
 
 
 def convert_fix(source: str, *, adapter: bool = False) -> str:
-    """Return the advice to convert the pickled weights of a Hub name, with the command.
-
-    Args:
-      source: The Hub name.
-      adapter: Whether it is an adapter of PEFT.
-
-    Returns:
-      The text for `fix`.
+    """Return the advice, with the command, to convert the pickled weights of a Hub name.
 
     Example:
       >>> print(convert_fix("owner/name"))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from jax_lora.errors import ModelError, format_error
+from jax_lora.errors import ModelError
 
 _LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
 
@@ -16,12 +16,8 @@ _LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
 def check_pins(folder: Path, pins: str | os.PathLike[str]) -> None:
     """Raise unless a folder has exactly the files of a list, with the same contents.
 
-    Hidden files are left out, as nothing reads them.
-
-    Args:
-      folder: The folder.
-      pins: File with the output of `sha256sum`: a hash and a name on each line. Names are relative
-        to the folder or to the working directory.
+    The list is the output of `sha256sum`: a hash and a name on each line. Names are relative to the
+    folder or to the working directory. Hidden files are left out, as nothing reads them.
 
     Raises:
       ModelError: The list cannot be read, a file differs or is missing, or a file of the folder is
@@ -36,15 +32,11 @@ def check_pins(folder: Path, pins: str | os.PathLike[str]) -> None:
         if _digest(present[name]) != pinned[name]:
             problems.append(f"{name}: another SHA-256 hash")
     if problems:
-        raise ModelError(
-            format_error(
-                str(folder),
-                got=problems,
-                expected=f"exactly the files in {pins}",
-                fix="Do not use this folder unless you know why it differs. To pin its present "
-                "files: cd FOLDER && sha256sum * > PINS",
-            )
+        fix = (
+            "Do not use this folder unless you know why it differs. To pin its present files: "
+            "cd FOLDER && sha256sum * > PINS"
         )
+        raise ModelError(folder, got=problems, expected=f"exactly the files in {pins}", fix=fix)
 
 
 def _read_pins(pins: Path) -> Iterator[tuple[str, str]]:
@@ -63,13 +55,9 @@ def _read_pins(pins: Path) -> Iterator[tuple[str, str]]:
 
 
 def _unreadable(pins: Path, got: str) -> ModelError:
+    expected = "the output of sha256sum: a hash and a file name on each line"
     return ModelError(
-        format_error(
-            str(pins),
-            got=got,
-            expected="the output of sha256sum: a hash and a file name on each line",
-            fix="Write it with: cd FOLDER && sha256sum * > PINS",
-        )
+        pins, got=got, expected=expected, fix="Write it with: cd FOLDER && sha256sum * > PINS"
     )
 
 

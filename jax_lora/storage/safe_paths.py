@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import LoraError, format_error
+from jax_lora.errors import LoraError
 from jax_lora.storage.schema import shown
 
 _SHARED_BLOB = re.compile(r"(?P<folder>[0-9a-f]{2})[0-9a-f]{62}")
@@ -19,13 +19,6 @@ def given_path(path: str | os.PathLike[str], error: type[LoraError]) -> Path:
 
     The file need not exist. Without this check, a path that is too long, cannot be encoded or leads
     through an unreadable folder would cause exceptions of many types.
-
-    Args:
-      path: The path.
-      error: Class of the exception to raise.
-
-    Returns:
-      The path.
 
     Raises:
       LoraError: An `error`, if the file system refuses the path.
@@ -40,61 +33,36 @@ def given_path(path: str | os.PathLike[str], error: type[LoraError]) -> Path:
         pass
     except (OSError, ValueError) as cause:  # a null byte is a ValueError
         text = os.fspath(path)
+        where = text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."
+        got = getattr(cause, "strerror", None) or str(cause)
+        fix = "Correct the path, or the permissions of the folders above it."
         raise error(
-            format_error(
-                text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}...",
-                got=getattr(cause, "strerror", None) or str(cause),
-                expected="a path that the file system accepts",
-                fix="Correct the path, or the permissions of the folders above it.",
-            )
+            where, got=got, expected="a path that the file system accepts", fix=fix
         ) from cause
     return Path(path)
 
 
 def contained(folder: Path, name: Any, error: type[LoraError]) -> Path:
-    """Return the path of a file in a folder, without opening it.
-
-    Args:
-      folder: The folder.
-      name: The file name.
-      error: Class of the exception to raise.
-
-    Returns:
-      The path.
+    """Return the path of a folder's file of that name, without opening it.
 
     Raises:
       LoraError: An `error`, if the name has other parts than a file name, or the file is a link
         that leaves the folder.
     """
     if not _is_plain(name):
-        raise error(
-            format_error(
-                str(folder),
-                got=f"the file name {shown(name)}",
-                expected="the name of a file in the folder, without a path",
-                fix="Do not use this folder: its index refers to files outside it.",
-            )
-        )
-    path = folder / name
+        expected = "the name of a file in the folder, without a path"
+        fix = "Do not use this folder: its index refers to files outside it."
+        raise error(folder, got=f"the file name {shown(name)}", expected=expected, fix=fix)
+    path, expected, fix = folder / name, "a file in the folder", "Copy the file into the folder"
     try:
         target, root = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as cause:  # links in a circle
         raise error(
-            format_error(
-                str(path),
-                got=f"{type(cause).__name__}: {cause}",
-                expected="a file in the folder",
-                fix="Copy the file into the folder.",
-            )
+            path, got=f"{type(cause).__name__}: {cause}", expected=expected, fix=f"{fix}."
         ) from cause
     if target.parent != root and not _is_hub_blob(target, root):
         raise error(
-            format_error(
-                str(path),
-                got=f"a link to {target}",
-                expected="a file in the folder",
-                fix="Copy the file into the folder if you trust it.",
-            )
+            path, got=f"a link to {target}", expected=expected, fix=f"{fix} if you trust it."
         )
     return path
 
@@ -113,11 +81,8 @@ def _is_hub_blob(target: Path, root: Path) -> bool:
     A repository has `blobs/`, and so has the cache, in folders of two digits, for the files of all
     repositories.
     """
-    repository = root.parent.parent
-    stores = (target.parent == repository / "blobs", _is_shared_blob(target, repository.parent))
-    return root.parent.name == "snapshots" and any(stores)
-
-
-def _is_shared_blob(target: Path, cache: Path) -> bool:
-    found = _SHARED_BLOB.fullmatch(target.name)
-    return found is not None and target.parent == cache / "blobs" / found["folder"]
+    repository, shared = root.parent.parent, _SHARED_BLOB.fullmatch(target.name)
+    stores = [repository / "blobs"]
+    if shared is not None:
+        stores.append(repository.parent / "blobs" / shared["folder"])
+    return root.parent.name == "snapshots" and target.parent in stores

@@ -42,15 +42,7 @@ class Kind:
 
 
 def problems(value: Any, kind: Kind, field: str = "") -> Iterator[str]:
-    """List what does not fit in a value.
-
-    Args:
-      value: A value of a JSON or YAML document.
-      kind: What it should be.
-      field: Its dotted path; empty for the document.
-
-    Yields:
-      A line for each problem.
+    """Yield a line for each value of a document that does not fit; `field` is its dotted path.
 
     Example:
       >>> list(problems({"a": {"b": "x"}}, fields({"a": fields({"b": INTEGER})})))
@@ -149,14 +141,9 @@ def object_of(kind: Kind) -> Kind:
 
 
 def fields(kinds: Mapping[str, Kind], required: tuple[str, ...] = ()) -> Kind:
-    """Describe an object by its fields; others are ignored.
+    """Describe an object by the kinds of its fields, of which all may be absent but the required.
 
-    Args:
-      kinds: Kinds by name. A field may be absent.
-      required: Fields that may not be absent.
-
-    Returns:
-      The kind.
+    Other fields are ignored.
     """
 
     def parts(value: Any) -> Iterator[tuple[str, Any, Kind]]:
@@ -169,6 +156,11 @@ def fields(kinds: Mapping[str, Kind], required: tuple[str, ...] = ()) -> Kind:
                 yield name, value[name], kind
 
     return Kind("an object", OBJECT.fits, parts)
+
+
+def record(kinds: Mapping[str, Kind], optional: tuple[str, ...] = ()) -> Kind:
+    """Describe an object by its fields, of which all but the optional are required."""
+    return fields(kinds, tuple(name for name in kinds if name not in optional))
 
 
 def of_annotation(annotation: Any) -> Kind:

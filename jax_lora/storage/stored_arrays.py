@@ -17,20 +17,15 @@ import numpy as np
 
 from jax_lora.storage.json_files import parse_json
 from jax_lora.storage.limits import limit
-from jax_lora.storage.ocdbt_index import check_index
+from jax_lora.storage.ocdbt_index import ZSTD, check_index, frame_header
 
 _TREE = "_METADATA"  # Orbax's description of the tree, as JSON
 _ARRAY = ".zarray"  # zarr's description of an array, as JSON
-_ZSTD = b"\x28\xb5\x2f\xfd"
 _MOST_CHUNKS = 2**16  # of an array, which has one for each device that saves it
 
 
 def check_stored(folder: Path, template: Mapping[str, Any]) -> None:
-    """Compare the sizes of arrays and chunks on the disk with those expected.
-
-    Args:
-      folder: The folder of the checkpoint.
-      template: The expected tree of `jax.ShapeDtypeStruct`s.
+    """Compare the sizes of stored arrays and chunks with a tree of `jax.ShapeDtypeStruct`s.
 
     Raises:
       ValueError: An array, a chunk or the index is larger than expected, or the checkpoint does not
@@ -128,12 +123,9 @@ def _expanded_size(frame: bytes) -> int | None:
     Reference:
       RFC 8878, section 3.1.1.1.
     """
-    if frame[:4] != _ZSTD or len(frame) < 5:
+    if frame[:4] != ZSTD or len(frame) < 5:
         return None
-    descriptor = frame[4]
-    single = bool(descriptor & 32)
-    start = 5 + (not single) + (0, 1, 2, 4)[descriptor & 3]
-    length = (int(single), 2, 4, 8)[descriptor >> 6]
-    if not length or len(frame) < start + length:
+    end, size = frame_header(frame, 0)
+    if not size or len(frame) < end:
         return None
-    return int.from_bytes(frame[start : start + length], "little") + 256 * (length == 2)
+    return int.from_bytes(size, "little") + 256 * (len(size) == 2)

@@ -6,9 +6,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import LoraError, format_error
+from jax_lora.errors import LoraError
 from jax_lora.storage.json_files import read_limited
-from jax_lora.storage.limits import limit, raise_hint
+from jax_lora.storage.limits import limit, limit_hint
 
 _LONGEST_INTEGER = 80  # characters
 
@@ -18,15 +18,7 @@ def read_yaml(
 ) -> dict[str, Any]:
     """Read a YAML mapping with string keys.
 
-    Args:
-      path: The file.
-      error: Class of the exception to raise.
-      expected: The expected contents, for messages.
-      fix: How to fix the file, for messages.
-      where: What messages call the file; None: its path.
-
-    Returns:
-      The mapping.
+    Messages say what is `expected` and how to `fix` it, and call the file `where`, or by its path.
 
     Raises:
       LoraError: An `error`, if the file is missing, too large, nested too deeply, expands too much
@@ -43,7 +35,7 @@ def read_yaml(
         value, problem = {}, " ".join(problem.split())[:200]
         fix = cause.fix if isinstance(cause, _LimitError) else fix
     if problem is not None:
-        raise error(format_error(where or str(path), got=problem, expected=expected, fix=fix))
+        raise error(where or str(path), got=problem, expected=expected, fix=fix)
     return value
 
 
@@ -59,7 +51,7 @@ class _LimitError(ValueError):
 
     def __init__(self, name: str, what: str):
         super().__init__(f"{what} than {limit(name):,}")
-        self.fix = raise_hint(name)
+        self.fix = limit_hint(name)
 
 
 def _parse(text: str) -> Any:

@@ -6,11 +6,10 @@ materialized there are described as materialized here.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, TypeVar
 
-from jax_lora.transform.programs import Body, Call, Cond, Scan, ShardMap, While
+from jax_lora.transform.programs import Body, Cond, Loop, Scan, ShardMap, While
 from jax_lora.transform.rules import Rule
 from jax_lora.transform.walker import Interpretation, walk
 
@@ -44,16 +43,6 @@ class Abstract(Interpretation[Value], Protocol[Value]):
         """Describe a stack of values along a new first axis; by default like one of them."""
         return value
 
-    def into_shards(
-        self, eqn: Any, program: ShardMap, inputs: Sequence[Value]
-    ) -> tuple[Self, Sequence[Value]]:
-        """Return the interpretation and the inputs of the body of a `shard_map`."""
-        return self.inside(eqn), inputs
-
-    def out_of_shards(self, inner: Any, program: ShardMap, outputs: Sequence[Value]) -> list[Value]:
-        """Return the outputs of a `shard_map`, given those of its body."""
-        return list(outputs)
-
     def enter(
         self, eqn: Any, rule: Rule, program: Any, inputs: Sequence[Value]
     ) -> list[Value] | None:
@@ -62,32 +51,50 @@ class Abstract(Interpretation[Value], Protocol[Value]):
 
     def run(self, body: Body, inputs: Sequence[Value]) -> list[Value]:
         """Interpret a sub-jaxpr."""
-        return walk(self, body.jaxpr, body.consts, inputs)
+        return walk(self, body, inputs)
 
 
-def _call(here: Abstract, eqn: Any, program: Call, inputs: Sequence[Any]) -> list[Any]:
-    return here.inside(eqn).run(program.body, inputs)
+def _call(here: Abstract, eqn: Any, program: Body, inputs: Sequence[Any]) -> list[Any]:
+    return here.inside(eqn).run(program, inputs)
 
 
 def _scan(here: Abstract, eqn: Any, program: Scan, inputs: Sequence[Any]) -> list[Any]:
     consts, carry, xs = program.split(inputs)
     xs = [here.sliced(value) for value in xs]
-    loop = _Loop(here, eqn, "scan carry", program.unchanged)
     step = lambda inner, carry: inner.run(program.body, [*consts, *carry, *xs])  # noqa: E731
-    n_carry = program.n_carry
-    carry = loop.fixed_point(carry, lambda carry: step(here.unrecorded(), carry)[:n_carry])
+    carry = _fixed_point(here, eqn, program, carry, step)
     outputs = step(here.inside(eqn, program.length), carry)
-    stacked = [here.stacked(value, eqn) for value in outputs[n_carry:]]
-    return [*loop.materialized(outputs[:n_carry]), *stacked]
+    stacked = [here.stacked(value, eqn) for value in outputs[program.n_carry :]]
+    return [*_carried(here, eqn, program, outputs), *stacked]
 
 
 def _while(here: Abstract, eqn: Any, program: While, inputs: Sequence[Any]) -> list[Any]:
     for_test, for_body, carry = program.split(inputs)
-    loop = _Loop(here, eqn, "while carry", program.unchanged)
     step = lambda inner, carry: inner.run(program.body, [*for_body, *carry])  # noqa: E731
-    carry = loop.fixed_point(carry, lambda carry: step(here.unrecorded(), carry))
+    carry = _fixed_point(here, eqn, program, carry, step)
     here.inside(eqn).run(program.test, [*for_test, *carry])
-    return loop.materialized(step(here.inside(eqn), carry))
+    return _carried(here, eqn, program, step(here.inside(eqn), carry))
+
+
+def _carried(here: Abstract, eqn: Any, program: Loop, values: Sequence[Any]) -> list[Any]:
+    """Describe the carry among the values: what the body returns unchanged is not materialized."""
+    return [
+        value if same else here.materialized(value, eqn, f"{eqn.primitive.name} carry")
+        for value, same in zip(values[: program.n_carry], program.unchanged, strict=True)
+    ]
+
+
+def _fixed_point(
+    here: Abstract, eqn: Any, program: Loop, carry: Sequence[Any], step: Callable[..., Any]
+) -> list[Any]:
+    """Join the initial carry with that of later iterations until it no longer changes."""
+    carry = _carried(here, eqn, program, carry)
+    while True:
+        again = _carried(here, eqn, program, step(here.unrecorded(), carry))
+        joined = [here.join(values) for values in zip(carry, again, strict=True)]
+        if joined == carry:
+            return carry
+        carry = joined
 
 
 def _cond(here: Abstract, eqn: Any, program: Cond, inputs: Sequence[Any]) -> list[Any]:
@@ -99,46 +106,12 @@ def _cond(here: Abstract, eqn: Any, program: Cond, inputs: Sequence[Any]) -> lis
 
 
 def _shard_map(here: Abstract, eqn: Any, program: ShardMap, inputs: Sequence[Any]) -> list[Any]:
-    inner, inputs = here.into_shards(eqn, program, inputs)
-    outputs = inner.run(program.body, inputs)
-    outputs = [here.materialized(value, eqn, "shard_map output") for value in outputs]
-    return here.out_of_shards(inner, program, outputs)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loop:
-    """The carry of a loop: values that the body returns unchanged keep their description."""
-
-    here: Abstract
-    eqn: Any
-    name: str  # of the carry in messages
-    unchanged: Sequence[bool]
-
-    def materialized(self, values: Sequence[Any]) -> list[Any]:
-        """Describe the carry after materialization of the values that change."""
-        return [
-            value if same else self.here.materialized(value, self.eqn, self.name)
-            for value, same in zip(values, self.unchanged, strict=True)
-        ]
-
-    def fixed_point(
-        self, carry: Sequence[Any], step: Callable[[list[Any]], Sequence[Any]]
-    ) -> list[Any]:
-        """Join the initial carry with that of later iterations until it no longer changes."""
-        carry = self.materialized(carry)
-        while True:
-            again = self.materialized(step(carry))
-            joined = [
-                value if same else self.here.join([value, new])
-                for value, new, same in zip(carry, again, self.unchanged, strict=True)
-            ]
-            if joined == carry:
-                return carry
-            carry = joined
+    outputs = here.inside(eqn).run(program.body, inputs)
+    return [here.materialized(value, eqn, "shard_map output") for value in outputs]
 
 
 _ENTER: dict[type, Callable[..., list[Any]]] = {
-    Call: _call,
+    Body: _call,
     Scan: _scan,
     While: _while,
     Cond: _cond,

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jax_lora.transform.abstract import Abstract
@@ -22,23 +23,15 @@ from jax_lora.transform.rules import Operand, Rule, Use
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A variable that is not a weight.
+    """A variable that is not a weight."""
 
-    Args:
-      size: Number of elements before broadcasting.
-      external: Whether it depends on data other than the parameters.
-      heads: Kernels whose product it is, up to a bias, a cast or a soft cap.
-      after: Kernels whose products it depends on.
-      from_parameters: Whether it depends on parameters.
-      materialized: Leaves that were materialized to compute it, if it depends on parameters only.
-      entries: Leaves of which entries were looked up to compute it, in the same case.
-    """
-
-    size: Any = 1
-    external: bool = False
-    heads: Paths = NO_PATHS
-    after: Paths = NO_PATHS
-    from_parameters: bool = False
+    size: Any = 1  # number of elements before broadcasting
+    external: bool = False  # whether it depends on data other than the parameters
+    heads: Paths = NO_PATHS  # kernels whose product it is, up to a bias, a cast or a soft cap
+    after: Paths = NO_PATHS  # kernels whose products it depends on
+    from_parameters: bool = False  # whether it depends on parameters
+    # If it depends on parameters only: leaves that were materialized to compute it, and leaves of
+    # which entries were looked up.
     materialized: Paths = NO_PATHS
     entries: Paths = NO_PATHS
 
@@ -66,21 +59,11 @@ _OPAQUE = frozenset(
 
 @dataclasses.dataclass(eq=False)
 class Analyze(Abstract[Value]):
-    """Propagates the names of the axes of weights.
-
-    Args:
-      record: Where uses of weights are recorded.
-      times: How often the jaxpr runs: the length of the scans around it.
-      called_at: Source line of the call, if the jaxpr is inside another one.
-    """
+    """Propagates the names of the axes of weights."""
 
     record: Record
-    times: int = 1
-    called_at: str = UNKNOWN
-
-    # -------------------------------------------------------------------------------------------
-    # The interpretation
-    # -------------------------------------------------------------------------------------------
+    times: int = 1  # how often the jaxpr runs: the length of the scans around it
+    called_at: str = UNKNOWN  # source line of the call, if the jaxpr is inside another one
 
     def constant(self, array: Any) -> Value:
         """Describe a constant."""
@@ -93,10 +76,6 @@ class Analyze(Abstract[Value]):
             isinstance(value, Leaf) or value.after or value.materialized or value.entries
             for value in inputs
         )
-
-    def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        """Describe the outputs of an operation on streams."""
-        return [self._stream(eqn, place, inputs) for place in range(len(eqn.outvars))]
 
     def move(self, eqn: Any, rule: Rule, inputs: Sequence[Any]) -> list[Value] | None:
         """Move the names."""
@@ -115,7 +94,7 @@ class Analyze(Abstract[Value]):
             value if moved.get(i) else self.materialized(value, eqn, eqn.primitive.name)
             for i, value in enumerate(inputs)
         ]
-        outputs = self.plain(eqn, rest)
+        outputs = self._streams(eqn, rest)
         for result in moved.values():
             for place, leaf in (result or {}).items():
                 outputs[place] = _combined(outputs[place], leaf)
@@ -130,11 +109,7 @@ class Analyze(Abstract[Value]):
     def without_rule(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
         """Record that leaves are materialized."""
         name = eqn.primitive.name
-        return self.plain(eqn, [self.materialized(value, eqn, name) for value in inputs])
-
-    # -------------------------------------------------------------------------------------------
-    # Sub-jaxprs
-    # -------------------------------------------------------------------------------------------
+        return self._streams(eqn, [self.materialized(value, eqn, name) for value in inputs])
 
     def inside(self, eqn: Any, times: int = 1) -> Analyze:
         """Share the record, and multiply the number of runs."""
@@ -150,7 +125,7 @@ class Analyze(Abstract[Value]):
             return values[0]
         streams = [_as_stream(value) for value in values]
         heads = [each.heads for each in streams]
-        return dataclasses.replace(_union(streams), heads=frozenset.intersection(*heads))
+        return replace(_union(streams), heads=frozenset.intersection(*heads))
 
     def sliced(self, value: Value) -> Value:
         """Describe a slice: the first axis is a stack axis."""
@@ -158,9 +133,7 @@ class Analyze(Abstract[Value]):
             return value
         for leaf in value.all:
             self.record.uses[leaf.path].stacked |= origins_of(leaf.axes[:1])
-        return value.map(
-            lambda leaf: dataclasses.replace(leaf, axes=leaf.axes[1:], shape=leaf.shape[1:])
-        )
+        return value.map(lambda leaf: replace(leaf, axes=leaf.axes[1:], shape=leaf.shape[1:]))
 
     def stacked(self, value: Value, eqn: Any) -> Value:
         """Describe a stack: matrices stay weights, and vectors are materialized."""
@@ -170,9 +143,7 @@ class Analyze(Abstract[Value]):
             return self.materialized(value, eqn, "scan")
         name, length = ("scan", 0), eqn.params["length"]
         return value.map(
-            lambda leaf: dataclasses.replace(
-                leaf, axes=(name, *leaf.axes), shape=(length, *leaf.shape)
-            )
+            lambda leaf: replace(leaf, axes=(name, *leaf.axes), shape=(length, *leaf.shape))
         )
 
     def materialized(self, value: Value, eqn: Any, operation: str) -> Stream:
@@ -180,7 +151,7 @@ class Analyze(Abstract[Value]):
         if isinstance(value, Stream):
             return value
         streams = [self._materialize(leaf, operation, self._locate(eqn)) for leaf in value.all]
-        return dataclasses.replace(_union(streams), size=math.prod(value.shape))
+        return replace(_union(streams), size=math.prod(value.shape))
 
     def _materialize(self, leaf: Leaf, operation: str, where: str) -> Stream:
         uses = self.record.uses[leaf.path]
@@ -192,10 +163,6 @@ class Analyze(Abstract[Value]):
         path = frozenset({leaf.path})
         materialized = {"entries" if leaf.looked_up else "materialized": path}
         return Stream(external=leaf.has_data, from_parameters=True, **materialized)
-
-    # -------------------------------------------------------------------------------------------
-    # Weights
-    # -------------------------------------------------------------------------------------------
 
     def _locate(self, eqn: Any) -> str:
         return location(eqn, self.called_at)
@@ -215,13 +182,8 @@ class Analyze(Abstract[Value]):
             places = [position] if rule.each else range(len(moves))
             for place, move in zip(places, moves, strict=True):
                 added = move.adds and any(map(_is_external, rest))
-                after = dataclasses.replace(
-                    leaf,
-                    axes=move.axes,
-                    shape=eqn.outvars[place].aval.shape,
-                    has_data=leaf.has_data or added,
-                    others=(),
-                )
+                shape, has_data = eqn.outvars[place].aval.shape, leaf.has_data or added
+                after = Leaf(leaf.path, move.axes, shape, leaf.looked_up, has_data)
                 moved[place] = _combined(moved.get(place), self._record_selection(eqn, leaf, after))
         return moved
 
@@ -243,7 +205,7 @@ class Analyze(Abstract[Value]):
             uses.stacked |= origins_of(removed)
             return after
         uses.looked_up |= origins_of(removed)  # rows, unless they are used as kernels
-        return dataclasses.replace(after, looked_up=(*after.looked_up, *removed))
+        return replace(after, looked_up=(*after.looked_up, *removed))
 
     def _consume(self, eqn: Any, rule: Rule, inputs: Sequence[Any]) -> list[Value] | None:
         inputs = self._data_materialized(eqn, inputs)
@@ -258,13 +220,16 @@ class Analyze(Abstract[Value]):
             for position, value in enumerate(inputs)
         ]
         if not uses:
-            return self.plain(eqn, rest)
+            return self._streams(eqn, rest)
         out = self._stream(eqn, 0, rest)
         for leaf, use in itertools.chain.from_iterable(uses.values()):
             if use is None:
                 self._materialize(leaf, eqn.primitive.name, self._locate(eqn))
             else:
-                self._use(eqn, leaf, use)
+                recorded = self.record.uses[leaf.path]
+                recorded.stacked |= origins_of((*use.batched, *leaf.looked_up))
+                flops = 2 * self.times * math.prod(eqn.outvars[0].aval.shape) * use.terms
+                recorded.use(use.kind, use.summed, flops, self._locate(eqn))
                 self.record.fed |= _as_stream(inputs[use.data]).after
         used = frozenset(leaf.path for pairs in uses.values() for leaf, _ in pairs)
         return [Stream(out.size, out.external, used, out.after | used, from_parameters=True)]
@@ -290,15 +255,8 @@ class Analyze(Abstract[Value]):
                 result[place] = Stream(math.prod(value.shape), external=True, from_parameters=True)
         return result
 
-    def _use(self, eqn: Any, leaf: Leaf, use: Use) -> None:
-        uses = self.record.uses[leaf.path]
-        uses.stacked |= origins_of((*use.batched, *leaf.looked_up))
-        flops = 2 * self.times * math.prod(eqn.outvars[0].aval.shape) * use.terms
-        uses.use(use.kind, use.summed, flops, self._locate(eqn))
-
-    # -------------------------------------------------------------------------------------------
-    # Streams
-    # -------------------------------------------------------------------------------------------
+    def _streams(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
+        return [self._stream(eqn, place, inputs) for place in range(len(eqn.outvars))]
 
     def _stream(self, eqn: Any, place: int, inputs: Sequence[Value]) -> Stream:
         """Describe an output of an operation on streams, and record where streams join."""
@@ -310,11 +268,13 @@ class Analyze(Abstract[Value]):
         multiplies = name in _CONTRACTIONS or name in _OPAQUE
         if multiplies and any(each.external for each in streams):
             for each in streams:
-                self.record.contract_materialized(each.materialized, each.entries)
+                for path in each.materialized | each.entries:
+                    self.record.uses[path].contracted_after = True
+                    self.record.uses[path].contracted_entries |= path in each.entries
         union = _union(streams)
         keeps_head = name in _HEAD_PRESERVING and all(_is_small(each, size) for each in inputs)
         kept = [each for each in streams if not union.external or each.size == size]
-        return dataclasses.replace(
+        return replace(
             union,
             size=streams[0].size if name in _BROADCASTS and len(streams) == 1 else size,
             heads=union.heads if keeps_head else NO_PATHS,
@@ -360,7 +320,7 @@ def _combined(first: Value | None, other: Leaf) -> Leaf:
     """Add a leaf to the leaves that it was combined with, if any."""
     if not isinstance(first, Leaf):
         return other
-    return dataclasses.replace(first, others=(*first.others, *other.all))
+    return replace(first, others=(*first.others, *other.all))
 
 
 def _is_external(value: Value) -> bool:

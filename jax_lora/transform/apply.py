@@ -74,7 +74,8 @@ def with_settings(fn: Callable[..., Any], settings: Settings) -> Callable[..., A
 
     @functools.wraps(fn)
     def with_lora(*args: Any, **kwargs: Any) -> Any:
-        function = ArrayFunction(fn, args, kwargs, _is_data, is_weight)
+        is_data = lambda _, leaf: is_weight(leaf) or isinstance(leaf, jax.Array)  # noqa: E731
+        function = ArrayFunction(fn, args, kwargs, is_data, is_weight)
         if not any(map(is_weight, function.inputs.values())):
             return fn(*args, **kwargs)
         body = function.trace()
@@ -84,10 +85,6 @@ def with_settings(fn: Callable[..., Any], settings: Settings) -> Callable[..., A
         return function.rebuild(evaluator.dense(outputs, None, "return"))
 
     return with_lora
-
-
-def _is_data(_: int, leaf: Any) -> bool:
-    return is_weight(leaf) or isinstance(leaf, jax.Array)
 
 
 def _value(leaf: Any) -> Any:

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from jax_lora.algebra import base_weight
-from jax_lora.algebra.low_rank import LowRank
+from jax_lora.algebra.low_rank import LowRank, Parts, add_addend, add_parts
 from jax_lora.transform.equations import evaluate_equation, with_operand
 from jax_lora.transform.rules import Operand, Use
-from jax_lora.transform.strategies import Choice, Strategy
 from jax_lora.transform.structural import rows_of_codes
 
 Array = jax.Array
+# The parts of a product with a value, whose gain is yet to be applied; None: not low-rank.
+Result = tuple[LowRank, Parts] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """One equation that contracts a low-rank value with data.
-
-    Args:
-      eqn: The equation.
-      inputs: Its operands: arrays and one low-rank value.
-      weight: The operand that is the low-rank value.
-      use: How the equation uses it.
-    """
+    """One equation that contracts a low-rank value with data."""
 
     eqn: Any
-    inputs: tuple[Any, ...]
-    weight: Operand
-    use: Use
+    inputs: tuple[Any, ...]  # its operands: arrays and one low-rank value
+    weight: Operand  # the operand that is the low-rank value
+    use: Use  # how the equation uses it
 
     @property
     def value(self) -> LowRank:
@@ -64,12 +58,9 @@ class Contraction:
         needed = self.value.gain is not None and self.value.key is not None
         return self.on_base(x) if needed else None
 
-
-class Evaluator(Protocol):
-    """The part of `Evaluate` that the compute functions of rules use."""
-
-    strategy: Strategy
-
-    def note(self, contraction: Contraction, choice: Choice, **sizes: Any) -> None:
-        """Record the form and the sizes of a contraction for `explain`."""
-        ...
+    def finished(self, result: Result) -> list[Array] | None:
+        """Apply the gain and the epilogue to the parts of a product."""
+        if result is None:
+            return None
+        (value, parts), axes = result, self.use.out_axes
+        return [add_addend(value, add_parts(value, parts, axes), axes)]

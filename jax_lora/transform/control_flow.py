@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,41 +18,32 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_lora.algebra.base_weight import Recipe, as_array
 from jax_lora.algebra.low_rank import LowRank, is_low_rank
 from jax_lora.algebra.named_array import NamedArray
-from jax_lora.transform.programs import Body, Call, Cond, Scan, ShardMap, While
+from jax_lora.transform.programs import Body, Cond, Scan, ShardMap, While
+
+if TYPE_CHECKING:
+    from jax_lora.transform.evaluate import Evaluate
 
 Value = Any  # an array or a LowRank
-Evaluator = Any  # the `Evaluate` of the jaxpr that has the equation
 
 
-# -----------------------------------------------------------------------------------------------
-# jit, remat and plain calls
-# -----------------------------------------------------------------------------------------------
-
-
-def jit(evaluator: Evaluator, eqn: Any, program: Call, inputs: list[Value]) -> list[Value]:
+def jit(evaluator: Evaluate, eqn: Any, program: Body, inputs: list[Value]) -> list[Value]:
     """Evaluate under `jax.jit`."""
     inputs = _constrained(inputs, eqn.params.get("in_shardings", ()))
-    function = _jitted(
-        type(evaluator),
-        evaluator.settings,
-        evaluator.strategy,
-        evaluator.times,
-        evaluator.locate(eqn),
-        program.body.jaxpr,
-        eqn.params.get("name", "jit"),
-    )
-    outputs = function(tuple(program.body.consts), tuple(inputs))
+    context = (evaluator.settings, evaluator.strategy, evaluator.times, evaluator.locate(eqn))
+    name = eqn.params.get("name", "jit")
+    function = _jitted(type(evaluator), context, program.jaxpr, name)
+    outputs = function(tuple(program.consts), tuple(inputs))
     return _constrained(outputs, eqn.params.get("out_shardings", ()))
 
 
 @functools.lru_cache(maxsize=512)
 def _jitted(
-    evaluator: Any, settings: Any, strategy: Any, times: int, called_at: str, jaxpr: Any, name: str
+    evaluator: type[Evaluate], context: tuple[Any, ...], jaxpr: Any, name: str
 ) -> Callable[..., Any]:
     """Return the jitted evaluation of a jaxpr: the same function each time, to compile once."""
 
     def evaluate(consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
-        return evaluator(settings, strategy, times, called_at).run(Body(jaxpr, consts), inputs)
+        return evaluator(*context).run(Body(jaxpr, consts), inputs)
 
     evaluate.__name__ = name
     return jax.jit(evaluate)
@@ -69,58 +60,44 @@ def _constrained(values: Sequence[Value], shardings: Sequence[Any]) -> list[Valu
     ]
 
 
-def remat(evaluator: Evaluator, eqn: Any, program: Call, inputs: list[Value]) -> list[Value]:
+def remat(evaluator: Evaluate, eqn: Any, program: Body, inputs: list[Value]) -> list[Value]:
     """Evaluate under `jax.checkpoint`, with the same policy."""
-    run = lambda *values: evaluator.run(program.body, values)  # noqa: E731
+    run = lambda *values: evaluator.run(program, values)  # noqa: E731
     options = {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
     return jax.checkpoint(run, **options)(*inputs)
 
 
-def call(evaluator: Evaluator, eqn: Any, program: Call, inputs: list[Value]) -> list[Value]:
+def call(evaluator: Evaluate, eqn: Any, program: Body, inputs: list[Value]) -> list[Value]:
     """Evaluate a plain call."""
-    return evaluator.run(program.body, inputs)
+    return evaluator.run(program, inputs)
 
 
-# -----------------------------------------------------------------------------------------------
-# scan
-# -----------------------------------------------------------------------------------------------
-
-
-def scan(evaluator: Evaluator, eqn: Any, program: Scan, inputs: list[Value]) -> list[Value]:
+def scan(evaluator: Evaluate, eqn: Any, program: Scan, inputs: list[Value]) -> list[Value]:
     """Evaluate under `lax.scan`: factors with the stack axis are sliced together with W0."""
     n_carry = program.n_carry
     consts, initial, xs = program.split(inputs)
     dense = functools.partial(evaluator.dense, eqn=eqn, operation="scan carry")
     carry = _Carry(dense, initial, program.unchanged)
-    xs = [value if _is_sliceable(value) else evaluator.dense([value], eqn)[0] for value in xs]
-    slices = [_StackSlices(value) for value in xs]
+    slices = list(map(_slices, evaluator.dense(xs, eqn, keep=_is_sliceable)))
 
     def step(carried: list[Any], x: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
         index, arrays = x
-        layer = [each.at(array) for each, array in zip(slices, arrays, strict=True)]
+        layer = [value_of(each) for (_, value_of), each in zip(slices, arrays, strict=True)]
         values = [_keyed(value, index) for value in (*consts, *carry.values(carried), *layer)]
         outputs = evaluator.run(program.body, values, times=program.length)
         # Matrices that the body returns stay factored; a single row is smaller materialized.
-        ys = [
-            out if _is_stackable(out) else evaluator.dense([out], eqn)[0]
-            for out in outputs[n_carry:]
-        ]
+        ys = evaluator.dense(outputs[n_carry:], eqn, keep=_is_stackable)
         return carry.carried(outputs[:n_carry]), ys
 
     steps = jnp.arange(program.length) if any(map(_has_key, inputs)) else None
-    final, ys = lax.scan(
-        step,
-        carry.carried(initial),
-        (steps, [each.arrays for each in slices]),
-        length=program.length,
-        reverse=eqn.params["reverse"],
-        unroll=eqn.params["unroll"],
-    )
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    scanned = (steps, [arrays for arrays, _ in slices])
+    final, ys = lax.scan(step, carry.carried(initial), scanned, **options)
     return [*carry.values(final), *(_stacked(value, inputs) for value in ys)]
 
 
-def _is_stackable(value: Value) -> bool:
-    return is_low_rank(value) and value.is_matrix and not isinstance(value.base, Recipe)
+def _is_stackable(value: LowRank) -> bool:
+    return value.is_matrix and not isinstance(value.base, Recipe)
 
 
 def _stacked(value: Value, inputs: Sequence[Value]) -> Value:
@@ -156,9 +133,9 @@ class _Carry:
         return [next(rest) if fixed is None else fixed for fixed in self._fixed]
 
 
-def _is_sliceable(value: Value) -> bool:
+def _is_sliceable(value: LowRank) -> bool:
     """Tell whether a scan can slice a value: not along input axes if it has an addend."""
-    return not is_low_rank(value) or not value.addend or value.axes[0] in value.addend.axes
+    return not value.addend or value.axes[0] in value.addend.axes
 
 
 def _has_key(value: Value) -> bool:
@@ -172,43 +149,35 @@ def _keyed(value: Value, index: Any) -> Value:
     return value.replace(key=jax.random.fold_in(value.key, index))
 
 
-class _StackSlices:
-    """One scanned input: its arrays with the scanned axis first, and the value of one step."""
+def _slices(value: Value) -> tuple[Any, Callable[[Any], Value]]:
+    """Return the arrays of a scanned input, with the scanned axis first.
 
-    def __init__(self, value: Value):
-        if is_low_rank(value) and isinstance(value.base, Recipe) and not value.base.sliceable:
-            value = value.replace(base=as_array(value.base))
-        self._value = self.arrays = value
-        if is_low_rank(value):
-            name = value.axes[0]
-            base = value.base.arrays if isinstance(value.base, Recipe) else value.base
-            factors = {
-                field: jnp.moveaxis(factor.array, factor.axes.index(name), 0)
-                for field, factor in value.named_arrays.items()
-                if name in factor.axes
-            }
-            self.arrays = (base, factors)
+    The second result is a function from the slices of one step to the value of the step.
+    """
+    if not is_low_rank(value):
+        return value, lambda array: array
+    if isinstance(value.base, Recipe) and not value.base.sliceable:
+        value = value.replace(base=as_array(value.base))
+    recipe, name = isinstance(value.base, Recipe), value.axes[0]
+    factors = {
+        field: jnp.moveaxis(factor.array, factor.axes.index(name), 0)
+        for field, factor in value.named_arrays.items()
+        if name in factor.axes
+    }
 
-    def at(self, arrays: Any) -> Value:
-        """Return the value of one step, given its slices."""
-        value = self._value
-        if not is_low_rank(value):
-            return arrays
-        (base, slices), name = arrays, value.axes[0]
+    def at(arrays: Any) -> Value:
+        base, slices = arrays
         factors = {
             field: NamedArray(array, tuple(x for x in getattr(value, field).axes if x != name))
             for field, array in slices.items()
         }
-        base = value.base.at(base) if isinstance(value.base, Recipe) else base
+        base = value.base.at(base) if recipe else base
         return value.replace(**factors, base=base, axes=value.axes[1:])
 
-
-# -----------------------------------------------------------------------------------------------
-# while and cond
-# -----------------------------------------------------------------------------------------------
+    return (value.base.arrays if recipe else value.base, factors), at
 
 
-def while_loop(evaluator: Evaluator, eqn: Any, program: While, inputs: list[Value]) -> list[Value]:
+def while_loop(evaluator: Evaluate, eqn: Any, program: While, inputs: list[Value]) -> list[Value]:
     """Evaluate under `lax.while_loop`."""
     for_test, for_body, initial = program.split(inputs)
     dense = functools.partial(evaluator.dense, eqn=eqn, operation="while carry")
@@ -228,7 +197,7 @@ def while_loop(evaluator: Evaluator, eqn: Any, program: While, inputs: list[Valu
     return carry.values(final)
 
 
-def cond(evaluator: Evaluator, eqn: Any, program: Cond, inputs: list[Value]) -> list[Value]:
+def cond(evaluator: Evaluate, eqn: Any, program: Cond, inputs: list[Value]) -> list[Value]:
     """Evaluate under `lax.switch`."""
     index, *operands = inputs
 
@@ -238,14 +207,7 @@ def cond(evaluator: Evaluator, eqn: Any, program: Cond, inputs: list[Value]) -> 
     return lax.switch(index, [branch(body) for body in program.branches], *operands)
 
 
-# -----------------------------------------------------------------------------------------------
-# shard_map
-# -----------------------------------------------------------------------------------------------
-
-
-def shard_map(
-    evaluator: Evaluator, eqn: Any, program: ShardMap, inputs: list[Value]
-) -> list[Value]:
+def shard_map(evaluator: Evaluate, eqn: Any, program: ShardMap, inputs: list[Value]) -> list[Value]:
     """Evaluate under `jax.shard_map`, with factors sharded like W0."""
     folds = evaluator.varying_axes(program, [_has_key(value) for value in inputs])
 
@@ -254,22 +216,12 @@ def shard_map(
         outputs = evaluator.run(program.body, values)
         return tuple(evaluator.dense(outputs, eqn, "shard_map output"))
 
-    inputs = [
-        _shardable(evaluator, eqn, *each) for each in zip(inputs, program.in_specs, strict=True)
-    ]
-    in_specs = tuple(
-        _spec_of(value, spec) if is_low_rank(value) else spec
-        for value, spec in zip(inputs, program.in_specs, strict=True)
-    )
-    mapped = jax.shard_map(
-        evaluate,
-        mesh=program.mesh,
-        in_specs=in_specs,
-        out_specs=program.out_specs,
-        axis_names=program.axis_names,
-        check_vma=program.check_vma,
-    )
-    return list(mapped(*inputs))
+    shardable = functools.partial(_shardable, evaluator, eqn)
+    inputs = list(map(shardable, inputs, program.in_specs))
+    in_specs = tuple(map(_spec_of, inputs, program.in_specs))
+    options = {name: eqn.params[name] for name in ("mesh", "out_specs", "check_vma")}
+    options |= {"in_specs": in_specs, "axis_names": program.axis_names}
+    return list(jax.shard_map(evaluate, **options)(*inputs))
 
 
 def _keyed_by_shard(value: Value, axes: Collection[str]) -> Value:
@@ -279,22 +231,22 @@ def _keyed_by_shard(value: Value, axes: Collection[str]) -> Value:
     return value
 
 
-def _shardable(evaluator: Evaluator, eqn: Any, value: Value, spec: PartitionSpec) -> Value:
+def _shardable(evaluator: Evaluate, eqn: Any, value: Value, spec: PartitionSpec) -> Value:
     """Return a value whose factors can be sharded like W0."""
     if not is_low_rank(value):
         return value
-    axes = zip(spec, value.axes, strict=False)
-    if value.addend is not None and any(
-        names and name not in value.addend.axes for names, name in axes
-    ):
+    sharded = [name for names, name in zip(spec, value.axes, strict=False) if names]
+    if value.addend is not None and not {*sharded} <= {*value.addend.axes}:
         # Each shard would add the addend to a partial sum over the inputs.
         return evaluator.dense([value], eqn)[0]
     return value.replace(base=as_array(value.base))
 
 
-def _spec_of(value: LowRank, spec: PartitionSpec) -> LowRank:
+def _spec_of(value: Value, spec: PartitionSpec) -> Any:
     """Shard the axes of factors like the axes of W0 with the same names."""
-    by_name = dict(zip(value.axes, [*spec, *[None] * len(value.shape)], strict=False))
+    if not is_low_rank(value):
+        return spec
+    by_name = dict(zip(value.axes, spec, strict=False))
     along = lambda axes: PartitionSpec(*(by_name.get(name) for name in axes))  # noqa: E731
     key = None if value.key is None else PartitionSpec()
     specs = value.on_factors(lambda each: NamedArray(along(each.axes), each.axes))

@@ -9,21 +9,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 
 from jax_lora.algebra import base_weight, factored_product, merged_product
 from jax_lora.algebra.factored_product import Projection
-from jax_lora.algebra.low_rank import LowRank, Parts, apply_dropout, times_gain
+from jax_lora.algebra.low_rank import Parts, apply_dropout, times_gain
 from jax_lora.algebra.merged_product import Member
-from jax_lora.algebra.named_axes import RANK
-from jax_lora.transform.contraction import Contraction, Evaluator
+from jax_lora.transform.contraction import Contraction, Result
 from jax_lora.transform.rules import Operand, Use
 from jax_lora.transform.strategies import FACTORED, MERGED, Choice, Sizes
 
+if TYPE_CHECKING:
+    from jax_lora.transform.evaluate import Evaluate
+
 Array = jax.Array
-Result = tuple[LowRank, Parts] | None
 
 
 def read_dot_general(weight: Operand) -> Use | None:
@@ -64,7 +66,7 @@ class _Planned:
     choice: Choice
 
 
-def dot_general(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
+def dot_general(evaluator: Evaluate, contractions: Sequence[Contraction]) -> list[Result]:
     """Contract x with one or more low-rank values; None if a contraction needs the full weight."""
     planned = [_plan(evaluator, each) for each in contractions]
     results: list[Result] = [None] * len(contractions)
@@ -86,7 +88,7 @@ def dot_general(evaluator: Evaluator, contractions: Sequence[Contraction]) -> li
     return results
 
 
-def _plan(evaluator: Evaluator, each: Contraction) -> _Planned | None:
+def _plan(evaluator: Evaluate, each: Contraction) -> _Planned | None:
     value, x, use = each.value, each.data, each.use
     out = each.eqn.outvars[0].aval
     gain_axes = set() if value.gain is None else {*value.gain.axes}
@@ -124,16 +126,13 @@ def _member(plan: Projection, each: Contraction) -> Member | None:
 
 def _sizes(plan: Projection, each: Contraction) -> Sizes:
     value, x, use = each.value, each.data, each.use
-    paired = {
-        name: size for name, size in zip(use.data_axes, x.shape, strict=True) if name in value.axes
-    }
-    summed = math.prod(size for name, size in paired.items() if name not in use.out_axes)
-    batched = math.prod(size for name, size in paired.items() if name in use.out_axes)
+    named = zip(use.data_axes, x.shape, strict=True)
+    paired = {name: size for name, size in named if name in value.axes}
+    count = max(math.prod(paired.values()), 1)
     return Sizes(
-        tokens=math.prod(x.shape) // max(summed * batched, 1),
-        inputs=summed,
-        outputs=math.prod(value.shape) // max(summed * batched, 1),
-        rank=value.factors[0].size_of(RANK),
+        tokens=math.prod(x.shape) // count,
+        inputs=math.prod(size for name, size in paired.items() if name not in use.out_axes),
+        outputs=math.prod(value.shape) // count,
         x_dtype=x.dtype,
         w_dtype=value.dtype,
         precision=plan.precision,
@@ -142,18 +141,12 @@ def _sizes(plan: Projection, each: Contraction) -> Sizes:
     )
 
 
-# -----------------------------------------------------------------------------------------------
-# The two forms
-# -----------------------------------------------------------------------------------------------
-
-
 def _factored(those: Sequence[_Planned]) -> list[Parts]:
     """Compute x · W0 + scale * (x · a) · b."""
     if any(each.contraction.value.key is not None for each in those):
         return [_with_dropout(each) for each in those]
     results = []
-    for group in _of_same_data(those):
-        x = _data(group[0])
+    for x, group in _of_same_data(those):
         bases = [each.contraction.on_base(x) for each in group]
         factors = [each.contraction.value.factors for each in group]
         updates = factored_product.multiply([each.plan for each in group], x, factors)
@@ -178,23 +171,21 @@ def _with_dropout(each: _Planned) -> Parts:
 def _merged(those: Sequence[_Planned]) -> list[Parts]:
     """Compute x · (W0 + scale * a · b)."""
     results = []
-    for group in _of_same_data(those):
+    for x, group in _of_same_data(those):
         members = [each.member for each in group if each.member is not None]
         weights = tuple(
             (base_weight.as_array(each.contraction.value.base), *each.contraction.value.factors)
             for each in group
         )
-        results += map(Parts, merged_product.multiply(members, _data(group[0]), weights))
+        results += map(Parts, merged_product.multiply(members, x, weights))
     return results
 
 
-def _of_same_data(those: Sequence[_Planned]) -> list[Sequence[_Planned]]:
-    """Group by data: contractions that multiply x by a gain have different data."""
+def _of_same_data(those: Sequence[_Planned]) -> Iterator[tuple[Array, Sequence[_Planned]]]:
+    """Yield x and the contractions that share it: none does where x is multiplied by a gain."""
     if any(each.gain_first for each in those):
-        return [[each] for each in those]
-    return [those] if those else []
-
-
-def _data(each: _Planned) -> Array:
-    value, x = each.contraction.value, each.contraction.data
-    return times_gain(value, x, each.plan.x_axes) if each.gain_first else x
+        for each in those:
+            value, x = each.contraction.value, each.contraction.data
+            yield times_gain(value, x, each.plan.x_axes) if each.gain_first else x, [each]
+    elif those:
+        yield those[0].contraction.data, those

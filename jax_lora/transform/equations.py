@@ -39,11 +39,6 @@ def with_operand(position: int, operand: Any, others: Sequence[Any]) -> list[Any
     return [*others[:position], operand, *others[position:]]
 
 
-# -----------------------------------------------------------------------------------------------
-# Source lines
-# -----------------------------------------------------------------------------------------------
-
-
 def _package_folder(name: str) -> str | None:
     spec = importlib.util.find_spec(name)
     return os.path.dirname(spec.origin) + os.sep if spec is not None and spec.origin else None

@@ -8,7 +8,7 @@ is materialized for that equation only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,21 +16,13 @@ import jax.numpy as jnp
 
 from jax_lora.algebra import moves
 from jax_lora.algebra.base_weight import Recipe
-from jax_lora.algebra.low_rank import (
-    LowRank,
-    Parts,
-    add_addend,
-    add_parts,
-    addend_applies,
-    is_low_rank,
-    materialize,
-)
+from jax_lora.algebra.low_rank import LowRank, addend_applies, is_low_rank, materialize
 from jax_lora.transform import sharing, vary
 from jax_lora.transform.contraction import Contraction
 from jax_lora.transform.equations import UNKNOWN, evaluate_equation, location, with_operand
 from jax_lora.transform.programs import Body, ShardMap
 from jax_lora.transform.rules import Operand, Rule
-from jax_lora.transform.sites import Settings, addend_error, site_of
+from jax_lora.transform.sites import Settings
 from jax_lora.transform.strategies import Choice, Strategy
 from jax_lora.transform.structural import rows_of_codes
 from jax_lora.transform.walker import Group, Interpretation, walk
@@ -40,24 +32,13 @@ Value = Any  # an array or a LowRank
 
 @dataclasses.dataclass(eq=False)
 class Evaluate(Interpretation[Value]):
-    """Evaluates jaxprs on arrays and low-rank values.
-
-    Args:
-      settings: The settings of `lora_apply`.
-      strategy: How products are computed on the target platform.
-      times: How often the jaxpr runs: the length of the scans around it.
-      called_at: Source line of the call, if the jaxpr is inside another one.
-    """
+    """Evaluates jaxprs on arrays and low-rank values."""
 
     settings: Settings
     strategy: Strategy
-    times: int = 1
-    called_at: str = UNKNOWN
+    times: int = 1  # how often the jaxpr runs: the length of the scans around it
+    called_at: str = UNKNOWN  # source line of the call, if the jaxpr is inside another one
     _uses: int = 0  # uses of weights so far, each of which has a separate dropout key
-
-    # -------------------------------------------------------------------------------------------
-    # The interpretation
-    # -------------------------------------------------------------------------------------------
 
     def constant(self, array: Any) -> Value:
         """Return the array."""
@@ -66,10 +47,6 @@ class Evaluate(Interpretation[Value]):
     def concerns(self, inputs: Sequence[Value]) -> bool:
         """Tell whether a low-rank value is among the inputs."""
         return any(map(is_low_rank, inputs))
-
-    def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        """Evaluate on arrays."""
-        return evaluate_equation(eqn, *inputs)
 
     def move(self, eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Value] | None:
         """Apply the equation to W0, and the steps of its move to the factors."""
@@ -109,7 +86,7 @@ class Evaluate(Interpretation[Value]):
             if each is None
             else [each.on_base()]
             if each.value.a is None
-            else _finished(each, next(computed))
+            else each.finished(next(computed))
             for each in contractions
         ]
 
@@ -129,54 +106,45 @@ class Evaluate(Interpretation[Value]):
         """Group contractions with the same data."""
         return sharing.find_groups(jaxpr, weights)
 
-    # -------------------------------------------------------------------------------------------
-    # Methods for rules
-    # -------------------------------------------------------------------------------------------
-
     def run(self, body: Body, inputs: Sequence[Value], times: int = 1) -> list[Value]:
         """Evaluate a sub-jaxpr, with a separate count of uses."""
         inner = Evaluate(self.settings, self.strategy, self.times * times, self.called_at)
-        return walk(inner, body.jaxpr, body.consts, inputs)
+        return walk(inner, body, inputs)
 
     def varying_axes(self, program: ShardMap, weights: Sequence[bool]) -> list[frozenset[str]]:
         """Return, per weight, the mesh axes along which all of its data varies."""
         specs = list(map(vary.axes_of, program.in_specs))
         return vary.axes_of_data(program.body.jaxpr, specs, weights)
 
-    def dense(self, values: Sequence[Value], eqn: Any, operation: str | None = None) -> list[Any]:
-        """Materialize the low-rank values among the inputs of an equation; report each site once.
+    def dense(
+        self,
+        values: Sequence[Value],
+        eqn: Any,
+        operation: str | None = None,
+        keep: Callable[[LowRank], bool] = lambda value: False,
+    ) -> list[Any]:
+        """Materialize the low-rank values among some values, except those to keep.
 
         Messages name the operation, which is by default the primitive of the equation.
-
-        Raises:
-          MaterializeError: A value has an addend, or `on_materialize` is "error".
         """
-        return [
-            self._materialized(value, eqn, operation or eqn.primitive.name)
-            if is_low_rank(value)
-            else value
-            for value in values
-        ]
-
-    def _materialized(self, value: LowRank, eqn: Any, operation: str) -> Any:
-        if value.addend is not None:
-            raise addend_error(value.path, operation, self.locate(eqn))
-        if value.is_matrix:
-            self.settings.materialized(value, operation, self.locate(eqn), self.times)
-        return materialize(value)
+        arrays = list(values)
+        for i, value in enumerate(values):
+            if is_low_rank(value) and not keep(value):
+                name = operation or eqn.primitive.name
+                self.settings.materialize(value, name, self.locate(eqn), self.times)
+                arrays[i] = materialize(value)
+        return arrays
 
     def note(self, contraction: Contraction, choice: Choice, **sizes: Any) -> None:
         """Record the form and the sizes of a contraction."""
-        site = site_of(
+        self.settings.note(
             contraction.value,
+            choice,
             where=self.locate(contraction.eqn),
             operation=contraction.eqn.primitive.name,
             times=self.times,
-            form=choice.form,
-            why=choice.why,
             **sizes,
         )
-        self.settings.note(site)
 
     def locate(self, eqn: Any) -> str:
         """Return the source line of an equation, or of the call of the library that contains it."""
@@ -188,10 +156,6 @@ class Evaluate(Interpretation[Value]):
             return value
         self._uses += 1
         return value.replace(key=jax.random.fold_in(value.key, self._uses))
-
-    # -------------------------------------------------------------------------------------------
-    # Contractions
-    # -------------------------------------------------------------------------------------------
 
     def _contraction(self, eqn: Any, inputs: Sequence[Value], rule: Rule) -> Contraction | None:
         """Read how an equation uses a weight; None if there is no low-rank form."""
@@ -214,14 +178,6 @@ class Evaluate(Interpretation[Value]):
         return Contraction(eqn, tuple(fresh), weight, use)
 
 
-def _finished(each: Contraction, result: tuple[LowRank, Parts] | None) -> list[Value] | None:
-    """Apply the gain and the epilogue to the parts of a product."""
-    if result is None:
-        return None
-    (value, parts), axes = result, each.use.out_axes
-    return [add_addend(value, add_parts(value, parts, axes), axes)]
-
-
 def _is_floating(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
@@ -232,9 +188,8 @@ def _on_bases(eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Any]:
     recipes = [i for i, base in enumerate(bases) if isinstance(base, Recipe)]
     if not recipes:
         return evaluate_equation(eqn, *bases)
-    rows = rows_of_codes(
-        Operand(eqn, recipes[0], inputs[recipes[0]].axes, inputs), bases[recipes[0]]
-    )
+    first = recipes[0]
+    rows = rows_of_codes(Operand(eqn, first, inputs[first].axes, inputs), bases[first])
     if rows is not None:
         return [rows]
     if len(bases) > 1 and rule.each:

@@ -29,8 +29,10 @@ class Explanation:
 
     def __str__(self) -> str:
         """Format a table with one row per group of equal sites."""
-        rows = [_row(alike) for alike in _alike(self.sites)]
-        return "\n".join(_columns([_HEADER, *rows]))
+        rows = [_HEADER, *map(_row, _alike(self.sites))]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        layout = [f"{side}{width}" for side, width in zip(_SIDES, widths, strict=True)]
+        return "\n".join("  ".join(map(format, row, layout)).rstrip() for row in rows)
 
 
 def explain(fn: Callable[..., Any], *args: Any, form: str = "auto", **kwargs: Any) -> Explanation:
@@ -71,15 +73,15 @@ def explain(fn: Callable[..., Any], *args: Any, form: str = "auto", **kwargs: An
 
 
 _HEADER = ("kernel", "form", "tokens", "in", "out", "rank", "runs", "at", "why")
+_SIDES = "<<>>>>><<"  # alignment of the columns
 
 
 def _alike(sites: Sequence[Site]) -> list[list[Site]]:
     """Group sites that differ only in the numbers in their paths, such as layer indices."""
     groups: dict[Any, list[Site]] = {}
     for site in sites:
-        count = (str(len(site.beside)),)
-        key = dataclasses.replace(site, path=_without_numbers(site.path), beside=count)
-        groups.setdefault(key, []).append(site)
+        key = dataclasses.replace(site, path=_without_numbers(site.path), beside=())
+        groups.setdefault((key, len(site.beside)), []).append(site)
     return list(groups.values())
 
 
@@ -110,15 +112,3 @@ def _count(tokens: Any) -> str:
     if not isinstance(tokens, int):
         return str(tokens)
     return f"{tokens:,}" if tokens else ""
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numeric = range(2, 7)
-    return [
-        "  ".join(
-            cell.rjust(width) if i in numeric else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

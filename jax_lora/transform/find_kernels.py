@@ -13,7 +13,7 @@ from jax_lora.adapter import is_weight, plain_leaves
 from jax_lora.kernels.kernel import Kernels
 from jax_lora.transform.analyze import Analyze, Stream
 from jax_lora.transform.parameters import not_parameters
-from jax_lora.transform.record import Exclusion, Leaf, Record
+from jax_lora.transform.record import Leaf, Record, Uses
 from jax_lora.transform.tracing import ArrayFunction
 
 
@@ -50,34 +50,27 @@ def find_kernels(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -
       ('dense', (0,), (1, 2))
     """
     named = [path for path, _ in plain_leaves("find_kernels", tree)]
-    is_array = lambda index, leaf: _is_array(leaf, is_parameter=index < len(named))  # noqa: E731
+
+    def is_array(index: int, leaf: Any) -> bool:
+        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or is_weight(leaf):
+            return True
+        return index < len(named) and hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
     function = ArrayFunction(fn, (tree, *args), kwargs, is_array, is_weight)
     record = Record()
-    others = not_parameters(tree).items()
-    excluded = {path: Exclusion(why, is_parameter=False) for path, why in others}
+    others = not_parameters(tree)
     inputs: list[Leaf | Stream] = []
     for index, leaf in function.inputs.items():
         if index < len(named):
-            path = named[index]
-            exclusion = excluded.get(path) or _not_floating(leaf)
-            inputs.append(record.leaf(path, leaf.shape, leaf.dtype, exclusion))
+            path, shape, dtype = named[index], tuple(leaf.shape), leaf.dtype
+            why = others.get(path)
+            if why is None and not jnp.issubdtype(dtype, jnp.floating):
+                why = f"its type is {dtype}, and only real floating-point leaves can be adapted"
+            record.uses[path] = Uses(shape, dtype, why, is_parameter=path not in others)
+            inputs.append(Leaf(path, tuple(range(len(shape))), shape))
         else:
             inputs.append(Stream(math.prod(leaf.shape), external=True))
     analyze = Analyze(record)
     outputs = analyze.run(function.trace(), inputs)
     results = [analyze.materialized(value, None, "return") for value in outputs]
     return record.results([stream.heads for stream in results])
-
-
-def _is_array(leaf: Any, *, is_parameter: bool) -> bool:
-    array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or is_weight(leaf)
-    return array or (is_parameter and hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
-
-
-def _not_floating(leaf: Any) -> Exclusion | None:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or jnp.issubdtype(dtype, jnp.floating):
-        return None
-    return Exclusion(
-        f"its type is {dtype}, and only real floating-point leaves can be adapted", True
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,18 @@ from jax_lora.algebra.low_rank import (
 from jax_lora.algebra.moves import factor_entries
 from jax_lora.algebra.named_array import NamedArray, product
 from jax_lora.algebra.named_axes import RANK, AxisName
-from jax_lora.transform.contraction import Contraction, Evaluator
+from jax_lora.transform.contraction import Contraction, Result
 from jax_lora.transform.rules import Operand, Use
 from jax_lora.transform.strategies import FACTORED, Choice
 from jax_lora.transform.structural import gather_entries, gather_from, looked_up_axis
 
+if TYPE_CHECKING:
+    from jax_lora.transform.evaluate import Evaluate
+
 Array = jax.Array
-Result = tuple[LowRank, Parts] | None
 
 _TOKEN: AxisName = "token"
 _ONLY = Choice(FACTORED, "the only low-rank form of this operation")
-
-
-# -----------------------------------------------------------------------------------------------
-# gather: embedding lookup
-# -----------------------------------------------------------------------------------------------
 
 
 def read_lookup(weight: Operand) -> Use | None:
@@ -46,7 +43,7 @@ def read_lookup(weight: Operand) -> Use | None:
     return Use("embedding", (weight.axes[axis],), (), 1, (), moves[0].axes, 0)
 
 
-def lookup(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
+def lookup(evaluator: Evaluate, contractions: Sequence[Contraction]) -> list[Result]:
     """Look up rows of W0 and of the factor that has the looked-up axis."""
     (each,) = contractions
     value, ids, (name,) = each.value, each.data, each.use.summed
@@ -80,11 +77,6 @@ def _with_gain(found: LowRank, rows: Array, update: Array) -> Array:
     return jnp.where(known, times_gain(found, safe + update, found.axes), rows)
 
 
-# -----------------------------------------------------------------------------------------------
-# ragged_dot: tokens sorted by expert
-# -----------------------------------------------------------------------------------------------
-
-
 def read_ragged_dot(weight: Operand) -> Use | None:
     """Name the axes of (tokens, in) · (experts, in, out)."""
     numbers = weight.params.get("ragged_dot_dimension_numbers")
@@ -102,8 +94,8 @@ def read_ragged_dot(weight: Operand) -> Use | None:
     )
 
 
-def ragged_dot(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
-    """Multiply each group of tokens with W0 and the factors of its expert."""
+def ragged_dot(evaluator: Evaluate, contractions: Sequence[Contraction]) -> list[Result]:
+    """Multiply tokens, which are sorted by expert, with W0 and the factors of their expert."""
     (each,) = contractions
     x, value, sizes = each.inputs
     expert, inside, outside = value.axes
@@ -112,12 +104,9 @@ def ragged_dot(evaluator: Evaluator, contractions: Sequence[Contraction]) -> lis
         return [None]
     evaluator.note(each, _ONLY, tokens=x.shape[0])
     base = each.on_base()
+    precision = each.eqn.params.get("precision")
     product_of = lambda x, factor, dtype: lax.ragged_dot(  # noqa: E731
-        x,
-        factor.array.astype(x.dtype),
-        sizes,
-        precision=each.eqn.params.get("precision"),
-        preferred_element_type=dtype,
+        x, factor.array.astype(x.dtype), sizes, precision, preferred_element_type=dtype
     )
     seen = apply_dropout(value, x)
     down = product_of(seen, a, accumulation_dtype(x.dtype))  # (tokens, in) · (experts, in, r)
@@ -134,11 +123,6 @@ def _gain_by_token(gain: NamedArray, expert: AxisName, x: Array, sizes: Array) -
     which = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
     by_token = jnp.take(gain.array, which, axis=gain.axes.index(expert), mode="clip")
     return NamedArray(by_token, tuple(_TOKEN if name == expert else name for name in gain.axes))
-
-
-# -----------------------------------------------------------------------------------------------
-# conv_general_dilated
-# -----------------------------------------------------------------------------------------------
 
 
 def read_convolution(weight: Operand) -> Use | None:
@@ -160,7 +144,7 @@ def read_convolution(weight: Operand) -> Use | None:
     )
 
 
-def convolution(evaluator: Evaluator, contractions: Sequence[Contraction]) -> list[Result]:
+def convolution(evaluator: Evaluate, contractions: Sequence[Contraction]) -> list[Result]:
     """Convolve with W0, and add the down- and up-projection by the factors."""
     (each,) = contractions
     x, value = each.inputs

@@ -11,14 +11,10 @@ from jax_lora.adapter import is_weight
 
 
 def not_parameters(tree: Any) -> dict[str, str]:
-    """Find the leaves that are not parameters, with reasons.
+    """Find the leaves that are not parameters, and return the reasons by path.
 
-    Args:
-      tree: Linen variables, whose parameters are in the collection `params`; NNX state, whose
-        parameters have the type `nnx.Param`; or any other tree, in which all leaves are parameters.
-
-    Returns:
-      The reason by path.
+    The parameters of Linen variables are in the collection `params`; those of NNX state have the
+    type `nnx.Param`. In any other tree all leaves are parameters.
 
     Example:
       >>> not_parameters({"params": {"kernel": 1.0}, "batch_stats": {"mean": 0.0}})

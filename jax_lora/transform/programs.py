@@ -13,10 +13,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """A sub-jaxpr: an open jaxpr, and the arrays of its constants."""
+    """A sub-jaxpr: that of a call (jit, remat, a custom derivative), or one of several."""
 
-    jaxpr: Any
-    consts: Sequence[Any]
+    jaxpr: Any  # open
+    consts: Sequence[Any]  # the arrays of its constants
 
     @classmethod
     def of(cls, program: Any) -> Body:
@@ -25,48 +25,38 @@ class Body:
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """A sub-jaxpr that runs once: jit, remat, a function with a custom derivative."""
-
-    body: Body
-
-
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """A sub-jaxpr that runs once per slice of some inputs."""
+class Loop:
+    """A sub-jaxpr that runs several times, from constants and a carry to a carry."""
 
     body: Body
     n_consts: int
     n_carry: int
-    length: int
+    groups: tuple[int, int]  # the sizes of the first two of three groups of inputs
 
     def split(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Split inputs into constants, carry, and scanned arrays."""
-        return _in_three(inputs, self.n_consts, self.n_carry)
+        """Split the inputs of the equation into the three groups."""
+        first, end = self.groups[0], sum(self.groups)
+        return list(inputs[:first]), list(inputs[first:end]), list(inputs[end:])
 
     @property
     def unchanged(self) -> list[bool]:
         """Which values of the carry the body returns unchanged, so that they are constant."""
-        return _unchanged(self.body, self.n_consts, self.n_carry)
+        carried = self.body.jaxpr.invars[self.n_consts :][: self.n_carry]
+        return [new is old for old, new in zip(carried, self.body.jaxpr.outvars, strict=False)]
 
 
 @dataclasses.dataclass(frozen=True)
-class While:
-    """The two sub-jaxprs of a while loop: its condition and its body."""
+class Scan(Loop):
+    """A loop over slices. Its inputs are constants, a carry, and scanned arrays."""
+
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class While(Loop):
+    """A loop with a condition. Its inputs are constants of both parts, and a carry."""
 
     test: Body
-    body: Body
-    n_test: int
-    n_body: int
-
-    def split(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Split inputs into constants of the condition, constants of the body, and carry."""
-        return _in_three(inputs, self.n_test, self.n_body)
-
-    @property
-    def unchanged(self) -> list[bool]:
-        """Which values of the carry the body returns unchanged, so that they are constant."""
-        return _unchanged(self.body, self.n_body, len(self.body.jaxpr.outvars))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,38 +72,23 @@ class ShardMap:
 
     body: Body
     in_specs: tuple[Any, ...]
-    out_specs: tuple[Any, ...]
     axis_names: frozenset[str]
-    mesh: Any
-    check_vma: bool
-
-
-def _in_three(
-    inputs: Sequence[Any], first: int, second: int
-) -> tuple[list[Any], list[Any], list[Any]]:
-    end = first + second
-    return list(inputs[:first]), list(inputs[first:end]), list(inputs[end:])
-
-
-def _unchanged(body: Body, n_consts: int, n_carry: int) -> list[bool]:
-    carried = body.jaxpr.invars[n_consts : n_consts + n_carry]
-    return [new is old for old, new in zip(carried, body.jaxpr.outvars, strict=False)]
 
 
 def _reads(eqn: Any, *names: str) -> bool:
     return set(names) <= set(eqn.params)
 
 
-def open_call(eqn: Any) -> Call | None:
+def open_call(eqn: Any) -> Body | None:
     """`jit`, a plain call, or a function with a custom derivative."""
     for name in ("call_jaxpr", "jaxpr"):
         if _reads(eqn, name):
             body = Body.of(eqn.params[name])
-            return Call(body) if len(body.jaxpr.invars) == len(eqn.invars) else None
+            return body if len(body.jaxpr.invars) == len(eqn.invars) else None
     return None
 
 
-def open_remat(eqn: Any) -> Call | None:
+def open_remat(eqn: Any) -> Body | None:
     """`checkpoint`, which JAX has also called `remat`."""
     return open_call(eqn) if _reads(eqn, "prevent_cse", "policy") else None
 
@@ -131,8 +106,10 @@ def open_scan(eqn: Any) -> Scan | None:
     whole_in = list(map(keeps_rank, eqn.invars, body.jaxpr.invars))
     whole_out = list(map(keeps_rank, eqn.outvars, body.jaxpr.outvars))
     n_whole, n_carry = sum(whole_in), sum(whole_out)
-    in_order = all(whole_in[:n_whole]) and all(whole_out[:n_carry]) and n_whole >= n_carry
-    return Scan(body, n_whole - n_carry, n_carry, eqn.params["length"]) if in_order else None
+    n_consts = n_whole - n_carry
+    if n_consts < 0 or not all(whole_in[:n_whole]) or not all(whole_out[:n_carry]):
+        return None
+    return Scan(body, n_consts, n_carry, (n_consts, n_carry), eqn.params["length"])
 
 
 def open_while(eqn: Any) -> While | None:
@@ -141,7 +118,8 @@ def open_while(eqn: Any) -> While | None:
         return None
     params = eqn.params
     test, body = Body.of(params["cond_jaxpr"]), Body.of(params["body_jaxpr"])
-    return While(test, body, params["cond_nconsts"], params["body_nconsts"])
+    n_test, n_consts = params["cond_nconsts"], params["body_nconsts"]
+    return While(body, n_consts, len(body.jaxpr.outvars), (n_test, n_consts), test)
 
 
 def open_cond(eqn: Any) -> Cond | None:
@@ -157,11 +135,4 @@ def open_shard_map(eqn: Any) -> ShardMap | None:
     if not _reads(eqn, "mesh", "in_specs", "out_specs", "jaxpr", "check_vma"):
         return None
     names = params.get("newly_manual_axes", params.get("manual_axes", frozenset()))
-    return ShardMap(
-        Body.of(params["jaxpr"]),
-        tuple(params["in_specs"]),
-        tuple(params["out_specs"]),
-        names,
-        params["mesh"],
-        params["check_vma"],
-    )
+    return ShardMap(Body.of(params["jaxpr"]), tuple(params["in_specs"]), names)

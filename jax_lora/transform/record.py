@@ -16,24 +16,16 @@ NO_PATHS: Paths = frozenset()
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A variable that is a parameter, possibly moved, sliced or scaled.
-
-    Args:
-      path: Path of the leaf.
-      axes: The name of every axis.
-      shape: Current shape.
-      looked_up: Names of the axes along which an index that depends on data selects entries: rows
-        of a table or kernels of a stack, depending on the next operation.
-      has_data: Whether data was added to it, so that it may be a stream.
-      others: Other leaves that were combined with it elementwise; each can be adapted.
-    """
+    """A variable that is a parameter, possibly moved, sliced or scaled."""
 
     path: str
     axes: tuple[AxisName | None, ...]
     shape: tuple[Any, ...]
+    # Names of the axes along which an index that depends on data selects entries: rows of a table
+    # or kernels of a stack, depending on the next operation.
     looked_up: tuple[AxisName | None, ...] = ()
-    has_data: bool = False
-    others: tuple[Leaf, ...] = ()
+    has_data: bool = False  # whether data was added to it, so that it may be a stream
+    others: tuple[Leaf, ...] = ()  # combined with it elementwise; each can be adapted
 
     @property
     def all(self) -> tuple[Leaf, ...]:
@@ -58,26 +50,14 @@ class Leaf:
         return bool(self.looked_up) and not self.is_matrix
 
 
-@dataclasses.dataclass(frozen=True)
-class Exclusion:
-    """Why a leaf cannot be adapted, however it is used.
-
-    Args:
-      why: The reason.
-      is_parameter: Whether it is a parameter, for which users may expect an adapter.
-    """
-
-    why: str
-    is_parameter: bool
-
-
 @dataclasses.dataclass
 class Uses:
     """The uses of one leaf. Sets of axes are axes of the leaf, numbered as in its shape."""
 
     shape: tuple[int, ...]
     dtype: Any
-    exclusion: Exclusion | None
+    why_excluded: str | None  # why it cannot be adapted, however it is used
+    is_parameter: bool  # for which users may expect an adapter
     kinds: list[str] = dataclasses.field(default_factory=list)  # one per use
     summed: list[frozenset[int]] = dataclasses.field(default_factory=list)  # one per use
     stacked: frozenset[int] = frozenset()
@@ -108,40 +88,19 @@ class Uses:
 
 
 class Record:
-    """The uses of every leaf by path, and how the products of kernels are used.
-
-    Attributes:
-      uses: The uses by path.
-      fed: Kernels whose products reach another kernel.
-      joined: Kernels whose products are combined with another stream.
-      sums: Sets of kernels whose products are added to each other.
-    """
+    """The uses of every leaf by path, and how the products of kernels are used."""
 
     def __init__(self) -> None:
         """Start without leaves."""
         self.uses: dict[str, Uses] = {}
-        self.fed: set[str] = set()
-        self.joined: set[str] = set()
-        self.sums: set[Paths] = set()
-
-    def leaf(
-        self, path: str, shape: Sequence[int], dtype: Any, exclusion: Exclusion | None
-    ) -> Leaf:
-        """Add a leaf."""
-        self.uses[path] = Uses(tuple(shape), dtype, exclusion)
-        return Leaf(path, tuple(range(len(shape))), tuple(shape))
-
-    def contract_materialized(self, materialized: Paths, entries: Paths) -> None:
-        """Record that data is contracted with arrays computed from materialized leaves."""
-        for path in materialized | entries:
-            self.uses[path].contracted_after = True
-            self.uses[path].contracted_entries |= path in entries
+        self.fed: set[str] = set()  # kernels whose products reach another kernel
+        self.joined: set[str] = set()  # kernels whose products are combined with another stream
+        self.sums: set[Paths] = set()  # kernels whose products are added to each other
 
     def results(self, returned: Sequence[Paths]) -> Kernels:
         """Return the kernels, and the skipped leaves with reasons.
 
-        Args:
-          returned: For every output of the function, the kernels whose product it is.
+        `returned` has, for every output of the function, the kernels whose product it is.
         """
         # A sum that is not an output of the function is a stream that its terms have joined.
         inner = [paths for paths in self.sums if not any(paths <= each for each in returned)]
@@ -149,14 +108,13 @@ class Record:
         kernels, skipped, acting, added = {}, {}, set(), set()
         for path, uses in self.uses.items():
             kernel = _kernel(path, uses, path in heads)
-            if kernel is not None and uses.exclusion is None:
+            if kernel is not None and uses.why_excluded is None:
                 kernels[path] = kernel
                 if uses.kinds or not uses.contracted_entries:
                     continue  # otherwise it is adapted as a table, but its entries act as kernels
             if (why := _why_skipped(uses, kernel)) is not None:
                 skipped[path] = why
-                is_parameter = uses.exclusion is None or uses.exclusion.is_parameter
-                if is_parameter and (kernel is not None or uses.contracted_after):
+                if uses.is_parameter and (kernel is not None or uses.contracted_after):
                     acting.add(path)
                 elif uses.added:
                     added.add(path)
@@ -210,8 +168,8 @@ def _split(
 
 def _why_skipped(uses: Uses, kernel: Kernel | None) -> str | None:
     matrix = sum(size != 1 for size in uses.shape) > 1
-    if uses.exclusion is not None:
-        why = uses.exclusion.why
+    why = uses.why_excluded
+    if why is not None:
         if kernel is not None:
             return f"{why}; it is used at {uses.used_at}"
         return f"{why}; {uses.why_materialized}" if uses.contracted_after and matrix else None

@@ -17,20 +17,12 @@ from jax_lora.algebra.named_axes import AxisName
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """The weight among the operands of an equation.
-
-    Args:
-      eqn: The equation.
-      position: Position of the weight among the operands.
-      axes: The name of every axis; None for an axis of size 1 that no factor has.
-      values: The operands as arrays, or None if only names are available. Only steps of a move may
-        read them.
-    """
+    """The weight among the operands of an equation."""
 
     eqn: Any
-    position: int
-    axes: Axes
-    values: Sequence[Any] | None = None
+    position: int  # of the weight among the operands
+    axes: Axes  # the name of every axis; None for an axis of size 1 that no factor has
+    values: Sequence[Any] | None = None  # for steps of a move; None if there are only names
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,47 +48,32 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """A contraction, lookup or convolution of a weight with data.
+    """A contraction, lookup or convolution of a weight with data."""
 
-    Args:
-      kind: `"dense"`, `"embedding"` or `"conv"`.
-      summed: Names of the weight's summed or looked-up axes.
-      batched: Names of the weight's batch axes.
-      data: Position of the data among the operands.
-      data_axes: The name of every axis of the data; paired axes are named like those of the weight.
-      out_axes: The name of every axis of the result; None for an axis of size 1.
-      terms: Number of terms per element of the result; 0 for a lookup.
-    """
-
-    kind: str
-    summed: tuple[AxisName | None, ...]
-    batched: tuple[AxisName | None, ...]
-    data: int
-    data_axes: tuple[AxisName, ...]
-    out_axes: tuple[AxisName | None, ...]
-    terms: int
+    kind: str  # "dense", "embedding" or "conv"
+    summed: Axes  # names of the weight's summed or looked-up axes
+    batched: Axes  # names of the weight's batch axes
+    data: int  # position of the data among the operands
+    data_axes: tuple[AxisName, ...]  # paired axes are named like those of the weight
+    out_axes: Axes  # the name of every axis of the result; None for an axis of size 1
+    terms: int  # number of terms per element of the result; 0 for a lookup
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How a primitive uses a weight.
+    """How a primitive uses a weight."""
 
-    Args:
-      move: Returns a `Move` per output, after which the weight is still a weight; None if the
-        low-rank structure is lost.
-      each: Whether output i depends on operand i only, so that several operands may be weights.
-      elementwise: Whether the operation is elementwise and independent of the shape.
-      read: Returns how the weight is contracted; None if there is no low-rank form.
-      compute: Computes equations for which `read` succeeded and that have the same data.
-      open: Returns the sub-jaxprs of the equation; None if this JAX has other parameters.
-      rebuild: Evaluates the equation with evaluated sub-jaxprs. Without it, `analyze` looks into
-        the sub-jaxprs, but `evaluate` materializes the weight.
-    """
-
+    # Returns a `Move` per output, after which the weight is still a weight; None if the low-rank
+    # structure is lost.
     move: Callable[[Operand], list[Move] | None] | None = None
-    each: bool = False
-    elementwise: bool = False
+    each: bool = False  # output i depends on operand i only, so several operands may be weights
+    elementwise: bool = False  # the operation is elementwise and independent of the shape
+    # Returns how the weight is contracted; None if there is no low-rank form.
     read: Callable[[Operand], Use | None] | None = None
+    # Computes equations for which `read` succeeded and that have the same data.
     compute: Callable[..., Any] | None = None
+    # Returns the sub-jaxprs of the equation; None if this JAX has other parameters.
     open: Callable[[Any], Any] | None = None
+    # Evaluates the equation with evaluated sub-jaxprs. Without it, `analyze` looks into the
+    # sub-jaxprs, but `evaluate` materializes the weight.
     rebuild: Callable[..., Any] | None = None

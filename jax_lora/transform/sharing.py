@@ -71,15 +71,13 @@ class _Program:
         first = indices[0]
         members, early = [first], set()
         for index in indices[1:]:
-            needed = [self._needs(var, first) for var in self._kernel(index)]
-            if all(each is not None for each in needed):
+            (kernel,) = filter(self._is_weight, self._eqns[index].invars)
+            needed = self._needs(kernel, first)
+            if needed is not None:
                 members.append(index)
-                early.update(*(each for each in needed if each is not None))
+                early |= needed
         data = (int(self._is_weight(self._eqns[index].invars[0])) for index in members)
         return Group(tuple(members), tuple(data), tuple(sorted(early)))
-
-    def _kernel(self, index: int) -> list[Var]:
-        return [var for var in self._eqns[index].invars if self._is_weight(var)]
 
     def _needs(self, var: Var, before: int) -> set[int] | None:
         """Return the equations from `before` on that compute a kernel; None if it must wait."""
@@ -89,10 +87,13 @@ class _Program:
         eqn = self._eqns[index]
         if eqn.effects or not _moves(eqn):
             return None
-        needed = [self._needs(each, before) for each in eqn.invars]
-        if any(each is None for each in needed):
-            return None
-        return {index}.union(*(each for each in needed if each is not None))
+        needed = {index}
+        for each in eqn.invars:
+            inner = self._needs(each, before)
+            if inner is None:
+                return None
+            needed |= inner
+        return needed
 
 
 def _moves(eqn: Any) -> bool:

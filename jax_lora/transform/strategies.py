@@ -28,29 +28,16 @@ ALIASES = {"cuda": "gpu", "rocm": "gpu"}
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The properties of a contraction that determine its form.
+    """The properties of a contraction that determine its form."""
 
-    Args:
-      tokens: Number of vectors in x.
-      inputs: Number of inputs of the kernel.
-      outputs: Number of outputs of the kernel.
-      rank: Rank of the factors.
-      x_dtype: Type of x.
-      w_dtype: Type of W0 in the contraction.
-      precision: As in `lax.dot_general`.
-      dropout: Whether dropout applies to the data of the factors.
-      stored: Whether W0 is an array and not a recipe.
-    """
-
-    tokens: Any
-    inputs: int
+    tokens: Any  # number of vectors in x
+    inputs: int  # of the kernel
     outputs: int
-    rank: int
     x_dtype: Any
-    w_dtype: Any
-    precision: Any
-    dropout: bool
-    stored: bool
+    w_dtype: Any  # of W0 in the contraction
+    precision: Any  # as in `lax.dot_general`
+    dropout: bool  # whether dropout applies to the data of the factors
+    stored: bool  # whether W0 is an array and not a recipe
 
     @property
     def break_even(self) -> float:
@@ -75,15 +62,10 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """Decides how the products of one call of `lora_apply` are computed.
+    """Decides how the products of one call of `lora_apply` are computed."""
 
-    Args:
-      platform: The target platform: "cpu", "gpu" or "tpu".
-      form: "auto", or the form that the caller selected.
-    """
-
-    platform: str
-    form: str = "auto"
+    platform: str  # "cpu", "gpu" or "tpu"
+    form: str = "auto"  # or the form that the caller selected
 
     def choose(self, sizes: Sizes) -> Choice:
         """Choose the form of one contraction.

@@ -27,11 +27,6 @@ from jax_lora.transform.rules import Operand
 Moves = list[Move] | None
 
 
-# -----------------------------------------------------------------------------------------------
-# Same elements and axes
-# -----------------------------------------------------------------------------------------------
-
-
 def unchanged(weight: Operand) -> Moves:
     """`copy`, `name`, `optimization_barrier`: the factors are unchanged."""
     return [Move(weight.axes)]
@@ -53,8 +48,7 @@ def constrain_sharding(weight: Operand) -> Moves:
     sharding = weight.params.get("sharding")
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return [Move(weight.axes)]  # only W0 is constrained; the compiler shards the factors
-    entries = itertools.chain(sharding.spec, itertools.repeat(None))
-    by_name = dict(zip(weight.axes, entries, strict=False))
+    by_name = dict(zip(weight.axes, sharding.spec, strict=False))
 
     def constrain(array: jax.Array, axes: tuple[AxisName, ...]) -> jax.Array:
         spec = jax.sharding.PartitionSpec(*(by_name.get(name) for name in axes))
@@ -62,11 +56,6 @@ def constrain_sharding(weight: Operand) -> Moves:
         return lax.with_sharding_constraint(array, named)
 
     return [Move(weight.axes, (moves.map_factors(constrain),))]
-
-
-# -----------------------------------------------------------------------------------------------
-# Axes
-# -----------------------------------------------------------------------------------------------
 
 
 def transpose(weight: Operand) -> Moves:
@@ -235,8 +224,7 @@ def gather_from(weight: Operand, factor: jax.Array, axis: int, indices: jax.Arra
 def rows_of_codes(weight: Operand, base: Any) -> jax.Array | None:
     """Look up rows of a table that is a recipe, and compute only these rows.
 
-    Returns:
-      The result of the equation; None for other equations, base weights and recipes.
+    The result is None for other equations, base weights and recipes.
     """
     if weight.eqn.primitive.name != "gather" or not isinstance(base, Recipe) or base.ndim != 2:
         return None
@@ -254,11 +242,6 @@ def rows_of_codes(weight: Operand, base: Any) -> jax.Array | None:
     return jnp.where(known, rows, jnp.full_like(rows, jnp.nan if fill is None else fill))
 
 
-# -----------------------------------------------------------------------------------------------
-# Collectives
-# -----------------------------------------------------------------------------------------------
-
-
 def all_gather(weight: Operand) -> Moves:
     """`all_gather` of the shards of one axis, inside `shard_map`."""
     params = weight.params
@@ -271,29 +254,16 @@ def all_gather(weight: Operand) -> Moves:
     return [Move(weight.axes, (moves.gather_shards(name, gather, frozenset(mesh_axes)),))]
 
 
-# -----------------------------------------------------------------------------------------------
-# Values
-# -----------------------------------------------------------------------------------------------
-
-
 def negate(weight: Operand) -> Moves:
     """`neg`: negate the scale."""
     return [Move(weight.axes, (moves.scale(-1.0),))]
 
 
 def multiply(weight: Operand) -> Moves:
-    """`mul` by a constant, or by an array that varies along axes of one factor."""
-    return _scaled(weight, 1 - weight.position, inverse=False)
-
-
-def divide(weight: Operand) -> Moves:
-    """`div` of a weight by the same; a weight cannot be the divisor."""
-    return _scaled(weight, 1, inverse=True) if weight.position == 0 else None
-
-
-def _scaled(weight: Operand, other: int, *, inverse: bool) -> Moves:
-    if weight.out_shape != weight.shape:
-        return None  # the multiplication broadcasts the weight
+    """`mul` and `div` by a constant, or by an array that varies along axes of one factor."""
+    inverse, other = weight.eqn.primitive.name == "div", 1 - weight.position
+    if weight.out_shape != weight.shape or (inverse and weight.position == 1):
+        return None  # the operation broadcasts the weight, or the weight is the divisor
     var = weight.eqn.invars[other]
     if is_literal(var) and jnp.ndim(var.val) == 0:
         constant = float(var.val)

@@ -46,7 +46,7 @@ RULES: dict[str, Rule] = {
     # Values.
     "neg": Rule(move=structural.negate, elementwise=True),
     "mul": Rule(move=structural.multiply),
-    "div": Rule(move=structural.divide),
+    "div": Rule(move=structural.multiply),
     "add": Rule(move=structural.add),
     "sub": Rule(move=structural.add),
     # Contractions.

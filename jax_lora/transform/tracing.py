@@ -15,15 +15,8 @@ from jax_lora.transform.programs import Body
 class ArrayFunction:
     """`fn(*args, **kwargs)` as a function from its arrays to the arrays that it returns.
 
-    Args:
-      fn: The function.
-      args: Its positional arguments.
-      kwargs: Its keyword arguments.
-      is_array: Tells, by index and value, which leaves of the arguments are arrays.
-      is_leaf: As in `jax.tree.flatten`.
-
-    Attributes:
-      inputs: The arrays among the leaves of the arguments, by index.
+    `is_array` tells, by index and value, which leaves of the arguments are arrays. They are in
+    `inputs`, by index.
     """
 
     def __init__(
@@ -54,8 +47,7 @@ class ArrayFunction:
 
     def trace(self) -> Body:
         """Trace the function, with an array of W0's shape and type for every adapted leaf."""
-        closed = jax.make_jaxpr(self)(*map(_stand_in, self.inputs.values()))
-        return Body(closed.jaxpr, closed.consts)
+        return Body.of(jax.make_jaxpr(self)(*map(_stand_in, self.inputs.values())))
 
     def rebuild(self, arrays: list[Any]) -> Any:
         """Put computed arrays into the structure that the function returned when it was traced."""

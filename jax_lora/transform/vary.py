@@ -61,12 +61,11 @@ class _Variable:
     weights: frozenset[int] = frozenset()
 
 
+@dataclasses.dataclass(eq=False)
 class Vary(Abstract[_Variable]):
     """Records the mesh axes along which the data of each weight varies."""
 
-    def __init__(self) -> None:
-        """Start with an empty record."""
-        self.data_axes: dict[int, Axes] = {}
+    data_axes: dict[int, Axes] = dataclasses.field(default_factory=dict)
 
     def inside(self, eqn: Any, times: int = 1) -> Vary:
         """Share the record."""
@@ -84,17 +83,11 @@ class Vary(Abstract[_Variable]):
         """Interpret every equation: all data can vary."""
         return True
 
-    def plain(self, eqn: Any, inputs: Sequence[_Variable]) -> list[_Variable]:
-        """Describe the outputs of an operation on data."""
-        return self.without_rule(eqn, inputs)
-
     def move(self, eqn: Any, rule: Rule, inputs: Sequence[_Variable]) -> list[_Variable] | None:
         """Propagate weights as long as they are matrices."""
+        moves = rule.read is None or _is_choice_of_kernels(eqn, rule)
         # Operands of a rule with `each` are independent.
-        outputs = self._outputs(eqn, inputs, independent=rule.each)
-        if rule.read is not None and not _is_choice_of_kernels(eqn, rule):
-            outputs = [_Variable(each.axes) for each in outputs]
-        return [dataclasses.replace(each, axes=_after(eqn, each.axes)) for each in outputs]
+        return self._outputs(eqn, inputs, independent=rule.each, weights=moves)
 
     def consume(
         self, eqns: Sequence[Any], rule: Rule, inputs: Sequence[Sequence[_Variable]]
@@ -111,15 +104,15 @@ class Vary(Abstract[_Variable]):
     def without_rule(self, eqn: Any, inputs: Sequence[_Variable]) -> list[_Variable]:
         """Describe the outputs of any other operation, such as a collective."""
         # The leaves of a tree in a collective are independent.
-        outputs = self._outputs(eqn, inputs, independent=True)
-        return [_Variable(_after(eqn, each.axes)) for each in outputs]
+        return self._outputs(eqn, inputs, independent=True, weights=False)
 
     def _outputs(
-        self, eqn: Any, inputs: Sequence[_Variable], *, independent: bool
+        self, eqn: Any, inputs: Sequence[_Variable], *, independent: bool, weights: bool
     ) -> list[_Variable]:
-        if independent and len(inputs) == len(eqn.outvars):
-            return list(inputs)
-        return [self.join(inputs)] * len(eqn.outvars)
+        if not independent or len(inputs) != len(eqn.outvars):
+            inputs = [self.join(inputs)] * len(eqn.outvars)
+        results = [dataclasses.replace(each, axes=_after(eqn, each.axes)) for each in inputs]
+        return results if weights else [_Variable(each.axes) for each in results]
 
     def join(self, values: Sequence[_Variable]) -> _Variable:
         """Describe a value that is one of several: it varies wherever one of them does."""
@@ -132,25 +125,21 @@ class Vary(Abstract[_Variable]):
         """Describe a materialized weight, to which dropout does not apply."""
         return _Variable(value.axes)
 
-    def into_shards(
-        self, eqn: Any, program: ShardMap, inputs: Sequence[_Variable]
-    ) -> tuple[Vary, Sequence[_Variable]]:
-        """Start a record, with inputs that also vary along the axes they are sharded over."""
-        differ = [
-            dataclasses.replace(value, axes=value.axes | axes_of(spec))
+    def enter(
+        self, eqn: Any, rule: Rule, program: Any, inputs: Sequence[_Variable]
+    ) -> list[_Variable] | None:
+        """Keep the axes of outer meshes only: an inner shard_map handles its own axes."""
+        if not isinstance(program, ShardMap):
+            return super().enter(eqn, rule, program, inputs)
+        inner = Vary()
+        sharded = [
+            _Variable(value.axes | axes_of(spec), value.weights)
             for value, spec in zip(inputs, program.in_specs, strict=True)
         ]
-        return Vary(), differ
-
-    def out_of_shards(
-        self, inner: Any, program: ShardMap, outputs: Sequence[_Variable]
-    ) -> list[_Variable]:
-        """Keep the axes of outer meshes: the inner shard_map handles its own axes."""
+        outputs = inner.run(program.body, sharded)
         for weight, axes in inner.data_axes.items():
             self._contract((weight,), axes - program.axis_names)
-        return [
-            dataclasses.replace(value, axes=value.axes - program.axis_names) for value in outputs
-        ]
+        return [_Variable(value.axes - program.axis_names) for value in outputs]
 
     def _contract(self, weights: Any, data: Axes) -> None:
         for weight in weights:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from jax_lora.transform.equations import is_literal
+from jax_lora.transform.programs import Body
 from jax_lora.transform.rules import Rule
 from jax_lora.transform.table import RULES
 
@@ -23,17 +24,11 @@ Value = TypeVar("Value")
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Equations of one primitive that are evaluated together.
-
-    Args:
-      members: Indices of the equations, in order.
-      data: For every member, the position of the shared data among its operands.
-      early: Indices of the equations that compute the kernels of later members, in order.
-    """
+    """Equations of one primitive that are evaluated together, by index."""
 
     members: tuple[int, ...]
-    data: tuple[int, ...]
-    early: tuple[int, ...]
+    data: tuple[int, ...]  # for every member, the position of the shared data among its operands
+    early: tuple[int, ...]  # equations that compute the kernels of later members
 
 
 class Interpretation(Protocol[Value]):
@@ -45,10 +40,6 @@ class Interpretation(Protocol[Value]):
 
     def concerns(self, inputs: Sequence[Value]) -> bool:
         """Tell whether an equation with these inputs needs its rule."""
-        ...
-
-    def plain(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        """Interpret an equation that does not need its rule."""
         ...
 
     def move(self, eqn: Any, rule: Rule, inputs: Sequence[Value]) -> list[Value] | None:
@@ -68,7 +59,7 @@ class Interpretation(Protocol[Value]):
         ...
 
     def without_rule(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        """Interpret an equation without a rule, or to which its rule does not apply."""
+        """Interpret an equation that needs no rule, has none, or to which it does not apply."""
         ...
 
     def groups(self, jaxpr: Any, weights: Collection[Any]) -> Mapping[int, Group]:
@@ -81,7 +72,7 @@ def interpret(
 ) -> list[Value]:
     """Interpret one equation: a value per operand gives a value per output."""
     if not interpretation.concerns(inputs):
-        return interpretation.plain(eqn, inputs)
+        return interpretation.without_rule(eqn, inputs)
     rule = RULES.get(eqn.primitive.name, Rule())
     outputs = None
     if rule.move is not None:
@@ -93,66 +84,49 @@ def interpret(
     return interpretation.without_rule(eqn, inputs) if outputs is None else outputs
 
 
-def walk(
-    interpretation: Interpretation[Value],
-    jaxpr: Any,
-    consts: Sequence[Any],
-    inputs: Sequence[Value],
-) -> list[Value]:
-    """Interpret an open jaxpr, given the arrays of its constants and a value per input."""
+def walk(interpretation: Interpretation[Value], body: Body, inputs: Sequence[Value]) -> list[Value]:
+    """Interpret a jaxpr, given a value per input."""
+    jaxpr, eqns, done = body.jaxpr, body.jaxpr.eqns, set()
     env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
-    env.update(zip(jaxpr.constvars, map(interpretation.constant, consts), strict=True))
-    groups = interpretation.groups(
-        jaxpr, {var for var, value in env.items() if interpretation.concerns([value])}
-    )
-    steps = _Steps(interpretation, jaxpr.eqns, env)
+    env.update(zip(jaxpr.constvars, map(interpretation.constant, body.consts), strict=True))
+
+    def read(var: Any) -> Value:
+        return interpretation.constant(var.val) if is_literal(var) else env[var]
+
+    def write(index: int, outputs: Sequence[Value]) -> None:
+        env.update(zip(eqns[index].outvars, outputs, strict=True))
+        done.add(index)
+
+    def visit(index: int) -> None:
+        if index not in done:
+            inputs = list(map(read, eqns[index].invars))
+            write(index, interpret(interpretation, eqns[index], inputs))
+
+    def visit_group(group: Group) -> None:
+        for index in group.early:
+            visit(index)
+        members = [eqns[index] for index in group.members]
+        x = read(members[0].invars[group.data[0]])
+        inputs = []
+        for eqn, data in zip(members, group.data, strict=True):
+            kernel = read(eqn.invars[1 - data])  # another cast of x may follow later
+            inputs.append([x, kernel] if data == 0 else [kernel, x])
+        results = interpretation.consume(members, RULES[members[0].primitive.name], inputs)
+        for index, each, outputs in zip(group.members, inputs, results, strict=True):
+            if outputs is None:
+                outputs = interpretation.without_rule(eqns[index], each)
+            write(index, outputs)
+
+    weights = {var for var, value in env.items() if interpretation.concerns([value])}
+    groups = interpretation.groups(jaxpr, weights)
     last_use = _last_uses(jaxpr)
-    for index in range(len(jaxpr.eqns)):
+    for index in range(len(eqns)):
         if index in groups:
-            steps.visit_group(groups[index])
-        steps.visit(index)
+            visit_group(groups[index])
+        visit(index)
         for var in last_use.get(index, ()):
             env.pop(var, None)  # free arrays as early as an eager run of the model does
-    return steps.read(jaxpr.outvars)
-
-
-@dataclasses.dataclass
-class _Steps(Generic[Value]):
-    """The equations of a jaxpr, and the environment that they read and write."""
-
-    interpretation: Interpretation[Value]
-    eqns: Sequence[Any]
-    env: dict[Any, Value]
-    done: set[int] = dataclasses.field(default_factory=set)
-
-    def read(self, variables: Sequence[Any]) -> list[Value]:
-        constant = self.interpretation.constant
-        return [constant(var.val) if is_literal(var) else self.env[var] for var in variables]
-
-    def _write(self, index: int, outputs: Sequence[Value]) -> None:
-        self.env.update(zip(self.eqns[index].outvars, outputs, strict=True))
-        self.done.add(index)
-
-    def visit(self, index: int) -> None:
-        if index not in self.done:
-            eqn = self.eqns[index]
-            self._write(index, interpret(self.interpretation, eqn, self.read(eqn.invars)))
-
-    def visit_group(self, group: Group) -> None:
-        for index in group.early:
-            self.visit(index)
-        eqns = [self.eqns[index] for index in group.members]
-        (x,) = self.read([eqns[0].invars[group.data[0]]])
-        inputs = []
-        for eqn, data in zip(eqns, group.data, strict=True):
-            (kernel,) = self.read([eqn.invars[1 - data]])  # another cast of x may follow later
-            inputs.append([x, kernel] if data == 0 else [kernel, x])
-        rule = RULES[eqns[0].primitive.name]
-        results = self.interpretation.consume(eqns, rule, inputs)
-        for index, eqn, each, outputs in zip(group.members, eqns, inputs, results, strict=True):
-            if outputs is None:
-                outputs = self.interpretation.without_rule(eqn, each)
-            self._write(index, outputs)
+    return list(map(read, jaxpr.outvars))
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
@@ -163,10 +137,8 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
         for var in (*eqn.invars, *eqn.outvars)
         if not is_literal(var)
     }
-    for var in jaxpr.outvars:
-        if not is_literal(var):
-            last.pop(var, None)
+    returned = {var for var in jaxpr.outvars if not is_literal(var)}
     uses: dict[int, list[Any]] = {}
-    for var, index in last.items():
-        uses.setdefault(index, []).append(var)
+    for var in last.keys() - returned:
+        uses.setdefault(last[var], []).append(var)
     return uses

@@ -24,7 +24,7 @@ class Update(Protocol):
 
     @property
     def kind(self) -> str:
-        """Its kind in a summary: `"lora"`, `"dora"`, `"whole"` or `"rows"`."""
+        """The kind of update in a summary: `"lora"`, `"dora"`, `"whole"` or `"rows"`."""
         ...
 
     @property
@@ -38,7 +38,7 @@ class Update(Protocol):
         ...
 
     def called(self, name: str) -> str:
-        """Return the name of an array in messages."""
+        """Return what messages call the array of this name."""
         ...
 
     def problem(self, shape: Sequence[int], holder: str = "tree") -> str | None:
@@ -46,7 +46,7 @@ class Update(Protocol):
 
         Args:
           shape: Shape of the leaf.
-          holder: Name of the tree in the reason.
+          holder: What the reason calls the tree that holds the leaf.
         """
         ...
 

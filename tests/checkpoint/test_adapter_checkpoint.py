@@ -17,7 +17,7 @@ from jax_lora.checkpoint import load_adapter, manifest, save_adapter
 from jax_lora.errors import BaseMismatchError, CheckpointError, CheckpointWarning
 from jax_lora.storage import array_store, json_files
 from jax_lora.storage import array_store as array_files
-from jax_lora.storage.limits import raise_hint
+from jax_lora.storage.limits import limit_hint
 
 
 def toy(seed=0):
@@ -430,7 +430,7 @@ def test_arrays_far_larger_than_their_files_are_refused(copied, monkeypatch):
     reseal(copied, enlarge)
     with pytest.raises(CheckpointError, match=r"arrays of .* bytes in .* bytes of files") as caught:
         load_adapter(copied)
-    assert raise_hint("expanded_bytes") in str(caught.value)
+    assert limit_hint("expanded_bytes") in str(caught.value)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from jax_lora.cli import main
+from jax_lora.cli.eval import table
 from jax_lora.cli.main import CLI_MODULES, GROUPS, make_parser
 from jax_lora.cli.names import parse
 from jax_lora.cli.rows import SUBCOMMANDS
 from jax_lora.cli.system_info import CLI_PACKAGES
+from jax_lora.finetune.evaluation import Score
 from jax_lora.models import Llama, LlamaConfig, save
 from tests.tiny_model import TINY, random_params, write_tokenizer
 
@@ -198,9 +200,28 @@ def subcommands(parser):
                 yield from subcommands(inner)
 
 
+@pytest.mark.parametrize(("width", "longest", "lines"), [(140, 90, 4), (80, 71, 6), (60, 71, 6)])
+def test_the_table_of_eval_is_narrow_on_a_narrow_terminal(width, longest, lines):
+    score = Score(rows=20, tokens=9, loss=4.4, exact=0.15, execution=0.2)
+    groups = {"all": score, "known_schema: true": score}
+    shown = table({"base": groups, "adapter": groups}, width)
+    assert (max(map(len, shown)), len(shown)) == (longest, lines)
+
+
+@pytest.mark.parametrize(("columns", "shares"), [("80", False), ("140", True)])
+def test_a_wide_terminal_has_room_for_long_options(monkeypatch, capsys, columns, shares):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= int(columns)
+    option = next(line for line in lines if "--grad-accumulation-steps N" in line)
+    assert ("micro-batches per update" in option) == shares
+
+
 @pytest.mark.parametrize("parser", list(subcommands(make_parser())), ids=lambda parser: parser.prog)
 def test_the_help_of_a_subcommand_ends_with_an_example_that_parses(parser):
-    _, found, examples = parser.format_help().rpartition("example:\n")
+    _, found, examples = parser.format_help().rpartition("examples:\n")
     assert found and examples.strip()
     for line in examples.strip().splitlines():
         words, program = shlex.split(line), parser.prog.split()
@@ -297,6 +318,21 @@ def test_an_unknown_word_or_option_is_refused(line, capsys):
     with pytest.raises(SystemExit):
         main(line.split())
     assert "unrecognized arguments: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "near"), [("train --rnk 3", "--rank"), ("data check --colums a=b", "--columns")]
+)
+def test_a_misspelled_option_is_corrected(line, near, capsys):
+    with pytest.raises(SystemExit):
+        main(line.split())
+    assert f"did you mean {near}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("line", "listed"), [("", "train"), ("data", "check")])
+def test_without_a_subcommand_the_help_lists_them(line, listed, capsys):
+    assert main(line.split()) == 2
+    assert f"\n  {listed}  " in capsys.readouterr().err
 
 
 def test_another_model_is_not_trained_on_the_bundled_data_unless_asked(model_folder, capsys):

@@ -30,7 +30,9 @@ def test_a_folder_is_planned_with_its_data_and_compiled(
     assert "The training step of this run, compiled for its largest batch" in out
     assert "fits into 1 GB (5% is left free)." in out
     assert max(map(len, out.splitlines())) <= 80
+    assert "peak memory of the process" in out
     assert found["compiled"]["peak"] > found["parameters"] * 4
+    assert found["process"] > 100e6  # Python and JAX alone
     assert (found["steps"], found["data"]["examples"]) == (2, 8)
     assert found["fit"]["fits"] and found["not_compiled"] is None
 

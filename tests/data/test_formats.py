@@ -11,15 +11,18 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "
 
 
 def checked(**row):
-    found = check_fields(row)
-    assert not isinstance(found, Problem), found
-    return found
+    return check_fields(row)
+
+
+def problem(**row):
+    with pytest.raises(Problem) as found:
+        check_fields(row)
+    assert found.value.fix
+    return found.value
 
 
 def refused(**row):
-    found = check_fields(row)
-    assert isinstance(found, Problem) and found.fix
-    return found.reason
+    return problem(**row).reason
 
 
 def test_a_completion_of_turns_is_a_chat_with_loss_on_the_completion():
@@ -223,10 +226,8 @@ def test_older_function_calls_become_tool_calls():
 
 
 def test_a_misspelled_field_is_reported_with_a_suggestion():
-    assert check_fields({"promt": "a", "completion": "b"}).fix == (
-        '"promt": did you mean "prompt"?'
-    )
-    assert check_fields({"message": "a", "category": "b"}).fix.endswith(
+    assert problem(promt="a", completion="b").fix == ('"promt": did you mean "prompt"?')
+    assert problem(message="a", category="b").fix.endswith(
         "Or name the columns, for example prompt=message,completion=category."
     )
-    assert "Name the fields" in check_fields({"a": 1}).fix
+    assert "Name the fields" in problem(a=1).fix

@@ -12,7 +12,7 @@ from jax_lora.data.parquet_pages import page_totals  # noqa: E402
 from jax_lora.data.parquet_rows import parquet_rows  # noqa: E402
 from jax_lora.data.rows import read_rows  # noqa: E402
 from jax_lora.errors import DataError  # noqa: E402
-from jax_lora.storage.limits import raise_hint  # noqa: E402
+from jax_lora.storage.limits import limit_hint  # noqa: E402
 
 TURNS = [{"role": "user", "content": "a" * 50}, {"role": "assistant", "content": None}]
 TABLE = pa.table(
@@ -79,7 +79,7 @@ def test_a_dictionary_that_repeats_one_text_is_refused_early(tmp_path):
     assert file.stat().st_size < 5000
     with pytest.raises(DataError, match="expand to far more") as caught:
         read_rows(file)
-    assert str(caught.value).endswith(raise_hint("expansion"))
+    assert str(caught.value).endswith(limit_hint("expansion"))
 
 
 def test_a_user_can_raise_the_limit(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from jax_lora.data.data_folder import read_data, read_whole
 from jax_lora.data.rows import read_rows
 from jax_lora.errors import DataError
-from jax_lora.storage.limits import raise_hint
+from jax_lora.storage.limits import limit_hint
 
 ROWS = [{"prompt": "a, b", "completion": "c\nd"}, {"prompt": "é", "completion": "f"}]
 
@@ -101,7 +101,7 @@ def test_a_gzip_that_unpacks_to_far_too_much_is_refused(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b" " * 2**20))
     with pytest.raises(DataError, match="more than .* bytes of text") as caught:
         read_rows(tmp_path / "train.jsonl.gz")
-    assert str(caught.value).endswith(raise_hint("expansion"))
+    assert str(caught.value).endswith(limit_hint("expansion"))
 
 
 def test_a_missing_pyarrow_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):

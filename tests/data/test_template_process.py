@@ -99,16 +99,16 @@ def test_a_lone_surrogate_passes_both_ways():
 def test_a_process_that_ended_is_started_again():
     renderer = process("{{ messages[0].content }}")
     renderer.render([HI])
-    os.kill(renderer._child._process.pid, signal.SIGKILL)
-    renderer._child._process.wait()
+    os.kill(renderer._child.process.pid, signal.SIGKILL)
+    renderer._child.process.wait()
     assert renderer.render([HI]) == [{"text": "hi"}]
 
 
 def test_a_process_that_ends_while_it_renders_is_an_error():
     renderer = process("{{ messages[0].content }}")
     renderer.render([HI])
-    os.kill(renderer._child._process.pid, signal.SIGSTOP)
-    threading.Timer(0.2, renderer._child._process.kill).start()
+    os.kill(renderer._child.process.pid, signal.SIGSTOP)
+    threading.Timer(0.2, renderer._child.process.kill).start()
     with pytest.raises(RenderError, match="exit code -9"):
         renderer.render([HI])
     assert renderer.render([HI]) == [{"text": "hi"}]
@@ -156,7 +156,7 @@ def test_a_copy_has_a_process_of_its_own_and_both_end_with_their_owners():
     renderer = process("{{ messages[0].content }}")
     other = copy.copy(renderer)
     assert renderer.render([HI]) == other.render([HI])
-    children = [each._child._process for each in (renderer, other)]
+    children = [each._child.process for each in (renderer, other)]
     assert children[0].pid != children[1].pid
     del renderer, other
     gc.collect()

@@ -7,7 +7,7 @@ import pytest
 from jax_lora.data.encoder_tokenizer import EncoderTokenizer
 from jax_lora.data.tokenizer import Tokenizer
 from jax_lora.errors import ModelError
-from jax_lora.storage.limits import raise_hint
+from jax_lora.storage.limits import limit_hint
 from tests.tiny_model import write_tokenizer
 
 DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
@@ -121,7 +121,7 @@ def test_a_large_or_deep_tokenizer_is_not_parsed(folder, monkeypatch):
     monkeypatch.setenv("JAX_LORA_LIMITS", "tokenizer_bytes=1000")
     with pytest.raises(ModelError, match="more than 1,000 bytes") as caught:
         Tokenizer.load(folder)
-    assert str(caught.value).endswith(raise_hint("tokenizer_bytes"))
+    assert str(caught.value).endswith(limit_hint("tokenizer_bytes"))
     monkeypatch.setenv("JAX_LORA_LIMITS", "json_depth=2")
     with pytest.raises(ModelError, match="nested more than 2 levels"):
         Tokenizer.load(folder)

@@ -10,7 +10,7 @@ from jax_lora import LoraConfig, lora_init, save_adapter
 from jax_lora.errors import CheckpointError
 from jax_lora.finetune.commit_mark import MARK, check_mark
 from jax_lora.finetune.run_folder import RunFolder, find_checkpoint
-from jax_lora.finetune.training_state import find_resumable, has_state, remove_state, save_state
+from jax_lora.finetune.training_state import find_resumable, save_state
 from jax_lora.storage.json_files import json_checksum
 
 BASE = {"kernel": jnp.ones((3, 4))}
@@ -105,12 +105,6 @@ def test_a_mark_that_is_not_one_is_refused(run, change):
     file.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"commit\.json"):
         check_mark(run / "step-000003")
-
-
-def test_a_checkpoint_without_its_state_keeps_a_sound_mark(run):
-    remove_state(run / "step-000003")
-    check_mark(run / "step-000003", required=True)
-    assert not has_state(run / "step-000003")
 
 
 @pytest.mark.parametrize("damage", ["edited", "missing", "of another run"])

@@ -11,7 +11,6 @@ from jax_lora.finetune.training_state import (
     has_state,
     load_opt_state,
     read_record,
-    remove_state,
     save_state,
 )
 
@@ -58,7 +57,7 @@ def test_the_state_of_another_optimizer_is_refused(saved):
     with pytest.raises(CheckpointError, match="a checkpoint with the state of its run"):
         load_opt_state(folder, read_record(folder), optax.sgd(0.1, momentum=0.9).init(PARAMS))
     other = optax.adamw(0.1).init({"a": jnp.ones((2, 4)), "b": jnp.ones(4)})
-    with pytest.raises(CheckpointError, match=r"float32 \(2, 3\) where float32 \(2, 4\) belongs"):
+    with pytest.raises(CheckpointError, match=r"float32 \(2, 3\) instead of float32 \(2, 4\)"):
         load_opt_state(folder, read_record(folder), other)
 
 
@@ -83,7 +82,7 @@ def test_a_record_without_checksums_is_refused(saved):
 def test_a_state_is_there_whole_or_not_at_all(saved):
     folder, _ = saved
     assert has_state(folder)
-    remove_state(folder)
-    assert not has_state(folder) and not (folder / "moments").exists()
+    (folder / "training.json").unlink()
+    assert not has_state(folder)
     with pytest.raises(CheckpointError, match="without training.json"):
         read_record(folder)

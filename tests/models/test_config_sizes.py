@@ -9,7 +9,7 @@ import jax_lora as jl
 from jax_lora.errors import ModelError
 from jax_lora.models import Llama
 from jax_lora.models.read_config import read_config
-from jax_lora.storage.limits import raise_hint
+from jax_lora.storage.limits import limit_hint
 from tests.tiny_model import TINY, random_params
 
 
@@ -53,7 +53,7 @@ def test_the_limit_on_layers_can_be_raised(folder, tmp_path, monkeypatch):
     change(folder, tmp_path, num_hidden_layers=20_000)
     with pytest.raises(ModelError) as caught:
         read_config(tmp_path)
-    assert str(caught.value).endswith(raise_hint("layers"))
+    assert str(caught.value).endswith(limit_hint("layers"))
     monkeypatch.setenv("JAX_LORA_LIMITS", "layers=20000")
     assert read_config(tmp_path).num_hidden_layers == 20_000
 

@@ -4,8 +4,7 @@ import jax
 import pytest
 
 from jax_lora.finetune.settings import TrainSettings
-from jax_lora.plan.planned_model import of_config
-from jax_lora.plan.planning import Choices
+from jax_lora.plan.planned_model import plan_config
 from tests.tiny_model import TINY
 
 
@@ -18,9 +17,9 @@ def promotion():
 
 @pytest.fixture(scope="session")
 def planned():
-    return of_config(TINY, "float32", "tiny")
+    return plan_config(TINY, "float32", "tiny")
 
 
 @pytest.fixture
-def choices():
-    return Choices(TrainSettings(rank=4, batch_size=8, max_seq_length=64))
+def settings():
+    return TrainSettings(rank=4, batch_size=8, max_seq_length=64)

@@ -1,13 +1,10 @@
 """Search for the cheapest changes that make a run fit."""
 
-import dataclasses
-
 import pytest
 
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.fit import SHARE, fit, formula_total
 from jax_lora.plan.planned_model import plan_shape
-from jax_lora.plan.planning import Choices
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +13,8 @@ def total():
 
 
 def find(total, memory, *, dtype="bfloat16", length=2048, **changed):
-    choices = Choices(TrainSettings(batch_size=8, **changed))
-    return fit(choices, memory, total, dtype=dtype, length=length)
+    settings = TrainSettings(batch_size=8, **changed)
+    return fit(settings, memory, total, dtype=dtype, length=length)
 
 
 def flags(found):
@@ -38,7 +35,7 @@ def test_gradient_accumulation_comes_first(total):
 def test_gradient_checkpointing_comes_next(total):
     found = find(total, 24e9)
     assert flags(found)[-1] == "--remat full"
-    settings = found.choices.settings
+    settings = found.settings
     assert settings.remat == "full"
     assert settings.batch_size * settings.grad_accumulation_steps == 8
 
@@ -46,7 +43,7 @@ def test_gradient_checkpointing_comes_next(total):
 def test_quantization_comes_before_what_changes_the_adapter_or_the_data(total):
     found = find(total, 10e9)
     assert flags(found)[-1] in ("--quantize int8", "--quantize nf4")
-    assert found.choices.settings.quantize != "none"
+    assert found.settings.quantize != "none"
     costs = [change.cost for change in found.changes]
     assert costs == sorted(costs)
 
@@ -78,14 +75,13 @@ def test_a_change_already_made_is_not_suggested(total):
 
 def test_rank_and_length_have_lower_limits(total):
     settings = TrainSettings(batch_size=3, rank=4, grad_checkpoint=True, quantize="nf4")
-    choices = Choices(settings)
-    found = fit(choices, 1.0, total, dtype="bfloat16", length=128)
+    found = fit(settings, 1.0, total, dtype="bfloat16", length=128)
     assert (found.fits, found.changes) == (False, ())
-    assert dataclasses.asdict(found.choices) == dataclasses.asdict(choices)
+    assert found.settings == settings
 
 
 def test_full_fine_tuning_becomes_an_adapter_before_the_base_is_quantized(total):
     found = find(total, 10e9, fine_tune_type="full")
-    settings = found.choices.settings
+    settings = found.settings
     assert (settings.fine_tune_type, settings.quantize != "none") == ("lora", True)
     assert any(each.startswith("--fine-tune-type lora --quantize") for each in flags(found))

@@ -5,14 +5,14 @@ import pytest
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.methods import side_by_side
 from jax_lora.plan.planned_model import plan_shape
-from jax_lora.plan.planning import Choices, method_of, step_of
+from jax_lora.plan.planning import method_of, step_of
 
 
 @pytest.fixture(scope="module")
 def columns():
     model = plan_shape("llama-2-7b", None)
-    choices = Choices(TrainSettings(rank=16, batch_size=1))
-    return side_by_side(method_of(model, choices), step_of(choices, 512, 512))
+    settings = TrainSettings(rank=16, batch_size=1)
+    return side_by_side(method_of(model, settings), step_of(settings, 512, 512))
 
 
 def test_weights_shrink_from_16_to_8_to_4_bits(columns):

@@ -9,7 +9,7 @@ from jax_lora.finetune.settings import TrainSettings
 from jax_lora.models import LlamaConfig
 from jax_lora.models.t5 import T5Config
 from jax_lora.plan.arithmetic import Step, activation_bytes
-from jax_lora.plan.planned_model import of_config, plan_shape
+from jax_lora.plan.planned_model import plan_config, plan_shape
 from jax_lora.plan.residuals import trace_residuals
 
 SETTINGS = TrainSettings(rank=4)
@@ -22,7 +22,7 @@ LLAMA = LlamaConfig(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_llama_has_the_residuals_of_the_formula(dtype, remat):
-    model = of_config(LLAMA, dtype, "llama")
+    model = plan_config(LLAMA, dtype, "llama")
     step = Step(batch_size=2, length=300, targets=300, remat=remat)
     itemsize = 4 if dtype == "float32" else 2
     formula = activation_bytes(model.shape, step, itemsize, rank=4, pairs=7)
@@ -35,7 +35,7 @@ def test_a_llama_has_the_residuals_of_the_formula(dtype, remat):
 def test_residuals_grow_with_the_layers_and_contain_no_weights():
     twice = dataclasses.replace(LLAMA, num_hidden_layers=24)
     one, two = (
-        trace_residuals(of_config(each, "float32", ""), SETTINGS) for each in (LLAMA, twice)
+        trace_residuals(plan_config(each, "float32", ""), SETTINGS) for each in (LLAMA, twice)
     )
     assert two.fixed / one.fixed == pytest.approx(2, rel=0.05)
     assert two.by_length / one.by_length == pytest.approx(2, rel=0.05)
@@ -55,4 +55,4 @@ def test_only_decoders_are_traced():
 
 def test_an_encoder_decoder_is_refused():
     with pytest.raises(ModelError, match="an encoder-decoder"):
-        of_config(T5Config(), "float32", "t5")
+        plan_config(T5Config(), "float32", "t5")

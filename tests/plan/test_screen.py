@@ -10,14 +10,13 @@ from jax_lora.plan.data_shapes import BatchShape, DataShapes
 from jax_lora.plan.fit import Change, Fit
 from jax_lora.plan.plan_tables import fit_lines, plan_lines
 from jax_lora.plan.planned_model import plan_shape
-from jax_lora.plan.planning import Choices, make_plan
+from jax_lora.plan.planning import make_plan
 
 DATA = DataShapes("/a/very/long/path" * 9, (BatchShape(2048, 2048, 10**6),), 10**7, 10**10)
 
 
 def lines_of(name, **settings):
-    choices = Choices(TrainSettings(**settings))
-    plan = make_plan(plan_shape(name, None), DATA, choices, compiling=False)
+    plan = make_plan(plan_shape(name, None), DATA, TrainSettings(**settings), compiling=False)
     return plan_lines(plan, 1e12)
 
 
@@ -40,7 +39,7 @@ def test_the_command_for_a_quantized_base_is_named():
 
 
 def test_the_compiled_memory_is_shown_per_device_and_in_total():
-    plan = make_plan(plan_shape("gpt2", None), DATA, Choices(TrainSettings()), compiling=False)
+    plan = make_plan(plan_shape("gpt2", None), DATA, TrainSettings(), compiling=False)
     compiled = StepMemory(10**9, 10**8, 10**8, 2 * 10**9, 2, 1.25)
     text = "\n".join(plan_lines(dataclasses.replace(plan, compiled=compiled, why=""), 1e12))
     assert "in 1.2 s" in text
@@ -48,12 +47,23 @@ def test_the_compiled_memory_is_shown_per_device_and_in_total():
     assert "peak memory of 2 devices                    6 GB" in text
 
 
+def test_the_memory_of_the_process_is_shown_beside_that_of_the_step():
+    plan = make_plan(plan_shape("gpt2", None), DATA, TrainSettings(), compiling=False)
+    compiled = StepMemory(10**9, 10**8, 10**8, 2 * 10**9, 2, 1.25)
+    known = dataclasses.replace(plan, compiled=compiled, why="", process=3 * 10**8)
+    text = "\n".join(plan_lines(known, 1e12))
+    assert "Python, JAX and the compiled step         300 MB" in text
+    assert "peak memory of the process                6.3 GB" in text
+    unknown = "\n".join(plan_lines(dataclasses.replace(known, process=None), 1e12))
+    assert "Python, JAX" not in unknown and "of the process" not in unknown
+
+
 def change(flags, cost=1):
     return Change(cost, flags, "its effect", {})
 
 
 def fitted(fits, changes, totals):
-    return Fit(fits, 30e9, changes, totals, Choices(TrainSettings()))
+    return Fit(fits, 30e9, changes, totals, TrainSettings())
 
 
 @pytest.mark.parametrize(

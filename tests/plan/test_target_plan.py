@@ -33,7 +33,6 @@ def plan_of(target="h100:1", **changes):
         matmul_flops=98.9e12,
         attention_flops=0.0,
         tokens=4096,
-        seconds=9.0,
     )
     return dataclasses.replace(plan, **changes)
 
@@ -170,14 +169,14 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 from jax_lora.finetune.settings import TrainSettings
 from jax_lora.plan.accelerators import parse_target
-from jax_lora.plan.planned_model import of_config
+from jax_lora.plan.planned_model import plan_config
 from jax_lora.plan.target_plan import plan_for_target
 from jax_lora.models import LlamaConfig
 config = LlamaConfig(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
     num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
 )
-model = of_config(config, "bfloat16", "toy")
+model = plan_config(config, "bfloat16", "toy")
 settings = TrainSettings(batch_size=1, max_seq_length=256)
 plan = plan_for_target(model, settings, parse_target("h100:1"), length=256, targets=256)
 assert plan.remat == "names" and plan.fits and not plan.collectives

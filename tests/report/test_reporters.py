@@ -11,7 +11,7 @@ from jax_lora.report.events import Reporter, RunPlan, RunResult, TrainReport, Va
 from jax_lora.report.json_reporter import JsonReporter
 from jax_lora.report.plain_reporter import PlainReporter
 from jax_lora.report.reporters import make_reporter
-from jax_lora.report.rich_reporter import RichReporter, duration, fitting
+from jax_lora.report.rich_reporter import RichReporter, duration, fitting_columns
 
 PLAN = RunPlan(
     "bundled, 4,000,000 parameters", "rank 8", "2000 train", 20, ("a note [x]",), ("rows: --pack",)
@@ -117,7 +117,7 @@ def test_control_characters_are_escaped():
 
 
 def test_a_narrow_terminal_drops_the_last_columns():
-    heads = lambda width: [column.head for column in fitting(width)]  # noqa: E731
+    heads = lambda width: [column.head for column in fitting_columns(width)]  # noqa: E731
     assert heads(80)[-1] == "eta" and heads(40) == ["iter", "loss", "val", "lr"]
     assert heads(10) == ["iter", "loss", "val"]
 

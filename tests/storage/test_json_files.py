@@ -4,7 +4,7 @@ import pytest
 
 from jax_lora.errors import CheckpointError
 from jax_lora.storage.json_files import json_checksum, read_json
-from jax_lora.storage.limits import raise_hint
+from jax_lora.storage.limits import limit_hint
 
 HOSTILE = {
     "nested too deep": ("[" * 100_000, "TooDeepError: nested more than 100 levels"),
@@ -33,7 +33,7 @@ def test_a_file_beyond_the_limit_is_not_parsed(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_LORA_LIMITS", "json_bytes=1000")
     with pytest.raises(CheckpointError, match="more than 1,000 bytes") as caught:
         read_json(file, CheckpointError)
-    assert str(caught.value).endswith(raise_hint("json_bytes"))
+    assert str(caught.value).endswith(limit_hint("json_bytes"))
 
 
 def test_bad_utf8_and_a_missing_file_are_typed_errors(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jax_lora.errors import ConfigError
-from jax_lora.storage.limits import DEFAULTS, VARIABLE, limit, raise_hint
+from jax_lora.storage.limits import DEFAULTS, VARIABLE, limit, limit_hint
 
 
 def test_a_limit_has_its_default(monkeypatch):
@@ -31,7 +31,7 @@ def test_a_wrong_limit_is_an_error_that_names_it(monkeypatch, text):
 
 
 def test_the_hint_says_what_to_set():
-    assert raise_hint("json_bytes").endswith("JAX_LORA_LIMITS=json_bytes=N")
+    assert limit_hint("json_bytes").endswith("JAX_LORA_LIMITS=json_bytes=N")
 
 
 def test_the_security_page_lists_every_limit_with_its_default():

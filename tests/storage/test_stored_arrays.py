@@ -139,6 +139,11 @@ def test_a_node_of_the_index_that_expands_too_far_is_refused(folder, before):
         check_stored(folder, template())
 
 
+def test_values_that_end_like_the_start_of_a_node_do_not_count(folder):
+    (folder / "d" / "values").write_bytes(b"\x0c\xdb\x20\xde" + bytes(9))  # a header has 14 bytes
+    check_index(folder)
+
+
 def test_small_nodes_count_together(folder):
     for number in range(70):
         (folder / "d" / f"{number}").write_bytes(compressed(8))

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from jax_lora.errors import ConfigError
-from jax_lora.storage.limits import raise_hint
+from jax_lora.storage.limits import limit_hint
 from jax_lora.storage.yaml_files import read_yaml
 
 ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -51,7 +51,7 @@ def test_a_limit_says_how_to_raise_it(tmp_path, monkeypatch):
         monkeypatch.setenv("JAX_LORA_LIMITS", f"{name}={value}")
         with pytest.raises(ConfigError) as caught:
             read(file)
-        assert str(caught.value).endswith(raise_hint(name))
+        assert str(caught.value).endswith(limit_hint(name))
 
 
 def test_bad_utf8_and_a_missing_file_are_typed_errors(tmp_path):

@@ -16,7 +16,6 @@ def sizes(**changes):
         tokens=1024,
         inputs=384,
         outputs=1024,
-        rank=8,
         x_dtype=jnp.float32,
         w_dtype=jnp.float32,
         precision=None,

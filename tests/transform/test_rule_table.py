@@ -194,7 +194,7 @@ def test_vary_sees_the_data_that_a_weight_meets(name):
 
 @pytest.mark.parametrize("interpretation", [Evaluate, Analyze, Vary])
 def test_an_interpretation_reads_every_kind_of_rule(interpretation):
-    for method in ("constant", "concerns", "plain", "move", "consume", "enter", "without_rule"):
+    for method in ("constant", "concerns", "move", "consume", "enter", "without_rule"):
         owner = next(cls for cls in interpretation.__mro__ if method in vars(cls))
         assert owner.__name__ != "Interpretation", method
 
@@ -209,5 +209,5 @@ def test_a_rule_is_whole(name):
 
 
 def test_every_kind_of_program_can_be_entered_without_arrays():
-    kinds = {programs.Call, programs.Scan, programs.While, programs.Cond, programs.ShardMap}
+    kinds = {programs.Body, programs.Scan, programs.While, programs.Cond, programs.ShardMap}
     assert {*abstract._ENTER} == kinds

@@ -21,36 +21,26 @@ from jax_lora.data.formats import unused_fields
 from jax_lora.data.packing import speedup
 from jax_lora.data.rows import RowFile
 from jax_lora.data.tokenizer import Tokenizer
-from jax_lora.errors import ConfigError, format_error
+from jax_lora.errors import ConfigError
 
 HELP = "check all examples; count tokens, targets and lengths"
 EXAMPLE = "jax-lora data check --data path/to/data --model path/to/model"
 BARS, WIDEST = 10, 40
 
 
-def add_data_options(parser: Parser) -> None:
-    """Add the options for the data and for its encoding."""
+def add_options(parser: Parser) -> None:
+    """Add the options for the data and for its encoding, which `show` has too."""
     add_name(parser, "--data", "data folder, or one file [bundled]", metavar="PATH")
     add_model_option(parser, "bundled")
     add = parser.section("data").add_argument
-    add(
-        "--max-seq-length",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="maximum tokens per example [2048]",
-    )
+    text = "maximum tokens per example [2048]"
+    add("--max-seq-length", type=int, default=2048, metavar="N", help=text)
     text = "assistant messages in the loss [all]"
     add("--turns", default="all", choices=("all", "last"), help=text)
     boolean = argparse.BooleanOptionalAction
     text = "exclude prompts from the loss [yes; no for texts]"
     add("--mask-prompt", action=boolean, default=None, help=text)
     add_template_options(parser.section("data"), "the model's")
-
-
-def add_options(parser: Parser) -> None:
-    """Add the options of the subcommand."""
-    add_data_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -97,10 +87,12 @@ def _token_lines(examples: Examples, longest: int) -> list[str]:
     tokens = sum(lengths)
     targets = sum(example.targets for example in examples.rows)
     padding = Batches.of(examples.rows, 1).padding
+    gain = speedup(lengths, round(tokens / (1 - padding)), longest)
+    packed = f"; with --pack {gain:.1f}x fewer tokens" if gain > 1.05 else ""
     lines = [
         f"  {tokens:,} tokens, {sum(example.raw for example in examples.rows):,} of them text; "
         f"{targets:,} are targets ({targets / tokens:.0%})",
-        f"  {padding:.0%} padding{_gain(lengths, padding, longest)}",
+        f"  {padding:.0%} padding{packed}",
     ]
     notes = [
         (examples.cut, f"truncated at {longest} tokens"),
@@ -112,19 +104,8 @@ def _token_lines(examples: Examples, longest: int) -> list[str]:
     return [*lines, *histogram(lengths)]
 
 
-def _gain(lengths: Sequence[int], padding: float, longest: int) -> str:
-    gain = speedup(lengths, round(sum(lengths) / (1 - padding)), longest)
-    return f"; with --pack {gain:.1f}x fewer tokens" if gain > 1.05 else ""
-
-
 def histogram(lengths: Sequence[int]) -> list[str]:
-    r"""Draw a histogram of sequence lengths.
-
-    Args:
-      lengths: Tokens of each example.
-
-    Returns:
-      The lines, one per bar.
+    r"""Draw a histogram of sequence lengths: its head, and a line per bar.
 
     Example:
       >>> print("\n".join(histogram([3, 4, 9])))
@@ -148,10 +129,8 @@ def check_new(path: Path, option: str) -> None:
     """Refuse to overwrite a file or a folder."""
     if path.exists():
         raise ConfigError(
-            format_error(
-                f"{option} {path}",
-                got="an existing path",
-                expected="a new name",
-                fix="Choose another name, or move the existing file.",
-            )
+            f"{option} {path}",
+            got="an existing path",
+            expected="a new name",
+            fix="Choose another name, or move the existing file.",
         )

@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jax_lora.cli.names import add_name
 from jax_lora.cli.parser import Parser
 from jax_lora.cli.rows.check import check_new
-from jax_lora.cli.rows.write_rows import writer
+from jax_lora.cli.rows.write_rows import add_paths, writer
 from jax_lora.data.data_folder import read_whole
 from jax_lora.data.rows import Row
-from jax_lora.errors import DataError, format_error
+from jax_lora.errors import DataError
 from jax_lora.storage.atomic_writes import write_file
 
 HELP = "convert a data file to one format"
@@ -22,10 +21,7 @@ FORMATS = ("chat", "completions", "text")
 
 def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    text = "data file of any format, or texts: a folder or a file (required)"
-    add_name(parser, "--data", text, metavar="PATH", required=True)
-    text = ".jsonl, .json, .csv or .tsv file to write (required)"
-    add_name(parser, "--save-path", text, metavar="FILE", required=True)
+    add_paths(parser, ".jsonl, .json, .csv or .tsv file to write (required)", metavar="FILE")
     add = parser.section("data").add_argument
     add("--to", choices=FORMATS, help="format of the output [unchanged]")
 
@@ -41,12 +37,10 @@ def run(options: argparse.Namespace) -> int:
         converted = _convert(row, options.to or row.kind)
         if converted is None:
             raise DataError(
-                format_error(
-                    f"{file.path}:{row.line}",
-                    got=f"an example in the format {row.kind}",
-                    expected=f"an example that can be converted to {options.to}",
-                    fix="Remove --to, or move such examples to another file.",
-                )
+                f"{file.path}:{row.line}",
+                got=f"an example in the format {row.kind}",
+                expected=f"an example that can be converted to {options.to}",
+                fix="Remove --to, or move such examples to another file.",
             )
         rows.append(converted)
     write_file(target, write(target, rows), DataError)

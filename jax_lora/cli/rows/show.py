@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 
 from jax_lora.cli.base_model import data_folder
 from jax_lora.cli.options import at_least_one
 from jax_lora.cli.parser import Parser
-from jax_lora.cli.rows.check import add_data_options, examples_of, tokenizer_of
+from jax_lora.cli.rows.check import add_options as add_data_options
+from jax_lora.cli.rows.check import examples_of, tokenizer_of
 from jax_lora.data.data_folder import read_data
 from jax_lora.data.examples import Example
 from jax_lora.data.tokenizer import Tokenizer
@@ -46,19 +48,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def shown(example: Example, tokenizer: Tokenizer, *, colored: bool, tokens: bool = False) -> str:
-    """Return the text of an example with its targets marked.
+    """Return the text of an example, with its targets marked by color or by brackets.
 
-    Args:
-      example: The example.
-      tokenizer: The model's tokenizer.
-      colored: Mark targets by color, not by brackets.
-      tokens: Mark the end of every token.
-
-    Returns:
-      The text with special tokens; control characters are escaped.
+    Special tokens are shown, control characters are escaped, and `tokens` marks the end of each.
     """
     text = []
-    for is_target, ids in _runs(example):
+    marks = [False, *example.loss_mask[1:].tolist()]  # the first token is never a target
+    for is_target, run in itertools.groupby(
+        zip(marks, example.ids.tolist(), strict=True), key=lambda pair: pair[0]
+    ):
+        ids = [index for _, index in run]
         pieces = [[index] for index in ids] if tokens else [ids]
         words = "|".join(printable(tokenizer.decode_all(piece), keep=PROSE) for piece in pieces)
         if colored:
@@ -66,15 +65,3 @@ def shown(example: Example, tokenizer: Tokenizer, *, colored: bool, tokens: bool
         else:
             text.append(f"[[{words}]]" if is_target else words)
     return ("|" if tokens else "").join(text)
-
-
-def _runs(example: Example) -> list[tuple[bool, list[int]]]:
-    """Group neighboring tokens by whether they are targets; the first token never is."""
-    runs: list[tuple[bool, list[int]]] = []
-    marks = [False, *example.loss_mask[1:].tolist()]
-    for index, is_target in zip(example.ids.tolist(), marks, strict=True):
-        if runs and runs[-1][0] == is_target:
-            runs[-1][1].append(index)
-        else:
-            runs.append((is_target, [index]))
-    return runs

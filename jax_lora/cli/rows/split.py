@@ -7,13 +7,13 @@ import json
 import random
 from pathlib import Path
 
-from jax_lora.cli.names import add_name
 from jax_lora.cli.parser import Parser
 from jax_lora.cli.rows.check import check_new
 from jax_lora.cli.rows.convert import written
+from jax_lora.cli.rows.write_rows import add_paths
 from jax_lora.data.data_folder import read_whole
 from jax_lora.data.formats import unused_fields
-from jax_lora.errors import ConfigError, DataError, format_error
+from jax_lora.errors import ConfigError, DataError
 from jax_lora.storage.atomic_writes import made_folder, replacing
 
 HELP = "split one file into train, valid and test"
@@ -22,10 +22,7 @@ EXAMPLE = "jax-lora data split --data qa.jsonl --save-path qa --valid 0.1 --test
 
 def add_options(parser: Parser) -> None:
     """Add the options of the subcommand."""
-    text = "data file of any format, or texts: a folder or a file (required)"
-    add_name(parser, "--data", text, metavar="PATH", required=True)
-    text = "folder to create (required)"
-    add_name(parser, "--save-path", text, metavar="DIR", required=True)
+    add_paths(parser, "folder to create (required)", metavar="DIR")
     add = parser.section("data").add_argument
     add("--valid", type=float, default=0.05, metavar="P", help="fraction of the examples [0.05]")
     add("--test", type=float, default=0.05, metavar="P", help="fraction of the examples [0.05]")
@@ -37,12 +34,10 @@ def run(options: argparse.Namespace) -> int:
     fractions = {"valid": options.valid, "test": options.test}
     if min(fractions.values()) < 0 or sum(fractions.values()) >= 1:
         raise ConfigError(
-            format_error(
-                "--valid and --test",
-                got=f"{options.valid:g} and {options.test:g}",
-                expected="fractions of at least 0 with a sum below 1, to leave examples for train",
-                fix="Use, for example, 0.05 for both.",
-            )
+            "--valid and --test",
+            got=f"{options.valid:g} and {options.test:g}",
+            expected="fractions of at least 0 with a sum below 1, to leave examples for train",
+            fix="Use, for example, 0.05 for both.",
         )
     target = Path(options.save_path)
     check_new(target, "--save-path")

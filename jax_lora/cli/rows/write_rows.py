@@ -9,9 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_lora.errors import ConfigError, DataError, format_error
+from jax_lora.cli.names import add_name
+from jax_lora.cli.parser import Parser
+from jax_lora.errors import ConfigError, DataError
 
 Fields = dict[str, Any]
+
+
+def add_paths(parser: Parser, text: str, metavar: str) -> None:
+    """Add the options for the data to read, and for the file or folder to write."""
+    data = "data file of any format, or texts: a folder or a file (required)"
+    add_name(parser, "--data", data, metavar="PATH", required=True)
+    add_name(parser, "--save-path", text, metavar=metavar, required=True)
 
 
 def writer(target: Path) -> Callable[[Path, Sequence[Fields]], str]:
@@ -22,12 +31,10 @@ def writer(target: Path) -> Callable[[Path, Sequence[Fields]], str]:
     """
     if target.suffix.lower() not in _WRITERS:
         raise ConfigError(
-            format_error(
-                f"--save-path {target}",
-                got=f"a file that ends in {target.suffix!r}",
-                expected=" or ".join(_WRITERS),
-                fix="Choose another name, such as rows.jsonl.",
-            )
+            f"--save-path {target}",
+            got=f"a file that ends in {target.suffix!r}",
+            expected=" or ".join(_WRITERS),
+            fix="Choose another name, such as rows.jsonl.",
         )
     return _WRITERS[target.suffix.lower()]
 
@@ -45,12 +52,10 @@ def _table(target: Path, rows: Sequence[Fields]) -> str:
     for row in rows:
         if list(row) != heads or not all(isinstance(value, str) for value in row.values()):
             raise DataError(
-                format_error(
-                    f"--save-path {target}",
-                    got="examples with lists, or with different fields",
-                    expected="a table: the same fields with strings in every example",
-                    fix="Write a .jsonl file, or convert with --to completions.",
-                )
+                f"--save-path {target}",
+                got="examples with lists, or with different fields",
+                expected="a table: the same fields with strings in every example",
+                fix="Write a .jsonl file, or convert with --to completions.",
             )
     text = io.StringIO()
     separator = "\t" if target.suffix.lower() == ".tsv" else ","

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jax_lora as jl
-from jax_lora.algebra import nf4
 from jax_lora.errors import StructureError
+from jax_lora.quantization import nf4
 
 FILE = Path(__file__).parents[1] / "fixtures" / "nf4" / "reference.npz"
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_lora.algebra import nf4
+from jax_lora.quantization import nf4
 
 Array = jax.Array
 Arrays = Mapping[str, Any]

@@ -1,0 +1,1 @@
+"""Formats of quantized weights: NF4 and one byte per element."""
