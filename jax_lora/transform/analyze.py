@@ -181,7 +181,7 @@ class Analyze(Abstract[Value]):
             self.record.uses[leaf.path].touched = True
             places = [position] if rule.each else range(len(moves))
             for place, move in zip(places, moves, strict=True):
-                added = move.adds and any(map(_is_external, rest))
+                added = move.adds and any(_is_data(other, leaf) for other in rest)
                 shape, has_data = eqn.outvars[place].aval.shape, leaf.has_data or added
                 after = Leaf(leaf.path, move.axes, shape, leaf.looked_up, has_data)
                 moved[place] = _combined(moved.get(place), self._record_selection(eqn, leaf, after))
@@ -327,6 +327,13 @@ def _is_external(value: Value) -> bool:
     if isinstance(value, Stream):
         return value.external
     return value.has_data or value.is_row
+
+
+def _is_data(value: Value, leaf: Leaf) -> bool:
+    """Tell whether a sum with a leaf may be data: not if what is added is broadcast to the leaf."""
+    if isinstance(value, Stream) and _is_less(value, math.prod(leaf.shape)):
+        return False
+    return _is_external(value)
 
 
 def _is_small(value: Value, size: Any) -> bool:

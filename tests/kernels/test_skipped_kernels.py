@@ -67,6 +67,12 @@ def test_a_table_that_is_only_added_is_skipped_without_a_warning():
         assert {*init(fn, tree, x).pairs} == {"up"}
 
 
+def test_a_kernel_to_which_smaller_data_is_added_stays_a_kernel():
+    tree = {"left": SQUARE, "right": SQUARE}
+    fn = lambda p, x: p["left"] @ (p["right"] - x[:, None])  # noqa: E731
+    assert {*jl.find_kernels(fn, tree, X[0])} == {"left", "right"}
+
+
 def test_a_bias_of_two_axes_that_a_pattern_matches_is_not_warned_of():
     dense = nn.DenseGeneral((2, 3), name="query")
     variables = dense.init(jax.random.key(0), X)
