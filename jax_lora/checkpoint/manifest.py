@@ -21,7 +21,7 @@ from jax_lora.checkpoint.fingerprint import LeafFingerprint
 from jax_lora.config import LoraConfig
 from jax_lora.errors import CheckpointError, ConfigError
 from jax_lora.storage import schema
-from jax_lora.storage.json_files import json_checksum, read_json
+from jax_lora.storage.json_files import is_sealed, read_json, sealed
 from jax_lora.updates import LoraPair, TokenRows
 from jax_lora.updates.pair import VECTORS
 
@@ -106,7 +106,7 @@ class Manifest:
             "files": dict(self.files),
             "base": None if self.base is None else _as_dicts(self.base),
         }
-        return values | {"seal": json_checksum(values)}
+        return sealed(values)
 
 
 def _as_dicts(records: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,8 +180,7 @@ def read_manifest(path: Path) -> Manifest:
         got, expected = f"format version {values.get('version')!r}", f"version {VERSION} or earlier"
         fix = "Upgrade jax_lora to the version that saved it."
         raise CheckpointError(path, got=got, expected=expected, fix=fix)
-    content = {key: value for key, value in values.items() if key != "seal"}
-    if json_checksum(content) != values.get("seal"):
+    if not is_sealed(values):
         got, fix = "contents that do not match their checksum", "Copy the folder again."
         raise CheckpointError(path, got=got, expected="an unchanged file", fix=fix)
     expected, fix = "a valid adapter manifest", "Save the adapter again with jl.save_adapter."

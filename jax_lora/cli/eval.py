@@ -182,14 +182,7 @@ def _narrow(
             score = scores[group]
             cells = (format(getattr(score, name), form) for _, name, form in shown)
             grid.append(["" if place else group, model, str(score.rows), *cells])
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in grid
-    ]
+    return _padded(grid, [max(map(len, column)) for column in zip(*grid, strict=True)], names=2)
 
 
 def _aligned(grid: list[list[str]], models: int) -> list[str]:
@@ -202,11 +195,15 @@ def _aligned(grid: list[list[str]], models: int) -> list[str]:
         missing = max(0, len(grid[0][last]) - room)
         widths[last] += missing
         heads += "  " + grid[0][last].rjust(room + missing)
-    lines = [
+    return [heads, *_padded(grid[1:], widths, names=1)]
+
+
+def _padded(grid: list[list[str]], widths: list[int], names: int) -> list[str]:
+    """Pad the cells to the widths: those of the first columns, `names`, on the right."""
+    return [
         "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
+            cell.ljust(width) if place < names else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in grid[1:]
+        for line in grid
     ]
-    return [heads, *lines]
